@@ -1,0 +1,1 @@
+"""Normalizing flows that generate images."""

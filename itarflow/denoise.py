@@ -1,0 +1,243 @@
+"""From a noisy sample to a clean one: the score of a flow, denoisers, and the integrators of dx = -t * score dt.
+
+A denoiser is any function (noisy, labels, noise_level) -> clean estimate, so the model that generates and the
+model that denoises may differ (iTARFlow, table 6). The ODE's slope is (x - denoiser(x)) / t.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable
+from typing import Literal, Protocol, get_args
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from itarflow.flow import TARFlow
+
+Method = Literal["euler", "heun", "multistep", "sde"]
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+class Denoiser(Protocol):
+    """noisy (B, C, H, W), labels (B,) or None, noise_level (B,) -> an estimate of the clean images, same shape."""
+
+    def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor: ...  # noqa: D102
+
+
+Callback = Callable[[int, float, Tensor, Tensor], None]
+"""callback(i, t, x, x0): before step i, at noise level t, with the noisy x and the estimate x0."""
+
+
+class FlowDenoiser:
+    """The denoiser that a flow implies: Tweedie's formula on the gradient of its own log-density.
+
+    The flow is only read. Its weights are shared, not copied, and get no gradients.
+
+    Args:
+        flow: any TARFlow. Without noise conditioning it has one noise level of its own, and cleans well only there.
+        slice_size: how many images are differentiated at a time, which bounds the memory; None = all.
+    """
+
+    def __init__(self, flow: TARFlow, slice_size: int | None = None) -> None:
+        if slice_size is not None and slice_size < 1:
+            raise ValueError(f"slice_size is {slice_size}; expected a number of images >= 1, or None for all.")
+        self.flow = _frozen_view(flow)
+        self.slice_size = slice_size
+
+    def score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
+        """The gradient of log p(noisy, t | labels) with respect to noisy, (B, C, H, W), in float32.
+
+        Args:
+            noisy: (B, C, H, W).
+            labels: (B,) or None. Guidance plays no part in the score.
+            noise_level: (B,) or one number, inside the flow's noise_range.
+
+        Raises:
+            ValueError: as `TARFlow.log_prob`.
+        """
+        level = torch.as_tensor(noise_level, device=noisy.device).reshape(-1).expand(len(noisy))
+        size = self.slice_size or len(noisy)
+        slices = (slice(start, start + size) for start in range(0, len(noisy), size))
+        return torch.cat([self._score(noisy[s], None if labels is None else labels[s], level[s]) for s in slices])
+
+    def _score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
+        # The caller may be in inference mode, whose tensors can't be differentiated: leave it, and copy.
+        with torch.inference_mode(False), torch.enable_grad():
+            x = noisy.detach().clone().to(torch.promote_types(noisy.dtype, torch.float32)).requires_grad_()
+            labels = None if labels is None else labels.clone()
+            log_prob = self.flow.log_prob(x, labels, noise_level.clone())
+            (score,) = torch.autograd.grad(log_prob.sum(), x)
+        return score
+
+    def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
+        """E[clean | noisy] = noisy + t^2 * score (Tweedie); arguments as `score`."""
+        level = torch.as_tensor(noise_level, device=noisy.device).reshape(-1, 1, 1, 1)
+        return noisy + level**2 * self.score(noisy, labels, noise_level)
+
+
+def noise_levels(t_max: float, t_min: float, num_steps: int) -> list[float]:
+    """The levels that are visited: num_steps of them, evenly from t_max down to t_min, then 0.
+
+    With one step t_min plays no part: the path goes from t_max to 0, which is TARFlow's denoising.
+
+    Raises:
+        ValueError: num_steps < 1, or not 0 < t_min < t_max.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_denoise_steps is {num_steps}; expected a number of score evaluations >= 1.")
+    if not (t_max > 0 and math.isfinite(t_max)):
+        raise ValueError(f"t_max is {t_max}; expected a noise level > 0.")
+    if num_steps > 1 and not 0 < t_min < t_max:
+        raise ValueError(f"t_min={t_min}, t_max={t_max}; expected 0 < t_min < t_max for {num_steps} steps.")
+    # The last level is set, not computed: rounding must not carry it out of the trained range.
+    levels = torch.linspace(t_max, t_min, num_steps, dtype=torch.float64).tolist()
+    return [t_max, *levels[1:-1], *([t_min] if num_steps > 1 else []), 0.0]
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: Denoiser,
+    noisy: Tensor,
+    labels: Tensor | None = None,
+    *,
+    t_max: float,
+    t_min: float,
+    num_steps: int = 10,
+    method: Method = "euler",
+    clip: bool = False,
+    generator: Generators = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Follow dx = -t * score dt from t_max to 0 (iTARFlow, section 3).
+
+    Args:
+        denoiser: gives the clean estimate at a noise level.
+        noisy: (B, C, H, W), clean images plus noise of standard deviation t_max.
+        labels: (B,) or None, handed to the denoiser.
+        t_max: noise level of `noisy`.
+        t_min: smallest level at which the denoiser is asked; from there one step leads to 0.
+        num_steps: evaluations of the denoiser, >= 1. 1 = TARFlow's single Tweedie step.
+        method: "euler": first order. "heun": second order, two evaluations a step (Karras et al. 2022, algorithm 1),
+            on fewer and larger steps. "multistep": second order from one evaluation a step and the one before
+            (Adams-Bashforth). "sde": Euler that replaces a part of the noise by a fresh draw.
+        clip: clamp the clean estimates, not x, to [-1, 1].
+        generator: for "sde"; a list gives each image its own.
+        callback: called before each step.
+
+    Returns:
+        (B, C, H, W) in float32, on noisy's device.
+
+    Raises:
+        ValueError: num_steps < 1, t_min or t_max out of order, or an unknown method.
+    """
+    if method not in _SOLVERS:
+        raise ValueError(f"denoising method is {method!r}; expected one of {', '.join(_SOLVERS)}.")
+    steps = _heun_intervals(num_steps) if method == "heun" else num_steps
+    levels = noise_levels(t_max, t_min, steps)
+    x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
+
+    def estimate(x: Tensor, t: float) -> Tensor:
+        x0 = denoiser(x, labels, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
+        return x0.clamp(-1, 1) if clip else x0
+
+    def report(index: int, t: float, x: Tensor, x0: Tensor) -> None:
+        if callback is not None:
+            callback(index, t, x, x0)
+
+    if method == "sde":
+        return _sde(estimate, x, levels, report, generator)
+    if method == "heun":
+        return _heun(estimate, x, levels, report, num_steps)
+    return _euler(estimate, x, levels, report) if method == "euler" else _multistep(estimate, x, levels, report)
+
+
+Estimate = Callable[[Tensor, float], Tensor]
+
+
+def _euler(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        x = x0 + (t_next / t) * (x - x0)
+    return x
+
+
+def _heun(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, budget: int) -> Tensor:
+    """Heun steps as far as `budget` evaluations reach; one Euler step before the last if one is left over.
+
+    A single Euler step has a local error of the size that all Heun steps have together, so the order stays two.
+    """
+    spare = (budget - 1) - 2 * (len(levels) - 2)  # < 0: that many intervals must do with one evaluation
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        slope = (x - x0) / t
+        euler = x + (t_next - t) * slope
+        last_interval = index == len(levels) - 3
+        if t_next == 0:
+            return x0
+        if last_interval and spare < 0:
+            x = euler
+            continue
+        slope_next = (euler - estimate(euler, t_next)) / t_next
+        x = x + (t_next - t) * 0.5 * (slope + slope_next)
+    return x
+
+
+def _heun_intervals(num_steps: int) -> int:
+    """How many levels above 0 Heun visits with num_steps evaluations: the last takes one, each other two."""
+    return 1 + num_steps // 2 if num_steps > 1 else num_steps
+
+
+def _multistep(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+    """Adams-Bashforth: the slope is extrapolated through the last two evaluations; the first step is Euler's.
+
+    It steps in t, not in log t as DPM-Solver++(2M): on an even grid, whose last steps are long in log t, that
+    extrapolates too far and at ten steps is worse than Euler.
+    """
+    previous: tuple[float, Tensor] | None = None
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        if t_next == 0:
+            return x0
+        slope = (x - x0) / t
+        mean_slope = slope
+        if previous is not None:
+            t_before, slope_before = previous
+            mean_slope = slope + 0.5 * (t_next - t) / (t - t_before) * (slope - slope_before)
+        x = x + (t_next - t) * mean_slope
+        previous = t, slope
+    return x
+
+
+def _sde(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, generator: Generators) -> Tensor:
+    """Keep the share (t_next / t)^2 of the noise's variance and draw the rest anew."""
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        kept = (t_next / t) ** 2
+        x_next = x0 + t_next * math.sqrt(kept) * (x - x0) / t
+        if t_next > 0:
+            fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x_next = x_next + t_next * math.sqrt(1 - kept) * fresh
+        x = x_next
+    return x
+
+
+_SOLVERS = get_args(Method)
+
+
+def _frozen_view(flow: TARFlow) -> TARFlow:
+    """A second module over the same weights that no gradient reaches.
+
+    Autograd then neither computes weight gradients nor keeps the activations they would need, and the caller's
+    module is left as it is, also for other threads.
+    """
+    shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in flow.parameters()}
+    shared |= {id(buffer): buffer for buffer in flow.buffers()}
+    return copy.deepcopy(flow, shared).eval()

@@ -1,0 +1,77 @@
+"""Embeddings that condition a block: noise level, class label, position."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NULL_LABEL = -1
+"""The label of "no label": the mean of all class embeddings, in every model."""
+
+
+def fourier_features(x: Tensor, channels: int) -> Tensor:
+    """Sines, then cosines, of x at `channels // 2` frequencies from 1 down to almost 1/10000.
+
+    Args:
+        x: (B,).
+        channels: width of the result; an odd one is padded with a zero.
+
+    Returns:
+        (B, channels) in x's dtype.
+    """
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000.0) / half * torch.arange(half, device=x.device, dtype=x.dtype))
+    angles = x[:, None] * frequencies
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, channels % 2))
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """log t -> Fourier features -> two-layer MLP (iTARFlow, section 3)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
+        )
+
+    def forward(self, noise_level: Tensor) -> Tensor:
+        """noise_level (B,), standard deviations > 0; returns (B, channels)."""
+        features = fourier_features(noise_level.log(), self.channels)
+        return self.mlp(features.to(self.mlp[0].weight.dtype))
+
+
+class ClassEmbedding(nn.Module):
+    """One vector a class; the null label is the mean of them all, as in the official code."""
+
+    def __init__(self, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.01 * torch.randn(num_classes, channels))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """labels (B,) int64 in [0, num_classes), or NULL_LABEL; returns (B, channels)."""
+        table = torch.cat([self.weight, self.weight.mean(dim=0, keepdim=True)])
+        # The mean is the table's last row. Selecting it without a branch avoids waiting for the device.
+        return table[torch.where(labels < 0, len(self.weight), labels)]
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each place in the image, in raster order."""
+
+    def __init__(self, num_tokens: int, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.01 * torch.randn(num_tokens, channels))
+
+    def forward(self, start: int, stop: int, reverse: bool) -> Tensor:
+        """The embeddings (stop - start, channels) of positions start .. stop - 1 in a block's own order.
+
+        A vector belongs to a place, not to a step: a block that walks the image backwards
+        (`reverse`) reads the table backwards.
+        """
+        if not reverse:
+            return self.weight[start:stop]
+        num_tokens = len(self.weight)
+        return self.weight[num_tokens - stop : num_tokens - start].flip(0)

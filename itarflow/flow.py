@@ -1,0 +1,390 @@
+"""TARFlow: a stack of causal transformers, each an autoregressive affine flow over image patches.
+
+Shapes: B batch, K blocks, N tokens, D values a token, C channels of the transformer, (B, C, H, W) images.
+The papers: TARFlow, arXiv 2412.06329; iTARFlow, arXiv 2604.20041.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+
+from itarflow import inverse as solvers
+from itarflow.block import AutoregressiveBlock, FlowOutput
+from itarflow.embedding import NULL_LABEL
+from itarflow.guidance import Guidance
+from itarflow.transformer import Transformer
+
+LOG_2PI = math.log(2 * math.pi)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """(B, C, H, W) -> (B, N, C * p * p): tokens in raster order, in each (channel, row, column)."""
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
+
+
+def unpatchify(tokens: Tensor, patch_size: int, image_size: int) -> Tensor:
+    """The inverse of `patchify` for square images."""
+    side = image_size // patch_size
+    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=side, w=side, p=patch_size, q=patch_size)
+
+
+def nll_per_dim(output: FlowOutput) -> Tensor:
+    """The training loss of each sample (B,), in nats per dim, without the constant log(2 pi) / 2.
+
+    0.5 * mean(z^2) - log_det / (N * D): the negative log-likelihood under a unit Gaussian prior
+    (TARFlow, equation 5). With a learned prior variance it is the objective, not the likelihood.
+    """
+    return 0.5 * output.z.square().mean(dim=(1, 2)) - output.log_det / output.z[0].numel()
+
+
+def updated_prior_variance(prior_variance: Tensor, z: Tensor, rate: float = 0.1) -> Tensor:
+    """The moving average (N, D) of z^2, moved by `rate` towards the mean over the batch z (B, N, D)."""
+    return (1 - rate) * prior_variance + rate * z.detach().square().mean(dim=0)
+
+
+class TARFlow(ModelMixin, ConfigMixin):
+    """A normalizing flow of images: TARFlow, or iTARFlow if it is conditioned on the noise level.
+
+    Values that differ between blocks are tuples in the order of the forward direction, image side first and
+    noise side last; a single number stands for all blocks.
+
+    Args:
+        image_size: side of the square images, in pixels (or in codes, in a latent space).
+        in_channels: channels of the images.
+        patch_size: side of a patch, a divisor of image_size; one number, or one a block.
+        channels: width of the transformers, a multiple of head_dim; one number, or one a block.
+        num_layers: transformer layers of each block; its length is the number of blocks.
+        num_classes: 0 = no labels.
+        noise_conditioned: True = iTARFlow, which models log p(x_t, t); False = TARFlow.
+        volume_preserving: shift-only blocks (VP), with a prior variance that training estimates.
+        shared_layers: layers of a backbone that all blocks share and run first; it counts as part
+            of num_layers. 0 = none.
+        input_scale: factor on the images at the entrance of the flow. It does not rescale the noise level.
+        learned_first_token: lets each block transform its first token by an affine of the condition alone.
+        head_dim: width of an attention head.
+        mlp_ratio: hidden width of the MLPs in units of channels.
+        noise_range: (t_min, t_max) that the flow was trained on; None = unknown, and nothing is refused.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+
+    Example:
+        >>> flow = TARFlow(image_size=8, in_channels=1, patch_size=2, channels=64, num_layers=(1, 1, 2), num_classes=10)
+        >>> images, labels, noise_level = torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, -1]), torch.full((4,), 0.1)
+        >>> z, log_det = flow(images, labels, noise_level)
+        >>> z.shape, log_det.shape
+        (torch.Size([4, 16, 4]), torch.Size([4]))
+        >>> torch.allclose(flow.inverse(z, labels, noise_level), images, atol=1e-4)
+        True
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["Layer"]
+    _repeated_blocks = ["Layer"]
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int = 3,
+        patch_size: int | Sequence[int] = 2,
+        channels: int | Sequence[int] = 768,
+        num_layers: Sequence[int] = (8, 8, 8, 8, 8, 8, 8, 8),
+        num_classes: int = 0,
+        noise_conditioned: bool = True,
+        volume_preserving: bool = False,
+        shared_layers: int = 0,
+        input_scale: float = 1.0,
+        learned_first_token: bool = False,
+        head_dim: int = 64,
+        mlp_ratio: int = 4,
+        noise_range: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        layers = tuple(num_layers)
+        widths = _per_block("channels", channels, len(layers))
+        self.patch_sizes = _per_block("patch_size", patch_size, len(layers))
+        _check_architecture(image_size, in_channels, self.patch_sizes, widths, layers, shared_layers, head_dim)
+        _check_scalars(num_classes, input_scale, mlp_ratio, noise_range)
+        self.shared_backbone = (
+            Transformer(widths[0], shared_layers, head_dim, mlp_ratio) if shared_layers else None
+        )
+        self.blocks = nn.ModuleList(
+            AutoregressiveBlock(
+                num_tokens=(image_size // patch) ** 2,
+                token_dim=in_channels * patch**2,
+                channels=width,
+                num_layers=max(depth - shared_layers, 0),
+                backbone=self.shared_backbone,
+                reverse=index % 2 == 1,
+                volume_preserving=volume_preserving,
+                num_classes=num_classes,
+                noise_conditioned=noise_conditioned,
+                learned_first_token=learned_first_token,
+                head_dim=head_dim,
+                mlp_ratio=mlp_ratio,
+            )
+            for index, (patch, width, depth) in enumerate(zip(self.patch_sizes, widths, layers, strict=True))
+        )
+        # Of z, per token and channel; ones unless the flow is volume preserving.
+        self.register_buffer("prior_variance", torch.ones(self.z_shape))
+
+    @property
+    def null_label(self) -> int:
+        """The label of "no label"."""
+        return NULL_LABEL
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images."""
+        return self.config.in_channels, self.config.image_size, self.config.image_size
+
+    @property
+    def z_shape(self) -> tuple[int, int]:
+        """(N, D) of z: the token layout of the last block."""
+        patch = self.patch_sizes[-1]
+        return (self.config.image_size // patch) ** 2, self.config.in_channels * patch**2
+
+    def forward(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        noise_level: Tensor | float | None = None,
+    ) -> FlowOutput:
+        """Map images to z.
+
+        Args:
+            images: (B, C, H, W), noisy with standard deviation `noise_level`.
+            labels: (B,) int64 in [0, num_classes), null_label for single unlabelled entries; None = all unlabelled.
+            noise_level: (B,) or one number for all, > 0, in the units of the images; not used, and not needed,
+                without noise conditioning.
+
+        Returns:
+            z (B, N, D) and log_det (B,) in nats, at least float32.
+
+        Raises:
+            ValueError: wrong shapes, labels or noise levels.
+        """
+        images = self._checked_images(images)
+        labels = self._checked_labels(labels, len(images))
+        noise_level = self._checked_noise_level(noise_level, len(images))
+        image_size, patch = self.config.image_size, self.patch_sizes[0]
+        x = patchify(images, patch) * self.config.input_scale
+        log_det = images.new_full((len(images),), images[0].numel() * math.log(self.config.input_scale))
+        for block, block_patch in zip(self.blocks, self.patch_sizes, strict=True):
+            if block_patch != patch:
+                x = patchify(unpatchify(x, patch, image_size), block_patch)
+                patch = block_patch
+            x, block_log_det = block(x, block.condition(len(x), labels, noise_level))
+            log_det = log_det + block_log_det
+        return FlowOutput(x, log_det)
+
+    def log_prob(
+        self,
+        images: Tensor,
+        labels: Tensor | None = None,
+        noise_level: Tensor | float | None = None,
+    ) -> Tensor:
+        """Exact log-density (B,) of the images in nats, constant included; arguments as in `forward`.
+
+        The prior of z is a Gaussian with the learned variance if the flow is volume preserving, else a unit one.
+
+        Raises:
+            ValueError: as `forward`, and a noise level outside the trained range.
+        """
+        self._check_noise_range(noise_level)
+        z, log_det = self(images, labels, noise_level)
+        variance = self.prior_variance.to(z.dtype)
+        log_prior = -0.5 * (z.square() / variance + variance.log() + LOG_2PI)
+        return log_prior.sum(dim=(1, 2)) + log_det
+
+    @torch.no_grad()
+    def inverse(
+        self,
+        z: Tensor,
+        labels: Tensor | None = None,
+        noise_level: Tensor | float | None = None,
+        *,
+        guidance: Guidance | None = None,
+        return_trajectory: bool = False,
+        solver: solvers.Solver = solvers.sequential,
+        progress: solvers.Progress | None = None,
+    ) -> Tensor:
+        """Map z to images: the inverse of `forward`, one token after another in each block.
+
+        Args:
+            z: (B, N, D). A sample is made from z drawn by `sample_prior`.
+            labels: as in `forward`.
+            noise_level: as in `forward`; t_max in sampling.
+            guidance: None = off.
+            return_trajectory: also give what lies between the blocks (TARFlow, appendix D.1).
+            solver: how a block is inverted, one of inverse.py.
+            progress: called with the number of tokens just solved; they sum up to `num_solved_tokens`.
+
+        Returns:
+            (B, C, H, W) images, or with return_trajectory (K + 1, B, C, H, W): z laid out as an image, then
+            the result of each inverted block, the last of which is the images. All are divided by input_scale.
+
+        Raises:
+            ValueError: wrong shapes, labels, or a noise level outside the trained range.
+        """
+        if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
+            raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
+        self._check_noise_range(noise_level)
+        labels = self._checked_labels(labels, len(z))
+        noise_level = self._checked_noise_level(noise_level, len(z))
+        guidance = guidance or Guidance()
+        image_size, patch = self.config.image_size, self.patch_sizes[-1]
+        x = z.to(torch.promote_types(z.dtype, torch.float32))
+        path = [unpatchify(x, patch, image_size)]
+        for index in reversed(range(len(self.blocks))):
+            block, block_patch = self.blocks[index], self.patch_sizes[index]
+            if block_patch != patch:
+                x = patchify(unpatchify(x, patch, image_size), block_patch)
+                patch = block_patch
+            guiding = None
+            # Without labels and at temperature 1 the guiding pass equals the other: it changes nothing.
+            differs = labels is not None or guidance.temperature != 1
+            if differs and guidance.guides(len(self.blocks) - 1 - index):
+                guiding = block.condition(len(x), None, noise_level, guidance.temperature)
+            condition = block.condition(len(x), labels, noise_level)
+            x = block.inverse(x, condition, guiding, guidance, solver, progress)
+            if return_trajectory:
+                path.append(unpatchify(x, patch, image_size))
+        images = unpatchify(x, patch, image_size) / self.config.input_scale
+        return torch.stack(path) / self.config.input_scale if return_trajectory else images
+
+    def sample_prior(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
+        """Draw z (B, N, D) in float32 on the flow's device; a list of generators gives each sample its own."""
+        from_generator = generator if isinstance(generator, list) else [generator]
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(
+                f"{len(generator)} generators were given for {batch_size} samples; expected one each."
+            )
+        count = 1 if isinstance(generator, list) else batch_size
+        drawn = [
+            torch.randn((count, *self.z_shape), generator=g, device="cpu" if g is None else g.device).to(self.device)
+            for g in from_generator
+        ]
+        return torch.cat(drawn) * self.prior_variance.float().sqrt()
+
+    @property
+    def num_solved_tokens(self) -> int:
+        """How many tokens one call of `inverse` solves, over all blocks."""
+        return sum(block.num_tokens for block in self.blocks)
+
+    def _checked_images(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected (B, {', '.join(map(str, self.image_shape))})."
+            )
+        return images.to(torch.promote_types(images.dtype, torch.float32))
+
+    def _checked_labels(self, labels: Tensor | None, batch_size: int) -> Tensor | None:
+        num_classes = self.config.num_classes
+        if labels is None:
+            return None
+        if num_classes == 0:
+            raise ValueError("labels were given, but this flow has no classes (num_classes=0); pass labels=None.")
+        if tuple(labels.shape) != (batch_size,) or labels.is_floating_point():
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected ({batch_size},) int64."
+            )
+        if _readable(labels) and not ((labels >= NULL_LABEL) & (labels < num_classes)).all():
+            wrong = labels[(labels < NULL_LABEL) | (labels >= num_classes)].tolist()
+            raise ValueError(
+                f"labels {wrong[:5]} are out of range; expected 0 .. {num_classes - 1}, "
+                f"or {NULL_LABEL} for no label."
+            )
+        return labels.to(self.device, torch.int64)
+
+    def _checked_noise_level(self, noise_level: Tensor | float | None, batch_size: int) -> Tensor | None:
+        if not self.config.noise_conditioned:
+            return None
+        if noise_level is None:
+            raise ValueError("noise_level is missing: this flow is conditioned on it. Pass a number or a (B,) tensor.")
+        level = torch.as_tensor(noise_level, device=self.device)
+        level = level.to(torch.promote_types(level.dtype, torch.float32))
+        if level.numel() not in (1, batch_size):
+            raise ValueError(
+                f"noise_level has shape {tuple(level.shape)}; expected one number or ({batch_size},)."
+            )
+        if _readable(level) and not ((level > 0) & level.isfinite()).all():
+            raise ValueError(f"noise_level is {level.flatten().tolist()[:5]}; expected finite numbers > 0.")
+        return level.reshape(-1).expand(batch_size)
+
+    def _check_noise_range(self, noise_level: Tensor | float | None) -> None:
+        """Refuse levels that the flow was not trained on. It reads the values, so it is not for training steps."""
+        if self.config.noise_range is None or noise_level is None or not self.config.noise_conditioned:
+            return
+        low, high = self.config.noise_range
+        level = torch.as_tensor(noise_level, dtype=torch.float64)
+        tolerance = 1e-5  # float32 rounding of a level at the edge
+        if not ((level >= low * (1 - tolerance)) & (level <= high * (1 + tolerance))).all():
+            raise ValueError(
+                f"noise_level {level.flatten().tolist()[:5]} lies outside [{low}, {high}], the range this flow was "
+                "trained on; its density means nothing there."
+            )
+
+
+def _readable(values: Tensor) -> bool:
+    """Whether looking at values is free: not while compiling, nor where it would wait for a device."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _per_block(name: str, value: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
+    values = (value,) * num_blocks if isinstance(value, int) else tuple(value)
+    if len(values) != num_blocks:
+        raise ValueError(
+            f"{name} has {len(values)} entries ({values}) for {num_blocks} blocks (the length of num_layers); "
+            "expected one number, or one a block."
+        )
+    return values
+
+
+def _check_architecture(
+    image_size: int,
+    in_channels: int,
+    patch_sizes: tuple[int, ...],
+    channels: tuple[int, ...],
+    num_layers: tuple[int, ...],
+    shared_layers: int,
+    head_dim: int,
+) -> None:
+    if not num_layers or min(num_layers) < 1:
+        raise ValueError(f"num_layers is {num_layers}; expected at least one block, and at least one layer in each.")
+    if min(image_size, in_channels, *patch_sizes, *channels, head_dim) < 1 or shared_layers < 0:
+        raise ValueError(
+            f"Sizes must be positive: image_size={image_size}, in_channels={in_channels}, patch_size={patch_sizes}, "
+            f"channels={channels}, head_dim={head_dim}, shared_layers={shared_layers}."
+        )
+    for patch in patch_sizes:
+        if image_size % patch:
+            divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
+            raise ValueError(
+                f"patch_size {patch} does not divide image_size {image_size}; choose one of {divisors}, "
+                "or crop the images to another size."
+            )
+    for width in channels:
+        if width % head_dim:
+            raise ValueError(f"channels {width} is not a multiple of head_dim {head_dim}; change one of the two.")
+    if shared_layers and len(set(channels)) > 1:
+        raise ValueError(f"shared_layers={shared_layers} needs the same channels in all blocks, but they are {channels}.")
+
+
+def _check_scalars(
+    num_classes: int, input_scale: float, mlp_ratio: int, noise_range: Sequence[float] | None
+) -> None:
+    if num_classes < 0 or mlp_ratio < 1:
+        raise ValueError(f"num_classes={num_classes}, mlp_ratio={mlp_ratio}; expected num_classes >= 0, mlp_ratio >= 1.")
+    if not (math.isfinite(input_scale) and input_scale > 0):
+        raise ValueError(f"input_scale is {input_scale}; expected a finite number > 0.")
+    if noise_range is not None and not (len(noise_range) == 2 and 0 < noise_range[0] <= noise_range[1]):
+        raise ValueError(f"noise_range is {noise_range}; expected (t_min, t_max) with 0 < t_min <= t_max, or None.")

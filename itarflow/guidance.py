@@ -1,0 +1,127 @@
+"""Classifier-free guidance of an autoregressive flow: the rules, and how the weight grows over tokens.
+
+A guided block runs twice on the same tokens: with the labels, and as a guiding pass without them
+and / or with tempered attention. A rule then moves the first affine map away from the second.
+The rules are not interchangeable: equal weights give different images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Affine = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How samples are guided. The default guides nothing.
+
+    Args:
+        weight: w in (1 + w) * conditional - w * unconditional; 0 = off. Never negative.
+        rule: what is extrapolated. "log_scale": shift and log-scale (TARFlow, equation 10);
+            "scale": shift and scale (the published iTARFlow code), whose result may turn negative;
+            "gaussian": the product of Gaussians p(x|y)^(1+w) / p(x)^w, with the variance ratio
+            kept at most 1 (STARFlow), which is always a valid Gaussian.
+        schedule: "constant", or "linear": the token at position n of N, in the block's own order, gets
+            weight * n / (N - 1).
+        blocks: which blocks are guided, counted from the noise side, which is where sampling starts: a number k
+            = the first k that are inverted; a collection of indices = those (0 = the first inverted); None = all.
+        shift: whether the shift is guided.
+        scale: whether the scale is guided.
+        temperature: divides the attention logits of the guiding pass. Away from 1 it guides models without
+            labels (TARFlow, appendix B).
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    weight: float = 0.0
+    rule: Literal["log_scale", "scale", "gaussian"] = "scale"
+    schedule: Literal["constant", "linear"] = "linear"
+    blocks: int | Collection[int] | None = None
+    shift: bool = True
+    scale: bool = True
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(
+                f"Guidance weight is {self.weight}; expected a finite number >= 0, where 0 turns guidance off "
+                "(a guidance_scale s of diffusers is the weight s - 1)."
+            )
+        if self.rule not in _RULES:
+            raise ValueError(f"Guidance rule is {self.rule!r}; expected one of {', '.join(_RULES)}.")
+        if self.schedule not in ("constant", "linear"):
+            raise ValueError(f"Guidance schedule is {self.schedule!r}; expected 'constant' or 'linear'.")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise ValueError(
+                f"Guidance temperature is {self.temperature}; expected a finite number > 0 (1 = untouched)."
+            )
+        chosen = self.blocks if isinstance(self.blocks, Collection) else (self.blocks or 0,)
+        if any(index < 0 for index in chosen):
+            raise ValueError(
+                f"Guidance blocks is {self.blocks}; expected None for all blocks, a number of blocks >= 0, "
+                "or a collection of indices >= 0 counted from the noise side."
+            )
+
+    def guides(self, block: int) -> bool:
+        """Whether the block inverted as number `block` (0 = the first, at the noise side) is guided."""
+        if self.weight == 0 or not (self.shift or self.scale):
+            return False
+        if self.blocks is None:
+            return True
+        return block in self.blocks if isinstance(self.blocks, Collection) else block < self.blocks
+
+    def weights(self, start: int, stop: int, num_tokens: int, like: Tensor) -> Tensor:
+        """The weights (stop - start, 1) of the tokens at positions start .. stop - 1 of `num_tokens`."""
+        if self.schedule == "constant":
+            return torch.full((stop - start, 1), self.weight, device=like.device, dtype=like.dtype)
+        positions = torch.arange(start, stop, device=like.device, dtype=like.dtype)[:, None]
+        return self.weight * positions / max(num_tokens - 1, 1)
+
+
+def guide(conditional: Affine, guiding: Affine, weights: Tensor, guidance: Guidance) -> Affine:
+    """Combine the two passes of a guided block.
+
+    Args:
+        conditional: (shift, log_scale), each (B, n, D).
+        guiding: the same of the guiding pass.
+        weights: (n, 1), from `Guidance.weights`.
+        guidance: the rule, and which of shift and scale it may change.
+
+    Returns:
+        (shift, scale), each (B, n, D), of x = z * scale + shift. The scale is not given as a logarithm
+        since the rule "scale" may make it negative.
+    """
+    shift, scale = _RULES[guidance.rule](conditional, guiding, weights)
+    return (
+        shift if guidance.shift else conditional[0],
+        scale if guidance.scale else conditional[1].exp(),
+    )
+
+
+def _log_scale(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
+    return shift + weights * (shift - shift_u), (log_scale + weights * (log_scale - log_scale_u)).exp()
+
+
+def _scale(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
+    scale = log_scale.exp()
+    return shift + weights * (shift - shift_u), scale + weights * (scale - log_scale_u.exp())
+
+
+def _gaussian(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
+    ratio = (2 * (log_scale - log_scale_u)).exp().clamp(max=1)  # sigma^2 / sigma_u^2
+    precision = 1 + weights - weights * ratio  # of the product, in units of 1 / sigma^2
+    return ((1 + weights) * shift - weights * ratio * shift_u) / precision, log_scale.exp() * precision.rsqrt()
+
+
+_RULES = {"log_scale": _log_scale, "scale": _scale, "gaussian": _gaussian}

@@ -1,0 +1,96 @@
+"""How the noise level is drawn in training, how the loss is weighted, and uniform dequantisation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """The noise that training adds: noisy = images + t * eps."""
+
+    t_min: float = 0.01
+    """Smallest noise level, a standard deviation in the units of the images."""
+    t_max: float = 0.3
+    """Largest noise level, where sampling starts. Equal to t_min for a single-sigma TARFlow."""
+    distribution: Literal["uniform", "quadratic", "lognormal", "constant", "dequantise"] = "uniform"
+    """How t is drawn. uniform: t uniform in [t_min, t_max]. quadratic: t^2 uniform. lognormal: EDM's
+    exp(N(-1.2, 1)), which is not limited to [t_min, t_max]. constant: t = t_max, the single sigma of TARFlow.
+    dequantise: no Gaussian noise, but uniform noise of one grey level, for likelihoods of 8-bit images."""
+    weight: Literal["one", "t", "t2", "t_normalised", "t2_normalised"] = "t"
+    """Loss weight of a sample. one: 1. t: t, the paper's choice. t2: t^2. t_normalised: t / (t_min + t_max).
+    t2_normalised: t^2 / (t_min^2 + t_max^2)."""
+
+    def __post_init__(self) -> None:
+        if not (0 < self.t_min <= self.t_max and math.isfinite(self.t_max)):
+            raise ValueError(
+                f"Noise levels t_min={self.t_min}, t_max={self.t_max}; expected 0 < t_min <= t_max < infinity."
+            )
+        if self.distribution in ("uniform", "quadratic") and self.t_min == self.t_max:
+            raise ValueError(
+                f"Noise distribution {self.distribution!r} needs t_min < t_max, but both are {self.t_max}. "
+                "Use distribution='constant' for a single noise level."
+            )
+
+
+def draw_noise_level(config: NoiseConfig, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Noise levels (B,) in float32 on the generator's device, by `config.distribution`.
+
+    For "dequantise" they are zeros: there is no Gaussian noise to name.
+    """
+    device = generator.device
+    if config.distribution == "lognormal":
+        return lognormal_level(torch.randn(batch_size, generator=generator, device=device))
+    if config.distribution == "constant":
+        return torch.full((batch_size,), config.t_max, device=device)
+    if config.distribution == "dequantise":
+        return torch.zeros(batch_size, device=device)
+    u = torch.rand(batch_size, generator=generator, device=device)
+    level = uniform_level if config.distribution == "uniform" else quadratic_level
+    return level(u, config.t_min, config.t_max)
+
+
+def uniform_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
+    """t uniform in [t_min, t_max], from u uniform in [0, 1)."""
+    return u * (t_max - t_min) + t_min
+
+
+def quadratic_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
+    """t with t^2 uniform in [t_min^2, t_max^2], from u uniform in [0, 1)."""
+    return (u * (t_max**2 - t_min**2) + t_min**2).sqrt()
+
+
+def lognormal_level(n: Tensor) -> Tensor:
+    """t = exp(n - 1.2) from n standard normal: the training distribution of EDM (Karras et al. 2022)."""
+    return (n - 1.2).exp()
+
+
+def loss_weight(config: NoiseConfig, noise_level: Tensor) -> Tensor:
+    """Weights (B,) of the samples' losses, by `config.weight`; noise_level is (B,)."""
+    if config.weight == "one":
+        return torch.ones_like(noise_level)
+    if config.weight == "t":
+        return noise_level
+    if config.weight == "t2":
+        return noise_level**2
+    if config.weight == "t_normalised":
+        return noise_level / (config.t_min + config.t_max)
+    return noise_level**2 / (config.t_min**2 + config.t_max**2)
+
+
+def dequantise(images: Tensor, u: Tensor) -> Tensor:
+    """Spread 8-bit images evenly over [-1, 1), for likelihoods that can be compared (TARFlow, section 4.1).
+
+    Args:
+        images: (B, C, H, W) in [-1, 1], of the 256 levels k / 127.5 - 1.
+        u: the same shape, uniform in [0, 1).
+
+    Returns:
+        (k + u) / 128 - 1, so that each level owns an interval of length 1/128.
+    """
+    return ((images + 1) * 127.5 + u) / 128 - 1
