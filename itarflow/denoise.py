@@ -13,12 +13,15 @@ from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
 import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from itarflow.flow import TARFlow
 
 Method = Literal["euler", "heun", "multistep", "sde"]
+_METHODS = get_args(Method)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -134,8 +137,8 @@ def denoise(
     Raises:
         ValueError: num_steps < 1, t_min or t_max out of order, or an unknown method.
     """
-    if method not in _SOLVERS:
-        raise ValueError(f"denoising method is {method!r}; expected one of {', '.join(_SOLVERS)}.")
+    if method not in _METHODS:
+        raise ValueError(f"denoising method is {method!r}; expected one of {', '.join(_METHODS)}.")
     steps = _heun_intervals(num_steps) if method == "heun" else num_steps
     levels = noise_levels(t_max, t_min, steps)
     x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
@@ -229,9 +232,6 @@ def _sde(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, g
     return x
 
 
-_SOLVERS = get_args(Method)
-
-
 def _frozen_view(flow: TARFlow) -> TARFlow:
     """A second module over the same weights that no gradient reaches.
 
@@ -241,3 +241,33 @@ def _frozen_view(flow: TARFlow) -> TARFlow:
     shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in flow.parameters()}
     shared |= {id(buffer): buffer for buffer in flow.buffers()}
     return copy.deepcopy(flow, shared).eval()
+
+
+class DenoiseScheduler(SchedulerMixin, ConfigMixin):
+    """How a checkpoint is denoised unless told otherwise: the defaults of `denoise`, stored beside the weights.
+
+    Args:
+        t_max: noise level at which the flow is sampled.
+        t_min: smallest level at which the denoiser is asked.
+        num_denoise_steps: score evaluations.
+        method: see `denoise`.
+        clip: clamp the clean estimates to [-1, 1].
+
+    Raises:
+        ValueError: values that `denoise` would refuse.
+    """
+
+    config_name = "scheduler_config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        t_max: float,
+        t_min: float,
+        num_denoise_steps: int = 10,
+        method: Method = "euler",
+        clip: bool = False,
+    ) -> None:
+        noise_levels(t_max, t_min, num_denoise_steps)
+        if method not in _METHODS:
+            raise ValueError(f"denoising method is {method!r}; expected one of {', '.join(_METHODS)}.")

@@ -199,7 +199,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         Raises:
             ValueError: as `forward`, and a noise level outside the trained range.
         """
-        self._check_noise_range(noise_level)
+        self.check_noise_range(noise_level)
         z, log_det = self(images, labels, noise_level)
         variance = self.prior_variance.to(z.dtype)
         log_prior = -0.5 * (z.square() / variance + variance.log() + LOG_2PI)
@@ -237,7 +237,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         """
         if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
-        self._check_noise_range(noise_level)
+        self.check_noise_range(noise_level)
         labels = self._checked_labels(labels, len(z))
         noise_level = self._checked_noise_level(noise_level, len(z))
         guidance = guidance or Guidance()
@@ -320,7 +320,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             raise ValueError(f"noise_level is {level.flatten().tolist()[:5]}; expected finite numbers > 0.")
         return level.reshape(-1).expand(batch_size)
 
-    def _check_noise_range(self, noise_level: Tensor | float | None) -> None:
+    def check_noise_range(self, noise_level: Tensor | float | None) -> None:
         """Refuse levels that the flow was not trained on. It reads the values, so it is not for training steps."""
         if self.config.noise_range is None or noise_level is None or not self.config.noise_conditioned:
             return

@@ -44,7 +44,7 @@ class Guidance:
     weight: float = 0.0
     rule: Literal["log_scale", "scale", "gaussian"] = "scale"
     schedule: Literal["constant", "linear"] = "linear"
-    blocks: int | Collection[int] | None = None
+    blocks: int | tuple[int, ...] | None = None
     shift: bool = True
     scale: bool = True
     temperature: float = 1.0

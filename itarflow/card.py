@@ -1,0 +1,107 @@
+"""The model card that is written beside a shared checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+_TEMPLATE = """---
+{metadata}
+---
+
+# {name}
+
+A normalizing flow that generates images: {kind}, trained with `itarflow`.
+
+```python
+from itarflow import ITARFlowPipeline
+
+pipe = ITARFlowPipeline.from_pretrained("{name}")  # this repository's id, or a local folder
+image = pipe({example}).images[0]
+```
+
+## What it is
+
+{architecture}
+
+## How it samples
+
+{sampling}
+
+## How it was trained
+
+{training}
+
+## Results
+
+{results}
+
+## References
+
+- S. Zhai et al., [Normalizing Flows are Capable Generative Models](https://arxiv.org/abs/2412.06329), ICML 2025.
+- T. Chen et al., [Normalizing Flows with Iterative Denoising](https://arxiv.org/abs/2604.20041), 2026.
+"""
+
+
+def model_card(
+    *,
+    architecture: Mapping[str, Any],
+    sampling: Mapping[str, Any],
+    training: Mapping[str, Any] | None,
+    class_names: list[str] | None,
+) -> ModelCard:
+    """A card with metadata that the Hub reads and tables that people read.
+
+    Args:
+        architecture: the flow's config and number of parameters.
+        sampling: defaults of the pipeline.
+        training: what `training.py` stores: "name", "data", "recipe" and "metrics"; None = unknown.
+        class_names: names of the labels; None = unlabelled.
+    """
+    training = training or {}
+    name, metrics = training.get("name", "itarflow"), training.get("metrics", {})
+    iterative = architecture.get("noise_conditioned", True)
+    metadata = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["itarflow", "normalizing-flow", "iTARFlow" if iterative else "TARFlow", "image-generation"],
+        datasets=[training["data"]] if training.get("data") else None,
+        metrics=sorted(metrics) or None,
+    )
+    recipe = training.get("recipe", {})
+    return ModelCard(
+        _TEMPLATE.format(
+            metadata=metadata.to_yaml(),
+            name=name,
+            kind="iTARFlow (conditioned on the noise level)" if iterative else "TARFlow (one noise level)",
+            example=f"class_labels=[{class_names[0]!r}]" if class_names else "num_images=1",
+            architecture=_table(architecture),
+            sampling=_table(sampling),
+            training=_table(_flat(recipe)) if recipe else "Not recorded.",
+            results=_table(metrics) if metrics else "Not recorded.",
+        )
+    )
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = [f"| {key} | {_cell(value)} |" for key, value in values.items() if not str(key).startswith("_")]
+    return "\n".join(["| setting | value |", "| --- | --- |", *rows])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    if isinstance(value, list | tuple):
+        text = ", ".join(map(str, value))
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

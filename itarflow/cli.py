@@ -1,0 +1,252 @@
+"""The command `itarflow`: sample from a checkpoint, look into one, and convert from and to the official format."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from itarflow.convert import CheckpointError, export_official, load_official
+from itarflow.denoise import DenoiseScheduler, Method
+from itarflow.embedding import NULL_LABEL
+from itarflow.flow import TARFlow
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.presets import T_MAX, T_MIN
+from itarflow.progress import image_grid
+
+_console = Console()
+
+Positional = tyro.conf.Positional
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Make images with a checkpoint.
+
+    Example: itarflow sample runs/digits/pipeline --class-labels 3 1 4 --output digits.png
+    """
+
+    checkpoint: Positional[str]
+    """A folder with a pipeline, such as runs/digits/pipeline, or a Hugging Face Hub id (NAME/MODEL)."""
+    output: Path = Path("samples.png")
+    """A picture file for a grid of all images, or a folder (any name without suffix) for one file an image."""
+    class_labels: tuple[str, ...] = ()
+    """Labels, by name or number. None = every class in turn, or no labels if the model has none."""
+    num_images: int | None = None
+    """How many images; labels are repeated in turn. None = one a label, or 16 if there are no labels."""
+    seed: int = 0
+    """Image number i depends on the seed, on i and on its label, and on nothing else."""
+    guidance_weight: float | None = None
+    """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
+    num_denoise_steps: int | None = None
+    """Score evaluations, 1 or more; 0 shows the noisy images. None = the checkpoint's."""
+    method: Method | None = None
+    """Solver of the denoising ODE. None = the checkpoint's."""
+    batch_size: int = 64
+    """Images that are made at a time; lower it if memory runs out."""
+    device: str | None = None
+    """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        _check_output(self.output)
+        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
+        pipe.to(self.device or _best_device())
+        labels = self._labels(pipe)
+        result = pipe(
+            class_labels=labels,
+            num_images=len(labels),
+            guidance_weight=self.guidance_weight,
+            num_denoise_steps=self.num_denoise_steps,
+            method=self.method,
+            generator=torch.Generator().manual_seed(self.seed),
+            batch_size=self.batch_size,
+        )
+        if self.output.suffix:
+            image_grid(result.images, columns=min(len(labels), 10)).save(self.output)
+            _console.print(f"{len(labels)} images in {self.output}")
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(result.images):
+            image.save(self.output / f"{index:06d}.png")
+        _console.print(f"{len(labels)} images in {self.output}/")
+
+    def _labels(self, pipe: ITARFlowPipeline) -> list[int | None]:
+        num_classes = pipe.flow.config.num_classes
+        given: Sequence[int | None]
+        if self.class_labels:
+            given = [_label(pipe, text) for text in self.class_labels]
+        else:
+            given = list(range(num_classes)) if num_classes else [None]
+        count = self.num_images if self.num_images is not None else len(given) if num_classes else 16
+        if count < 1:
+            raise ValueError(f"--num-images is {count}; expected a number >= 1.")
+        return [given[index % len(given)] for index in range(count)]
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what a checkpoint is: architecture, noise levels, sampling defaults, and how it was trained."""
+
+    checkpoint: Positional[str]
+    """A folder with a pipeline, or a Hugging Face Hub id (NAME/MODEL)."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
+        config, parameters = pipe.flow.config, sum(p.numel() for p in pipe.flow.parameters())
+        kind = "iTARFlow, conditioned on the noise level" if config.noise_conditioned else "TARFlow, one noise level"
+        num_tokens, token_dim = pipe.flow.z_shape
+        _table("Flow", {
+            "kind": kind,
+            "parameters": f"{parameters:,}",
+            "trained on noise levels": _range(config.noise_range),
+            "z": f"{num_tokens} tokens of {token_dim} values",
+            **_public(config, without=("noise_conditioned", "noise_range")),
+        })  # fmt: skip
+        _table("Sampling defaults", {
+            **_public(pipe.scheduler.config),
+            **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},
+        })  # fmt: skip
+        if pipe.config.class_names:
+            _table("Labels", {str(index): name for index, name in enumerate(pipe.config.class_names[:20])})
+        training = pipe.config.training
+        if training:
+            recipe = training.get("recipe", {})
+            _table("Training", {key: value for key, value in training.items() if key not in ("recipe", "metrics")})
+            _table("Results", training.get("metrics", {}))
+            _table("Recipe", {section: values for section, values in recipe.items() if isinstance(values, dict)})
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Turn an official ml-tarflow or ml-itarflow checkpoint into a pipeline, or back by --to-official.
+
+    Example: itarflow convert imagenet_model.pth imagenet64/ --t-max 0.3
+    """
+
+    source: Positional[str]
+    """An official .pth file; with --to-official a pipeline's folder or Hub id."""
+    target: Positional[Path]
+    """The folder to write; with --to-official the .pth file."""
+    to_official: bool = False
+    """Write the official format from ours."""
+    in_channels: int = 3
+    """Channels of the images, which the file does not tell."""
+    input_scale: float = 1.0
+    """The official input_scale, which the file does not tell."""
+    t_max: float | None = None
+    """Noise level at which to sample: the official t1, or TARFlow's noise_std. None = the paper's for the image
+    size, else 0.3."""
+    t_min: float | None = None
+    """Smallest noise level for denoising: the official t0. None = the paper's 0.01, or less if t_max asks for it."""
+    guidance_weight: float = 0.0
+    """Guidance by default, in the way of the official code that made the checkpoint."""
+    num_denoise_steps: int | None = None
+    """Score evaluations by default. None = 10 for an iTARFlow, 1 for a TARFlow."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        if self.to_official:
+            flow = ITARFlowPipeline.from_pretrained(self.source).flow
+            _console.print(f"official checkpoint in {export_official(flow, self.target)}")
+            return
+        noise_range = (self.t_min, self.t_max) if self.t_min is not None and self.t_max is not None else None
+        flow = load_official(
+            Path(self.source), in_channels=self.in_channels, input_scale=self.input_scale, noise_range=noise_range
+        )
+        self._pipeline(flow).save_pretrained(self.target)
+        parameters = sum(parameter.numel() for parameter in flow.parameters())
+        _console.print(f"pipeline with {parameters:,} parameters in {self.target}/; see `itarflow info {self.target}`")
+
+    def _pipeline(self, flow: TARFlow) -> ITARFlowPipeline:
+        iterative, size = flow.config.noise_conditioned, flow.config.image_size
+        t_max = self.t_max if self.t_max is not None else T_MAX.get(size, 0.3)
+        if self.t_max is None:
+            _console.print(f"[yellow]t_max is not in the file; {t_max} is assumed. Say --t-max if it is another.")
+        scheduler = DenoiseScheduler(
+            t_max=t_max,
+            t_min=self.t_min if self.t_min is not None else min(T_MIN, t_max / 2),
+            num_denoise_steps=self.num_denoise_steps or (10 if iterative else 1),
+        )
+        guidance = {
+            "weight": self.guidance_weight,
+            "rule": "scale" if iterative else "log_scale",
+            "schedule": "linear",
+        }
+        return ITARFlowPipeline(flow, scheduler, guidance=guidance, training={"name": Path(self.source).stem})
+
+
+Command = (
+    Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Convert, tyro.conf.subcommand("convert")]
+)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line; exits with 1 and a message where something is wrong.
+
+    Args:
+        args: the words after `itarflow`; None = the process's.
+    """
+    command: Any = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="itarflow",
+        description="Normalizing flows that generate images. Training is started by the files in recipes/.",
+        args=args,
+    )
+    try:
+        command.run()
+    except (CheckpointError, OSError, ValueError) as error:
+        _console.print(f"[red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _label(pipe: ITARFlowPipeline, text: str) -> int | None:
+    """A label from the command line: a name if there is one like it, else a number."""
+    if text in (pipe.config.class_names or []) or not text.lstrip("-").isdigit():
+        return pipe.label_id(text)
+    number = int(text)
+    return None if number == NULL_LABEL else pipe.label_id(number)
+
+
+def _check_output(output: Path) -> None:
+    """Refuse a picture format that can't be written, before hours of sampling."""
+    if output.suffix and output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(
+            f"--output {output} has an unknown picture format; use .png, or a folder name without a suffix."
+        )
+    folder = output.parent if output.suffix else output
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _public(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in without}
+
+
+def _range(noise_range: Sequence[float] | None) -> str:
+    return "not recorded" if noise_range is None else f"{noise_range[0]:g} to {noise_range[1]:g}"
+
+
+def _table(title: str, values: dict[str, Any]) -> None:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = "  ".join(f"{name}={item}" for name, item in value.items())
+        table.add_row(key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+    _console.print(table)

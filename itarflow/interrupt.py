@@ -1,0 +1,48 @@
+"""SIGINT and SIGTERM as a request that a loop honours at a good moment."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+
+class Interrupted(Exception):  # noqa: N818 - it is not an error
+    """Training was asked to stop, and its state has been saved."""
+
+    def __init__(self, signal_number: int, run_path: Path, step: int) -> None:
+        super().__init__(f"Stopped at step {step}; the state is saved in {run_path}. Go on with --resume.")
+        self.exit_code = 128 + signal_number
+
+
+class StopSignal:
+    """Inside `with`, the first SIGINT or SIGTERM only sets `requested`; a second one acts at once, as usual."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived."""
+        return self.signal_number is not None
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal_number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

@@ -1,0 +1,168 @@
+"""How a recipe becomes a command: overrides from the command line, the dry run, training, and the closing report."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from itarflow.data import DataError, load_data
+from itarflow.estimate import estimate, human_bytes, human_number
+from itarflow.interrupt import Interrupted
+from itarflow.presets import SIZES
+from itarflow.recipe import Recipe, to_json
+from itarflow.run import RunError, Start
+from itarflow.training import Summary, TrainingError, check_classes, describe, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A recipe and how to run it."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Folder of the run; None = runs/NAME."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps. The learning-rate schedule stays that of the whole training, so that
+    --resume can go on; to train shorter altogether, lower train.epochs."""
+    save_every: int | None = None
+    """Steps between saved states; None = the recipe's train.save_every."""
+    dry_run: bool = False
+    """Check settings and data, print parameters, FLOPs and memory, and stop."""
+    resume: bool = False
+    """Go on from the newest saved state of the run."""
+    restart: bool = False
+    """Begin anew although the run exists; the old folder is kept beside the new one."""
+
+
+def main(recipe: Recipe, description: str | None = None, args: list[str] | None = None) -> None:
+    """Run a recipe as a command; exits with 1 and a message where something is wrong.
+
+    Args:
+        recipe: the defaults of all settings.
+        description: what --help says first; usually the recipe file's docstring.
+        args: the command line; None = the process's.
+    """
+    console = Console()
+    try:
+        options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
+    except ValueError as error:
+        _refuse(console, error)
+    try:
+        _run(options, console)
+    except (DataError, RunError, TrainingError, ValueError) as error:
+        _refuse(console, error)
+    except Interrupted as stop:
+        if PartialState().is_main_process:
+            console.print(f"[yellow]{stop}")
+        sys.exit(stop.exit_code)
+
+
+def _refuse(console: Console, error: Exception) -> None:
+    if not PartialState._shared_state or PartialState().is_main_process:
+        console.print(f"[red]Error:[/] {error}", highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def _run(options: Options, console: Console) -> None:
+    recipe = options.recipe
+    if options.save_every is not None:
+        recipe = replace(recipe, train=replace(recipe.train, save_every=options.save_every))
+    if options.max_steps is not None and options.max_steps < 1:
+        raise ValueError(f"--max-steps is {options.max_steps}; expected a number >= 1.")
+    if options.resume and options.restart:
+        raise ValueError("--resume and --restart exclude each other: go on with the run, or begin anew.")
+    recipe.check()
+    main_process = PartialState().is_main_process
+    if main_process:
+        console.print(_settings(recipe))
+    if options.dry_run:
+        if main_process:
+            _dry_run(recipe, console)
+        return
+    start: Start = "resume" if options.resume else "restart" if options.restart else "fresh"
+    run_dir = options.run_dir or Path("runs") / recipe.name
+    summary = train(recipe, run_dir, start=start, max_steps=options.max_steps)
+    if main_process:
+        console.print(_report(summary, recipe))
+
+
+def _settings(recipe: Recipe) -> Table:
+    table = Table(title=f"Recipe {recipe.name}", show_header=False, title_justify="left")
+    for section, values in to_json(recipe).items():
+        if isinstance(values, dict):
+            table.add_row(f"[bold]{section}", "  ".join(f"{key}=[cyan]{_short(value)}[/]" for key, value in values.items()))
+    return table
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + " ".join(f"{key}={_short(item)}" for key, item in value.items()) + ")"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _dry_run(recipe: Recipe, console: Console) -> None:
+    """Print what the recipe would cost, and check its data.
+
+    Raises:
+        DataError: the data is there, but can't be used.
+    """
+    costs = estimate(recipe)
+    table = Table(title="Estimates", show_header=False, title_justify="left")
+    table.add_row("parameters", f"{human_number(costs.parameters)} ({costs.parameters:,}){_paper_note(recipe)}")
+    table.add_row("forward pass", f"{human_number(costs.forward_flops)}FLOP an image")
+    table.add_row("training step", f"{human_number(costs.training_flops)}FLOP an image")
+    table.add_row("sampling", f"{costs.sampling_tokens} sequential token steps, {recipe.sampling.num_denoise_steps} scores")
+    table.add_row("weights, gradients, optimiser", human_bytes(costs.state_bytes))
+    table.add_row("activations", f"{human_bytes(costs.activation_bytes)} an image in float32, about half in bf16")
+    table.add_row("  with gradient checkpointing", f"{human_bytes(costs.checkpointed_bytes)} an image in float32")
+    table.add_row("data", _data_row(recipe))
+    console.print(table)
+    console.print("Dry run: nothing was trained or written.")
+
+
+def _data_row(recipe: Recipe) -> str:
+    """A line about the data set; one on the Hub may be out of reach, which a dry run only reports."""
+    path = recipe.data.path
+    if path is None:
+        return "[yellow]none yet: give a folder, parquet files or a Hub name by --data.path"
+    try:
+        data = load_data(replace(recipe.data, in_memory=False), image_size=recipe.model.image_size,
+                         in_channels=recipe.model.in_channels)  # fmt: skip
+    except DataError as error:
+        if Path(path).expanduser().exists() or path.startswith((".", "/", "~")):
+            raise
+        return f"[yellow]not checked: {error}"
+    check_classes(recipe, data)
+    steps = recipe.num_steps(len(data.train))
+    return (
+        f"{path}: {len(data.train):,} training and {len(data.held_out):,} held-out images, "
+        f"{len(data.class_names) or 'no'} classes; {steps:,} steps in {recipe.train.epochs:g} epochs"
+    )
+
+
+def _paper_note(recipe: Recipe) -> str:
+    for name, size in SIZES.items():
+        if (recipe.model.channels, recipe.model.num_layers) == (size.channels, size.num_layers):
+            return f"; iTARFlow-{name}, {size.paper_parameters} in the paper. {size.note}".rstrip()
+    return ""
+
+
+def _report(summary: Summary, recipe: Recipe) -> Table:
+    table = Table(title="Done", show_header=False, title_justify="left")
+    table.add_row("trained", f"{summary.steps:,} steps in {summary.seconds:.0f} s, {summary.images_per_second:.0f} images/s")
+    table.add_row("held-out", describe(summary.held_out))
+    if summary.bad_steps:
+        table.add_row("skipped steps", f"[yellow]{summary.bad_steps} whose gradient was not finite")
+    table.add_row("sample grid", str(summary.grid))
+    table.add_row("metrics", str(summary.run.metrics))
+    table.add_row("pipeline", str(summary.run.pipeline))
+    example = " --class-labels 3" if recipe.model.num_classes > 3 else ""
+    table.add_row("next", f"itarflow sample {summary.run.pipeline}{example} --num-images 8 --output samples.png")
+    return table

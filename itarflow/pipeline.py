@@ -1,0 +1,403 @@
+"""The diffusers pipeline: noise -> inverse of the flow -> denoising -> images, and how it is stored and shared."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import logging
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+from PIL import Image
+from torch import Tensor
+
+from itarflow.card import model_card
+from itarflow.codec import to_uint8
+from itarflow.denoise import Denoiser, DenoiseScheduler, FlowDenoiser, Method, denoise
+from itarflow.embedding import NULL_LABEL
+from itarflow.flow import TARFlow
+from itarflow.guidance import Guidance
+
+logger = logging.get_logger(__name__)
+
+Labels = int | str | None
+
+# What diffusers writes in model_index.json, and one-line modules by which its generic loader finds our classes
+# in a Hub repository if the caller trusts remote code. Ours needs neither: see `load_config`.
+_COMPONENTS = {"flow": ("itarflow.flow", "TARFlow"), "scheduler": ("itarflow.denoise", "DenoiseScheduler")}
+_SHIMS = {
+    "pipeline.py": "from itarflow.pipeline import ITARFlowPipeline  # noqa: F401\n",
+    "flow/modeling_flow.py": "from itarflow.flow import TARFlow  # noqa: F401\n",
+    "scheduler/scheduling_denoise.py": "from itarflow.denoise import DenoiseScheduler  # noqa: F401\n",
+}
+_SHIMMED = {
+    "_class_name": ["pipeline", "ITARFlowPipeline"],
+    "flow": ["modeling_flow", "TARFlow"],
+    "scheduler": ["scheduling_denoise", "DenoiseScheduler"],
+}
+
+
+class ITARFlowPipeline(DiffusionPipeline):
+    """Generates images from class labels, or without any.
+
+    Args:
+        flow: generates at noise level t_max, and denoises unless a call names another denoiser.
+        scheduler: the denoising defaults.
+        guidance: the guidance defaults, as fields of `Guidance`; None = unguided.
+        class_names: the name of each label; None = labels have no names.
+        training: a record of how the flow was trained, for the model card and `itarflow info`.
+
+    Example:
+        >>> flow = TARFlow(image_size=8, in_channels=1, channels=64, num_layers=(1, 1), num_classes=2)
+        >>> pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.02), class_names=["cat", "dog"])
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(class_labels=["dog", 0], generator=torch.Generator().manual_seed(0)).images[0].size
+        (8, 8)
+    """
+
+    model_cpu_offload_seq = "flow"
+
+    def __init__(
+        self,
+        flow: TARFlow,
+        scheduler: DenoiseScheduler,
+        guidance: dict[str, Any] | None = None,
+        class_names: list[str] | None = None,
+        training: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if class_names is not None and len(class_names) != flow.config.num_classes:
+            raise ValueError(
+                f"class_names has {len(class_names)} names for a flow with {flow.config.num_classes} classes."
+            )
+        Guidance(**(guidance or {}))  # refuses what is wrong
+        self.register_modules(flow=flow, scheduler=scheduler)
+        self.register_to_config(guidance=guidance, class_names=class_names, training=training)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Labels | Sequence[Labels] = None,
+        num_images: int | None = None,
+        *,
+        guidance_weight: float | None = None,
+        guidance: Guidance | None = None,
+        num_denoise_steps: int | None = None,
+        method: Method | None = None,
+        t_max: float | None = None,
+        t_min: float | None = None,
+        clip: bool | None = None,
+        denoiser: Denoiser | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        denoise_batch_size: int | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """Make images. What is left out is taken from the checkpoint.
+
+        Args:
+            class_labels: one label or several, as numbers or names; None inside a list, or alone = unlabelled.
+            num_images: how many; None = one a label. With a single label it is repeated.
+            guidance_weight: w >= 0 in (1 + w) * conditional - w * unconditional; 0 = off.
+            guidance: rule, schedule and blocks; `guidance_weight` then overrides its weight.
+            num_denoise_steps: score evaluations, >= 1; 1 = TARFlow's single step. 0 = return the noisy images.
+            method: "euler", "heun", "multistep" or "sde".
+            t_max: noise level at which the flow is sampled, inside its noise_range.
+            t_min: smallest level at which the denoiser is asked.
+            clip: clamp the clean estimates to [-1, 1].
+            denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
+            generator: one for all images (image i then depends on its seed and on i alone), or one an image.
+            batch_size: images that are generated at a time, to bound memory; None = all.
+            denoise_batch_size: images that are denoised at a time; None = as many as are generated.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) in [0, 1].
+            return_dict: False returns a tuple.
+
+        Returns:
+            An object whose `images` are of `output_type`.
+
+        Raises:
+            ValueError: labels, counts, noise levels or settings out of range. Nothing has been computed then.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'.")
+        labels, count = self._labels(class_labels, num_images)
+        guidance = self._guidance(guidance, guidance_weight, labels)
+        scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, clip)
+        generators = image_generators(generator, count)
+        size = _positive("batch_size", batch_size) or count
+        denoiser = denoiser or FlowDenoiser(self.flow, _positive("denoise_batch_size", denoise_batch_size))
+        steps = 0 if num_denoise_steps == 0 else scheduler.config.num_denoise_steps
+        chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
+        images = []
+        with self.progress_bar(total=len(chunks) * (self.flow.num_solved_tokens + steps)) as bar:
+            for chunk in chunks:
+                part = None if labels is None else labels[chunk]
+                noisy = self.flow.inverse(
+                    self.flow.sample_prior(len(generators[chunk]), generators[chunk]),
+                    part,
+                    scheduler.config.t_max,
+                    guidance=guidance,
+                    progress=bar.update,
+                )
+                if steps == 0:
+                    images.append(noisy)
+                    continue
+                clean = denoise(
+                    denoiser,
+                    noisy,
+                    part,
+                    t_max=scheduler.config.t_max,
+                    t_min=scheduler.config.t_min,
+                    num_steps=steps,
+                    method=scheduler.config.method,
+                    clip=scheduler.config.clip,
+                    generator=generators[chunk],
+                    callback=lambda *_: bar.update(1),
+                )
+                images.append(clean)
+        self.maybe_free_model_hooks()
+        result = _converted(torch.cat(images), output_type)
+        return ImagePipelineOutput(images=result) if return_dict else (result,)
+
+    def _labels(self, class_labels: Labels | Sequence[Labels], num_images: int | None) -> tuple[Tensor | None, int]:
+        """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""
+        single = class_labels is None or isinstance(class_labels, int | str | np.integer)
+        given = [class_labels] if single else list(class_labels)
+        if not given:
+            raise ValueError("class_labels is empty; expected at least one label, or None for unlabelled images.")
+        if num_images is not None and (num_images < 1 or len(given) not in (1, num_images)):
+            raise ValueError(
+                f"num_images is {num_images} for {len(given)} class_labels; expected a number >= 1, "
+                "and a single label or as many labels as images."
+            )
+        if num_images is not None and len(given) == 1:
+            given = given * num_images
+        if all(label is None for label in given):
+            return None, len(given)
+        return torch.tensor([self.label_id(label) for label in given], device=self._execution_device), len(given)
+
+    def label_id(self, label: Labels) -> int:
+        """The number of a label given by number or name; None = no label.
+
+        Raises:
+            ValueError: there is no such label.
+        """
+        num_classes, names = self.flow.config.num_classes, self.config.class_names or []
+        if label is None:
+            return NULL_LABEL
+        if num_classes == 0:
+            raise ValueError(f"class label {label!r} was given, but this flow has no classes; leave class_labels out.")
+        if isinstance(label, str):
+            if label in names:
+                return names.index(label)
+            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
+            raise ValueError(f"class label {label!r} is not known; names of this checkpoint: {known}.")
+        if not 0 <= label < num_classes:
+            raise ValueError(f"class label {label} is out of range; expected 0 .. {num_classes - 1}, or None.")
+        return int(label)
+
+    def _guidance(self, guidance: Guidance | None, weight: float | None, labels: Tensor | None) -> Guidance:
+        chosen = guidance or self.default_guidance
+        if weight is not None:
+            chosen = replace(chosen, weight=weight)
+        if chosen.weight > 0 and labels is None and chosen.temperature == 1:
+            if weight:
+                raise ValueError(
+                    f"guidance_weight is {weight}, but there are no labels to guide by; give class_labels, "
+                    "or a guidance with temperature != 1, or guidance_weight=0."
+                )
+            chosen = replace(chosen, weight=0.0)
+        return chosen
+
+    @property
+    def default_guidance(self) -> Guidance:
+        """The guidance stored with the checkpoint."""
+        stored = dict(self.config.guidance or {})
+        if isinstance(stored.get("blocks"), list):
+            stored["blocks"] = tuple(stored["blocks"])
+        return Guidance(**stored)
+
+    def _scheduler(
+        self,
+        t_max: float | None,
+        t_min: float | None,
+        num_denoise_steps: int | None,
+        method: Method | None,
+        clip: bool | None,
+    ) -> DenoiseScheduler:
+        """The stored scheduler with a call's own values put in, all checked against the flow."""
+        stored = self.scheduler.config
+        scheduler = DenoiseScheduler(
+            t_max=stored.t_max if t_max is None else t_max,
+            t_min=stored.t_min if t_min is None else t_min,
+            num_denoise_steps=num_denoise_steps or stored.num_denoise_steps,
+            method=stored.method if method is None else method,
+            clip=stored.clip if clip is None else clip,
+        )
+        self.flow.check_noise_range(scheduler.config.t_max)
+        return scheduler
+
+    # -- storing and sharing ------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the pipeline: safetensors, configs, a model card, and shims for diffusers' generic loader.
+
+        Args:
+            save_directory: a folder; made if needed.
+            kwargs: as in diffusers; `safe_serialization=False` and `push_to_hub` are refused.
+        """
+        if kwargs.pop("safe_serialization", True) is not True:
+            raise ValueError("safe_serialization=False would write a pickle; itarflow only writes safetensors.")
+        if kwargs.pop("push_to_hub", False):
+            raise ValueError("push_to_hub=True is not an option of save_pretrained here; call pipe.push_to_hub(repo_id).")
+        folder = Path(save_directory)
+        super().save_pretrained(folder, **kwargs)
+        _rewrite_json(folder / self.config_name, _SHIMMED)
+        _rewrite_json(folder / "flow" / "config.json", {})
+        for name, source in _SHIMS.items():
+            (folder / name).write_text(source)
+        self.model_card().save(folder / "README.md")
+
+    def model_card(self) -> Any:
+        """The card of this pipeline, a `huggingface_hub.ModelCard`."""
+        parameters = sum(parameter.numel() for parameter in self.flow.parameters())
+        return model_card(
+            architecture={"parameters": f"{parameters:,}", **self.flow.config},
+            sampling={**self.scheduler.config, **{f"guidance {k}": v for k, v in asdict(self.default_guidance).items()}},
+            training=self.config.training,
+            class_names=self.config.class_names,
+        )
+
+    @classmethod
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, but names the installed package's classes instead of a repository's shims."""
+        loaded = super().load_config(*args, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if "flow" in config:
+            config["_class_name"] = cls.__name__
+            config |= {name: list(component) for name, component in _COMPONENTS.items()}
+        return loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> ITARFlowPipeline:
+        """Load from a folder or a Hub repository. No code from the repository is run, and no pickle is read.
+
+        Args:
+            pretrained_model_name_or_path: a folder written by `save_pretrained`, or a Hub id ("name/model").
+            kwargs: as in diffusers; `revision`, `token`, `cache_dir` and `local_files_only` also guide the download.
+
+        Raises:
+            OSError: there is no such folder or repository, or it holds no pipeline, or its weights are damaged.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            options = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+            download = {key: kwargs.pop(key) for key in options if key in kwargs}
+            folder = Path(_download(str(pretrained_model_name_or_path), download))
+        if not (folder / cls.config_name).is_file():
+            raise OSError(
+                f"{folder} holds no pipeline: {cls.config_name} is missing. Expected a folder written by "
+                "save_pretrained, such as runs/NAME/pipeline. An official .pth file is turned into one "
+                "by `itarflow convert`."
+            )
+        try:
+            return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
+        except Exception as error:
+            raise OSError(
+                f"The pipeline in {folder} can't be loaded: {error}\nIf a file is truncated or missing, copy or "
+                "download the folder again."
+            ) from error
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the pipeline with its model card; returns the address of the commit.
+
+        Args:
+            repo_id: "name/model"; made if needed.
+            kwargs: `private`, `token`, `commit_message`, `create_pr`, and options of `save_pretrained`.
+        """
+        token, private = kwargs.pop("token", None), kwargs.pop("private", None)
+        upload = {
+            "commit_message": kwargs.pop("commit_message", None) or "Upload an itarflow pipeline",
+            "create_pr": kwargs.pop("create_pr", False),
+        }
+        repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **kwargs)
+            return str(upload_folder(repo_id=repo, folder_path=folder, token=token, **upload))
+
+
+def image_generators(
+    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
+) -> list[torch.Generator]:
+    """One generator an image, so that image i depends neither on how many are made nor on the batch size.
+
+    Args:
+        generator: one, from which a seed for each image is drawn; or already one an image; None = torch's global one.
+        count: number of images.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        if len(generator) != count:
+            raise ValueError(f"{len(generator)} generators were given for {count} images; expected one, or one each.")
+        return list(generator)
+    device = "cpu" if generator is None else generator.device
+    # Drawn one by one: a larger draw need not begin with the numbers of a smaller one.
+    seeds = [int(torch.randint(2**62, (), generator=generator, device=device)) for _ in range(count)]
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+
+def _rewrite_json(path: Path, changes: dict[str, Any]) -> None:
+    """Put `changes` in, and take out the path that diffusers notes on loading: it is nobody else's business."""
+    content = {**json.loads(path.read_text()), **changes}
+    content.pop("_name_or_path", None)
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _download(repo_id: str, options: dict[str, Any]) -> str:
+    looks_local = repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1
+    if looks_local:
+        raise OSError(
+            f"{repo_id!r} is neither a folder here nor a Hub id (NAME/MODEL). A finished training run has its "
+            "pipeline in runs/NAME/pipeline."
+        )
+    try:
+        # Weights in pickles, and code, stay where they are.
+        patterns = ["*.json", "*.safetensors", "README.md"]
+        return snapshot_download(repo_id, allow_patterns=patterns, **options)
+    except Exception as error:
+        raise OSError(f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}") from error
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; expected a number >= 1, or None.")
+    return value
+
+
+def _converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
+    """(B, C, H, W) in [-1, 1] -> the output type; says which images are not finite."""
+    broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        logger.warning(
+            f"Images {broken} contain NaN or infinite values: the flow's inverse diverged. Less guidance "
+            "or float32 weights often help."
+        )
+    if output_type == "pt":
+        return (images.clamp(-1, 1) + 1) / 2
+    if output_type == "np":
+        return ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy()
+    return to_pil(images)
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, C, H, W) in [-1, 1], C = 1 or 3 -> greyscale or RGB pictures."""
+    arrays = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]

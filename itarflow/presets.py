@@ -1,0 +1,151 @@
+"""The papers' model sizes and set-ups, as data.
+
+Figures are from iTARFlow (arXiv 2604.20041, tables 2 to 5, and the published commands) and from
+TARFlow (arXiv 2412.06329, table 7, and the published commands).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from itarflow.flow import TARFlow
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The architecture. Values that differ between blocks are lists, image side first and noise side last."""
+
+    image_size: int
+    """Side of the square images in pixels; other images are cropped and resized to it."""
+    in_channels: int = 3
+    """1 = greyscale, 3 = colour."""
+    num_classes: int = 0
+    """Number of labels; 0 = a model without labels."""
+    patch_size: int | tuple[int, ...] = 2
+    """Side of a patch; divides image_size. One number, or one a block."""
+    channels: int | tuple[int, ...] = 768
+    """Width of the transformers; a multiple of head_dim. One number, or one a block."""
+    num_layers: tuple[int, ...] = (8, 8, 8, 8, 8, 8, 8, 8)
+    """Transformer layers of each block; as many blocks as numbers."""
+    noise_conditioned: bool = True
+    """True = iTARFlow, which knows the noise level; False = TARFlow."""
+    volume_preserving: bool = False
+    """Blocks that only shift, with a prior variance estimated in training."""
+    shared_layers: int = 0
+    """Layers that all blocks share and run first, counted as part of num_layers."""
+    input_scale: float = 1.0
+    """Factor on the images at the entrance of the flow."""
+    learned_first_token: bool = False
+    """Let each block transform its first token too, by an affine of noise level and label alone."""
+    head_dim: int = 64
+    """Width of an attention head."""
+    mlp_ratio: int = 4
+    """Hidden width of the MLPs, in units of channels."""
+
+    def build(self, noise_range: Sequence[float] | None = None) -> TARFlow:
+        """The flow, freshly initialised; raises ValueError where the settings do not fit together."""
+        return TARFlow(**asdict(self), noise_range=noise_range)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A row of iTARFlow's table 2."""
+
+    channels: int
+    num_layers: tuple[int, ...]
+    paper_parameters: str
+    """As the paper prints it."""
+    note: str = ""
+
+
+SIZES: dict[str, Size] = {
+    "S": Size(
+        channels=1280,
+        num_layers=(2, 2, 2, 12),
+        paper_parameters="350M",
+        note="The paper counts the 18 layers alone; with noise, class and position embeddings there are 417M.",
+    ),
+    "B": Size(channels=1280, num_layers=(4, 4, 4, 24), paper_parameters="770M"),
+    "L": Size(channels=1600, num_layers=(4, 4, 4, 24), paper_parameters="1.2B"),
+    "XL": Size(channels=2176, num_layers=(4, 4, 4, 24), paper_parameters="2.2B"),
+}
+
+T_MIN = 0.01
+T_MAX = {64: 0.3, 128: 0.5, 256: 0.7}
+"""iTARFlow's largest noise level at each resolution."""
+
+
+def itarflow_model(size: str, resolution: int, num_classes: int = 1000) -> ModelConfig:
+    """iTARFlow at a resolution in pixels: 1024 tokens, whatever the resolution (patch = resolution / 32).
+
+    Args:
+        size: "S", "B", "L" or "XL".
+        resolution: a multiple of 32.
+        num_classes: 0 = unconditional.
+
+    Raises:
+        ValueError: unknown size, or a resolution that 32 does not divide.
+    """
+    if size not in SIZES:
+        raise ValueError(f"model size is {size!r}; expected one of {', '.join(SIZES)}.")
+    if resolution < 32 or resolution % 32:
+        raise ValueError(f"resolution is {resolution}; expected a multiple of 32.")
+    row = SIZES[size]
+    return ModelConfig(
+        image_size=resolution,
+        num_classes=num_classes,
+        patch_size=resolution // 32,
+        channels=row.channels,
+        num_layers=row.num_layers,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TARFlowRow:
+    """A row of TARFlow's table 7, there written P-Ch-T-K-noise."""
+
+    image_size: int
+    patch_size: int  # P
+    channels: int  # Ch
+    num_blocks: int  # T
+    num_layers: int  # K, in each block
+    noise_std: float | None  # None = uniform dequantisation, U(0, 1/128)
+    num_classes: int
+    batch_size: int
+    epochs: int
+
+    def model(self) -> ModelConfig:
+        """The architecture."""
+        return ModelConfig(
+            image_size=self.image_size,
+            num_classes=self.num_classes,
+            patch_size=self.patch_size,
+            channels=self.channels,
+            num_layers=(self.num_layers,) * self.num_blocks,
+            noise_conditioned=False,
+        )
+
+
+TARFLOW: dict[str, TARFlowRow] = {
+    "imagenet64_bpd": TARFlowRow(
+        image_size=64, patch_size=2, channels=768, num_blocks=8, num_layers=8, noise_std=None,
+        num_classes=0, batch_size=256, epochs=100,
+    ),  # 2-768-8-8-U(0, 1/128)
+    "imagenet64_uncond": TARFlowRow(
+        image_size=64, patch_size=2, channels=768, num_blocks=8, num_layers=8, noise_std=0.05,
+        num_classes=0, batch_size=256, epochs=200,
+    ),  # 2-768-8-8-N(0, 0.05^2)
+    "imagenet64_cond": TARFlowRow(
+        image_size=64, patch_size=2, channels=768, num_blocks=8, num_layers=8, noise_std=0.05,
+        num_classes=1000, batch_size=256, epochs=200,
+    ),  # 2-768-8-8-N(0, 0.05^2)
+    "imagenet128": TARFlowRow(
+        image_size=128, patch_size=4, channels=1024, num_blocks=8, num_layers=8, noise_std=0.15,
+        num_classes=1000, batch_size=768, epochs=320,
+    ),  # 4-1024-8-8-N(0, 0.15^2)
+    "afhq256": TARFlowRow(
+        image_size=256, patch_size=8, channels=768, num_blocks=8, num_layers=8, noise_std=0.07,
+        num_classes=3, batch_size=256, epochs=4000,
+    ),  # 8-768-8-8-N(0, 0.07^2)
+}  # fmt: skip

@@ -1,0 +1,55 @@
+"""What people look at while they wait: the live line of a training, and grids of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Show = Callable[[int, float | None, float], None]
+"""show(step, loss or None, images a second)"""
+
+
+@contextmanager
+def training_progress(console: Console, name: str, total_steps: int, first_step: int) -> Iterator[Show]:
+    """A live line: bar, step, loss, images a second, time gone and time left."""
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]:.0f} images/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=total_steps, completed=first_step, loss="-", speed=0.0)
+
+        def show(step: int, loss: float | None, speed: float) -> None:
+            fields = {} if loss is None else {"loss": f"{loss:.4f}"}
+            progress.update(task, completed=step, speed=speed, **fields)
+
+        yield show
+
+
+def image_grid(images: Sequence[Image.Image], columns: int, smallest: int = 48) -> Image.Image:
+    """Images of one size side by side with a thin gap, row by row; tiny ones are enlarged without smoothing.
+
+    Args:
+        images: all of one size and mode.
+        columns: images a row.
+        smallest: side in pixels up to which small images are enlarged, by a whole factor.
+    """
+    factor = max(1, -(-smallest // images[0].width))
+    width, height = images[0].width * factor, images[0].height * factor
+    rows, gap = -(-len(images) // columns), 2
+    grid = Image.new(images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+        grid.paste(enlarged, (column * (width + gap), row * (height + gap)))
+    return grid

@@ -1,0 +1,226 @@
+"""What a recipe is: all settings of an experiment, as data that can be printed, stored and overridden."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from itarflow.data import DataConfig
+from itarflow.denoise import DenoiseScheduler, Method
+from itarflow.guidance import Guidance
+from itarflow.noise import NoiseConfig
+from itarflow.presets import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How the flow is trained. The defaults are the papers'."""
+
+    epochs: float = 300
+    """Times that each training image is seen; sets the length of the learning-rate schedule."""
+    batch_size: int = 512
+    """Images an optimiser step, over all processes and accumulated micro-batches."""
+    accumulation: int = 1
+    """Micro-batches that an optimiser step is split into, to save memory. The result is the same."""
+    learning_rate: float = 1e-4
+    """Highest learning rate, after the warm-up."""
+    min_learning_rate: float = 1e-6
+    """Learning rate of the first and of the last step."""
+    warmup_epochs: float = 1.0
+    """Length of the linear warm-up, before the cosine decay."""
+    weight_decay: float = 1e-4
+    """AdamW's, on all parameters."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm. None = never."""
+    label_drop: float = 0.1
+    """Probability that a training image goes without its label, which guidance needs."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights for sampling and sharing, e.g. 0.9999. None = do not."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Precision of the transformers. Affine maps, losses and log-determinants are float32 always."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: far less memory, about a third more time."""
+    compile: bool = False
+    """Compile the transformer layers with torch.compile; needs a C++ compiler, pays off on long runs."""
+    seed: int = 0
+    """Decides the initial weights, the order of the images, and all noise."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every_epochs: float = 10.0
+    """Epochs between held-out evaluations."""
+    sample_every_epochs: float = 10.0
+    """Epochs between sample grids."""
+    save_every: int = 1000
+    """Steps between saved states, from which --resume goes on."""
+    keep_states: int = 2
+    """Newest saved states that are kept."""
+    max_bad_steps: int = 10
+    """Give up after so many steps in a row whose loss or gradient is not finite. Such steps are skipped."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where Accelerate logs to, besides metrics.jsonl: tensorboard, wandb, mlflow, ..."""
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "batch_size", "accumulation", "log_every", "save_every", "keep_states", "max_bad_steps",
+                    "evaluate_every_epochs", "sample_every_epochs", "learning_rate")  # fmt: skip
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number > 0.")
+        if not 0 <= self.label_drop <= 1:
+            raise ValueError(f"train.label_drop is {self.label_drop}; expected a probability in [0, 1].")
+        if self.batch_size % self.accumulation:
+            raise ValueError(
+                f"train.batch_size {self.batch_size} is not a multiple of train.accumulation {self.accumulation}."
+            )
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"train.ema_decay is {self.ema_decay}; expected a number in [0, 1), or None.")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; expected a number > 0, or None.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the grids during training are sampled, and the defaults of the shared pipeline."""
+
+    guidance: Guidance = field(default_factory=Guidance)
+    """Guidance by class label, or by attention temperature."""
+    num_denoise_steps: int = 10
+    """Score evaluations after the flow's inverse; 1 = TARFlow's single step."""
+    method: Method = "euler"
+    """Solver of the denoising ODE."""
+    clip: bool = False
+    """Clamp the estimates of the clean image to [-1, 1]."""
+    num_images: int = 64
+    """Images of a grid."""
+    batch_size: int = 64
+    """Images that are sampled at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """An experiment. Recipes in the folder recipes/ are instances of this class and nothing more."""
+
+    name: str
+    """Name of the run; its folder is runs/NAME unless --run-dir says otherwise."""
+    model: ModelConfig
+    """The flow."""
+    data: DataConfig
+    """The images."""
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    """The noise that is added in training."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The optimisation."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """The samples."""
+
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """(t_min, t_max) of the trained flow; None for likelihood training, which has no Gaussian noise."""
+        if self.noise.distribution == "dequantise":
+            return None
+        if self.noise.distribution == "constant":
+            return self.noise.t_max, self.noise.t_max
+        return self.noise.t_min, self.noise.t_max
+
+    def scheduler(self) -> DenoiseScheduler:
+        """The denoising defaults of the pipeline."""
+        return DenoiseScheduler(
+            t_max=self.noise.t_max,
+            t_min=self.noise.t_min,
+            num_denoise_steps=self.sampling.num_denoise_steps,
+            method=self.sampling.method,
+            clip=self.sampling.clip,
+        )
+
+    def check(self, num_processes: int = 1) -> None:
+        """Refuse settings that do not fit together, before any work.
+
+        Raises:
+            ValueError: naming the settings.
+        """
+        single = self.noise.distribution in ("constant", "dequantise")
+        if single and self.model.noise_conditioned:
+            raise ValueError(
+                f"noise.distribution is {self.noise.distribution!r}, which has one noise level, but "
+                "model.noise_conditioned is on; set model.noise_conditioned to False, or draw a range of levels."
+            )
+        if not single and not self.model.noise_conditioned:
+            raise ValueError(
+                f"noise.distribution is {self.noise.distribution!r}, a range of noise levels, but "
+                "model.noise_conditioned is off; switch it on, or use noise.distribution constant."
+            )
+        if self.sampling.num_denoise_steps > 1 and self.noise.distribution == "constant":
+            raise ValueError(
+                f"sampling.num_denoise_steps is {self.sampling.num_denoise_steps}, but a flow of one noise level "
+                "has only one step; set it to 1, or train a range of levels."
+            )
+        if self.noise.distribution == "dequantise" and self.noise.weight != "one":
+            raise ValueError(f"noise.weight is {self.noise.weight!r}; likelihood training needs 'one'.")
+        share = num_processes * self.train.accumulation
+        if self.train.batch_size % share:
+            raise ValueError(
+                f"train.batch_size {self.train.batch_size} can't be shared evenly by {num_processes} processes with "
+                f"train.accumulation {self.train.accumulation}; expected a multiple of {share}."
+            )
+        if self.sampling.num_denoise_steps:
+            self.scheduler()
+
+    def steps_per_epoch(self, num_images: int) -> float:
+        """Optimiser steps in which each of num_images is seen once."""
+        return num_images / self.train.batch_size
+
+    def num_steps(self, num_images: int) -> int:
+        """Optimiser steps of the whole training."""
+        return max(1, math.ceil(self.train.epochs * self.steps_per_epoch(num_images)))
+
+
+def learning_rate_factor(step: int, warmup: int, total: int, lowest: float) -> float:
+    """The learning rate of step 0, 1, ... in units of the highest.
+
+    Linear from `lowest` to 1 over `warmup` steps, then half a cosine back to `lowest` at `total`, and there it stays.
+    """
+    if step < warmup:
+        return lowest + (1 - lowest) * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, tuples as lists: what recipe.json holds."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Store the resolved recipe as JSON."""
+    path.write_text(json.dumps(to_json(recipe), indent=2) + "\n")
+
+
+# Settings that change neither weights nor losses, so that a run may go on with other values.
+_FREE = {
+    "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
+    "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.compile",
+    "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",
+}  # fmt: skip
+
+
+def differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
+    """The settings on which a stored recipe and `recipe` disagree so that a run can't go on, "name: old -> new"."""
+    old, new = _flat(stored), _flat(to_json(recipe))
+    names = sorted((old.keys() | new.keys()) - _FREE)
+    return [
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in names
+        if not name.startswith("sampling.") and old.get(name) != new.get(name)
+    ]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+

@@ -1,0 +1,173 @@
+"""A run on disk: its recipe, metrics, sample grids, saved states and the shareable pipeline.
+
+    runs/<name>/recipe.json   metrics.jsonl   samples/step-*.png   state/step-*/   pipeline/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from itarflow.recipe import Recipe, differences, write_recipe
+
+Start = Literal["fresh", "resume", "restart"]
+
+
+class RunError(RuntimeError):
+    """A run folder can't be used as asked; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The folder of a run, and where things lie in it."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def pipeline(self) -> Path:
+        """The latest shareable pipeline."""
+        return self.path / "pipeline"
+
+    def grid(self, step: int) -> Path:
+        """The sample grid of a step."""
+        return self.path / "samples" / f"step-{step:08d}.png"
+
+    def states(self) -> list[Path]:
+        """Whole saved states, oldest first. A state that was being written has another name."""
+        return sorted((self.path / "state").glob("step-*"))
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(dict(values)) + "\n")
+
+    def logged(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        if not self.metrics.exists():
+            return []
+        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
+
+
+def prepare(path: Path, recipe: Recipe, start: Start) -> RunDir:
+    """Make the folder of a run ready to be written, and store the recipe in it.
+
+    Args:
+        path: the run's folder.
+        recipe: resolved.
+        start: "fresh" refuses a folder that has a run, "resume" goes on from its newest state,
+            "restart" moves it aside and begins anew.
+
+    Raises:
+        RunError: the folder can't be written, holds a run already, holds none to resume, or one of another recipe.
+    """
+    run = RunDir(path)
+    if start == "restart" and path.exists():
+        _move_aside(path)
+    if start == "fresh" and run.recipe.exists():
+        what = f"step {_step(run.states()[-1])}" if run.states() else "no saved state yet"
+        raise RunError(
+            f"{path} already holds a run ({what}). Go on with it by --resume, begin anew by --restart (the old run "
+            "is kept beside it), or choose another folder by --run-dir."
+        )
+    if start == "resume":
+        _check_resumable(run, recipe)
+    try:
+        for folder in ("samples", "state"):
+            (path / folder).mkdir(parents=True, exist_ok=True)
+        write_recipe(recipe, run.recipe)
+    except OSError as error:
+        raise RunError(f"{path} can't be written: {error}. Choose another folder by --run-dir.") from error
+    return run
+
+
+def _check_resumable(run: RunDir, recipe: Recipe) -> None:
+    if not run.recipe.exists() or not run.states():
+        raise RunError(f"{run.path} has no saved state to resume from; leave --resume out to begin a run there.")
+    changed = differences(json.loads(run.recipe.read_text()), recipe)
+    if changed:
+        raise RunError(
+            f"{run.path} was trained with other settings, so going on would not be the same run:\n  "
+            + "\n  ".join(changed)
+            + "\nUse the settings of its recipe.json, or begin anew by --restart or in another --run-dir."
+        )
+
+
+def _move_aside(path: Path) -> None:
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    path.rename(aside)
+
+
+def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None], is_main: bool) -> Path:
+    """Write a state completely under another name, then rename it: a state is whole or it is not there.
+
+    Args:
+        run: the run.
+        step: optimiser steps done.
+        keep: newest states to keep.
+        write: fills an existing folder; called by all processes.
+        is_main: whether this process does the renaming and the clearing.
+
+    Raises:
+        RunError: the disk is full or read-only. The older states are untouched.
+    """
+    final = run.path / "state" / f"step-{step:08d}"
+    partial = run.path / "state" / f".partial-{step:08d}"
+    try:
+        if is_main and partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        if is_main:
+            _flush(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            os.replace(partial, final)
+            for old in run.states()[:-keep]:
+                shutil.rmtree(old)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"The state of step {step} could not be saved in {final}: {error}. Older states are whole.") from (
+            error
+        )
+    return final
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder beside `target`, then put it in its place, so that a failed write leaves the old one."""
+    partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".old-{target.name}")
+    for folder in (partial, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    write(partial)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Bring the files to the disk before the rename vouches for them."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+
+
+def _step(state: Path) -> int:
+    return int(state.name.removeprefix("step-"))

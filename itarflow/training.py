@@ -1,0 +1,582 @@
+"""The training loop, on Accelerate.
+
+What a step does is a function of the recipe and the step's number: which images it sees (data.py), their noise
+levels, noise, flips and dropped labels (`draw`), and the learning rate. So nothing but weights, optimiser and step
+need be stored for a resumed run to be the same run, and the number of processes does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, set_seed
+from diffusers.training_utils import EMAModel
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from itarflow import noise as noises
+from itarflow.codec import to_pixels
+from itarflow.data import Batch, DataError, GlobalBatchSampler, ImageData, ImageDataset, batches, in_order, load_data
+from itarflow.embedding import NULL_LABEL
+from itarflow.flow import TARFlow, nll_per_dim, updated_prior_variance
+from itarflow.interrupt import Interrupted, StopSignal
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.progress import image_grid, training_progress
+from itarflow.recipe import Recipe, learning_rate_factor, to_json
+from itarflow.run import RunDir, RunError, Start, prepare, replace_folder, save_state
+
+EVALUATION_BATCH = 50
+"""Held-out images at a time; fixed, since the noise is drawn by batch."""
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says why and what to try."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished training reports."""
+
+    run: RunDir
+    steps: int
+    seconds: float
+    """Of training, over all resumed parts."""
+    images_per_second: float
+    held_out: dict[str, Any]
+    """As `evaluate` returns it."""
+    bad_steps: int
+    grid: Path
+
+
+class Draws(NamedTuple):
+    """All that is random in an optimiser step, for its global batch."""
+
+    noise_level: Tensor
+    """(B,)"""
+    noise: Tensor
+    """(B, C, H, W), standard normal; uniform in [0, 1) for dequantisation."""
+    flip: Tensor
+    """(B,) bool, images to mirror."""
+    drop: Tensor
+    """(B,) bool, images that lose their label."""
+
+
+def draw(recipe: Recipe, step: int, device: torch.device) -> Draws:
+    """The random numbers of optimiser step `step` = 0, 1, ...: they depend on the recipe's seed and the step alone."""
+    size, model = recipe.train.batch_size, recipe.model
+    generator = torch.Generator(device).manual_seed(mixed_seed(recipe.train.seed, step))
+    noise_level = noises.draw_noise_level(recipe.noise, size, generator)
+    flip = torch.rand(size, generator=generator, device=device) < (0.5 if recipe.data.horizontal_flip else 0.0)
+    drop = torch.rand(size, generator=generator, device=device) < recipe.train.label_drop
+    shape = (size, model.in_channels, model.image_size, model.image_size)
+    sample = torch.rand if recipe.noise.distribution == "dequantise" else torch.randn
+    return Draws(noise_level, sample(shape, generator=generator, device=device), flip, drop)
+
+
+def mixed_seed(*numbers: int) -> int:
+    """A seed that differs for every tuple of numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Losses(NamedTuple):
+    """Of one micro-batch."""
+
+    loss: Tensor
+    """(), weighted mean: what is minimised."""
+    nll: Tensor
+    """(), unweighted mean of `nll_per_dim`, nats a dim."""
+    mean_square: Tensor
+    """(N, D), mean of z^2 over the micro-batch."""
+
+
+def training_losses(flow: torch.nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, draws: Draws) -> Losses:
+    """Loss of clean images (b, C, H, W) in [-1, 1] with labels (b,), and their part of the step's draws."""
+    images = torch.where(draws.flip[:, None, None, None], images.flip(3), images)
+    if recipe.noise.distribution == "dequantise":
+        noisy = noises.dequantise(images, draws.noise)
+    else:
+        noisy = images + draws.noise_level[:, None, None, None] * draws.noise
+    labels = torch.where(draws.drop, NULL_LABEL, labels)
+    output = flow(noisy, labels if recipe.model.num_classes else None, draws.noise_level)
+    nll = nll_per_dim(output)
+    weight = noises.loss_weight(recipe.noise, draws.noise_level)
+    return Losses((weight * nll).mean(), nll.detach().mean(), output.z.detach().square().mean(dim=0))
+
+
+@torch.no_grad()
+def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+    """Held-out negative log-likelihood with fixed noise, the same at each call.
+
+    Returns:
+        {"nll": {noise level: nats a dim of the noisy images}, "bpd": bits a dim of the 8-bit images}; the first is
+        empty and the second a number only in likelihood training.
+    """
+    levels = evaluation_levels(recipe)
+    dequantised = recipe.noise.distribution == "dequantise"
+    sums = torch.zeros(max(1, len(levels)), dtype=torch.float64)
+    count = 0
+    flow.eval()
+    for index, batch in enumerate(in_order(dataset, EVALUATION_BATCH)):
+        if index % accelerator.num_processes != accelerator.process_index:
+            continue
+        images = to_pixels(batch.images.to(flow.device))
+        labels = batch.labels if recipe.model.num_classes else None
+        count += len(images)
+        for column, level in enumerate(levels or [0.0]):
+            generator = torch.Generator(flow.device).manual_seed(mixed_seed(recipe.train.seed, index, column, 1))
+            if dequantised:
+                u = torch.rand(images.shape, generator=generator, device=flow.device)
+                log_prob = flow.log_prob(noises.dequantise(images, u), labels)
+            else:
+                eps = torch.randn(images.shape, generator=generator, device=flow.device)
+                log_prob = flow.log_prob(images + level * eps, labels, level)
+            sums[column] -= log_prob.double().sum().cpu()
+    totals = accelerator.reduce(torch.cat([sums, torch.tensor([float(count)], dtype=torch.float64)]).to(flow.device))
+    dims = math.prod(flow.image_shape)
+    means = (totals[:-1] / totals[-1] / dims).tolist()
+    if dequantised:
+        # From a density over [-1, 1], of which a grey level owns 1/128, to a probability of the level, in bits.
+        return {"nll": {}, "bpd": (means[0] + math.log(128)) / math.log(2)}
+    return {"nll": {f"{level:g}": mean for level, mean in zip(levels, means, strict=True)}, "bpd": None}
+
+
+def evaluation_levels(recipe: Recipe) -> list[float]:
+    """Four noise levels from t_min to t_max; the only one, if there is one; none in likelihood training."""
+    if recipe.noise_range is None:
+        return []
+    low, high = recipe.noise_range
+    return [low] if low == high else [low, *np.linspace(low, high, 4)[1:-1].round(6).tolist(), high]
+
+
+def make_pipeline(flow: TARFlow, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any] | None) -> (
+    ITARFlowPipeline
+):
+    """The pipeline that samples during training and is shared afterwards."""
+    pipeline = ITARFlowPipeline(
+        flow,
+        recipe.scheduler(),
+        guidance=asdict(recipe.sampling.guidance),
+        class_names=list(class_names) if recipe.model.num_classes and class_names else None,
+        training=record,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path) -> None:
+    """Write a grid of images from fixed noise and labels, classes in turn."""
+    count, num_classes = recipe.sampling.num_images, recipe.model.num_classes
+    images = pipeline(
+        class_labels=[index % num_classes for index in range(count)] if num_classes else None,
+        num_images=count,
+        generator=torch.Generator().manual_seed(recipe.train.seed),
+        batch_size=recipe.sampling.batch_size,
+        num_denoise_steps=0 if recipe.noise.distribution == "dequantise" else None,
+    ).images
+    image_grid(images, columns=num_classes if 2 <= num_classes <= 12 else 8).save(path)
+
+
+class _State(NamedTuple):
+    """What a saved state holds besides Accelerate's files."""
+
+    step: int = 0
+    seconds: float = 0.0
+    bad_steps: int = 0
+
+
+def train(recipe: Recipe, run_path: Path, *, start: Start = "fresh", max_steps: int | None = None) -> Summary:
+    """Train a flow, and leave its states, grids, metrics and pipeline in the run's folder.
+
+    Args:
+        recipe: resolved settings.
+        run_path: folder of the run.
+        start: "fresh", "resume" or "restart", see `run.prepare`.
+        max_steps: stop after so many optimiser steps; the learning-rate schedule is still the whole training's, so that
+            a resumed run continues it.
+
+    Raises:
+        ValueError: settings or data that do not fit together.
+        RunError: the folder can't be used, or a save failed.
+        TrainingError: too many steps in a row were not finite.
+        Interrupted: SIGINT or SIGTERM arrived; the state has been saved.
+    """
+    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
+    recipe.check()
+    accelerator = Accelerator(
+        mixed_precision=recipe.train.mixed_precision,
+        gradient_accumulation_steps=recipe.train.accumulation,
+        log_with=list(recipe.train.trackers) or None,
+        project_dir=run_path,
+    )
+    recipe.check(accelerator.num_processes)
+    data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
+    check_classes(recipe, data)
+    run = _prepared_run(run_path, recipe, start, accelerator)
+    return _Training(recipe, run, data, accelerator, resume=start == "resume").run_to(max_steps)
+
+
+class _Training:
+    """The objects of one training, and the loop over them."""
+
+    def __init__(
+        self, recipe: Recipe, run: RunDir, data: ImageData, accelerator: Accelerator, *, resume: bool
+    ) -> None:
+        self.recipe, self.run, self.data, self.accelerator = recipe, run, data, accelerator
+        self.console = Console(quiet=not accelerator.is_main_process)
+        self.total_steps = recipe.num_steps(len(data.train))
+        set_seed(recipe.train.seed)
+        flow = recipe.model.build(recipe.noise_range)
+        if recipe.train.gradient_checkpointing:
+            flow.enable_gradient_checkpointing()
+        if recipe.train.compile:
+            flow.compile_repeated_blocks()
+        optimizer = torch.optim.AdamW(
+            flow.parameters(),
+            lr=recipe.train.learning_rate,
+            betas=recipe.train.betas,
+            weight_decay=recipe.train.weight_decay,
+            fused=accelerator.device.type == "cuda",
+        )
+        self.model, self.optimizer = accelerator.prepare(flow, optimizer)
+        self.flow: TARFlow = accelerator.unwrap_model(self.model)
+        self.ema = (
+            None if recipe.train.ema_decay is None else EMAModel(self.flow.parameters(), recipe.train.ema_decay)
+        )
+        self.state = self._load_newest() if resume else _State()
+        accelerator.init_trackers("logs", config=_scalars(to_json(recipe)))
+
+    def run_to(self, max_steps: int | None) -> Summary:
+        """Train up to max_steps or the end, evaluate, and export."""
+        last_step = min(self.total_steps, max_steps or self.total_steps)
+        loader = self._batches()
+        held_out: dict[str, Any] | None = None
+        broken_images, bad_in_a_row = 0, 0
+        first_step, began = self.state.step, time.perf_counter()
+        seconds_before = self.state.seconds
+        with (
+            StopSignal() as stop,
+            training_progress(self.console, self.recipe.name, self.total_steps, first_step) as show,
+        ):
+            while self.state.step < last_step:
+                step = self.state.step
+                losses, grad_norm, broken = self._step(step, loader)
+                broken_images += self._report_broken(broken, broken_images)
+                bad = not math.isfinite(grad_norm)
+                bad_in_a_row = bad_in_a_row + 1 if bad else 0
+                seconds = seconds_before + time.perf_counter() - began
+                self.state = _State(step + 1, seconds, self.state.bad_steps + bad)
+                self._check_bad(bad, bad_in_a_row, losses)
+                done = step + 1 - first_step
+                speed = done * self.recipe.train.batch_size / (time.perf_counter() - began)
+                show(step + 1, float(losses.loss) if step % 5 == 0 else None, speed)
+                if self._due(self.recipe.train.log_every):
+                    self._log(losses, grad_norm, speed)
+                if self._due(self._every(self.recipe.train.evaluate_every_epochs)):
+                    held_out = self._evaluate()
+                if self._due(self._every(self.recipe.train.sample_every_epochs)) and self.state.step < last_step:
+                    self._sample()
+                if self._stopped(stop):
+                    self._save(held_out)
+                    raise Interrupted(stop.signal_number or 0, self.run.path, self.state.step)
+                if self._due(self.recipe.train.save_every) and self.state.step < last_step:
+                    self._save(held_out)
+        seconds = self.state.seconds
+        held_out = self._evaluate()
+        grid = self._sample()
+        self._save(held_out)
+        self.accelerator.end_training()
+        images = (self.state.step - first_step) * self.recipe.train.batch_size
+        speed = images / max(seconds - seconds_before, 1e-9)
+        return Summary(self.run, self.state.step, seconds, speed, held_out, self.state.bad_steps, grid)
+
+    # -- one step -----------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Batch]:
+        train = self.recipe.train
+        sampler = GlobalBatchSampler(
+            len(self.data.train),
+            train.batch_size,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            accumulation=train.accumulation,
+            seed=train.seed,
+            start_step=self.state.step,
+        )
+        return batches(self.data.train, sampler, self.recipe.data.num_workers)
+
+    def _step(self, step: int, loader: Iterator[Batch]) -> tuple[Losses, float, list[str]]:
+        """One optimiser step: mean losses over this process's micro-batches, gradient norm, and unreadable images."""
+        train, accelerator = self.recipe.train, self.accelerator
+        self.model.train()
+        self._set_learning_rate(step)
+        draws = draw(self.recipe, step, accelerator.device)
+        parts: list[Losses] = []
+        broken: list[str] = []
+        grad_norm = math.nan
+        for micro in range(train.accumulation):
+            batch = next(loader)
+            broken += batch.broken
+            size = len(batch.images)
+            start = (micro * accelerator.num_processes + accelerator.process_index) * size
+            part = Draws(*(values[start : start + size] for values in draws))
+            images = to_pixels(batch.images.to(accelerator.device, non_blocking=True))
+            labels = batch.labels.to(accelerator.device, non_blocking=True)
+            with accelerator.accumulate(self.model):
+                losses = training_losses(self.model, self.recipe, images, labels, part)
+                accelerator.backward(losses.loss)
+                if accelerator.sync_gradients:
+                    limit = train.max_grad_norm or math.inf
+                    grad_norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
+                    if math.isfinite(grad_norm):
+                        self.optimizer.step()
+                    self.optimizer.zero_grad()
+            parts.append(Losses(*(value.detach() for value in losses)))
+        mean = Losses(*(torch.stack(values).mean(dim=0) for values in zip(*parts, strict=True)))
+        if math.isfinite(grad_norm):
+            self._after_update(mean)
+        return mean, grad_norm, broken
+
+    def _after_update(self, losses: Losses) -> None:
+        if self.ema is not None:
+            self.ema.step(self.flow.parameters())
+        if self.recipe.model.volume_preserving:
+            mean_square = self.accelerator.reduce(losses.mean_square, "mean")
+            self.flow.prior_variance.copy_(updated_prior_variance(self.flow.prior_variance, mean_square.sqrt()[None]))
+
+    def _set_learning_rate(self, step: int) -> None:
+        train = self.recipe.train
+        warmup = round(train.warmup_epochs * self.recipe.steps_per_epoch(len(self.data.train)))
+        lowest = train.min_learning_rate / train.learning_rate
+        rate = train.learning_rate * learning_rate_factor(step, warmup, self.total_steps, lowest)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _check_bad(self, bad: bool, in_a_row: int, losses: Losses) -> None:
+        if bad:
+            self.console.print(
+                f"[yellow]Step {self.state.step}: the gradient is not finite (loss {float(losses.loss):g}); "
+                f"the step was skipped ({in_a_row} in a row, {self.state.bad_steps} in all)."
+            )
+        if in_a_row >= self.recipe.train.max_bad_steps:
+            raise TrainingError(
+                f"{in_a_row} steps in a row had no finite gradient, up to step {self.state.step}. Try a lower "
+                "train.learning_rate, a longer train.warmup_epochs, a smaller train.max_grad_norm or "
+                "train.mixed_precision no, and --resume from the last saved state, or --restart."
+            )
+
+    def _report_broken(self, names: list[str], before: int) -> int:
+        for name in names:
+            self.console.print(f"[yellow]Unreadable image, replaced by the next one: {name}")
+        limit = self.recipe.data.max_broken
+        if before + len(names) > limit:
+            raise DataError(
+                f"More than {limit} images could not be read, the last one {names[-1]}. Repair or remove them, "
+                "or raise data.max_broken."
+            )
+        return len(names)
+
+    # -- now and then -------------------------------------------------------------------------------------------
+
+    def _every(self, epochs: float) -> int:
+        return max(1, round(epochs * self.recipe.steps_per_epoch(len(self.data.train))))
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0
+
+    def _log(self, losses: Losses, grad_norm: float, speed: float) -> None:
+        loss, nll = self.accelerator.reduce(torch.stack([losses.loss, losses.nll]), "mean").tolist()
+        if not self.accelerator.is_main_process:
+            return
+        on_gpu = self.accelerator.device.type == "cuda"
+        values = {
+            "step": self.state.step,
+            "epoch": self.state.step / self.recipe.steps_per_epoch(len(self.data.train)),
+            "loss": loss,
+            "nll": nll + 0.5 * math.log(2 * math.pi),
+            "grad_norm": grad_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": speed,
+            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+            "seconds": self.state.seconds,
+        }
+        self.run.log(values)
+        self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=self.state.step)
+
+    def _evaluate(self) -> dict[str, Any]:
+        with self._sampling_weights():
+            held_out = evaluate(self.flow, self.data.held_out, self.recipe, self.accelerator)
+        if self.accelerator.is_main_process:
+            self.run.log({"step": self.state.step, "held_out": held_out})
+            flat = {f"held_out/nll at t={level}": value for level, value in held_out["nll"].items()}
+            if held_out["bpd"] is not None:
+                flat["held_out/bpd"] = held_out["bpd"]
+            self.accelerator.log(flat, step=self.state.step)
+            self.console.print(f"step {self.state.step}  held-out {describe(held_out)}")
+        return held_out
+
+    def _sample(self) -> Path:
+        path = self.run.grid(self.state.step)
+        if self.accelerator.is_main_process:
+            with self._sampling_weights():
+                pipeline = make_pipeline(self.flow, self.recipe, self.data.class_names, None)
+                sample_grid(pipeline, self.recipe, path)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _sampling_weights(self) -> Any:
+        return _EMAWeights(self.ema, self.flow)
+
+    def _stopped(self, stop: StopSignal) -> bool:
+        """Whether any process was asked to stop; all must agree, or they would wait for one another."""
+        if self.accelerator.num_processes == 1:
+            return stop.requested
+        flag = torch.tensor([float(stop.requested)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    # -- states and the pipeline --------------------------------------------------------------------------------
+
+    def _save(self, held_out: dict[str, Any] | None) -> None:
+        save_state(
+            self.run,
+            self.state.step,
+            self.recipe.train.keep_states,
+            self._write_state,
+            self.accelerator.is_main_process,
+        )
+        if self.accelerator.is_main_process:
+            record = self._record(held_out)
+            with self._sampling_weights():
+                pipeline = make_pipeline(self.flow, self.recipe, self.data.class_names, record)
+                replace_folder(self.run.pipeline, pipeline.save_pretrained)
+        self.accelerator.wait_for_everyone()
+
+    def _write_state(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        if self.accelerator.is_main_process:
+            if self.ema is not None:
+                tensors = {str(index): tensor for index, tensor in enumerate(self.ema.shadow_params)}
+                save_file(tensors, folder / "ema.safetensors")
+            values = {**self.state._asdict(), "ema_steps": None if self.ema is None else self.ema.optimization_step}
+            (folder / "progress.json").write_text(json.dumps(values, indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+
+    def _load_newest(self) -> _State:
+        folder = self.run.states()[-1]
+        try:
+            values = json.loads((folder / "progress.json").read_text())
+            self.accelerator.load_state(str(folder))
+            ema_steps = values.pop("ema_steps")
+            if self.ema is not None:
+                shadow = load_file(folder / "ema.safetensors")
+                self.ema.load_state_dict(
+                    {
+                        "optimization_step": ema_steps,
+                        "shadow_params": [shadow[str(i)].to(self.accelerator.device) for i in range(len(shadow))],
+                    }
+                )
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
+            raise RunError(f"The state {folder} can't be read: {error}. Remove it to resume from an older one.") from error
+        state = _State(**values)
+        if self.accelerator.is_main_process:
+            kept = [line for line in self.run.logged() if line["step"] <= state.step]
+            self.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.console.print(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
+        return state
+
+    def _record(self, held_out: dict[str, Any] | None) -> dict[str, Any]:
+        """What the pipeline tells about its training."""
+        metrics = {}
+        if held_out is not None:
+            metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in held_out["nll"].items()}
+            if held_out["bpd"] is not None:
+                metrics["held-out bits/dim"] = held_out["bpd"]
+        return {
+            "name": self.recipe.name,
+            "data": self.recipe.data.path,
+            "train_images": len(self.data.train),
+            "held_out_images": len(self.data.held_out),
+            "steps": self.state.step,
+            "total_steps": self.total_steps,
+            "seconds": round(self.state.seconds, 1),
+            "bad_steps": self.state.bad_steps,
+            "metrics": metrics,
+            "recipe": to_json(self.recipe),
+        }
+
+
+class _EMAWeights:
+    """While inside, the flow has its averaged weights, if it keeps any."""
+
+    def __init__(self, ema: EMAModel | None, flow: TARFlow) -> None:
+        self.ema, self.flow = ema, flow
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.store(self.flow.parameters())
+            self.ema.copy_to(self.flow.parameters())
+
+    def __exit__(self, *exception: object) -> None:
+        if self.ema is not None:
+            self.ema.restore(self.flow.parameters())
+
+
+def check_classes(recipe: Recipe, data: ImageData) -> None:
+    """Refuse a data set whose labels are not the model's.
+
+    Raises:
+        DataError: naming both numbers.
+    """
+    num_classes, found = recipe.model.num_classes, len(data.class_names)
+    if num_classes and not found:
+        raise DataError(
+            f"The images in {recipe.data.path} have no labels, but model.num_classes is {num_classes}. Put each class "
+            "in a folder of its own, name the column by data.label_column, or train without labels "
+            "by --model.num-classes 0."
+        )
+    if num_classes and found != num_classes:
+        raise DataError(
+            f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
+            f"set --model.num-classes {found}, or 0 to ignore the labels."
+        )
+
+
+def describe(held_out: Mapping[str, Any]) -> str:
+    """A line such as "nll -1.52 at t=0.02, ..."."""
+    if held_out["bpd"] is not None:
+        return f"{held_out['bpd']:.3f} bits/dim"
+    return "nll " + ", ".join(f"{value:.3f} at t={level}" for level, value in held_out["nll"].items()) + " (nats/dim)"
+
+
+def _prepared_run(path: Path, recipe: Recipe, start: Start, accelerator: Accelerator) -> RunDir:
+    """The run's folder, prepared by the main process; its refusal reaches all processes, so that none waits."""
+    refusal: list[str | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            prepare(path, recipe, start)
+        except RunError as error:
+            refusal = [str(error)]
+    broadcast_object_list(refusal)
+    if refusal[0] is not None:
+        raise RunError(refusal[0])
+    return RunDir(path)
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flat and plain, as trackers want them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _scalars(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | bool | str) else str(value)
+    return flat

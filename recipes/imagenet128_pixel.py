@@ -1,0 +1,23 @@
+"""iTARFlow-L on ImageNet at 128 pixels (arXiv 2604.20041): FID 2.44 in the paper.
+
+    accelerate launch recipes/imagenet128_pixel.py --data.path /data/imagenet
+"""
+
+from itarflow.data import DataConfig
+from itarflow.guidance import Guidance
+from itarflow.launch import main
+from itarflow.noise import NoiseConfig
+from itarflow.presets import T_MAX, T_MIN, itarflow_model
+from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+
+recipe = Recipe(
+    name="imagenet128_pixel",
+    model=itarflow_model("L", 128),
+    data=DataConfig(path="ILSVRC/imagenet-1k", held_out_split="validation"),
+    noise=NoiseConfig(t_min=T_MIN, t_max=T_MAX[128]),
+    train=TrainConfig(epochs=450, batch_size=512, mixed_precision="bf16", gradient_checkpointing=True),
+    sampling=SamplingConfig(guidance=Guidance(weight=3.7, blocks=1)),
+)
+
+if __name__ == "__main__":
+    main(recipe, __doc__)

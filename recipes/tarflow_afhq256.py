@@ -1,0 +1,25 @@
+"""TARFlow on animal faces (AFHQ) at 256 pixels, one noise level (arXiv 2412.06329, table 7: 8-768-8-8-N(0, 0.07^2)).
+
+    accelerate launch recipes/tarflow_afhq256.py --data.path /data/afhq
+"""
+
+from itarflow.data import DataConfig
+from itarflow.guidance import Guidance
+from itarflow.launch import main
+from itarflow.noise import NoiseConfig
+from itarflow.presets import TARFLOW
+from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+
+row = TARFLOW["afhq256"]
+
+recipe = Recipe(
+    name="tarflow_afhq256",
+    model=row.model(),
+    data=DataConfig(path="huggan/AFHQ"),
+    noise=NoiseConfig(t_min=row.noise_std, t_max=row.noise_std, distribution="constant", weight="one"),
+    train=TrainConfig(epochs=row.epochs, batch_size=row.batch_size, mixed_precision="bf16"),
+    sampling=SamplingConfig(guidance=Guidance(weight=2.0, rule="log_scale", schedule="linear"), num_denoise_steps=1),
+)
+
+if __name__ == "__main__":
+    main(recipe, __doc__)

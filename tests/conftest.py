@@ -1,0 +1,121 @@
+"""Tiny flows whose weights are random, so that nothing in them is the identity."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from itarflow.flow import TARFlow
+
+torch.set_num_threads(1)  # on tensors this small, threads only cost time
+
+TINY: dict[str, Any] = {
+    "image_size": 4,
+    "in_channels": 2,
+    "patch_size": 2,
+    "channels": 8,
+    "num_layers": (1, 2),
+    "num_classes": 3,
+    "head_dim": 4,
+    "mlp_ratio": 2,
+}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "volume_preserving": {"volume_preserving": True},
+    "small_patches_last": {"patch_size": (4, 2, 1), "num_layers": (1, 1, 1)},
+    "small_patches_first": {"patch_size": (1, 2), "in_channels": 1},
+    "shared_layers": {"shared_layers": 1, "num_layers": (1, 2, 3)},
+    "first_token": {"learned_first_token": True},
+    "input_scale": {"input_scale": 0.6},
+    "no_classes": {"num_classes": 0},
+    "no_noise_level": {"noise_conditioned": False},
+    "unconditional": {"num_classes": 0, "noise_conditioned": False, "num_layers": (1, 1, 1)},
+    "one_block": {"num_layers": (2,)},
+    "one_token": {"patch_size": 4, "learned_first_token": True},
+    "channels_per_block": {"channels": (8, 12)},
+    "all_at_once": {
+        "patch_size": (1, 2),
+        "in_channels": 1,
+        "volume_preserving": True,
+        "shared_layers": 1,
+        "learned_first_token": True,
+        "input_scale": 1.7,
+    },
+}
+
+
+class Inputs(NamedTuple):
+    """What a flow takes, in the order of its arguments."""
+
+    images: Tensor
+    labels: Tensor | None
+    noise_level: Tensor | None
+
+
+def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.12) -> None:
+    """Move every weight of a module, so that none is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(name="randomise")
+def _randomise() -> Callable[..., None]:
+    return randomise
+
+
+@pytest.fixture
+def make_flow() -> Callable[..., TARFlow]:
+    """make_flow(**changes): a tiny flow with random weights; fresh=True leaves it as its constructor does."""
+
+    def make(*, fresh: bool = False, seed: int = 0, **changes: Any) -> TARFlow:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            flow = TARFlow(**TINY | changes)
+        if not fresh:
+            randomise(flow, seed)
+            if flow.config.volume_preserving:
+                variance = torch.rand(flow.z_shape, generator=torch.Generator().manual_seed(seed))
+                flow.prior_variance.copy_(0.5 + variance)
+        return flow
+
+    return make
+
+
+@pytest.fixture
+def make_inputs() -> Callable[..., Inputs]:
+    """make_inputs(flow): images, labels and noise levels that suit it; the second image has no label."""
+
+    def make(flow: TARFlow, batch_size: int = 3, seed: int = 1) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(batch_size, *flow.image_shape, generator=generator).to(flow.dtype)
+        labels, levels = torch.arange(batch_size) % flow.config.num_classes if flow.config.num_classes else None, None
+        if labels is not None and batch_size > 1:
+            labels[1] = flow.null_label
+        if flow.config.noise_conditioned:
+            levels = torch.linspace(0.1, 0.5, batch_size, dtype=flow.dtype)
+        return Inputs(images, labels, levels)
+
+    return make
+
+
+@pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))
+def variant(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The arguments, one after another, of every kind of flow."""
+    return request.param
+
+
+@pytest.fixture
+def flow(variant: dict[str, Any], make_flow: Callable[..., TARFlow]) -> TARFlow:
+    """A tiny flow of every kind, with random weights, in float32."""
+    return make_flow(**variant)

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+
+
+@pytest.fixture
+def blocks(flow, make_inputs):
+    """Of every kind of flow in float64: each block with a condition and three sets of tokens in its own layout."""
+    flow.double()
+    _, labels, noise_level = make_inputs(flow)
+    generator = torch.Generator().manual_seed(2)
+    return [
+        (
+            block,
+            block.condition(3, labels, noise_level),
+            torch.randn(3, block.num_tokens, block.proj_in.in_features, generator=generator, dtype=torch.float64),
+        )
+        for block in flow.blocks
+    ]
+
+
+def test_jacobian_of_each_block_is_triangular_in_its_own_order(blocks):
+    for index, (block, condition, x) in enumerate(blocks):
+        assert block.reverse == (index % 2 == 1)
+        ordered = (lambda tokens: tokens.flip(1)) if index % 2 else (lambda tokens: tokens)
+        one = condition._replace(embedding=condition.embedding[:1].detach())
+
+        def own_order(tokens, block=block, one=one, ordered=ordered):
+            return ordered(block(ordered(tokens), one).z)
+
+        matrix = jacobian(own_order, x[:1]).reshape(x[0].numel(), x[0].numel())
+        assert torch.equal(matrix, matrix.tril())
+        assert (matrix.diagonal() > 0).all()
+        token = torch.arange(block.num_tokens).repeat_interleave(x.shape[2])
+        assert (matrix[token[:, None] > token] != 0).all()  # every token depends on all before it
+        log_det = block(ordered(x[:1]), one).log_det
+        torch.testing.assert_close(log_det, matrix.diagonal().log().sum()[None])
+
+
+def test_forward_is_the_affine_map_of_windows_with_a_cache(blocks):
+    for block, condition, x in blocks:
+        cache = block.new_cache(len(x))
+        own = x.flip(1) if block.reverse else x
+        windows = [block.first_affine(condition)]
+        windows += [block.affine_at(own[:, n : n + 1], condition, cache, n) for n in range(block.num_tokens - 1)]
+        shift, log_scale = (torch.cat(parts, dim=1) for parts in zip(*windows, strict=True))
+        z = (own - shift) / log_scale.exp()
+        torch.testing.assert_close(block(x, condition).z, z.flip(1) if block.reverse else z)
+
+
+def test_volume_is_kept_by_volume_preserving_blocks_and_by_a_lone_token_only(flow, blocks):
+    for block, condition, x in blocks:
+        lone = block.num_tokens == 1 and not flow.config.learned_first_token
+        kept = torch.equal(block(x, condition).log_det, torch.zeros(3, dtype=x.dtype))
+        assert kept == (flow.config.volume_preserving or lone)
+
+
+def test_first_token_passes_through_unless_it_is_learned(flow, blocks):
+    for block, condition, x in blocks:
+        first = -1 if block.reverse else 0
+        same = torch.equal(block(x, condition).z[:, first], x[:, first])
+        assert same != flow.config.learned_first_token
+
+
+def test_a_block_does_not_own_the_layers_it_shares(make_flow):
+    flow = make_flow(shared_layers=1, num_layers=(1, 2, 3))
+    assert [len(block.transformer.layers) for block in flow.blocks] == [0, 1, 2]
+    assert not any("backbone" in name for block in flow.blocks for name in block.state_dict())
+    assert all(block.backbone == (flow.shared_backbone,) for block in flow.blocks)
+    assert sum(name.startswith("shared_backbone.") for name in flow.state_dict()) == 12
+
+
+def test_temperature_reaches_shared_and_own_layers(make_flow, make_inputs):
+    flow = make_flow(shared_layers=1, num_layers=(1, 2))
+    x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
+    _, labels, noise_level = make_inputs(flow)
+    for block in flow.blocks:
+        plain, tempered = (block(x, block.condition(3, labels, noise_level, t)).z for t in (1.0, 3.0))
+        assert not torch.allclose(plain, tempered, atol=1e-4)

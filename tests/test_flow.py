@@ -1,0 +1,440 @@
+import copy
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch.autograd.functional import jacobian
+from torch.distributions import Normal
+
+from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify, updated_prior_variance
+from itarflow.guidance import Guidance
+from itarflow.transformer import Attention
+
+
+def one_by_one(inputs):
+    """The inputs of a batch as batches of one."""
+    return [[None if v is None else v[i : i + 1] for v in inputs] for i in range(len(inputs.images))]
+
+
+# Density
+
+
+def test_log_det_is_that_of_the_jacobian(flow, make_inputs):
+    flow.double()
+    inputs = make_inputs(flow)
+    expected = []
+    for images, labels, noise_level in one_by_one(inputs):
+        matrix = jacobian(lambda x, rest=(labels, noise_level): flow(x, *rest).z, images)
+        expected.append(torch.linalg.slogdet(matrix.reshape(images.numel(), images.numel())).logabsdet)
+    torch.testing.assert_close(flow(*inputs).log_det, torch.stack(expected))
+
+
+def test_an_image_does_not_see_the_rest_of_its_batch(flow, make_inputs):
+    flow.double()
+    inputs = make_inputs(flow)
+    alone = [flow.log_prob(*one) for one in one_by_one(inputs)]
+    torch.testing.assert_close(flow.log_prob(*inputs), torch.cat(alone))
+
+
+def test_log_prob_is_the_priors_density_times_the_change_of_volume(flow, make_inputs):
+    inputs = make_inputs(flow)
+    z, log_det = flow(*inputs)
+    prior = Normal(torch.zeros(flow.z_shape), flow.prior_variance.sqrt())
+    assert (flow.prior_variance != 1).any() == flow.config.volume_preserving
+    torch.testing.assert_close(flow.log_prob(*inputs), prior.log_prob(z).sum(dim=(1, 2)) + log_det)
+
+
+@pytest.mark.parametrize("volume_preserving", [False, True])
+@pytest.mark.parametrize("in_channels", [1, 2])
+def test_density_integrates_to_one(make_flow, in_channels, volume_preserving):
+    flow = make_flow(
+        image_size=1,
+        in_channels=in_channels,
+        patch_size=1,
+        learned_first_token=True,
+        volume_preserving=volume_preserving,
+        input_scale=0.7,
+    ).double()
+    axis = torch.linspace(-15, 15, 301, dtype=torch.float64)
+    grid = torch.cartesian_prod(*[axis] * in_channels).view(-1, in_channels, 1, 1)
+    density = flow.log_prob(grid, torch.full((len(grid),), 2), 0.3).exp()
+    torch.testing.assert_close(density.sum() * 0.1**in_channels, torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_a_fresh_flow_is_the_identity(variant, make_flow, make_inputs):
+    flow = make_flow(fresh=True, **variant)
+    inputs = make_inputs(flow)
+    z, log_det = flow(*inputs)
+    scale, dims = flow.config.input_scale, inputs.images[0].numel()
+    torch.testing.assert_close(z, patchify(inputs.images, flow.patch_sizes[-1]) * scale)
+    torch.testing.assert_close(log_det, torch.full((3,), dims * math.log(scale)))
+
+
+def test_a_fresh_flow_has_the_density_of_gaussian_noise(variant, make_flow, make_inputs):
+    flow = make_flow(fresh=True, **variant)
+    inputs = make_inputs(flow)
+    expected = Normal(0.0, 1 / flow.config.input_scale).log_prob(inputs.images).sum(dim=(1, 2, 3))
+    torch.testing.assert_close(flow.log_prob(*inputs), expected)
+
+
+# Inverse
+
+
+def test_inverse_undoes_forward(flow, make_inputs):
+    images, labels, noise_level = make_inputs(flow)
+    restored = flow.inverse(flow(images, labels, noise_level).z, labels, noise_level)
+    torch.testing.assert_close(restored, images, atol=1e-4, rtol=0)
+
+
+def test_forward_undoes_inverse(flow, make_inputs):
+    _, labels, noise_level = make_inputs(flow)
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+    restored = flow(flow.inverse(z, labels, noise_level), labels, noise_level).z
+    torch.testing.assert_close(restored, z, atol=1e-4, rtol=0)
+
+
+def test_trajectory_goes_from_z_through_every_block_to_the_images(flow, make_inputs):
+    _, labels, noise_level = make_inputs(flow)
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+    path = flow.inverse(z, labels, noise_level, return_trajectory=True)
+    assert path.shape == (len(flow.blocks) + 1, 3, *flow.image_shape)
+    torch.testing.assert_close(path[0], unpatchify(z, flow.patch_sizes[-1], 4) / flow.config.input_scale)
+    torch.testing.assert_close(path[-1], flow.inverse(z, labels, noise_level))
+    for before, after, block, patch in zip(path, path[1:], flow.blocks[::-1], flow.patch_sizes[::-1], strict=False):
+        condition = block.condition(3, labels, noise_level)
+        mapped = block(patchify(after * flow.config.input_scale, patch), condition).z
+        torch.testing.assert_close(mapped, patchify(before * flow.config.input_scale, patch), atol=1e-4, rtol=1e-4)
+
+
+def test_two_threads_sample_from_one_model_at_once(make_flow):
+    flow = make_flow(num_layers=(1, 1, 1), patch_size=1)
+    z = flow.sample_prior(2, torch.Generator().manual_seed(0))
+    tasks = [
+        (torch.tensor([0, 1]), 0.1, Guidance(weight=2.0, temperature=0.7)),
+        (torch.tensor([2, -1]), 0.5, Guidance(weight=1.0, rule="gaussian", blocks=1)),
+    ]
+    barrier = threading.Barrier(2)
+
+    def sample(labels, noise_level, guidance):
+        barrier.wait()
+        return [flow.inverse(z, labels, noise_level, guidance=guidance) for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(sample, *zip(*tasks, strict=True)))
+    for results, (labels, noise_level, guidance) in zip(together, tasks, strict=True):
+        alone = flow.inverse(z, labels, noise_level, guidance=guidance)
+        assert all(torch.equal(result, alone) for result in results)
+
+
+# Inputs
+
+
+def test_inputs_are_never_mutated(flow, make_inputs):
+    inputs = make_inputs(flow)
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+    originals = copy.deepcopy((inputs, z))
+    flow(*inputs)
+    flow.log_prob(*inputs)
+    flow.inverse(z, *inputs[1:], guidance=Guidance(weight=1.0, temperature=0.5))
+    torch.testing.assert_close((inputs, z), originals, atol=0, rtol=0)
+
+
+def test_no_labels_are_null_labels(make_flow, make_inputs):
+    flow = make_flow()
+    images, _, noise_level = make_inputs(flow)
+    null = torch.full((3,), flow.null_label)
+    assert torch.equal(flow.log_prob(images, None, noise_level), flow.log_prob(images, null, noise_level))
+    assert not torch.equal(flow.log_prob(images, None, noise_level), flow.log_prob(images, null + 1, noise_level))
+
+
+@pytest.mark.parametrize("noise_level", [torch.full((3,), 0.2), torch.tensor(0.2), torch.tensor([0.2])], ids=str)
+def test_one_noise_level_stands_for_all(make_flow, make_inputs, noise_level):
+    flow = make_flow()
+    images, labels, _ = make_inputs(flow)
+    assert torch.equal(flow.log_prob(images, labels, noise_level), flow.log_prob(images, labels, 0.2))
+    assert not torch.equal(flow.log_prob(images, labels, noise_level), flow.log_prob(images, labels, 0.3))
+
+
+def test_a_flow_without_noise_conditioning_ignores_the_noise_level(make_flow, make_inputs):
+    flow = make_flow(noise_conditioned=False)
+    images, labels, _ = make_inputs(flow)
+    assert torch.equal(flow.log_prob(images, labels, 0.2), flow.log_prob(images, labels))
+
+
+@pytest.mark.parametrize("edge", [0.1, 0.3])
+def test_edges_of_the_trained_range_are_inside_in_float32(make_flow, make_inputs, edge):
+    flow = make_flow(noise_range=(0.1, 0.3))
+    images, labels, _ = make_inputs(flow)
+    assert flow.log_prob(images, labels, torch.full((3,), edge)).isfinite().all()
+
+
+def test_patches_are_in_raster_order_and_in_each_channel_row_column():
+    images = torch.arange(2 * 3 * 4 * 4.0).view(2, 3, 4, 4)
+    tokens = patchify(images, 2)
+    for row in range(2):
+        for column in range(2):
+            patch = images[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            assert torch.equal(tokens[:, 2 * row + column], patch.reshape(2, 12))
+    assert torch.equal(unpatchify(tokens, 2, 4), images)
+
+
+def test_samples_of_the_prior_have_its_variance(make_flow):
+    flow = make_flow(volume_preserving=True)
+    z = flow.sample_prior(20_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(z.var(dim=0), flow.prior_variance, atol=0, rtol=0.06)
+
+
+def test_a_sample_of_the_prior_depends_on_its_own_generator_alone(make_flow):
+    flow = make_flow(volume_preserving=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
+    z = flow.sample_prior(3, generators)
+    assert torch.equal(z[1:2], flow.sample_prior(1, torch.Generator().manual_seed(6)))
+    assert not torch.equal(z[0], z[1])
+
+
+def test_the_prior_draws_from_the_global_generator_if_none_is_given(make_flow):
+    flow = make_flow()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        z = flow.sample_prior(2, None)
+    assert torch.equal(z, flow.sample_prior(2, torch.Generator().manual_seed(3)))
+
+
+# Training
+
+
+def test_every_parameter_gets_a_gradient(flow, make_inputs):
+    """Where a block has one token, there is nothing for its transformer to read."""
+    nll_per_dim(flow(*make_inputs(flow))).sum().backward()
+    used = ("first_token", "class_embedding", "noise_embedding") if flow.config.learned_first_token else ()
+    idle = {
+        f"blocks.{index}.{name}"
+        for index, block in enumerate(flow.blocks)
+        for name, _ in block.named_parameters()
+        if block.num_tokens == 1 and not name.startswith(used)
+    }
+    assert {name for name, p in flow.named_parameters() if p.grad is None or not p.grad.any()} == idle
+
+
+def test_loss_is_the_negative_log_likelihood_without_its_constant(make_flow, make_inputs):
+    flow = make_flow(input_scale=0.6)
+    inputs = make_inputs(flow)
+    expected = -flow.log_prob(*inputs) / 32 - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(nll_per_dim(flow(*inputs)), expected)
+
+
+def test_prior_variance_moves_towards_the_mean_square_without_a_gradient():
+    z = torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]]], requires_grad=True)
+    old = torch.tensor([[1.0], [4.0]])
+    updated = updated_prior_variance(old, z, rate=0.25)
+    torch.testing.assert_close(updated, torch.tensor([[0.75 * 1 + 0.25 * 5], [0.75 * 4 + 0.25 * 2]]))
+    assert not updated.requires_grad
+    assert old.tolist() == [[1.0], [4.0]]
+
+
+def test_training_and_evaluation_mode_agree(flow, make_inputs):
+    inputs = make_inputs(flow)
+    assert torch.equal(flow.train().log_prob(*inputs), flow.eval().log_prob(*inputs))
+
+
+def gradients(flow, inputs):
+    flow.zero_grad()
+    flow.log_prob(*inputs).sum().backward()
+    return {name: p.grad.clone() for name, p in flow.named_parameters() if p.grad is not None}
+
+
+def test_gradient_checkpointing_changes_no_gradient(flow, make_inputs):
+    inputs = make_inputs(flow)
+    expected = gradients(flow, inputs)
+    flow.enable_gradient_checkpointing()
+    torch.testing.assert_close(gradients(flow, inputs), expected)
+
+
+def test_gradient_checkpointing_runs_every_layer_twice(make_flow, make_inputs):
+    flow = make_flow(shared_layers=1, num_layers=(2, 3))
+    inputs = make_inputs(flow)
+    calls = []
+    for module in flow.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    gradients(flow, inputs)
+    once = len(calls)
+    flow.enable_gradient_checkpointing()
+    gradients(flow, inputs)
+    assert (once, len(calls) - once) == (2 + 3, 2 * (2 + 3))
+
+
+# Precision
+
+
+def test_half_precision_weights_leave_the_flow_in_float32(flow, make_inputs):
+    inputs = make_inputs(flow)
+    expected = flow(*inputs)
+    half = flow.to(torch.bfloat16)
+    z, log_det = half(*inputs)
+    assert (z.dtype, log_det.dtype, half.log_prob(*inputs).dtype) == (torch.float32,) * 3
+    torch.testing.assert_close((z, log_det), tuple(expected), atol=0.1, rtol=0.02)
+    torch.testing.assert_close(half.inverse(z, *inputs[1:]), inputs.images, atol=0.02, rtol=0)
+
+
+def test_autocast_leaves_the_flow_in_float32(flow, make_inputs):
+    inputs = make_inputs(flow)
+    expected = flow(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z, log_det = flow(*inputs)
+        restored = flow.inverse(z, *inputs[1:])
+    assert (z.dtype, log_det.dtype, restored.dtype) == (torch.float32,) * 3
+    torch.testing.assert_close((z, log_det), tuple(expected), atol=0.1, rtol=0.02)
+    torch.testing.assert_close(restored, inputs.images, atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_images_are_widened_first(make_flow, make_inputs, dtype):
+    flow = make_flow()
+    images, labels, noise_level = make_inputs(flow)
+    images = images.to(dtype)
+    assert torch.equal(flow(images, labels, noise_level).z, flow(images.float(), labels, noise_level).z)
+
+
+# Copies
+
+
+def test_a_saved_flow_loads_bit_equal(flow, make_inputs, tmp_path):
+    inputs = make_inputs(flow)
+    flow.save_pretrained(tmp_path)
+    loaded = TARFlow.from_pretrained(tmp_path)
+    assert torch.equal(loaded.log_prob(*inputs), flow.log_prob(*inputs))
+    assert loaded.patch_sizes == flow.patch_sizes
+
+    def values(config):
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if not k.startswith("_")}
+
+    assert values(loaded.config) == values(flow.config)
+
+
+def test_a_loaded_flow_saves_again(make_flow, make_inputs, tmp_path):
+    flow = make_flow(channels=(8, 12), patch_size=(1, 2), noise_range=(0.01, 0.5))
+    flow.save_pretrained(tmp_path / "first")
+    TARFlow.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    loaded = TARFlow.from_pretrained(tmp_path / "second")
+    inputs = make_inputs(flow)
+    assert torch.equal(loaded.log_prob(*inputs), flow.log_prob(*inputs))
+    with pytest.raises(ValueError, match=r"outside \[0\.01, 0\.5\]"):
+        loaded.log_prob(inputs.images, inputs.labels, 0.6)
+
+
+def test_a_flow_is_rebuilt_from_its_config(flow, make_inputs):
+    rebuilt = TARFlow.from_config(flow.config)
+    rebuilt.load_state_dict(flow.state_dict())
+    inputs = make_inputs(flow)
+    assert torch.equal(rebuilt.log_prob(*inputs), flow.log_prob(*inputs))
+
+
+def test_a_copy_is_equal_and_shares_nothing(flow, make_inputs):
+    inputs = make_inputs(flow)
+    expected = flow.log_prob(*inputs)
+    copied = copy.deepcopy(flow)
+    assert torch.equal(copied.log_prob(*inputs), expected)
+    with torch.no_grad():
+        for tensor in (*copied.parameters(), *copied.buffers()):
+            tensor.fill_(0.1)
+    assert torch.equal(flow.log_prob(*inputs), expected)
+    assert not torch.equal(copied.log_prob(*inputs), expected)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"patch_size": 3}, r"patch_size 3 does not divide image_size 4.*\[1, 2, 4\]"),
+        ({"patch_size": (2, 3)}, "patch_size 3 does not divide"),
+        ({"patch_size": (2, 2, 2)}, r"patch_size has 3 entries.*2 blocks"),
+        ({"channels": (8,)}, "channels has 1 entries.*2 blocks.*one a block"),
+        ({"channels": 10}, "channels 10 is not a multiple of head_dim 4"),
+        ({"channels": (8, 12), "shared_layers": 1}, r"shared_layers=1 needs the same channels.*\(8, 12\)"),
+        ({"num_layers": ()}, r"num_layers is \(\).*at least one block"),
+        ({"num_layers": (1, 0)}, r"num_layers is \(1, 0\).*at least one layer"),
+        ({"image_size": 0}, "must be positive: image_size=0"),
+        ({"in_channels": 0}, "must be positive.*in_channels=0"),
+        ({"patch_size": 0}, r"must be positive.*patch_size=\(0, 0\)"),
+        ({"channels": 0}, r"must be positive.*channels=\(0, 0\)"),
+        ({"head_dim": 0}, "must be positive.*head_dim=0"),
+        ({"shared_layers": -1}, "shared_layers=-1"),
+        ({"num_classes": -1}, "num_classes=-1.*num_classes >= 0"),
+        ({"mlp_ratio": 0}, "mlp_ratio=0.*mlp_ratio >= 1"),
+        ({"input_scale": 0.0}, r"input_scale is 0\.0.*> 0"),
+        ({"input_scale": math.inf}, "input_scale is inf.*finite"),
+        ({"input_scale": math.nan}, "input_scale is nan"),
+        ({"noise_range": (0.3, 0.1)}, r"noise_range is \(0\.3, 0\.1\).*t_min <= t_max"),
+        ({"noise_range": (0.0, 0.1)}, r"noise_range is \(0\.0, 0\.1\).*0 < t_min"),
+        ({"noise_range": (0.1,)}, r"noise_range is \(0\.1,\).*\(t_min, t_max\)"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_refused(make_flow, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make_flow(**changes)
+
+
+CALLS = {
+    "forward": lambda flow, labels, level: flow(torch.zeros(2, 2, 4, 4), labels, level),
+    "log_prob": lambda flow, labels, level: flow.log_prob(torch.zeros(2, 2, 4, 4), labels, level),
+    "inverse": lambda flow, labels, level: flow.inverse(torch.zeros(2, 4, 8), labels, level),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize(
+    ("labels", "noise_level", "words"),
+    [
+        (torch.tensor([0, 3]), 0.2, r"labels \[3\] are out of range; expected 0 \.\. 2, or -1"),
+        (torch.tensor([-2, 0]), 0.2, r"labels \[-2\] are out of range"),
+        (torch.tensor([0]), 0.2, r"labels have shape \(1,\).*expected \(2,\) int64"),
+        (torch.tensor([[0], [1]]), 0.2, r"labels have shape \(2, 1\)"),
+        (torch.tensor([0.0, 1.0]), 0.2, r"type torch\.float32; expected \(2,\) int64"),
+        (None, None, "noise_level is missing.*conditioned"),
+        (None, 0.0, r"noise_level is \[0\.0\].*> 0"),
+        (None, torch.tensor([0.2, -0.1]), r"noise_level is \[0\.2.*-0\.1.*> 0"),
+        (None, math.inf, r"noise_level is \[inf\].*finite"),
+        (None, math.nan, r"noise_level is \[nan\]"),
+        (None, torch.full((3,), 0.2), r"noise_level has shape \(3,\); expected one number or \(2,\)"),
+    ],
+    ids=str,
+)
+def test_wrong_labels_and_noise_levels_are_refused(make_flow, call, labels, noise_level, words):
+    with pytest.raises(ValueError, match=words):
+        call(make_flow(), labels, noise_level)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_labels_for_a_flow_without_classes_are_refused(make_flow, call):
+    with pytest.raises(ValueError, match=r"no classes \(num_classes=0\); pass labels=None"):
+        call(make_flow(num_classes=0), torch.tensor([0, 1]), 0.2)
+
+
+@pytest.mark.parametrize("call", ["log_prob", "inverse"])
+@pytest.mark.parametrize("level", [0.05, 0.31, torch.tensor([0.2, 0.4])], ids=str)
+def test_noise_levels_outside_the_trained_range_are_refused(make_flow, call, level):
+    with pytest.raises(ValueError, match=r"lies outside \[0\.1, 0\.3\].*trained on"):
+        CALLS[call](make_flow(noise_range=(0.1, 0.3)), None, level)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 2, 4, 5), (2, 4, 4)], ids=str)
+def test_images_of_another_shape_are_refused(make_flow, shape):
+    with pytest.raises(ValueError, match=r"images have shape \(2, .*expected \(B, 2, 4, 4\)"):
+        make_flow()(torch.zeros(shape), None, 0.2)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 7), (2, 5, 8), (4, 8), (2, 2, 4, 4)], ids=str)
+def test_z_of_another_shape_is_refused(make_flow, shape):
+    with pytest.raises(ValueError, match=r"z has shape \(.*expected \(B, 4, 8\)"):
+        make_flow().inverse(torch.zeros(shape), None, 0.2)
+
+
+def test_a_wrong_number_of_generators_is_refused(make_flow):
+    with pytest.raises(ValueError, match="2 generators were given for 3 samples; expected one each"):
+        make_flow().sample_prior(3, [torch.Generator(), torch.Generator()])
