@@ -1,6 +1,6 @@
-"""How good are the digits? Class accuracy by an SVC, novelty by nearest neighbours, and the course of the held-out NLL.
+"""How good are the digits? Class accuracy by an SVC, novelty by nearest neighbours, the course of the held-out NLL.
 
-    python benchmarks/digits_quality.py --pipeline runs/digits/pipeline
+python benchmarks/digits_quality.py --pipeline runs/digits/pipeline
 """
 
 from __future__ import annotations

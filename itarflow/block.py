@@ -87,9 +87,7 @@ class AutoregressiveBlock(nn.Module):
         self.transformer = Transformer(channels, num_layers, head_dim, mlp_ratio)
         self.proj_out = zero_initialised(nn.Linear(channels, outputs))
         self.first_token = (
-            nn.Sequential(
-                nn.Linear(channels, channels), nn.GELU(), zero_initialised(nn.Linear(channels, outputs))
-            )
+            nn.Sequential(nn.Linear(channels, channels), nn.GELU(), zero_initialised(nn.Linear(channels, outputs)))
             if learned_first_token
             else None
         )
@@ -116,9 +114,7 @@ class AutoregressiveBlock(nn.Module):
         weight = self.position_embedding.weight
         return new_cache(num_layers, batch_size, self.num_tokens, self.transformer.head_dim, weight)
 
-    def affine_at(
-        self, tokens: Tensor, condition: Condition, cache: Tensor | None = None, start: int = 0
-    ) -> Affine:
+    def affine_at(self, tokens: Tensor, condition: Condition, cache: Tensor | None = None, start: int = 0) -> Affine:
         """The affine maps of the tokens that follow each of `tokens`. All solvers are built on this.
 
         Args:
@@ -151,7 +147,7 @@ class AutoregressiveBlock(nn.Module):
         return self._split(self.first_token(condition.embedding))
 
     def forward(self, x: Tensor, condition: Condition) -> FlowOutput:
-        """x (B, N, D) in raster order -> z in raster order, and the log-determinant (B,)."""
+        """X (B, N, D) in raster order -> z in raster order, and the log-determinant (B,)."""
         x = self._ordered(x)
         shift, log_scale = self.first_affine(condition)
         if self.num_tokens > 1:
@@ -170,7 +166,7 @@ class AutoregressiveBlock(nn.Module):
         solver: solvers.Solver = solvers.sequential,
         progress: solvers.Progress | None = None,
     ) -> Tensor:
-        """z (B, N, D) in raster order -> x in raster order.
+        """Z (B, N, D) in raster order -> x in raster order.
 
         Args:
             z: tokens.

@@ -24,8 +24,6 @@ from itarflow.progress import image_grid
 
 _console = Console()
 
-Positional = tyro.conf.Positional
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -34,7 +32,7 @@ class Sample:
     Example: itarflow sample runs/digits/pipeline --class-labels 3 1 4 --output digits.png
     """
 
-    checkpoint: Positional[str]
+    checkpoint: tyro.conf.Positional[str]
     """A folder with a pipeline, such as runs/digits/pipeline, or a Hugging Face Hub id (NAME/MODEL)."""
     output: Path = Path("samples.png")
     """A picture file for a grid of all images, or a folder (any name without suffix) for one file an image."""
@@ -96,7 +94,7 @@ class Sample:
 class Info:
     """Show what a checkpoint is: architecture, noise levels, sampling defaults, and how it was trained."""
 
-    checkpoint: Positional[str]
+    checkpoint: tyro.conf.Positional[str]
     """A folder with a pipeline, or a Hugging Face Hub id (NAME/MODEL)."""
 
     def run(self) -> None:
@@ -133,9 +131,9 @@ class Convert:
     Example: itarflow convert imagenet_model.pth imagenet64/ --t-max 0.3
     """
 
-    source: Positional[str]
+    source: tyro.conf.Positional[str]
     """An official .pth file; with --to-official a pipeline's folder or Hub id."""
-    target: Positional[Path]
+    target: tyro.conf.Positional[Path]
     """The folder to write; with --to-official the .pth file."""
     to_official: bool = False
     """Write the official format from ours."""
@@ -199,7 +197,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after `itarflow`; None = the process's.
     """
     command: Any = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        Command,
         prog="itarflow",
         description="Normalizing flows that generate images. Training is started by the files in recipes/.",
         args=args,

@@ -34,14 +34,13 @@ class NoiseLevelEmbedding(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.channels = channels
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels)
-        )
+        self.mlp = nn.Sequential(nn.Linear(channels, 4 * channels), nn.GELU(), nn.Linear(4 * channels, channels))
 
     def forward(self, noise_level: Tensor) -> Tensor:
         """noise_level (B,), standard deviations > 0; returns (B, channels)."""
         features = fourier_features(noise_level.log(), self.channels)
-        return self.mlp(features.to(self.mlp[0].weight.dtype))
+        dtype = next(self.mlp.parameters()).dtype
+        return self.mlp(features.to(dtype))
 
 
 class ClassEmbedding(nn.Module):
@@ -52,7 +51,7 @@ class ClassEmbedding(nn.Module):
         self.weight = nn.Parameter(0.01 * torch.randn(num_classes, channels))
 
     def forward(self, labels: Tensor) -> Tensor:
-        """labels (B,) int64 in [0, num_classes), or NULL_LABEL; returns (B, channels)."""
+        """Labels (B,) int64 in [0, num_classes), or NULL_LABEL; returns (B, channels)."""
         table = torch.cat([self.weight, self.weight.mean(dim=0, keepdim=True)])
         # The mean is the table's last row. Selecting it without a branch avoids waiting for the device.
         return table[torch.where(labels < 0, len(self.weight), labels)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -76,7 +77,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         ValueError: arguments that do not fit together.
 
     Example:
-        >>> flow = TARFlow(image_size=8, in_channels=1, patch_size=2, channels=64, num_layers=(1, 1, 2), num_classes=10)
+        >>> flow = TARFlow(image_size=8, in_channels=1, channels=64, num_layers=(1, 1, 2), num_classes=10)
         >>> images, labels, noise_level = torch.zeros(4, 1, 8, 8), torch.tensor([0, 1, 2, -1]), torch.full((4,), 0.1)
         >>> z, log_det = flow(images, labels, noise_level)
         >>> z.shape, log_det.shape
@@ -86,8 +87,8 @@ class TARFlow(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["Layer"]
-    _repeated_blocks = ["Layer"]
+    _no_split_modules: ClassVar = ["Layer"]
+    _repeated_blocks: ClassVar = ["Layer"]
 
     @register_to_config
     def __init__(
@@ -113,9 +114,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         self.patch_sizes = _per_block("patch_size", patch_size, len(layers))
         _check_architecture(image_size, in_channels, self.patch_sizes, widths, layers, shared_layers, head_dim)
         _check_scalars(num_classes, input_scale, mlp_ratio, noise_range)
-        self.shared_backbone = (
-            Transformer(widths[0], shared_layers, head_dim, mlp_ratio) if shared_layers else None
-        )
+        self.shared_backbone = Transformer(widths[0], shared_layers, head_dim, mlp_ratio) if shared_layers else None
         self.blocks = nn.ModuleList(
             AutoregressiveBlock(
                 num_tokens=(image_size // patch) ** 2,
@@ -178,7 +177,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         image_size, patch = self.config.image_size, self.patch_sizes[0]
         x = patchify(images, patch) * self.config.input_scale
         log_det = images.new_full((len(images),), images[0].numel() * math.log(self.config.input_scale))
-        for block, block_patch in zip(self.blocks, self.patch_sizes, strict=True):
+        for block, block_patch in self._blocks():
             if block_patch != patch:
                 x = patchify(unpatchify(x, patch, image_size), block_patch)
                 patch = block_patch
@@ -244,15 +243,14 @@ class TARFlow(ModelMixin, ConfigMixin):
         image_size, patch = self.config.image_size, self.patch_sizes[-1]
         x = z.to(torch.promote_types(z.dtype, torch.float32))
         path = [unpatchify(x, patch, image_size)]
-        for index in reversed(range(len(self.blocks))):
-            block, block_patch = self.blocks[index], self.patch_sizes[index]
+        for from_noise, (block, block_patch) in enumerate(reversed(self._blocks())):
             if block_patch != patch:
                 x = patchify(unpatchify(x, patch, image_size), block_patch)
                 patch = block_patch
             guiding = None
             # Without labels and at temperature 1 the guiding pass equals the other: it changes nothing.
             differs = labels is not None or guidance.temperature != 1
-            if differs and guidance.guides(len(self.blocks) - 1 - index):
+            if differs and guidance.guides(from_noise):
                 guiding = block.condition(len(x), None, noise_level, guidance.temperature)
             condition = block.condition(len(x), labels, noise_level)
             x = block.inverse(x, condition, guiding, guidance, solver, progress)
@@ -265,9 +263,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         """Draw z (B, N, D) in float32 on the flow's device; a list of generators gives each sample its own."""
         from_generator = generator if isinstance(generator, list) else [generator]
         if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(
-                f"{len(generator)} generators were given for {batch_size} samples; expected one each."
-            )
+            raise ValueError(f"{len(generator)} generators were given for {batch_size} samples; expected one each.")
         count = 1 if isinstance(generator, list) else batch_size
         drawn = [
             torch.randn((count, *self.z_shape), generator=g, device="cpu" if g is None else g.device).to(self.device)
@@ -278,7 +274,11 @@ class TARFlow(ModelMixin, ConfigMixin):
     @property
     def num_solved_tokens(self) -> int:
         """How many tokens one call of `inverse` solves, over all blocks."""
-        return sum(block.num_tokens for block in self.blocks)
+        return sum(block.num_tokens for block, _ in self._blocks())
+
+    def _blocks(self) -> list[tuple[AutoregressiveBlock, int]]:
+        """The blocks with their patch sizes, image side first."""
+        return list(zip(cast(Sequence[AutoregressiveBlock], self.blocks), self.patch_sizes, strict=True))
 
     def _checked_images(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or tuple(images.shape[1:]) != self.image_shape:
@@ -300,8 +300,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         if _readable(labels) and not ((labels >= NULL_LABEL) & (labels < num_classes)).all():
             wrong = labels[(labels < NULL_LABEL) | (labels >= num_classes)].tolist()
             raise ValueError(
-                f"labels {wrong[:5]} are out of range; expected 0 .. {num_classes - 1}, "
-                f"or {NULL_LABEL} for no label."
+                f"labels {wrong[:5]} are out of range; expected 0 .. {num_classes - 1}, or {NULL_LABEL} for no label."
             )
         return labels.to(self.device, torch.int64)
 
@@ -313,9 +312,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         level = torch.as_tensor(noise_level, device=self.device)
         level = level.to(torch.promote_types(level.dtype, torch.float32))
         if level.numel() not in (1, batch_size):
-            raise ValueError(
-                f"noise_level has shape {tuple(level.shape)}; expected one number or ({batch_size},)."
-            )
+            raise ValueError(f"noise_level has shape {tuple(level.shape)}; expected one number or ({batch_size},).")
         if _readable(level) and not ((level > 0) & level.isfinite()).all():
             raise ValueError(f"noise_level is {level.flatten().tolist()[:5]}; expected finite numbers > 0.")
         return level.reshape(-1).expand(batch_size)
@@ -376,14 +373,16 @@ def _check_architecture(
         if width % head_dim:
             raise ValueError(f"channels {width} is not a multiple of head_dim {head_dim}; change one of the two.")
     if shared_layers and len(set(channels)) > 1:
-        raise ValueError(f"shared_layers={shared_layers} needs the same channels in all blocks, but they are {channels}.")
+        raise ValueError(
+            f"shared_layers={shared_layers} needs the same channels in all blocks, but they are {channels}."
+        )
 
 
-def _check_scalars(
-    num_classes: int, input_scale: float, mlp_ratio: int, noise_range: Sequence[float] | None
-) -> None:
+def _check_scalars(num_classes: int, input_scale: float, mlp_ratio: int, noise_range: Sequence[float] | None) -> None:
     if num_classes < 0 or mlp_ratio < 1:
-        raise ValueError(f"num_classes={num_classes}, mlp_ratio={mlp_ratio}; expected num_classes >= 0, mlp_ratio >= 1.")
+        raise ValueError(
+            f"num_classes={num_classes}, mlp_ratio={mlp_ratio}; expected num_classes >= 0, mlp_ratio >= 1."
+        )
     if not (math.isfinite(input_scale) and input_scale > 0):
         raise ValueError(f"input_scale is {input_scale}; expected a finite number > 0.")
     if noise_range is not None and not (len(noise_range) == 2 and 0 < noise_range[0] <= noise_range[1]):

@@ -38,7 +38,7 @@ class StopSignal:
     def __exit__(self, *exception: object) -> None:
         self._restore()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = number
         self._restore()
 

@@ -15,10 +15,11 @@ from rich.table import Table
 from itarflow.data import DataError, load_data
 from itarflow.estimate import estimate, human_bytes, human_number
 from itarflow.interrupt import Interrupted
+from itarflow.objective import describe
 from itarflow.presets import SIZES
 from itarflow.recipe import Recipe, to_json
 from itarflow.run import RunError, Start
-from itarflow.training import Summary, TrainingError, check_classes, describe, train
+from itarflow.training import Summary, TrainingError, check_classes, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,9 @@ def _settings(recipe: Recipe) -> Table:
     table = Table(title=f"Recipe {recipe.name}", show_header=False, title_justify="left")
     for section, values in to_json(recipe).items():
         if isinstance(values, dict):
-            table.add_row(f"[bold]{section}", "  ".join(f"{key}=[cyan]{_short(value)}[/]" for key, value in values.items()))
+            table.add_row(
+                f"[bold]{section}", "  ".join(f"{key}=[cyan]{_short(value)}[/]" for key, value in values.items())
+            )
     return table
 
 
@@ -118,7 +121,9 @@ def _dry_run(recipe: Recipe, console: Console) -> None:
     table.add_row("parameters", f"{human_number(costs.parameters)} ({costs.parameters:,}){_paper_note(recipe)}")
     table.add_row("forward pass", f"{human_number(costs.forward_flops)}FLOP an image")
     table.add_row("training step", f"{human_number(costs.training_flops)}FLOP an image")
-    table.add_row("sampling", f"{costs.sampling_tokens} sequential token steps, {recipe.sampling.num_denoise_steps} scores")
+    table.add_row(
+        "sampling", f"{costs.sampling_tokens} sequential token steps, {recipe.sampling.num_denoise_steps} scores"
+    )
     table.add_row("weights, gradients, optimiser", human_bytes(costs.state_bytes))
     table.add_row("activations", f"{human_bytes(costs.activation_bytes)} an image in float32, about half in bf16")
     table.add_row("  with gradient checkpointing", f"{human_bytes(costs.checkpointed_bytes)} an image in float32")
@@ -156,7 +161,9 @@ def _paper_note(recipe: Recipe) -> str:
 
 def _report(summary: Summary, recipe: Recipe) -> Table:
     table = Table(title="Done", show_header=False, title_justify="left")
-    table.add_row("trained", f"{summary.steps:,} steps in {summary.seconds:.0f} s, {summary.images_per_second:.0f} images/s")
+    table.add_row(
+        "trained", f"{summary.steps:,} steps in {summary.seconds:.0f} s, {summary.images_per_second:.0f} images/s"
+    )
     table.add_row("held-out", describe(summary.held_out))
     if summary.bad_steps:
         table.add_row("skipped steps", f"[yellow]{summary.bad_steps} whose gradient was not finite")

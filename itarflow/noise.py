@@ -56,17 +56,17 @@ def draw_noise_level(config: NoiseConfig, batch_size: int, generator: torch.Gene
 
 
 def uniform_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
-    """t uniform in [t_min, t_max], from u uniform in [0, 1)."""
+    """T uniform in [t_min, t_max], from u uniform in [0, 1)."""
     return u * (t_max - t_min) + t_min
 
 
 def quadratic_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
-    """t with t^2 uniform in [t_min^2, t_max^2], from u uniform in [0, 1)."""
+    """T with t^2 uniform in [t_min^2, t_max^2], from u uniform in [0, 1)."""
     return (u * (t_max**2 - t_min**2) + t_min**2).sqrt()
 
 
 def lognormal_level(n: Tensor) -> Tensor:
-    """t = exp(n - 1.2) from n standard normal: the training distribution of EDM (Karras et al. 2022)."""
+    """T = exp(n - 1.2) from n standard normal: the training distribution of EDM (Karras et al. 2022)."""
     return (n - 1.2).exp()
 
 

@@ -100,8 +100,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         batch_size: int | None = None,
         denoise_batch_size: int | None = None,
         output_type: str = "pil",
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple[Any, ...]:
+    ) -> ImagePipelineOutput:
         """Make images. What is left out is taken from the checkpoint.
 
         Args:
@@ -119,7 +118,6 @@ class ITARFlowPipeline(DiffusionPipeline):
             batch_size: images that are generated at a time, to bound memory; None = all.
             denoise_batch_size: images that are denoised at a time; None = as many as are generated.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) in [0, 1].
-            return_dict: False returns a tuple.
 
         Returns:
             An object whose `images` are of `output_type`.
@@ -165,13 +163,15 @@ class ITARFlowPipeline(DiffusionPipeline):
                 )
                 images.append(clean)
         self.maybe_free_model_hooks()
-        result = _converted(torch.cat(images), output_type)
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
+        return ImagePipelineOutput(images=_converted(torch.cat(images), output_type))
 
     def _labels(self, class_labels: Labels | Sequence[Labels], num_images: int | None) -> tuple[Tensor | None, int]:
         """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""
-        single = class_labels is None or isinstance(class_labels, int | str | np.integer)
-        given = [class_labels] if single else list(class_labels)
+        given: list[Labels]
+        if class_labels is None or isinstance(class_labels, int | str):
+            given = [class_labels]
+        else:
+            given = [label.item() if isinstance(label, Tensor | np.integer) else label for label in class_labels]
         if not given:
             raise ValueError("class_labels is empty; expected at least one label, or None for unlabelled images.")
         if num_images is not None and (num_images < 1 or len(given) not in (1, num_images)):
@@ -258,7 +258,9 @@ class ITARFlowPipeline(DiffusionPipeline):
         if kwargs.pop("safe_serialization", True) is not True:
             raise ValueError("safe_serialization=False would write a pickle; itarflow only writes safetensors.")
         if kwargs.pop("push_to_hub", False):
-            raise ValueError("push_to_hub=True is not an option of save_pretrained here; call pipe.push_to_hub(repo_id).")
+            raise ValueError(
+                "push_to_hub=True is not an option of save_pretrained here; call pipe.push_to_hub(repo_id)."
+            )
         folder = Path(save_directory)
         super().save_pretrained(folder, **kwargs)
         _rewrite_json(folder / self.config_name, _SHIMMED)
@@ -272,7 +274,10 @@ class ITARFlowPipeline(DiffusionPipeline):
         parameters = sum(parameter.numel() for parameter in self.flow.parameters())
         return model_card(
             architecture={"parameters": f"{parameters:,}", **self.flow.config},
-            sampling={**self.scheduler.config, **{f"guidance {k}": v for k, v in asdict(self.default_guidance).items()}},
+            sampling={
+                **self.scheduler.config,
+                **{f"guidance {k}": v for k, v in asdict(self.default_guidance).items()},
+            },
             training=self.config.training,
             class_names=self.config.class_names,
         )
@@ -373,7 +378,9 @@ def _download(repo_id: str, options: dict[str, Any]) -> str:
         patterns = ["*.json", "*.safetensors", "README.md"]
         return snapshot_download(repo_id, allow_patterns=patterns, **options)
     except Exception as error:
-        raise OSError(f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}") from error
+        raise OSError(
+            f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}"
+        ) from error
 
 
 def _positive(name: str, value: int | None) -> int | None:

@@ -77,7 +77,7 @@ T_MAX = {64: 0.3, 128: 0.5, 256: 0.7}
 
 
 def itarflow_model(size: str, resolution: int, num_classes: int = 1000) -> ModelConfig:
-    """iTARFlow at a resolution in pixels: 1024 tokens, whatever the resolution (patch = resolution / 32).
+    """ITARFlow at a resolution in pixels: 1024 tokens, whatever the resolution (patch = resolution / 32).
 
     Args:
         size: "S", "B", "L" or "XL".

@@ -30,8 +30,9 @@ def training_progress(console: Console, name: str, total_steps: int, first_step:
         task = progress.add_task(name, total=total_steps, completed=first_step, loss="-", speed=0.0)
 
         def show(step: int, loss: float | None, speed: float) -> None:
-            fields = {} if loss is None else {"loss": f"{loss:.4f}"}
-            progress.update(task, completed=step, speed=speed, **fields)
+            progress.update(task, completed=step, speed=speed)
+            if loss is not None:
+                progress.update(task, loss=f"{loss:.4f}")
 
         yield show
 

@@ -1,6 +1,6 @@
 """A run on disk: its recipe, metrics, sample grids, saved states and the shareable pipeline.
 
-    runs/<name>/recipe.json   metrics.jsonl   samples/step-*.png   state/step-*/   pipeline/
+runs/<name>/recipe.json   metrics.jsonl   samples/step-*.png   state/step-*/   pipeline/
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None],
                 shutil.rmtree(old)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"The state of step {step} could not be saved in {final}: {error}. Older states are whole.") from (
-            error
-        )
+        raise RunError(
+            f"The state of step {step} could not be saved in {final}: {error}. Older states are whole."
+        ) from (error)
     return final
 
 

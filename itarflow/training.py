@@ -10,33 +10,27 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from diffusers.training_utils import EMAModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from itarflow import noise as noises
 from itarflow.codec import to_pixels
-from itarflow.data import Batch, DataError, GlobalBatchSampler, ImageData, ImageDataset, batches, in_order, load_data
-from itarflow.embedding import NULL_LABEL
-from itarflow.flow import TARFlow, nll_per_dim, updated_prior_variance
+from itarflow.data import Batch, DataError, GlobalBatchSampler, ImageData, batches, load_data
+from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.interrupt import Interrupted, StopSignal
+from itarflow.objective import Draws, Losses, describe, draw, evaluate, training_losses
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.progress import image_grid, training_progress
 from itarflow.recipe import Recipe, learning_rate_factor, to_json
 from itarflow.run import RunDir, RunError, Start, prepare, replace_folder, save_state
-
-EVALUATION_BATCH = 50
-"""Held-out images at a time; fixed, since the noise is drawn by batch."""
 
 
 class TrainingError(RuntimeError):
@@ -58,109 +52,9 @@ class Summary:
     grid: Path
 
 
-class Draws(NamedTuple):
-    """All that is random in an optimiser step, for its global batch."""
-
-    noise_level: Tensor
-    """(B,)"""
-    noise: Tensor
-    """(B, C, H, W), standard normal; uniform in [0, 1) for dequantisation."""
-    flip: Tensor
-    """(B,) bool, images to mirror."""
-    drop: Tensor
-    """(B,) bool, images that lose their label."""
-
-
-def draw(recipe: Recipe, step: int, device: torch.device) -> Draws:
-    """The random numbers of optimiser step `step` = 0, 1, ...: they depend on the recipe's seed and the step alone."""
-    size, model = recipe.train.batch_size, recipe.model
-    generator = torch.Generator(device).manual_seed(mixed_seed(recipe.train.seed, step))
-    noise_level = noises.draw_noise_level(recipe.noise, size, generator)
-    flip = torch.rand(size, generator=generator, device=device) < (0.5 if recipe.data.horizontal_flip else 0.0)
-    drop = torch.rand(size, generator=generator, device=device) < recipe.train.label_drop
-    shape = (size, model.in_channels, model.image_size, model.image_size)
-    sample = torch.rand if recipe.noise.distribution == "dequantise" else torch.randn
-    return Draws(noise_level, sample(shape, generator=generator, device=device), flip, drop)
-
-
-def mixed_seed(*numbers: int) -> int:
-    """A seed that differs for every tuple of numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
-class Losses(NamedTuple):
-    """Of one micro-batch."""
-
-    loss: Tensor
-    """(), weighted mean: what is minimised."""
-    nll: Tensor
-    """(), unweighted mean of `nll_per_dim`, nats a dim."""
-    mean_square: Tensor
-    """(N, D), mean of z^2 over the micro-batch."""
-
-
-def training_losses(flow: torch.nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, draws: Draws) -> Losses:
-    """Loss of clean images (b, C, H, W) in [-1, 1] with labels (b,), and their part of the step's draws."""
-    images = torch.where(draws.flip[:, None, None, None], images.flip(3), images)
-    if recipe.noise.distribution == "dequantise":
-        noisy = noises.dequantise(images, draws.noise)
-    else:
-        noisy = images + draws.noise_level[:, None, None, None] * draws.noise
-    labels = torch.where(draws.drop, NULL_LABEL, labels)
-    output = flow(noisy, labels if recipe.model.num_classes else None, draws.noise_level)
-    nll = nll_per_dim(output)
-    weight = noises.loss_weight(recipe.noise, draws.noise_level)
-    return Losses((weight * nll).mean(), nll.detach().mean(), output.z.detach().square().mean(dim=0))
-
-
-@torch.no_grad()
-def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
-    """Held-out negative log-likelihood with fixed noise, the same at each call.
-
-    Returns:
-        {"nll": {noise level: nats a dim of the noisy images}, "bpd": bits a dim of the 8-bit images}; the first is
-        empty and the second a number only in likelihood training.
-    """
-    levels = evaluation_levels(recipe)
-    dequantised = recipe.noise.distribution == "dequantise"
-    sums = torch.zeros(max(1, len(levels)), dtype=torch.float64)
-    count = 0
-    flow.eval()
-    for index, batch in enumerate(in_order(dataset, EVALUATION_BATCH)):
-        if index % accelerator.num_processes != accelerator.process_index:
-            continue
-        images = to_pixels(batch.images.to(flow.device))
-        labels = batch.labels if recipe.model.num_classes else None
-        count += len(images)
-        for column, level in enumerate(levels or [0.0]):
-            generator = torch.Generator(flow.device).manual_seed(mixed_seed(recipe.train.seed, index, column, 1))
-            if dequantised:
-                u = torch.rand(images.shape, generator=generator, device=flow.device)
-                log_prob = flow.log_prob(noises.dequantise(images, u), labels)
-            else:
-                eps = torch.randn(images.shape, generator=generator, device=flow.device)
-                log_prob = flow.log_prob(images + level * eps, labels, level)
-            sums[column] -= log_prob.double().sum().cpu()
-    totals = accelerator.reduce(torch.cat([sums, torch.tensor([float(count)], dtype=torch.float64)]).to(flow.device))
-    dims = math.prod(flow.image_shape)
-    means = (totals[:-1] / totals[-1] / dims).tolist()
-    if dequantised:
-        # From a density over [-1, 1], of which a grey level owns 1/128, to a probability of the level, in bits.
-        return {"nll": {}, "bpd": (means[0] + math.log(128)) / math.log(2)}
-    return {"nll": {f"{level:g}": mean for level, mean in zip(levels, means, strict=True)}, "bpd": None}
-
-
-def evaluation_levels(recipe: Recipe) -> list[float]:
-    """Four noise levels from t_min to t_max; the only one, if there is one; none in likelihood training."""
-    if recipe.noise_range is None:
-        return []
-    low, high = recipe.noise_range
-    return [low] if low == high else [low, *np.linspace(low, high, 4)[1:-1].round(6).tolist(), high]
-
-
-def make_pipeline(flow: TARFlow, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any] | None) -> (
-    ITARFlowPipeline
-):
+def make_pipeline(
+    flow: TARFlow, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any] | None
+) -> ITARFlowPipeline:
     """The pipeline that samples during training and is shared afterwards."""
     pipeline = ITARFlowPipeline(
         flow,
@@ -201,8 +95,8 @@ def train(recipe: Recipe, run_path: Path, *, start: Start = "fresh", max_steps: 
         recipe: resolved settings.
         run_path: folder of the run.
         start: "fresh", "resume" or "restart", see `run.prepare`.
-        max_steps: stop after so many optimiser steps; the learning-rate schedule is still the whole training's, so that
-            a resumed run continues it.
+        max_steps: stop after so many optimiser steps; the learning-rate schedule is still the whole training's, so
+            that a resumed run continues it.
 
     Raises:
         ValueError: settings or data that do not fit together.
@@ -249,9 +143,7 @@ class _Training:
         )
         self.model, self.optimizer = accelerator.prepare(flow, optimizer)
         self.flow: TARFlow = accelerator.unwrap_model(self.model)
-        self.ema = (
-            None if recipe.train.ema_decay is None else EMAModel(self.flow.parameters(), recipe.train.ema_decay)
-        )
+        self.ema = None if recipe.train.ema_decay is None else EMAModel(self.flow.parameters(), recipe.train.ema_decay)
         self.state = self._load_newest() if resume else _State()
         accelerator.init_trackers("logs", config=_scalars(to_json(recipe)))
 
@@ -485,7 +377,9 @@ class _Training:
                     }
                 )
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise RunError(f"The state {folder} can't be read: {error}. Remove it to resume from an older one.") from error
+            raise RunError(
+                f"The state {folder} can't be read: {error}. Remove it to resume from an older one."
+            ) from error
         state = _State(**values)
         if self.accelerator.is_main_process:
             kept = [line for line in self.run.logged() if line["step"] <= state.step]
@@ -548,13 +442,6 @@ def check_classes(recipe: Recipe, data: ImageData) -> None:
             f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
             f"set --model.num-classes {found}, or 0 to ignore the labels."
         )
-
-
-def describe(held_out: Mapping[str, Any]) -> str:
-    """A line such as "nll -1.52 at t=0.02, ..."."""
-    if held_out["bpd"] is not None:
-        return f"{held_out['bpd']:.3f} bits/dim"
-    return "nll " + ", ".join(f"{value:.3f} at t={level}" for level, value in held_out["nll"].items()) + " (nats/dim)"
 
 
 def _prepared_run(path: Path, recipe: Recipe, start: Start, accelerator: Accelerator) -> RunDir:

@@ -1,6 +1,6 @@
 """iTARFlow on CIFAR-10: 50,000 colour images of 32x32 pixels, 10 classes. One GPU, about a day.
 
-    accelerate launch recipes/cifar10.py
+accelerate launch recipes/cifar10.py
 """
 
 from itarflow.data import DataConfig

@@ -1,6 +1,6 @@
 """iTARFlow-L on ImageNet at 128 pixels (arXiv 2604.20041): FID 2.44 in the paper.
 
-    accelerate launch recipes/imagenet128_pixel.py --data.path /data/imagenet
+accelerate launch recipes/imagenet128_pixel.py --data.path /data/imagenet
 """
 
 from itarflow.data import DataConfig

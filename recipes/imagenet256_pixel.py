@@ -1,6 +1,6 @@
 """iTARFlow-XL on ImageNet at 256 pixels (arXiv 2604.20041): FID 3.32 in the paper.
 
-    accelerate launch recipes/imagenet256_pixel.py --data.path /data/imagenet
+accelerate launch recipes/imagenet256_pixel.py --data.path /data/imagenet
 """
 
 from itarflow.data import DataConfig

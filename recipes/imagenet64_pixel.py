@@ -1,6 +1,6 @@
 """iTARFlow-B on ImageNet at 64 pixels (arXiv 2604.20041): FID 1.68 in the paper.
 
-    accelerate launch recipes/imagenet64_pixel.py --data.path /data/imagenet
+accelerate launch recipes/imagenet64_pixel.py --data.path /data/imagenet
 """
 
 from itarflow.data import DataConfig

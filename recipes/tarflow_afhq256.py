@@ -1,6 +1,6 @@
 """TARFlow on animal faces (AFHQ) at 256 pixels, one noise level (arXiv 2412.06329, table 7: 8-768-8-8-N(0, 0.07^2)).
 
-    accelerate launch recipes/tarflow_afhq256.py --data.path /data/afhq
+accelerate launch recipes/tarflow_afhq256.py --data.path /data/afhq
 """
 
 from itarflow.data import DataConfig
@@ -18,6 +18,7 @@ recipe = Recipe(
     data=DataConfig(path="huggan/AFHQ"),
     noise=NoiseConfig(t_min=row.noise_std, t_max=row.noise_std, distribution="constant", weight="one"),
     train=TrainConfig(epochs=row.epochs, batch_size=row.batch_size, mixed_precision="bf16"),
+    # The guidance weight is ours, not the paper's.
     sampling=SamplingConfig(guidance=Guidance(weight=2.0, rule="log_scale", schedule="linear"), num_denoise_steps=1),
 )
 

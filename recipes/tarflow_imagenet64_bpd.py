@@ -1,6 +1,6 @@
 """TARFlow for likelihoods of 64-pixel ImageNet, in bits/dim (arXiv 2412.06329, table 7: 2-768-8-8-U(0, 1/128)).
 
-    accelerate launch recipes/tarflow_imagenet64_bpd.py --data.path /data/imagenet64
+accelerate launch recipes/tarflow_imagenet64_bpd.py --data.path /data/imagenet64
 """
 
 from itarflow.data import DataConfig

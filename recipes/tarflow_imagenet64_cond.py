@@ -1,6 +1,6 @@
 """TARFlow on 64-pixel ImageNet, one noise level (arXiv 2412.06329, table 7: 2-768-8-8-N(0, 0.05^2)).
 
-    accelerate launch recipes/tarflow_imagenet64_cond.py --data.path /data/imagenet
+accelerate launch recipes/tarflow_imagenet64_cond.py --data.path /data/imagenet
 """
 
 from itarflow.data import DataConfig

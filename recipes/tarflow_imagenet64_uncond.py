@@ -1,6 +1,6 @@
 """TARFlow without labels on 64-pixel ImageNet, one noise level (arXiv 2412.06329, table 7: 2-768-8-8-N(0, 0.05^2)).
 
-    accelerate launch recipes/tarflow_imagenet64_uncond.py --data.path /data/imagenet
+accelerate launch recipes/tarflow_imagenet64_uncond.py --data.path /data/imagenet
 """
 
 from itarflow.data import DataConfig
@@ -18,7 +18,10 @@ recipe = Recipe(
     data=DataConfig(path="ILSVRC/imagenet-1k", held_out_split="validation"),
     noise=NoiseConfig(t_min=row.noise_std, t_max=row.noise_std, distribution="constant", weight="one"),
     train=TrainConfig(epochs=row.epochs, batch_size=row.batch_size, mixed_precision="bf16"),
-    sampling=SamplingConfig(guidance=Guidance(weight=0.2, rule="log_scale", schedule="linear", temperature=1.5), num_denoise_steps=1),
+    # Guidance without labels: by attention temperature (appendix B). These two values are ours, not the paper's.
+    sampling=SamplingConfig(
+        guidance=Guidance(weight=1.0, rule="log_scale", schedule="linear", temperature=1.5), num_denoise_steps=1
+    ),
 )
 
 if __name__ == "__main__":

@@ -363,7 +363,12 @@ def test_parts_of_a_split(tmp_path: Path) -> None:
 
 
 def test_folder_name_may_hold_glob_characters(tmp_path: Path) -> None:
-    assert len(load(write_classes(tmp_path / "my [new] *set?", {"a": 1, "b [x]": 1})).train) == 2
+    folder = write_classes(tmp_path / "my [new] *set?", {"a": 1, "b [x]": 1})
+    assert len(load(folder).train) == 2
+    (folder / "metadata.csv").write_text("file_name,label\na/000.png,1\n")
+    assert load(folder).train.labels.tolist() == [1]
+    write_parquet(folder / "part[0].parquet", typed_columns(3), TYPED)
+    assert len(load(folder).train) == len(load(folder / "part[0].parquet").train) == 3
 
 
 @pytest.mark.parametrize("counts", [{".": 1, "a": 1}, {"a/b": 1}, {"a": 1, "b/c": 1}])
