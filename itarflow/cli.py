@@ -45,9 +45,9 @@ class Sample:
     guidance_weight: float | None = None
     """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
     num_denoise_steps: int | None = None
-    """Score evaluations, 1 or more; 0 shows the noisy images. None = the checkpoint's."""
+    """Score evaluations, 1 or more. None = the checkpoint's."""
     method: Method | None = None
-    """Solver of the denoising ODE. None = the checkpoint's."""
+    """Solver of the denoising ODE; none shows the noisy images. None = the checkpoint's."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     device: str | None = None

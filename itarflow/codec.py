@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def to_pixels(images: Tensor) -> Tensor:
-    """uint8 in 0 .. 255 -> float32 in [-1, 1], any shape: x / 127.5 - 1."""
+    """uint8 in 0 .. 255 -> float32 in [-1, 1], any shape: x / 127.5 - 1.
+
+    Raises:
+        ValueError: the images are not uint8 (converted twice, for instance).
+    """
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images have dtype {images.dtype}; expected torch.uint8 values in 0..255")
     return images.float() / 127.5 - 1
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from itarflow.flow import TARFlow
+from itarflow.official_file import CheckpointError, listed, read_state
 
 HEAD_DIM = 64
 """Width of an attention head in all official models."""
@@ -38,12 +37,6 @@ _RENAMES = (
     (r"\.attention_norm\.", ".attention.norm."),
     (r"\.mlp_norm\.", ".mlp.norm."),
 )
-# What DistributedDataParallel, FSDP, activation checkpointing and torch.compile put into the names.
-_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-class CheckpointError(ValueError):
-    """A file that can't be read as an official checkpoint; the message says why, and what to do."""
 
 
 def load_official(
@@ -55,8 +48,7 @@ def load_official(
 ) -> TARFlow:
     """Read a checkpoint of ml-tarflow or ml-itarflow.
 
-    The file is read twice, once for its checksums: PyTorch itself loads flipped bits without a word. Code in it is
-    never run.
+    The file is read twice, once for its checksums, and code in it is never run.
 
     Args:
         path: the .pth file with the weights (not the optimizer's, `*_opt_*.pth`). Weights inside a dict, such as
@@ -75,7 +67,7 @@ def load_official(
     """
     path = Path(path)
     try:
-        state = flat_state(_read(path))
+        state = read_state(path)
         config = architecture(state, in_channels)
         # Without storage: the weights of a large model are neither drawn nor held twice.
         with torch.device("meta"):
@@ -159,43 +151,11 @@ def official_name(name: str, layers: str = ITARFLOW_LAYERS) -> str:
     return name.replace(".transformer.layers.", f".{layers}.")
 
 
-def flat_state(content: object) -> dict[str, Tensor]:
-    """The one mapping of names to tensors in a loaded file, its names freed from wrappers' prefixes.
-
-    Raises:
-        CheckpointError: there is none, or more than one.
-    """
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(
-            f"holds {'nothing' if content == {} else f'a {type(content).__name__}'}; expected names and tensors, "
-            "as torch.save(model.state_dict()) writes them."
-        )
-    if "optimizer" in content and "lr_schedule" in content:
-        raise CheckpointError(
-            "holds the state of an optimizer and a learning rate schedule, no weights; "
-            "load the checkpoint without '_opt_' in its name."
-        )
-    state = _unwrapped(content)
-    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
-    if others:
-        raise CheckpointError(
-            f"holds entries that are no tensors: {_listed(others)}; expected names and tensors only. "
-            "Save model.state_dict() alone."
-        )
-    clean = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in state.items()}
-    if len(clean) != len(state):
-        raise CheckpointError(
-            f"holds {len(state)} tensors of which {len(state) - len(clean)} have the name of another once "
-            "'module.' and '_orig_mod.' are taken off; expected one model. Save one model's state_dict() alone."
-        )
-    return clean
-
-
 def architecture(state: Mapping[str, Tensor], in_channels: int) -> dict[str, Any]:
     """The arguments of `TARFlow` that official weights have been made with, as far as shapes tell.
 
     Args:
-        state: official names and tensors, from `flat_state`.
+        state: official names and tensors, from `read_state`.
         in_channels: channels of the images.
 
     Raises:
@@ -203,7 +163,7 @@ def architecture(state: Mapping[str, Tensor], in_channels: int) -> dict[str, Any
     """
     if "blocks.0.pos_embed" not in state:
         raise CheckpointError(
-            f"holds no official TARFlow: its tensors are {_listed(state)}; expected blocks.0.pos_embed, ... "
+            f"holds no official TARFlow: its tensors are {listed(state)}; expected blocks.0.pos_embed, ... "
             "A folder that itarflow saved is opened with TARFlow.from_pretrained."
         )
     num_blocks = _num_children(state, "blocks")
@@ -232,7 +192,7 @@ def our_weights(state: Mapping[str, Tensor], flow: TARFlow) -> dict[str, Tensor]
     """Official weights as a state dict of `flow`: float32 copies that share no memory with `state`.
 
     Args:
-        state: official names and tensors, from `flat_state`.
+        state: official names and tensors, from `read_state`.
         flow: a flow of that architecture; only its names and shapes are read.
 
     Raises:
@@ -248,93 +208,6 @@ def our_weights(state: Mapping[str, Tensor], flow: TARFlow) -> dict[str, Tensor]
         copy = tensor.to(torch.float32, copy=True).contiguous()
         weights[name] = copy.squeeze(1) if name.endswith("class_embedding.weight") else copy
     return weights
-
-
-def _read(path: Path) -> object:
-    """What torch.save wrote, with the tensors mapped from the file where its format allows it."""
-    if not path.exists():
-        raise CheckpointError("there is no such file; expected an official checkpoint (.pth). Check the path.")
-    if path.is_dir():
-        raise CheckpointError(
-            "this is a folder; expected an official checkpoint (.pth). "
-            "A folder that itarflow saved is opened with TARFlow.from_pretrained."
-        )
-    with path.open("rb") as file:
-        start = file.read(64)
-    _check_kind(start)
-    is_zip = start.startswith(b"PK")
-    if is_zip:
-        _check_checksums(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(error)) from error
-    except OSError:
-        raise
-    except Exception as error:  # whatever a damaged file makes the unpickler stumble over
-        raise CheckpointError(_damage(path, str(error).split("\n", maxsplit=1)[0] or type(error).__name__)) from error
-
-
-def _check_kind(start: bytes) -> None:
-    """Refuse well-known files of another kind by their first bytes."""
-    if start[8:10] == b'{"':
-        raise CheckpointError(
-            "this is a safetensors file; expected an official checkpoint, which torch.save wrote (.pth). "
-            "Weights of itarflow are opened with TARFlow.from_pretrained(folder)."
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            "this is a Git LFS pointer, not the weights it stands for; run `git lfs pull`, or download the weights."
-        )
-
-
-def _check_checksums(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            # PyTorch can be told not to compute checksums; it then writes zeros.
-            has_checksums = any(entry.CRC for entry in archive.infolist())
-            damaged = archive.testzip() if has_checksums else None
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise CheckpointError(_damage(path, str(error))) from error
-    if damaged is not None:
-        raise CheckpointError(_damage(path, f"wrong checksum of {damaged}"))
-
-
-def _damage(path: Path, reason: str) -> str:
-    return (
-        f"can't be read as a PyTorch checkpoint ({reason[:200].rstrip(' .')}); its {path.stat().st_size} bytes are "
-        "truncated, damaged, or of another format. Download or copy it again, and compare its size with the original."
-    )
-
-
-def _refusal(error: pickle.UnpicklingError) -> str:
-    """Why the unpickler for plain tensors refused a file."""
-    found = re.search(r"GLOBAL (\S+)", str(error))
-    if found is None:
-        return (
-            "is no PyTorch checkpoint of plain tensors: it is another kind of file, damaged, or holds code. Nothing "
-            "of it was run; expected what torch.save(model.state_dict()) writes."
-        )
-    return (
-        f"holds code besides tensors ({found[1]}) and was not loaded, since loading would run it; expected what "
-        "torch.save(model.state_dict()) writes. If you trust where it comes from, save its state_dict alone."
-    )
-
-
-def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """The mapping itself, or the single state dict inside it."""
-    if any(isinstance(value, Tensor) for value in content.values()):
-        return content
-    inside = {key: value for key, value in content.items() if _is_state_dict(value)}
-    if len(inside) > 1:
-        raise CheckpointError(
-            f"holds several sets of weights: {_listed(map(str, inside))}; expected one. Save the one you mean alone."
-        )
-    return next(iter(inside.values()), content)
-
-
-def _is_state_dict(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())
 
 
 def _num_children(state: Iterable[str], prefix: str) -> int:
@@ -357,7 +230,7 @@ def _tensor(state: Mapping[str, Tensor], name: str, shape: str) -> Tensor:
 def _check_channels(channels: Sequence[int], shared_layers: int) -> None:
     if shared_layers and len(set(channels)) > 1:
         raise CheckpointError(
-            f"has a shared backbone and blocks of {_listed(map(str, channels))} channels; expected the same in all. "
+            f"has a shared backbone and blocks of {listed(map(str, channels))} channels; expected the same in all. "
             "It is of another architecture."
         )
     for index, width in enumerate(channels):
@@ -399,7 +272,7 @@ def _check_in_channels(token_dims: Sequence[int], in_channels: int) -> None:
     possible = [count for count in range(1, min(token_dims) + 1) if fits(count)]
     advice = f"pass in_channels={' or '.join(map(str, possible))}" if possible else "it is of another architecture"
     raise CheckpointError(
-        f"has tokens of {_listed(map(str, sorted(set(token_dims))))} values, which aren't square patches of "
+        f"has tokens of {listed(map(str, sorted(set(token_dims))))} values, which aren't square patches of "
         f"in_channels={in_channels}; expected in_channels * patch_size^2 values: {advice}."
     )
 
@@ -456,7 +329,7 @@ def _check_names(state: Mapping[str, Tensor], names: Collection[str]) -> None:
     missing = [name for name in names if name not in state]
     unexpected = [name for name in state if name not in names and not _is_redundant(name, state)]
     if missing or unexpected:
-        found = [f"{word} {_listed(them)}" for word, them in (("lacks", missing), ("also has", unexpected)) if them]
+        found = [f"{word} {listed(them)}" for word, them in (("lacks", missing), ("also has", unexpected)) if them]
         raise CheckpointError(
             f"{' and '.join(found)}; expected the {len(names)} tensors of the architecture that its shapes tell. "
             "It is incomplete, or of another model."
@@ -516,8 +389,3 @@ def _check_exportable(flow: TARFlow) -> None:
 
 def _first(value: int | Sequence[int]) -> int:
     return value[0] if isinstance(value, Sequence) else value
-
-
-def _listed(names: Iterable[str], limit: int = 5) -> str:
-    names = list(names)
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")

@@ -12,8 +12,9 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from itarflow.data import DataError, load_data
+from itarflow.data import load_data
 from itarflow.estimate import estimate, human_bytes, human_number
+from itarflow.images import DataError
 from itarflow.interrupt import Interrupted
 from itarflow.objective import describe
 from itarflow.presets import SIZES

@@ -12,8 +12,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from itarflow import noise as noises
+from itarflow.batches import in_order
 from itarflow.codec import to_pixels
-from itarflow.data import ImageDataset, in_order
+from itarflow.data import ImageDataset
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow, nll_per_dim
 from itarflow.recipe import Recipe

@@ -108,8 +108,8 @@ class ITARFlowPipeline(DiffusionPipeline):
             num_images: how many; None = one a label. With a single label it is repeated.
             guidance_weight: w >= 0 in (1 + w) * conditional - w * unconditional; 0 = off.
             guidance: rule, schedule and blocks; `guidance_weight` then overrides its weight.
-            num_denoise_steps: score evaluations, >= 1; 1 = TARFlow's single step. 0 = return the noisy images.
-            method: "euler", "heun", "multistep" or "sde".
+            num_denoise_steps: score evaluations, >= 1; 1 = TARFlow's single step.
+            method: "euler", "heun", "multistep" or "sde", or "none" for the noisy images.
             t_max: noise level at which the flow is sampled, inside its noise_range.
             t_min: smallest level at which the denoiser is asked.
             clip: clamp the clean estimates to [-1, 1].
@@ -133,7 +133,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         generators = image_generators(generator, count)
         size = _positive("batch_size", batch_size) or count
         denoiser = denoiser or FlowDenoiser(self.flow, _positive("denoise_batch_size", denoise_batch_size))
-        steps = 0 if num_denoise_steps == 0 else scheduler.config.num_denoise_steps
+        steps = 0 if scheduler.config.method == "none" else scheduler.config.num_denoise_steps
         chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         images = []
         with self.progress_bar(total=len(chunks) * (self.flow.num_solved_tokens + steps)) as bar:
@@ -146,16 +146,13 @@ class ITARFlowPipeline(DiffusionPipeline):
                     guidance=guidance,
                     progress=bar.update,
                 )
-                if steps == 0:
-                    images.append(noisy)
-                    continue
                 clean = denoise(
                     denoiser,
                     noisy,
                     part,
                     t_max=scheduler.config.t_max,
                     t_min=scheduler.config.t_min,
-                    num_steps=steps,
+                    num_steps=scheduler.config.num_denoise_steps,
                     method=scheduler.config.method,
                     clip=scheduler.config.clip,
                     generator=generators[chunk],
@@ -239,7 +236,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         scheduler = DenoiseScheduler(
             t_max=stored.t_max if t_max is None else t_max,
             t_min=stored.t_min if t_min is None else t_min,
-            num_denoise_steps=num_denoise_steps or stored.num_denoise_steps,
+            num_denoise_steps=stored.num_denoise_steps if num_denoise_steps is None else num_denoise_steps,
             method=stored.method if method is None else method,
             clip=stored.clip if clip is None else clip,
         )

@@ -160,14 +160,18 @@ class Recipe:
             )
         if self.noise.distribution == "dequantise" and self.noise.weight != "one":
             raise ValueError(f"noise.weight is {self.noise.weight!r}; likelihood training needs 'one'.")
+        if self.noise.distribution == "dequantise" and self.sampling.method != "none":
+            raise ValueError(
+                f"sampling.method is {self.sampling.method!r}, but likelihood training adds no Gaussian noise that "
+                "could be removed; set it to 'none'."
+            )
         share = num_processes * self.train.accumulation
         if self.train.batch_size % share:
             raise ValueError(
                 f"train.batch_size {self.train.batch_size} can't be shared evenly by {num_processes} processes with "
                 f"train.accumulation {self.train.accumulation}; expected a multiple of {share}."
             )
-        if self.sampling.num_denoise_steps:
-            self.scheduler()
+        self.scheduler()
 
     def steps_per_epoch(self, num_images: int) -> float:
         """Optimiser steps in which each of num_images is seen once."""

@@ -22,9 +22,11 @@ from diffusers.training_utils import EMAModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from itarflow.batches import Batch, GlobalBatchSampler, batches
 from itarflow.codec import to_pixels
-from itarflow.data import Batch, DataError, GlobalBatchSampler, ImageData, batches, load_data
+from itarflow.data import ImageData, load_data
 from itarflow.flow import TARFlow, updated_prior_variance
+from itarflow.images import DataError
 from itarflow.interrupt import Interrupted, StopSignal
 from itarflow.objective import Draws, Losses, describe, draw, evaluate, training_losses
 from itarflow.pipeline import ITARFlowPipeline
@@ -75,7 +77,6 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path) -> None:
         num_images=count,
         generator=torch.Generator().manual_seed(recipe.train.seed),
         batch_size=recipe.sampling.batch_size,
-        num_denoise_steps=0 if recipe.noise.distribution == "dequantise" else None,
     ).images
     image_grid(images, columns=num_classes if 2 <= num_classes <= 12 else 8).save(path)
 
@@ -127,6 +128,9 @@ class _Training:
     ) -> None:
         self.recipe, self.run, self.data, self.accelerator = recipe, run, data, accelerator
         self.console = Console(quiet=not accelerator.is_main_process)
+        self.warnings = Console(stderr=True)  # of every process: a broken image is met by one of them
+        self.broken: set[str] = set()
+        self.held_out: dict[str, Any] = {"nll": {}, "bpd": None}
         self.total_steps = recipe.num_steps(len(data.train))
         set_seed(recipe.train.seed)
         flow = recipe.model.build(recipe.noise_range)
@@ -150,46 +154,48 @@ class _Training:
     def run_to(self, max_steps: int | None) -> Summary:
         """Train up to max_steps or the end, evaluate, and export."""
         last_step = min(self.total_steps, max_steps or self.total_steps)
-        loader = self._batches()
-        held_out: dict[str, Any] | None = None
-        broken_images, bad_in_a_row = 0, 0
-        first_step, began = self.state.step, time.perf_counter()
-        seconds_before = self.state.seconds
+        first_step, loader = self.state.step, self._batches()
+        bad_in_a_row, step_seconds = 0, 0.0
         with (
             StopSignal() as stop,
             training_progress(self.console, self.recipe.name, self.total_steps, first_step) as show,
         ):
             while self.state.step < last_step:
-                step = self.state.step
-                losses, grad_norm, broken = self._step(step, loader)
-                broken_images += self._report_broken(broken, broken_images)
+                began = time.perf_counter()
+                losses, grad_norm, broken = self._step(self.state.step, loader)
+                self._report_broken(broken)
                 bad = not math.isfinite(grad_norm)
                 bad_in_a_row = bad_in_a_row + 1 if bad else 0
-                seconds = seconds_before + time.perf_counter() - began
-                self.state = _State(step + 1, seconds, self.state.bad_steps + bad)
+                step_seconds += time.perf_counter() - began
+                seconds = self.state.seconds + time.perf_counter() - began
+                self.state = _State(self.state.step + 1, seconds, self.state.bad_steps + bad)
                 self._check_bad(bad, bad_in_a_row, losses)
-                done = step + 1 - first_step
-                speed = done * self.recipe.train.batch_size / (time.perf_counter() - began)
-                show(step + 1, float(losses.loss) if step % 5 == 0 else None, speed)
-                if self._due(self.recipe.train.log_every):
-                    self._log(losses, grad_norm, speed)
-                if self._due(self._every(self.recipe.train.evaluate_every_epochs)):
-                    held_out = self._evaluate()
-                if self._due(self._every(self.recipe.train.sample_every_epochs)) and self.state.step < last_step:
-                    self._sample()
+                speed = (self.state.step - first_step) * self.recipe.train.batch_size / step_seconds
+                show(self.state.step, float(losses.loss) if self.state.step % 5 == 0 else None, speed)
+                self._chores(losses, grad_norm, speed, last_step)
                 if self._stopped(stop):
-                    self._save(held_out)
+                    self._save()
                     raise Interrupted(stop.signal_number or 0, self.run.path, self.state.step)
-                if self._due(self.recipe.train.save_every) and self.state.step < last_step:
-                    self._save(held_out)
-        seconds = self.state.seconds
-        held_out = self._evaluate()
+        self._evaluate()
         grid = self._sample()
-        self._save(held_out)
+        self._save()
         self.accelerator.end_training()
-        images = (self.state.step - first_step) * self.recipe.train.batch_size
-        speed = images / max(seconds - seconds_before, 1e-9)
-        return Summary(self.run, self.state.step, seconds, speed, held_out, self.state.bad_steps, grid)
+        speed = (self.state.step - first_step) * self.recipe.train.batch_size / max(step_seconds, 1e-9)
+        state = self.state
+        return Summary(self.run, state.step, state.seconds, speed, self.held_out, state.bad_steps, grid)
+
+    def _chores(self, losses: Losses, grad_norm: float, speed: float, last_step: int) -> None:
+        """What is due after a step now and then; what the end does anyway is not done shortly before it."""
+        train = self.recipe.train
+        evaluate_every, sample_every = self._every(train.evaluate_every_epochs), self._every(train.sample_every_epochs)
+        if self._due(train.log_every):
+            self._log(losses, grad_norm, speed)
+        if self._due(evaluate_every) and self.state.step + evaluate_every // 2 < last_step:
+            self._evaluate()
+        if self._due(sample_every) and self.state.step + sample_every // 2 < last_step:
+            self._sample()
+        if self._due(train.save_every) and self.state.step < last_step:
+            self._save()
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -266,16 +272,18 @@ class _Training:
                 "train.mixed_precision no, and --resume from the last saved state, or --restart."
             )
 
-    def _report_broken(self, names: list[str], before: int) -> int:
+    def _report_broken(self, names: list[str]) -> None:
+        """Name each unreadable image once, and give up past the limit."""
         for name in names:
-            self.console.print(f"[yellow]Unreadable image, replaced by the next one: {name}")
+            if name not in self.broken:
+                self.broken.add(name)
+                self.warnings.print(f"[yellow]Unreadable image, replaced by the next one: {name}", soft_wrap=True)
         limit = self.recipe.data.max_broken
-        if before + len(names) > limit:
+        if len(self.broken) > limit:
             raise DataError(
                 f"More than {limit} images could not be read, the last one {names[-1]}. Repair or remove them, "
                 "or raise data.max_broken."
             )
-        return len(names)
 
     # -- now and then -------------------------------------------------------------------------------------------
 
@@ -304,17 +312,16 @@ class _Training:
         self.run.log(values)
         self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=self.state.step)
 
-    def _evaluate(self) -> dict[str, Any]:
+    def _evaluate(self) -> None:
         with self._sampling_weights():
-            held_out = evaluate(self.flow, self.data.held_out, self.recipe, self.accelerator)
+            self.held_out = held_out = evaluate(self.flow, self.data.held_out, self.recipe, self.accelerator)
         if self.accelerator.is_main_process:
             self.run.log({"step": self.state.step, "held_out": held_out})
             flat = {f"held_out/nll at t={level}": value for level, value in held_out["nll"].items()}
             if held_out["bpd"] is not None:
                 flat["held_out/bpd"] = held_out["bpd"]
             self.accelerator.log(flat, step=self.state.step)
-            self.console.print(f"step {self.state.step}  held-out {describe(held_out)}")
-        return held_out
+            self.console.print(f"step {self.state.step}  held-out {describe(held_out)}", soft_wrap=True)
 
     def _sample(self) -> Path:
         path = self.run.grid(self.state.step)
@@ -337,7 +344,7 @@ class _Training:
 
     # -- states and the pipeline --------------------------------------------------------------------------------
 
-    def _save(self, held_out: dict[str, Any] | None) -> None:
+    def _save(self) -> None:
         save_state(
             self.run,
             self.state.step,
@@ -346,7 +353,7 @@ class _Training:
             self.accelerator.is_main_process,
         )
         if self.accelerator.is_main_process:
-            record = self._record(held_out)
+            record = self._record()
             with self._sampling_weights():
                 pipeline = make_pipeline(self.flow, self.recipe, self.data.class_names, record)
                 replace_folder(self.run.pipeline, pipeline.save_pretrained)
@@ -376,7 +383,7 @@ class _Training:
                         "shadow_params": [shadow[str(i)].to(self.accelerator.device) for i in range(len(shadow))],
                     }
                 )
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except Exception as error:  # of many libraries, and all mean the same
             raise RunError(
                 f"The state {folder} can't be read: {error}. Remove it to resume from an older one."
             ) from error
@@ -387,13 +394,11 @@ class _Training:
         self.console.print(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
         return state
 
-    def _record(self, held_out: dict[str, Any] | None) -> dict[str, Any]:
+    def _record(self) -> dict[str, Any]:
         """What the pipeline tells about its training."""
-        metrics = {}
-        if held_out is not None:
-            metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in held_out["nll"].items()}
-            if held_out["bpd"] is not None:
-                metrics["held-out bits/dim"] = held_out["bpd"]
+        metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in self.held_out["nll"].items()}
+        if self.held_out["bpd"] is not None:
+            metrics["held-out bits/dim"] = self.held_out["bpd"]
         return {
             "name": self.recipe.name,
             "data": self.recipe.data.path,

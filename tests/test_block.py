@@ -62,6 +62,18 @@ def test_first_token_passes_through_unless_it_is_learned(flow, blocks):
         assert same != flow.config.learned_first_token
 
 
+def test_the_network_puts_out_log_scales_then_shifts(make_flow):
+    """An order that checkpoints depend on."""
+    flow = make_flow(fresh=True, num_layers=(1,), learned_first_token=True)
+    (block,) = flow.blocks
+    for head in (block.proj_out, block.first_token[-1]):
+        head.bias.data[:8], head.bias.data[8:] = 0.5, 3.0
+    condition = block.condition(2, None, torch.full((2,), 0.3))
+    for shift, log_scale in (block.first_affine(condition), block.affine_at(torch.zeros(2, 1, 8), condition)):
+        assert torch.equal(log_scale, torch.full((2, 1, 8), 0.5))
+        assert torch.equal(shift, torch.full((2, 1, 8), 3.0))
+
+
 def test_a_block_does_not_own_the_layers_it_shares(make_flow):
     flow = make_flow(shared_layers=1, num_layers=(1, 2, 3))
     assert [len(block.transformer.layers) for block in flow.blocks] == [0, 1, 2]

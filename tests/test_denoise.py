@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from itarflow.denoise import FlowDenoiser, denoise, noise_levels
+from itarflow.denoise import DenoiseScheduler, FlowDenoiser, denoise, noise_levels
 
 METHODS = ["euler", "heun", "multistep", "sde"]
 ODE_METHODS = ["euler", "heun", "multistep"]
@@ -381,7 +381,7 @@ def test_scores_of_half_precision_weights_are_float32(make_flow, make_inputs):
     expected = FlowDenoiser(flow).score(images, labels, noise_level)
     score = FlowDenoiser(flow.to(torch.bfloat16)).score(images, labels, noise_level)
     assert score.dtype == torch.float32
-    torch.testing.assert_close(score, expected, atol=0.3, rtol=0.1)
+    torch.testing.assert_close(score, expected, atol=0.1, rtol=0.02)
 
 
 def test_half_precision_images_are_scored_in_float32(make_flow, make_inputs):
@@ -405,27 +405,40 @@ def test_no_method_leaves_the_trained_range(make_flow, method, num_steps):
 # Refusals
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"method": "dpm"}, "method is 'dpm'.*euler, heun, multistep, sde"),
-        ({"num_steps": 0}, "num_denoise_steps is 0.*>= 1"),
-        ({"num_steps": 0, "method": "heun"}, "num_denoise_steps is 0.*>= 1"),
-        ({"num_steps": -3}, "num_denoise_steps is -3"),
-        ({"t_max": 0.0}, r"t_max is 0\.0.*> 0"),
-        ({"t_max": math.inf}, "t_max is inf"),
-        ({"t_max": math.nan}, "t_max is nan"),
-        ({"t_min": 0.0}, r"t_min=0\.0.*expected 0 < t_min < t_max"),
-        ({"t_min": 0.3}, r"t_min=0\.3, t_max=0\.3"),
-        ({"t_min": 0.5, "method": "heun"}, r"t_min=0\.5, t_max=0\.3"),
-    ],
-    ids=str,
-)
+IMPOSSIBLE = [
+    ({"method": "dpm"}, "method is 'dpm'.*euler, heun, multistep, sde"),
+    ({"num_denoise_steps": 0}, "num_denoise_steps is 0.*>= 1"),
+    ({"num_denoise_steps": 0, "method": "heun"}, "num_denoise_steps is 0.*>= 1"),
+    ({"num_denoise_steps": -3}, "num_denoise_steps is -3"),
+    ({"t_max": 0.0}, r"t_max is 0\.0.*> 0"),
+    ({"t_max": math.inf}, "t_max is inf"),
+    ({"t_max": math.nan}, "t_max is nan"),
+    ({"t_min": 0.0}, r"t_min=0\.0.*expected 0 < t_min < t_max"),
+    ({"t_min": 0.3}, r"t_min=0\.3, t_max=0\.3"),
+    ({"t_min": 0.5, "method": "heun"}, r"t_min=0\.5, t_max=0\.3"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), IMPOSSIBLE, ids=str)
 def test_impossible_paths_are_refused_before_the_first_step(noisy, changes, words):
     recorder = Recorder()
+    kwargs = {"t_max": 0.3, "t_min": 0.01, "num_denoise_steps": 10} | changes
     with pytest.raises(ValueError, match=words):
-        denoise(recorder, noisy, **{"t_max": 0.3, "t_min": 0.01} | changes)
+        denoise(recorder, noisy, num_steps=kwargs.pop("num_denoise_steps"), **kwargs)
     assert recorder.levels == []
+
+
+@pytest.mark.parametrize(("changes", "words"), IMPOSSIBLE, ids=str)
+def test_a_scheduler_refuses_what_denoise_would(changes, words):
+    with pytest.raises(ValueError, match=words):
+        DenoiseScheduler(**{"t_max": 0.3, "t_min": 0.01} | changes)
+
+
+def test_a_scheduler_is_stored_beside_the_weights(tmp_path):
+    values = {"t_max": 0.5, "t_min": 0.02, "num_denoise_steps": 7, "method": "heun", "clip": True}
+    DenoiseScheduler(**values).save_pretrained(tmp_path)
+    loaded = DenoiseScheduler.from_pretrained(tmp_path).config
+    assert {name: loaded[name] for name in values} == values
 
 
 def test_t_min_plays_no_part_in_a_single_step(noisy):

@@ -95,6 +95,12 @@ def test_forward_undoes_inverse(flow, make_inputs):
     torch.testing.assert_close(restored, z, atol=1e-4, rtol=0)
 
 
+def test_inverse_records_no_gradients(make_flow):
+    flow = make_flow()
+    assert flow(torch.zeros(2, 2, 4, 4), None, 0.3).z.requires_grad
+    assert not flow.inverse(torch.zeros(2, 4, 8), None, 0.3).requires_grad
+
+
 def test_trajectory_goes_from_z_through_every_block_to_the_images(flow, make_inputs):
     _, labels, noise_level = make_inputs(flow)
     z = flow.sample_prior(3, torch.Generator().manual_seed(0))
@@ -291,11 +297,15 @@ def test_autocast_leaves_the_flow_in_float32(flow, make_inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_images_are_widened_first(make_flow, make_inputs, dtype):
-    flow = make_flow()
+def test_half_precision_inputs_are_widened_first(make_flow, make_inputs, dtype):
+    flow = make_flow(input_scale=0.6)
     images, labels, noise_level = make_inputs(flow)
     images = images.to(dtype)
     assert torch.equal(flow(images, labels, noise_level).z, flow(images.float(), labels, noise_level).z)
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0)).to(dtype)
+    restored = flow.inverse(z, labels, noise_level)
+    assert restored.dtype == torch.float32
+    assert torch.equal(restored, flow.inverse(z.float(), labels, noise_level))
 
 
 # Copies

@@ -112,6 +112,19 @@ def test_cache_follows_autocast(transformer, x, temperature):
         torch.testing.assert_close(torch.cat(windows, dim=1), transformer(x, temperature), atol=0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize("temperature", TEMPERATURES.values(), ids=TEMPERATURES)
+def test_checkpointed_pass_equals_the_plain_one(transformer, x, temperature):
+    expected, calls = transformer(x, temperature), []
+
+    def checkpoint(layer, *args):
+        calls.append(layer)
+        return layer(*args)
+
+    transformer.gradient_checkpointing, transformer._gradient_checkpointing_func = True, checkpoint
+    assert torch.equal(transformer(x, temperature), expected)
+    assert calls == list(transformer.layers)
+
+
 def test_cached_pass_is_never_checkpointed(transformer, x):
     expected = transformer(x)
     transformer.gradient_checkpointing = True

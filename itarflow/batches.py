@@ -1,0 +1,123 @@
+"""The order of training images, and batches of them.
+
+The order depends on (seed, step) alone, never on the number of processes (`GlobalBatchSampler`). Images stay uint8
+(C, H, W) tensors on their way; the training loop makes pixels of them on the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from itarflow.data import Example, ImageDataset
+
+
+class Batch(NamedTuple):
+    """uint8 images (B, C, H, W), int64 labels (B,), -1 = none, and "name: reason" of each replaced image."""
+
+    images: Tensor
+    labels: Tensor
+    broken: tuple[str, ...]
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Endless lists of indices; what an optimiser step sees depends on (seed, step) alone.
+
+    Every epoch is a fresh permutation of all images. Epochs are strung together, and step k uses positions
+    k * B .. (k + 1) * B - 1 of the string, B = global_batch_size: batches straddle epochs, and neither the
+    number of processes, nor accumulation, nor a resumed run changes what a step sees. For each step come
+    `accumulation` lists of m = B / (num_processes * accumulation) indices: list a of process p has the
+    positions from (a * num_processes + p) * m on, counted from the start of the step.
+
+    The seed of epoch e is the first 8 bytes (big-endian) of SHA-256 of "itarflow epoch {seed} {e}".
+
+    Raises:
+        ValueError: an argument is out of range, or num_processes * accumulation does not divide the batch.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        global_batch_size: int,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+        accumulation: int = 1,
+        seed: int = 0,
+        start_step: int = 0,
+    ) -> None:
+        counts = {"num_images": num_images, "global_batch_size": global_batch_size}
+        counts |= {"num_processes": num_processes, "accumulation": accumulation}
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; expected 1 or more")
+        if not 0 <= process_index < num_processes or start_step < 0:
+            raise ValueError(f"process {process_index} of {num_processes}, start_step {start_step}: out of range")
+        parts = num_processes * accumulation
+        if global_batch_size % parts:
+            raise ValueError(
+                f"global_batch_size {global_batch_size} is not divisible by num_processes {num_processes} x "
+                f"accumulation {accumulation}; choose a multiple of {parts}"
+            )
+        self.num_images, self.seed = num_images, seed
+        self.size, self.stride = global_batch_size // parts, global_batch_size // accumulation
+        self.start = start_step * global_batch_size + process_index * self.size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position, epoch, order = self.start, -1, torch.empty(0)
+        while True:
+            indices: list[int] = []
+            while len(indices) < self.size:
+                wanted, offset = divmod(position + len(indices), self.num_images)
+                if wanted != epoch:  # positions only grow, so that one permutation at a time is enough
+                    epoch, order = wanted, self._permutation(wanted)
+                indices += order[offset : offset + self.size - len(indices)].tolist()
+            yield indices
+            position += self.stride
+
+    def _permutation(self, epoch: int) -> Tensor:
+        digest = hashlib.sha256(f"itarflow epoch {self.seed} {epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+        return torch.randperm(self.num_images, generator=generator)
+
+
+def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int = 0) -> Iterator[Batch]:
+    """A batch for every list of indices that the sampler yields, in its order.
+
+    Args:
+        dataset: the images; a set that is held in memory is indexed directly, without workers.
+        sampler: lists of indices, such as a `GlobalBatchSampler`.
+        num_workers: processes that decode ahead; 0 decodes here.
+
+    Yields:
+        Batches, endlessly if the sampler is endless.
+    """
+    if dataset.images is not None:
+        for indices in sampler:
+            yield Batch(dataset.images[indices], dataset.labels[indices], ())
+        return
+    yield from DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+        collate_fn=_collate,
+        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
+    )
+
+
+def in_order(dataset: ImageDataset, batch_size: int, num_workers: int = 0) -> Iterator[Batch]:
+    """Every image once, in the order of the set; the last batch may be smaller. Arguments as in `batches`."""
+    indices = list(range(len(dataset)))
+    return batches(dataset, [indices[i : i + batch_size] for i in indices[::batch_size]], num_workers)
+
+
+def _collate(examples: Sequence[Example]) -> Batch:
+    images, labels, broken = zip(*examples, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(filter(None, broken)))

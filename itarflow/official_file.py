@@ -1,0 +1,166 @@
+"""The file of an official checkpoint: what it holds, or why it is refused.
+
+An official checkpoint is `torch.save(model.state_dict())`. Code in a file is never run, and checksums are compared:
+PyTorch itself loads flipped bits without a word. Messages don't name the file; `load_official` puts its path in front.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# What DistributedDataParallel, FSDP, activation checkpointing and torch.compile put into the names.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+class CheckpointError(ValueError):
+    """A file that can't be read as an official checkpoint; the message says why, and what to do."""
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The names and tensors in a checkpoint, on the CPU and mapped from the file where its format allows it.
+
+    The file is read twice, once for its checksums. See `flat_state` for what may surround the tensors.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or of another kind, holds code, or not one set of tensors.
+        OSError: the file exists, but may not or can't be read.
+    """
+    return flat_state(_read(path))
+
+
+def flat_state(content: object) -> dict[str, Tensor]:
+    """The one mapping of names to tensors in a loaded file, its names freed from wrappers' prefixes.
+
+    Raises:
+        CheckpointError: there is none, or more than one.
+    """
+    if not isinstance(content, Mapping) or not content:
+        raise CheckpointError(
+            f"holds {'nothing' if content == {} else f'a {type(content).__name__}'}; expected names and tensors, "
+            "as torch.save(model.state_dict()) writes them."
+        )
+    if "optimizer" in content and "lr_schedule" in content:
+        raise CheckpointError(
+            "holds the state of an optimizer and a learning rate schedule, no weights; "
+            "load the checkpoint without '_opt_' in its name."
+        )
+    state = _unwrapped(content)
+    others = [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
+    if others:
+        raise CheckpointError(
+            f"holds entries that are no tensors: {listed(others)}; expected names and tensors only. "
+            "Save model.state_dict() alone."
+        )
+    clean = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in state.items()}
+    if len(clean) != len(state):
+        raise CheckpointError(
+            f"holds {len(state)} tensors of which {len(state) - len(clean)} have the name of another once "
+            "'module.' and '_orig_mod.' are taken off; expected one model. Save one model's state_dict() alone."
+        )
+    return clean
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first names, and how many there are if that is not all.
+
+    Example:
+        >>> listed("abc", limit=2)
+        'a, b, ... (3 in all)'
+    """
+    names = list(names)
+    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+
+
+def _read(path: Path) -> object:
+    """What torch.save wrote, with the tensors mapped from the file where its format allows it."""
+    if not path.exists():
+        raise CheckpointError("there is no such file; expected an official checkpoint (.pth). Check the path.")
+    if path.is_dir():
+        raise CheckpointError(
+            "this is a folder; expected an official checkpoint (.pth). "
+            "A folder that itarflow saved is opened with TARFlow.from_pretrained."
+        )
+    with path.open("rb") as file:
+        start = file.read(64)
+    _check_kind(start)
+    is_zip = start.startswith(b"PK")
+    if is_zip:
+        _check_checksums(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(error)) from error
+    except OSError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the unpickler stumble over
+        raise CheckpointError(_damage(path, str(error).split("\n", maxsplit=1)[0] or type(error).__name__)) from error
+
+
+def _check_kind(start: bytes) -> None:
+    """Refuse well-known files of another kind by their first bytes."""
+    if start[8:10] == b'{"':
+        raise CheckpointError(
+            "this is a safetensors file; expected an official checkpoint, which torch.save wrote (.pth). "
+            "Weights of itarflow are opened with TARFlow.from_pretrained(folder)."
+        )
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            "this is a Git LFS pointer, not the weights it stands for; run `git lfs pull`, or download the weights."
+        )
+
+
+def _check_checksums(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch can be told not to compute checksums; it then writes zeros.
+            has_checksums = any(entry.CRC for entry in archive.infolist())
+            damaged = archive.testzip() if has_checksums else None
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise CheckpointError(_damage(path, str(error))) from error
+    if damaged is not None:
+        raise CheckpointError(_damage(path, f"wrong checksum of {damaged}"))
+
+
+def _damage(path: Path, reason: str) -> str:
+    return (
+        f"can't be read as a PyTorch checkpoint ({reason[:200].rstrip(' .')}); its {path.stat().st_size} bytes are "
+        "truncated, damaged, or of another format. Download or copy it again, and compare its size with the original."
+    )
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    """Why the unpickler for plain tensors refused a file."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found is None:
+        return (
+            "is no PyTorch checkpoint of plain tensors: it is another kind of file, damaged, or holds code. Nothing "
+            "of it was run; expected what torch.save(model.state_dict()) writes."
+        )
+    return (
+        f"holds code besides tensors ({found[1]}) and was not loaded, since loading would run it; expected what "
+        "torch.save(model.state_dict()) writes. If you trust where it comes from, save its state_dict alone."
+    )
+
+
+def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The mapping itself, or the single state dict inside it."""
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    inside = {key: value for key, value in content.items() if _is_state_dict(value)}
+    if len(inside) > 1:
+        raise CheckpointError(
+            f"holds several sets of weights: {listed(map(str, inside))}; expected one. Save the one you mean alone."
+        )
+    return next(iter(inside.values()), content)
+
+
+def _is_state_dict(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(entry, Tensor) for entry in value.values())

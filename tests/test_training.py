@@ -1,0 +1,303 @@
+"""The training loop: what it leaves behind, exact resumption, interruption, and what it refuses."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+from safetensors.torch import load_file
+
+from itarflow import ITARFlowPipeline, objective, training
+from itarflow.data import DataConfig
+from itarflow.guidance import Guidance
+from itarflow.interrupt import Interrupted
+from itarflow.noise import NoiseConfig
+from itarflow.presets import ModelConfig
+from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.run import RunError
+from itarflow.training import TrainingError, train
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator():
+    """Accelerate keeps one precision for a process; each test may choose its own."""
+    yield
+    AcceleratorState._reset_state()
+
+
+def tiny_recipe(**changes):
+    """Digits with a model that trains in no time; `changes` are fields of its sections, such as epochs=1."""
+    recipe = Recipe(
+        name="tiny",
+        model=ModelConfig(
+            image_size=8, in_channels=1, num_classes=10, patch_size=4, channels=16, num_layers=(1, 1), head_dim=16
+        ),
+        data=DataConfig(path="digits", horizontal_flip=True, in_memory=True, held_out_images=100),
+        noise=NoiseConfig(t_min=0.02, t_max=0.5),
+        train=TrainConfig(
+            epochs=2, batch_size=128, learning_rate=1e-2, warmup_epochs=0.5, ema_decay=0.9, log_every=1,
+            evaluate_every_epochs=1, sample_every_epochs=1, save_every=7, trackers=(),
+        ),
+        sampling=SamplingConfig(guidance=Guidance(weight=1.0), num_denoise_steps=2, num_images=10, batch_size=10),
+    )  # fmt: skip
+    sections = {"model": {}, "data": {}, "noise": {}, "train": {}, "sampling": {}}
+    for name, value in changes.items():
+        section = next(s for s in sections if name in {f.name for f in dataclasses.fields(getattr(recipe, s))})
+        sections[section][name] = value
+    return dataclasses.replace(
+        recipe, **{s: dataclasses.replace(getattr(recipe, s), **values) for s, values in sections.items()}
+    )
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def shared_weights(run_dir):
+    return load_file(run_dir / "pipeline" / "flow" / "diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run of the tiny recipe."""
+    run_dir = tmp_path_factory.mktemp("finished") / "tiny"
+    return run_dir, train(tiny_recipe(), run_dir)
+
+
+def test_a_run_leaves_what_the_design_promises(finished):
+    run_dir, summary = finished
+    assert json.loads((run_dir / "recipe.json").read_text())["train"]["batch_size"] == 128
+    assert set(losses(run_dir)) == set(range(1, summary.steps + 1))
+    assert len(list((run_dir / "state").glob("step-*"))) == 2
+    grid = Image.open(summary.grid)
+    assert grid.width > 400
+    assert np.asarray(grid).std() > 1
+    assert not list(run_dir.rglob(".partial*"))
+
+
+def test_the_shared_pipeline_samples_with_its_defaults_and_tells_of_its_training(finished):
+    run_dir, summary = finished
+    pipe = ITARFlowPipeline.from_pretrained(run_dir / "pipeline")
+    assert pipe.default_guidance.weight == 1.0
+    assert pipe.scheduler.config.num_denoise_steps == 2
+    assert tuple(pipe.flow.config.noise_range) == (0.02, 0.5)
+    assert pipe.config.class_names == [str(digit) for digit in range(10)]
+    assert pipe.config.training["steps"] == summary.steps
+    assert pipe.config.training["metrics"].keys() == {
+        f"held-out nll at t={level} (nats/dim)" for level in ("0.02", "0.18", "0.34", "0.5")
+    }
+    assert len(pipe(class_labels=[3, "4"]).images) == 2
+
+
+def test_training_learns(finished):
+    run_dir, summary = finished
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [line["held_out"]["nll"] for line in lines if "held_out" in line]
+    assert all(last[level] < first[level] for level in last)
+    assert summary.held_out["nll"] == last
+
+
+@pytest.mark.parametrize("stop_at", [3, 7, 13])
+def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(finished, tmp_path, stop_at):
+    whole, summary = finished
+    train(tiny_recipe(), tmp_path / "run", max_steps=stop_at)
+    train(tiny_recipe(), tmp_path / "run", start="resume")
+    assert losses(tmp_path / "run") == losses(whole)
+    resumed, expected = shared_weights(tmp_path / "run"), shared_weights(whole)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_resuming_forgets_metrics_written_after_the_saved_state(tmp_path):
+    train(tiny_recipe(), tmp_path, max_steps=5)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "loss": 123.0}) + "\n")
+    train(tiny_recipe(), tmp_path, start="resume", max_steps=6)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if line["step"] == 6 and "loss" in line] != [123.0]
+    assert sum("loss" in line for line in lines) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_state_and_resuming_goes_on(finished, tmp_path, monkeypatch, number):
+    whole, summary = finished
+    original = training._Training._log
+
+    def log_and_signal(self, *args):
+        original(self, *args)
+        if self.state.step == 4:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(training._Training, "_log", log_and_signal)
+    with pytest.raises(Interrupted, match="--resume") as stop:
+        train(tiny_recipe(), tmp_path / "run")
+    assert stop.value.exit_code == 128 + number
+    monkeypatch.undo()
+    train(tiny_recipe(), tmp_path / "run", start="resume")
+    assert losses(tmp_path / "run") == losses(whole)
+
+
+def test_accumulation_gives_the_same_losses(finished, tmp_path):
+    whole, _ = finished
+    train(tiny_recipe(accumulation=4), tmp_path, max_steps=6)
+    expected = losses(whole)
+    assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 7)}, abs=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_losses(finished, tmp_path):
+    whole, _ = finished
+    train(tiny_recipe(gradient_checkpointing=True), tmp_path, max_steps=3)
+    expected = losses(whole)
+    assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 4)}, abs=1e-6)
+
+
+def test_bfloat16_trains_close_to_float32(finished, tmp_path):
+    whole, _ = finished
+    train(tiny_recipe(mixed_precision="bf16"), tmp_path, max_steps=6)
+    expected = losses(whole)
+    assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 7)}, abs=1e-2)
+    assert all(tensor.dtype == torch.float32 for tensor in shared_weights(tmp_path).values())
+
+
+def test_a_step_whose_loss_is_nan_is_skipped_and_counted(tmp_path, monkeypatch):
+    def nan_at_the_third(flow, recipe, images, labels, draws):
+        losses = objective.training_losses(flow, recipe, images, labels, draws)
+        calls.append(1)
+        return losses._replace(loss=losses.loss * float("nan")) if len(calls) == 3 else losses
+
+    calls = []
+    monkeypatch.setattr(training, "training_losses", nan_at_the_third)
+    summary = train(tiny_recipe(), tmp_path, max_steps=5)
+    assert summary.bad_steps == 1
+    assert all(tensor.isfinite().all() for tensor in shared_weights(tmp_path).values())
+
+
+def test_nan_in_many_steps_in_a_row_ends_training_with_advice(tmp_path, monkeypatch):
+    def always_nan(*args):
+        losses = objective.training_losses(*args)
+        return losses._replace(loss=losses.loss * float("nan"))
+
+    monkeypatch.setattr(training, "training_losses", always_nan)
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*learning_rate"):
+        train(tiny_recipe(max_bad_steps=3), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"volume_preserving": True},
+        {"num_classes": 0, "label_drop": 0.0, "guidance": Guidance(weight=0.5, temperature=1.5)},
+        {"noise_conditioned": False, "distribution": "constant", "weight": "one", "num_denoise_steps": 1},
+        {"distribution": "quadratic", "weight": "t2"},
+        {"distribution": "lognormal", "weight": "t_normalised"},
+        {"ema_decay": None, "max_grad_norm": None},
+        {"patch_size": (4, 2), "shared_layers": 1, "learned_first_token": True, "input_scale": 2.0},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_every_kind_of_flow_trains(tmp_path, changes):
+    summary = train(tiny_recipe(**changes), tmp_path, max_steps=2)
+    assert summary.bad_steps == 0
+    assert all(np.isfinite(value) for value in summary.held_out["nll"].values())
+
+
+def test_likelihood_training_reports_bits_per_dim_of_the_8_bit_image(tmp_path):
+    recipe = tiny_recipe(
+        noise_conditioned=False, distribution="dequantise", weight="one", method="none", horizontal_flip=False
+    )
+    summary = train(recipe, tmp_path, max_steps=3)
+    # A fresh flow would spend about 8 bits on an even grey level; digits are mostly black or white.
+    assert 3 < summary.held_out["bpd"] < 12
+    assert summary.held_out["nll"] == {}
+
+
+def test_the_prior_variance_of_a_volume_preserving_flow_is_estimated(tmp_path):
+    train(tiny_recipe(volume_preserving=True), tmp_path, max_steps=8)
+    variance = shared_weights(tmp_path)["prior_variance"]
+    assert (variance - 1).abs().max() > 0.05
+
+
+def test_a_broken_image_is_named_and_training_goes_on(tmp_path, capfd):
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for index in range(20):
+            pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{index}.png")
+    (tmp_path / "images" / "a" / "7.png").write_bytes(b"not a picture")
+    recipe = tiny_recipe(
+        path=str(tmp_path / "images"), num_classes=2, in_memory=False, num_workers=0, held_out_images=2, batch_size=8
+    )
+    train(recipe, tmp_path / "run", max_steps=6)
+    assert capfd.readouterr().err.count("7.png") == 1
+
+
+def test_labels_that_are_not_the_models_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"10 classes, but model.num_classes is 4; set --model.num-classes 10"):
+        train(tiny_recipe(num_classes=4), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_run_is_left_alone(finished):
+    run_dir, _ = finished
+    before = losses(run_dir)
+    with pytest.raises(RunError, match=r"already holds a run.*--resume.*--restart"):
+        train(tiny_recipe(), run_dir)
+    assert losses(run_dir) == before
+
+
+def test_other_settings_can_not_be_resumed(finished):
+    run_dir, _ = finished
+    with pytest.raises(RunError, match=r"train.learning_rate: 0.01 -> 0.5"):
+        train(tiny_recipe(learning_rate=0.5), run_dir, start="resume")
+
+
+def test_an_output_folder_that_can_not_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match=r"can't be written.*--run-dir"):
+        train(tiny_recipe(), tmp_path / "file" / "run")
+
+
+def test_a_damaged_state_is_refused_by_name(tmp_path):
+    train(tiny_recipe(), tmp_path, max_steps=2)
+    (state,) = (tmp_path / "state").glob("step-*")
+    weights = state / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(RunError, match=r"step-00000002 can't be read"):
+        train(tiny_recipe(), tmp_path, start="resume")
+
+
+def test_flips_and_label_drops_follow_the_recipe():
+    device = torch.device("cpu")
+    draws = objective.draw(tiny_recipe(batch_size=4096, label_drop=0.25), 0, device)
+    assert draws.flip.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert draws.drop.float().mean().item() == pytest.approx(0.25, abs=0.03)
+    assert not objective.draw(tiny_recipe(horizontal_flip=False), 0, device).flip.any()
+
+
+def test_steps_draw_different_numbers_and_a_step_always_the_same():
+    device = torch.device("cpu")
+    first, again, second = (objective.draw(tiny_recipe(), step, device) for step in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.noise, second.noise)
+
+
+def test_dropped_labels_are_the_null_label():
+    class Recorder(torch.nn.Module):
+        def forward(self, images, labels, noise_level):
+            self.labels = labels
+            return training_output
+
+    from itarflow.block import FlowOutput
+
+    training_output = FlowOutput(torch.zeros(4, 1, 1), torch.zeros(4))
+    draws = objective.Draws(
+        torch.ones(4), torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=bool), torch.tensor([True, False, True, False])
+    )
+    recorder = Recorder()
+    objective.training_losses(recorder, tiny_recipe(), torch.zeros(4, 1, 8, 8), torch.tensor([5, 6, 7, 8]), draws)
+    assert recorder.labels.tolist() == [-1, 6, -1, 8]
