@@ -147,7 +147,7 @@ class AutoregressiveBlock(nn.Module):
         return self._split(self.first_token(condition.embedding))
 
     def forward(self, x: Tensor, condition: Condition) -> FlowOutput:
-        """X (B, N, D) in raster order -> z in raster order, and the log-determinant (B,)."""
+        """x (B, N, D) in raster order -> z in raster order, and the log-determinant (B,)."""
         x = self._ordered(x)
         shift, log_scale = self.first_affine(condition)
         if self.num_tokens > 1:
@@ -166,7 +166,7 @@ class AutoregressiveBlock(nn.Module):
         solver: solvers.Solver = solvers.sequential,
         progress: solvers.Progress | None = None,
     ) -> Tensor:
-        """Z (B, N, D) in raster order -> x in raster order.
+        """z (B, N, D) in raster order -> x in raster order.
 
         Args:
             z: tokens.

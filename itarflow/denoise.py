@@ -38,7 +38,8 @@ Callback = Callable[[int, float, Tensor, Tensor], None]
 class FlowDenoiser:
     """The denoiser that a flow implies: Tweedie's formula on the gradient of its own log-density.
 
-    The flow is only read. Its weights are shared, not copied, and get no gradients.
+    The flow is only read. Its weights are shared, not copied, and get no gradients. Weights that are updated in
+    place are seen; a flow that is moved or cast afterwards needs a new denoiser.
 
     Args:
         flow: any TARFlow. Without noise conditioning it has one noise level of its own, and cleans well only there.
@@ -62,7 +63,11 @@ class FlowDenoiser:
         Raises:
             ValueError: as `TARFlow.log_prob`.
         """
-        level = torch.as_tensor(noise_level, device=noisy.device).reshape(-1).expand(len(noisy))
+        level = torch.as_tensor(noise_level, device=noisy.device).reshape(-1)
+        for name, values in (("labels have", labels), ("noise_level has", level if len(level) != 1 else None)):
+            if values is not None and len(values) != len(noisy):
+                raise ValueError(f"{name} shape {tuple(values.shape)}; expected ({len(noisy)},), one an image.")
+        level = level.expand(len(noisy))
         size = self.slice_size or len(noisy)
         slices = (slice(start, start + size) for start in range(0, len(noisy), size))
         return torch.cat([self._score(noisy[s], None if labels is None else labels[s], level[s]) for s in slices])
@@ -71,8 +76,7 @@ class FlowDenoiser:
         # The caller may be in inference mode, whose tensors can't be differentiated: leave it, and copy.
         with torch.inference_mode(False), torch.enable_grad():
             x = noisy.detach().clone().to(torch.promote_types(noisy.dtype, torch.float32)).requires_grad_()
-            labels = None if labels is None else labels.clone()
-            log_prob = self.flow.log_prob(x, labels, noise_level.clone())
+            log_prob = self.flow.log_prob(x, labels, noise_level)
             (score,) = torch.autograd.grad(log_prob.sum(), x)
         return score
 
@@ -96,9 +100,7 @@ def noise_levels(t_max: float, t_min: float, num_steps: int) -> list[float]:
         raise ValueError(f"t_max is {t_max}; expected a noise level > 0.")
     if num_steps > 1 and not 0 < t_min < t_max:
         raise ValueError(f"t_min={t_min}, t_max={t_max}; expected 0 < t_min < t_max for {num_steps} steps.")
-    # The last level is set, not computed: rounding must not carry it out of the trained range.
-    levels = torch.linspace(t_max, t_min, num_steps, dtype=torch.float64).tolist()
-    return [t_max, *levels[1:-1], *([t_min] if num_steps > 1 else []), 0.0]
+    return [*torch.linspace(t_max, t_min, num_steps, dtype=torch.float64).tolist(), 0.0]
 
 
 @torch.no_grad()
@@ -224,6 +226,8 @@ def _multistep(estimate: Estimate, x: Tensor, levels: list[float], report: Callb
 
 def _sde(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, generator: Generators) -> Tensor:
     """Keep the share (t_next / t)^2 of the noise's variance and draw the rest anew."""
+    if isinstance(generator, list) and len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators were given for {len(x)} images; expected one each.")
     for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
         x0 = estimate(x, t)
         report(index, t, x, x0)

@@ -66,7 +66,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         noise_conditioned: True = iTARFlow, which models log p(x_t, t); False = TARFlow.
         volume_preserving: shift-only blocks (VP), with a prior variance that training estimates.
         shared_layers: layers of a backbone that all blocks share and run first; it counts as part
-            of num_layers. 0 = none.
+            of num_layers, and a block with fewer layers than that has none of its own. 0 = none.
         input_scale: factor on the images at the entrance of the flow. It does not rescale the noise level.
         learned_first_token: lets each block transform its first token by an affine of the condition alone.
         head_dim: width of an attention head.
@@ -109,6 +109,8 @@ class TARFlow(ModelMixin, ConfigMixin):
         noise_range: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(num_layers, int):
+            raise ValueError(f"num_layers is {num_layers}; expected one number a block, such as ({num_layers},) * 8.")
         layers = tuple(num_layers)
         widths = _per_block("channels", channels, len(layers))
         self.patch_sizes = _per_block("patch_size", patch_size, len(layers))
@@ -291,6 +293,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         num_classes = self.config.num_classes
         if labels is None:
             return None
+        labels = torch.as_tensor(labels)  # a list will do
         if num_classes == 0:
             raise ValueError("labels were given, but this flow has no classes (num_classes=0); pass labels=None.")
         if tuple(labels.shape) != (batch_size,) or labels.is_floating_point():
@@ -385,5 +388,5 @@ def _check_scalars(num_classes: int, input_scale: float, mlp_ratio: int, noise_r
         )
     if not (math.isfinite(input_scale) and input_scale > 0):
         raise ValueError(f"input_scale is {input_scale}; expected a finite number > 0.")
-    if noise_range is not None and not (len(noise_range) == 2 and 0 < noise_range[0] <= noise_range[1]):
+    if noise_range is not None and not (len(noise_range) == 2 and 0 < noise_range[0] <= noise_range[1] < math.inf):
         raise ValueError(f"noise_range is {noise_range}; expected (t_min, t_max) with 0 < t_min <= t_max, or None.")

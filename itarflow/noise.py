@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+Distribution = Literal["uniform", "quadratic", "lognormal", "constant", "dequantise"]
+Weight = Literal["one", "t", "t2", "t_normalised", "t2_normalised"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +21,21 @@ class NoiseConfig:
     """Smallest noise level, a standard deviation in the units of the images."""
     t_max: float = 0.3
     """Largest noise level, where sampling starts. Equal to t_min for a single-sigma TARFlow."""
-    distribution: Literal["uniform", "quadratic", "lognormal", "constant", "dequantise"] = "uniform"
+    distribution: Distribution = "uniform"
     """How t is drawn. uniform: t uniform in [t_min, t_max]. quadratic: t^2 uniform. lognormal: EDM's
     exp(N(-1.2, 1)), which is not limited to [t_min, t_max]. constant: t = t_max, the single sigma of TARFlow.
     dequantise: no Gaussian noise, but uniform noise of one grey level, for likelihoods of 8-bit images."""
-    weight: Literal["one", "t", "t2", "t_normalised", "t2_normalised"] = "t"
+    weight: Weight = "t"
     """Loss weight of a sample. one: 1. t: t, the paper's choice. t2: t^2. t_normalised: t / (t_min + t_max).
     t2_normalised: t^2 / (t_min^2 + t_max^2)."""
 
     def __post_init__(self) -> None:
+        for name, value, known in (
+            ("distribution", self.distribution, get_args(Distribution)),
+            ("weight", self.weight, get_args(Weight)),
+        ):
+            if value not in known:
+                raise ValueError(f"Noise {name} is {value!r}; expected one of {', '.join(known)}.")
         if not (0 < self.t_min <= self.t_max and math.isfinite(self.t_max)):
             raise ValueError(
                 f"Noise levels t_min={self.t_min}, t_max={self.t_max}; expected 0 < t_min <= t_max < infinity."
@@ -56,17 +65,17 @@ def draw_noise_level(config: NoiseConfig, batch_size: int, generator: torch.Gene
 
 
 def uniform_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
-    """T uniform in [t_min, t_max], from u uniform in [0, 1)."""
+    """t uniform in [t_min, t_max], from u uniform in [0, 1)."""
     return u * (t_max - t_min) + t_min
 
 
 def quadratic_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
-    """T with t^2 uniform in [t_min^2, t_max^2], from u uniform in [0, 1)."""
+    """t with t^2 uniform in [t_min^2, t_max^2], from u uniform in [0, 1)."""
     return (u * (t_max**2 - t_min**2) + t_min**2).sqrt()
 
 
 def lognormal_level(n: Tensor) -> Tensor:
-    """T = exp(n - 1.2) from n standard normal: the training distribution of EDM (Karras et al. 2022)."""
+    """t = exp(n - 1.2) from n standard normal: the training distribution of EDM (Karras et al. 2022)."""
     return (n - 1.2).exp()
 
 

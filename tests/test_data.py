@@ -38,7 +38,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-# ------------------------------------------------------------------------------------------ what to train and to measure on
+# ------------------------------------------------------------------------------------------ training and held-out images
 
 
 def test_digits_need_nothing_and_keep_their_grey_values() -> None:
@@ -89,7 +89,7 @@ def test_held_out_split_is_measured_in_part(tmp_path: Path) -> None:
         assert values(held_out(count)) == list(range(12))
 
 
-def test_held_out_split_that_is_sorted_by_nothing_keeps_its_order(tmp_path: Path) -> None:
+def test_chosen_part_of_a_held_out_split_keeps_its_order(tmp_path: Path) -> None:
     columns = typed_columns(8)
     write_parquet(tmp_path / "train.parquet", columns, TYPED)
     write_parquet(tmp_path / "test.parquet", columns, TYPED)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from image_files import TYPED, encoded, load, typed_columns, values, write_classes, write_image, write_parquet
 
 from itarflow.images import DataError
