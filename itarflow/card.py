@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -67,7 +69,7 @@ def model_card(
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
         tags=["itarflow", "normalizing-flow", "iTARFlow" if iterative else "TARFlow", "image-generation"],
-        datasets=[training["data"]] if training.get("data") else None,
+        datasets=[training["data"]] if _is_hub_name(training.get("data")) else None,
         metrics=sorted(metrics) or None,
     )
     recipe = training.get("recipe", {})
@@ -76,13 +78,24 @@ def model_card(
             metadata=metadata.to_yaml(),
             name=name,
             kind="iTARFlow (conditioned on the noise level)" if iterative else "TARFlow (one noise level)",
-            example=f"class_labels=[{class_names[0]!r}]" if class_names else "num_images=1",
+            example=_example(class_names, architecture.get("num_classes", 0)),
             architecture=_table(architecture),
             sampling=_table(sampling),
             training=_table(_flat(recipe)) if recipe else "Not recorded.",
             results=_table(metrics) if metrics else "Not recorded.",
         )
     )
+
+
+def _is_hub_name(data: str | None) -> bool:
+    """Whether training data are a data set on the Hub, which refuses a card that names others."""
+    return data is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) is not None and not Path(data).exists()
+
+
+def _example(class_names: list[str] | None, num_classes: int) -> str:
+    if num_classes == 0:
+        return "num_images=1"
+    return f"class_labels=[{class_names[0]!r}]" if class_names else "class_labels=[0]"
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -12,14 +12,16 @@ import torch
 import tyro
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from itarflow.convert import CheckpointError, export_official, load_official
+from itarflow.convert import export_official, load_official
 from itarflow.denoise import DenoiseScheduler, Method
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
+from itarflow.official_file import CheckpointError
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.presets import T_MAX, T_MIN
+from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.progress import image_grid
 
 _console = Console()
@@ -56,8 +58,9 @@ class Sample:
     def run(self) -> None:
         """Carry the command out."""
         _check_output(self.output)
+        device = _usable(self.device) if self.device else _best_device()
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
-        pipe.to(self.device or _best_device())
+        pipe.to(device)
         labels = self._labels(pipe)
         result = pipe(
             class_labels=labels,
@@ -70,12 +73,12 @@ class Sample:
         )
         if self.output.suffix:
             image_grid(result.images, columns=min(len(labels), 10)).save(self.output)
-            _console.print(f"{len(labels)} images in {self.output}")
+            _say(f"{len(labels)} images in {self.output}")
             return
         self.output.mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(result.images):
             image.save(self.output / f"{index:06d}.png")
-        _console.print(f"{len(labels)} images in {self.output}/")
+        _say(f"{len(labels)} images in {self.output}/")
 
     def _labels(self, pipe: ITARFlowPipeline) -> list[int | None]:
         num_classes = pipe.flow.config.num_classes
@@ -115,7 +118,9 @@ class Info:
             **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},
         })  # fmt: skip
         if pipe.config.class_names:
-            _table("Labels", {str(index): name for index, name in enumerate(pipe.config.class_names[:20])})
+            names = pipe.config.class_names
+            more = {"...": f"{len(names)} in all"} if len(names) > 20 else {}
+            _table("Labels", {str(index): name for index, name in enumerate(names[:20])} | more)
         training = pipe.config.training
         if training:
             recipe = training.get("recipe", {})
@@ -155,7 +160,7 @@ class Convert:
         """Carry the command out."""
         if self.to_official:
             flow = ITARFlowPipeline.from_pretrained(self.source).flow
-            _console.print(f"official checkpoint in {export_official(flow, self.target)}")
+            _say(f"official checkpoint in {export_official(flow, self.target)}")
             return
         noise_range = (self.t_min, self.t_max) if self.t_min is not None and self.t_max is not None else None
         flow = load_official(
@@ -163,11 +168,12 @@ class Convert:
         )
         self._pipeline(flow).save_pretrained(self.target)
         parameters = sum(parameter.numel() for parameter in flow.parameters())
-        _console.print(f"pipeline with {parameters:,} parameters in {self.target}/; see `itarflow info {self.target}`")
+        _say(f"pipeline with {parameters:,} parameters in {self.target}/; see `itarflow info {self.target}`")
 
     def _pipeline(self, flow: TARFlow) -> ITARFlowPipeline:
         iterative, size = flow.config.noise_conditioned, flow.config.image_size
-        t_max = self.t_max if self.t_max is not None else T_MAX.get(size, 0.3)
+        of_paper = T_MAX if iterative else {row.image_size: row.noise_std for row in TARFLOW.values() if row.noise_std}
+        t_max = self.t_max if self.t_max is not None else of_paper.get(size, 0.3)
         if self.t_max is None:
             _console.print(f"[yellow]t_max is not in the file; {t_max} is assumed. Say --t-max if it is another.")
         scheduler = DenoiseScheduler(
@@ -205,7 +211,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         command.run()
     except (CheckpointError, OSError, ValueError) as error:
-        _console.print(f"[red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        _console.print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 
@@ -219,7 +225,7 @@ def _label(pipe: ITARFlowPipeline, text: str) -> int | None:
 
 def _check_output(output: Path) -> None:
     """Refuse a picture format that can't be written, before hours of sampling."""
-    if output.suffix and output.suffix.lower() not in Image.registered_extensions():
+    if output.suffix and Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ValueError(
             f"--output {output} has an unknown picture format; use .png, or a folder name without a suffix."
         )
@@ -227,10 +233,25 @@ def _check_output(output: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+def _usable(device: str) -> str:
+    """The device, if PyTorch can compute on it."""
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise ValueError(f"--device {device} can't be used: {reason}. Try cpu, or leave --device out.") from error
+    return device
+
+
 def _best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _say(text: str) -> None:
+    """Print a line as it stands, so that a path in it can be copied."""
+    _console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _public(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:
@@ -246,5 +267,6 @@ def _table(title: str, values: dict[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, dict):
             value = "  ".join(f"{name}={item}" for name, item in value.items())
-        table.add_row(key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        table.add_row(escape(key), escape(text))
     _console.print(table)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from itarflow.data import load_data
@@ -20,7 +21,7 @@ from itarflow.objective import describe
 from itarflow.presets import SIZES
 from itarflow.recipe import Recipe, to_json
 from itarflow.run import RunError, Start
-from itarflow.training import Summary, TrainingError, check_classes, train
+from itarflow.training import Summary, TrainingError, check_classes, on_cpu, train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +59,17 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
         _refuse(console, error)
     try:
         _run(options, console)
-    except (DataError, RunError, TrainingError, ValueError) as error:
+    except (DataError, OSError, RunError, TrainingError, ValueError) as error:
         _refuse(console, error)
     except Interrupted as stop:
         if PartialState().is_main_process:
-            console.print(f"[yellow]{stop}")
+            console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)
         sys.exit(stop.exit_code)
 
 
 def _refuse(console: Console, error: Exception) -> None:
     if not PartialState._shared_state or PartialState().is_main_process:
-        console.print(f"[red]Error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(1)
 
 
@@ -81,7 +82,7 @@ def _run(options: Options, console: Console) -> None:
     if options.resume and options.restart:
         raise ValueError("--resume and --restart exclude each other: go on with the run, or begin anew.")
     recipe.check()
-    main_process = PartialState().is_main_process
+    main_process = PartialState(cpu=on_cpu()).is_main_process
     if main_process:
         console.print(_settings(recipe))
     if options.dry_run:
@@ -100,7 +101,8 @@ def _settings(recipe: Recipe) -> Table:
     for section, values in to_json(recipe).items():
         if isinstance(values, dict):
             table.add_row(
-                f"[bold]{section}", "  ".join(f"{key}=[cyan]{_short(value)}[/]" for key, value in values.items())
+                f"[bold]{section}",
+                "  ".join(f"{key}=[cyan]{escape(_short(value))}[/]" for key, value in values.items()),
             )
     return table
 
@@ -122,9 +124,8 @@ def _dry_run(recipe: Recipe, console: Console) -> None:
     table.add_row("parameters", f"{human_number(costs.parameters)} ({costs.parameters:,}){_paper_note(recipe)}")
     table.add_row("forward pass", f"{human_number(costs.forward_flops)}FLOP an image")
     table.add_row("training step", f"{human_number(costs.training_flops)}FLOP an image")
-    table.add_row(
-        "sampling", f"{costs.sampling_tokens} sequential token steps, {recipe.sampling.num_denoise_steps} scores"
-    )
+    scores = 0 if recipe.sampling.method == "none" else recipe.sampling.num_denoise_steps
+    table.add_row("sampling", f"{costs.sampling_tokens} sequential token steps, {scores} scores")
     table.add_row("weights, gradients, optimiser", human_bytes(costs.state_bytes))
     table.add_row("activations", f"{human_bytes(costs.activation_bytes)} an image in float32, about half in bf16")
     table.add_row("  with gradient checkpointing", f"{human_bytes(costs.checkpointed_bytes)} an image in float32")
@@ -144,11 +145,11 @@ def _data_row(recipe: Recipe) -> str:
     except DataError as error:
         if Path(path).expanduser().exists() or path.startswith((".", "/", "~")):
             raise
-        return f"[yellow]not checked: {error}"
+        return f"[yellow]not checked: {escape(str(error))}"
     check_classes(recipe, data)
     steps = recipe.num_steps(len(data.train))
     return (
-        f"{path}: {len(data.train):,} training and {len(data.held_out):,} held-out images, "
+        f"{escape(path)}: {len(data.train):,} training and {len(data.held_out):,} held-out images, "
         f"{len(data.class_names) or 'no'} classes; {steps:,} steps in {recipe.train.epochs:g} epochs"
     )
 
@@ -168,9 +169,10 @@ def _report(summary: Summary, recipe: Recipe) -> Table:
     table.add_row("held-out", describe(summary.held_out))
     if summary.bad_steps:
         table.add_row("skipped steps", f"[yellow]{summary.bad_steps} whose gradient was not finite")
-    table.add_row("sample grid", str(summary.grid))
-    table.add_row("metrics", str(summary.run.metrics))
-    table.add_row("pipeline", str(summary.run.pipeline))
+    table.add_row("sample grid", escape(str(summary.grid)))
+    table.add_row("metrics", escape(str(summary.run.metrics)))
+    table.add_row("pipeline", escape(str(summary.run.pipeline)))
     example = " --class-labels 3" if recipe.model.num_classes > 3 else ""
-    table.add_row("next", f"itarflow sample {summary.run.pipeline}{example} --num-images 8 --output samples.png")
+    command = f"itarflow sample {summary.run.pipeline}{example} --num-images 8 --output samples.png"
+    table.add_row("next", escape(command))
     return table

@@ -17,11 +17,12 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from huggingface_hub import create_repo, snapshot_download, upload_folder
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 from itarflow.card import model_card
 from itarflow.codec import to_uint8
-from itarflow.denoise import Denoiser, DenoiseScheduler, FlowDenoiser, Method, denoise
+from itarflow.denoise import Denoiser, DenoiseScheduler, FlowDenoiser, Method, denoise, noise_levels
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
@@ -106,7 +107,8 @@ class ITARFlowPipeline(DiffusionPipeline):
         Args:
             class_labels: one label or several, as numbers or names; None inside a list, or alone = unlabelled.
             num_images: how many; None = one a label. With a single label it is repeated.
-            guidance_weight: w >= 0 in (1 + w) * conditional - w * unconditional; 0 = off.
+            guidance_weight: w >= 0 in (1 + w) * conditional - w * unconditional; 0 = off. Without labels there is
+                nothing to guide by: the checkpoint's weight is then left out, and one given here refused.
             guidance: rule, schedule and blocks; `guidance_weight` then overrides its weight.
             num_denoise_steps: score evaluations, >= 1; 1 = TARFlow's single step.
             method: "euler", "heun", "multistep" or "sde", or "none" for the noisy images.
@@ -116,7 +118,7 @@ class ITARFlowPipeline(DiffusionPipeline):
             denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
             generator: one for all images (image i then depends on its seed and on i alone), or one an image.
             batch_size: images that are generated at a time, to bound memory; None = all.
-            denoise_batch_size: images that are denoised at a time; None = as many as are generated.
+            denoise_batch_size: images that the flow denoises at a time; None = as many as are generated.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) in [0, 1].
 
         Returns:
@@ -132,11 +134,19 @@ class ITARFlowPipeline(DiffusionPipeline):
         scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, clip)
         generators = image_generators(generator, count)
         size = _positive("batch_size", batch_size) or count
-        denoiser = denoiser or FlowDenoiser(self.flow, _positive("denoise_batch_size", denoise_batch_size))
+        slice_size = _positive("denoise_batch_size", denoise_batch_size)
+        denoiser = FlowDenoiser(self.flow, slice_size) if denoiser is None else denoiser
+        _check_range(denoiser, scheduler)
         steps = 0 if scheduler.config.method == "none" else scheduler.config.num_denoise_steps
         chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         images = []
         with self.progress_bar(total=len(chunks) * (self.flow.num_solved_tokens + steps)) as bar:
+
+            def counted(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
+                clean = denoiser(noisy, labels, noise_level)
+                bar.update(1)
+                return clean
+
             for chunk in chunks:
                 part = None if labels is None else labels[chunk]
                 noisy = self.flow.inverse(
@@ -147,7 +157,7 @@ class ITARFlowPipeline(DiffusionPipeline):
                     progress=bar.update,
                 )
                 clean = denoise(
-                    denoiser,
+                    counted,
                     noisy,
                     part,
                     t_max=scheduler.config.t_max,
@@ -156,7 +166,6 @@ class ITARFlowPipeline(DiffusionPipeline):
                     method=scheduler.config.method,
                     clip=scheduler.config.clip,
                     generator=generators[chunk],
-                    callback=lambda *_: bar.update(1),
                 )
                 images.append(clean)
         self.maybe_free_model_hooks()
@@ -165,7 +174,9 @@ class ITARFlowPipeline(DiffusionPipeline):
     def _labels(self, class_labels: Labels | Sequence[Labels], num_images: int | None) -> tuple[Tensor | None, int]:
         """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""
         given: list[Labels]
-        if class_labels is None or isinstance(class_labels, int | str):
+        if isinstance(class_labels, Tensor | np.ndarray | np.generic):
+            class_labels = class_labels.tolist()
+        if class_labels is None or isinstance(class_labels, int | float | str):
             given = [class_labels]
         else:
             given = [label.item() if isinstance(label, Tensor | np.integer) else label for label in class_labels]
@@ -198,9 +209,11 @@ class ITARFlowPipeline(DiffusionPipeline):
                 return names.index(label)
             known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
             raise ValueError(f"class label {label!r} is not known; names of this checkpoint: {known}.")
+        if not isinstance(label, int):
+            raise ValueError(f"class label {label!r} is neither a number nor a name; expected 0 .. {num_classes - 1}.")
         if not 0 <= label < num_classes:
             raise ValueError(f"class label {label} is out of range; expected 0 .. {num_classes - 1}, or None.")
-        return int(label)
+        return label
 
     def _guidance(self, guidance: Guidance | None, weight: float | None, labels: Tensor | None) -> Guidance:
         chosen = guidance or self.default_guidance
@@ -240,7 +253,7 @@ class ITARFlowPipeline(DiffusionPipeline):
             method=stored.method if method is None else method,
             clip=stored.clip if clip is None else clip,
         )
-        self.flow.check_noise_range(scheduler.config.t_max)
+        _check_level(self.flow, "t_max", scheduler.config.t_max)
         return scheduler
 
     # -- storing and sharing ------------------------------------------------------------------------------------
@@ -305,14 +318,12 @@ class ITARFlowPipeline(DiffusionPipeline):
             options = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
             download = {key: kwargs.pop(key) for key in options if key in kwargs}
             folder = Path(_download(str(pretrained_model_name_or_path), download))
-        if not (folder / cls.config_name).is_file():
-            raise OSError(
-                f"{folder} holds no pipeline: {cls.config_name} is missing. Expected a folder written by "
-                "save_pretrained, such as runs/NAME/pipeline. An official .pth file is turned into one "
-                "by `itarflow convert`."
-            )
+        _check_kind(folder, cls.config_name)
         try:
-            return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
+            pipeline = super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
+            if "flow" not in kwargs:
+                _check_weights(folder / "flow", pipeline.flow)
+            return pipeline
         except Exception as error:
             raise OSError(
                 f"The pipeline in {folder} can't be loaded: {error}\nIf a file is truncated or missing, copy or "
@@ -376,8 +387,65 @@ def _download(repo_id: str, options: dict[str, Any]) -> str:
         return snapshot_download(repo_id, allow_patterns=patterns, **options)
     except Exception as error:
         raise OSError(
-            f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}"
+            f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}\nCheck the "
+            "spelling. A finished training run has its pipeline in runs/NAME/pipeline."
         ) from error
+
+
+def _check_kind(folder: Path, index_name: str) -> None:
+    """Refuse a folder that is no pipeline of ours, or whose weights are pickles."""
+    if not (folder / index_name).is_file():
+        raise OSError(
+            f"{folder} holds no pipeline: {index_name} is missing. Expected a folder written by save_pretrained, "
+            "such as runs/NAME/pipeline. An official .pth file is turned into one by `itarflow convert`."
+        )
+    try:
+        index = json.loads((folder / index_name).read_text())
+        if not isinstance(index, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise OSError(f"{folder / index_name} is damaged: {error}. Copy or download the folder again.") from error
+    if not _COMPONENTS.keys() <= index.keys():
+        raise OSError(
+            f"{folder} holds a pipeline of another kind ({index.get('_class_name', 'unknown')}); expected an "
+            "ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or choose another checkpoint."
+        )
+    weights = [path.name for path in (folder / "flow").glob("*") if path.suffix in (".safetensors", ".bin", ".pth")]
+    if weights and not any(name.endswith(".safetensors") for name in weights):
+        raise OSError(
+            f"The weights in {folder / 'flow'} are a pickle ({weights[0]}), which could run code and is never read. "
+            "Ask for a safetensors version; an official .pth file is turned into one by `itarflow convert`."
+        )
+
+
+def _check_weights(folder: Path, flow: TARFlow) -> None:
+    """Refuse weights of another architecture: diffusers would draw the missing ones at random, and warn."""
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            stored.update(tensors.keys())
+    differing = sorted(stored ^ flow.state_dict().keys())
+    if differing:
+        raise OSError(
+            f"the weights do not fit flow/config.json: {len(differing)} tensors are missing or too many, such as "
+            f"{differing[0]}."
+        )
+
+
+def _check_level(flow: TARFlow, name: str, level: float) -> None:
+    try:
+        flow.check_noise_range(level)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _check_range(denoiser: Denoiser, scheduler: DenoiseScheduler) -> None:
+    """Refuse noise levels that the flow which denoises does not know, before one is generated with."""
+    config = scheduler.config
+    if isinstance(denoiser, FlowDenoiser) and config.method != "none":
+        levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps)
+        _check_level(denoiser.flow, "t_max", levels[0])
+        _check_level(denoiser.flow, "t_min", levels[-2])
 
 
 def _positive(name: str, value: int | None) -> int | None:
@@ -391,8 +459,8 @@ def _converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[I
     broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
     if broken:
         logger.warning(
-            f"Images {broken} contain NaN or infinite values: the flow's inverse diverged. Less guidance "
-            "or float32 weights often help."
+            f"Images {broken} contain NaN or infinite values: the flow's inverse or the denoising diverged. Less "
+            "guidance or float32 weights often help."
         )
     if output_type == "pt":
         return (images.clamp(-1, 1) + 1) / 2

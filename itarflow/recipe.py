@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from itarflow.data import DataConfig
 from itarflow.denoise import DenoiseScheduler, Method
 from itarflow.guidance import Guidance
@@ -70,6 +72,16 @@ class TrainConfig:
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number > 0.")
+        for name in ("warmup_epochs", "weight_decay", "min_learning_rate"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number >= 0.")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"train.min_learning_rate {self.min_learning_rate} is above train.learning_rate {self.learning_rate}; "
+                "lower one of them, or raise the other."
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"train.betas is {self.betas}; expected two numbers in [0, 1).")
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"train.label_drop is {self.label_drop}; expected a probability in [0, 1].")
         if self.batch_size % self.accumulation:
@@ -98,6 +110,11 @@ class SamplingConfig:
     """Images of a grid."""
     batch_size: int = 64
     """Images that are sampled at a time."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_denoise_steps", "num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sampling.{name} is {getattr(self, name)}; expected a number >= 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +189,8 @@ class Recipe:
                 f"train.accumulation {self.train.accumulation}; expected a multiple of {share}."
             )
         self.scheduler()
+        with torch.device("meta"):  # shapes without memory
+            self.model.build(self.noise_range)
 
     def steps_per_epoch(self, num_images: int) -> float:
         """Optimiser steps in which each of num_images is seen once."""

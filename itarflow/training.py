@@ -1,6 +1,6 @@
 """The training loop, on Accelerate.
 
-What a step does is a function of the recipe and the step's number: which images it sees (data.py), their noise
+What a step does is a function of the recipe and the step's number: which images it sees (batches.py), their noise
 levels, noise, flips and dropped labels (`draw`), and the learning rate. So nothing but weights, optimiser and step
 need be stored for a resumed run to be the same run, and the number of processes does not matter.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
 from diffusers.training_utils import EMAModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -108,12 +109,14 @@ def train(recipe: Recipe, run_path: Path, *, start: Start = "fresh", max_steps: 
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
     recipe.check()
     accelerator = Accelerator(
+        cpu=on_cpu(),
         mixed_precision=recipe.train.mixed_precision,
         gradient_accumulation_steps=recipe.train.accumulation,
         log_with=list(recipe.train.trackers) or None,
         project_dir=run_path,
     )
     recipe.check(accelerator.num_processes)
+    _use_all_cores(accelerator)
     data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
     check_classes(recipe, data)
     run = _prepared_run(run_path, recipe, start, accelerator)
@@ -447,6 +450,19 @@ def check_classes(recipe: Recipe, data: ImageData) -> None:
             f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
             f"set --model.num-classes {found}, or 0 to ignore the labels."
         )
+
+
+def on_cpu() -> bool:
+    """Whether to train on the CPU: Accelerate only joins several processes there when it is told so."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def _use_all_cores(accelerator: Accelerator) -> None:
+    """Undo the single thread that `accelerate launch` sets for training on CPUs unless it is told a number."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here))
 
 
 def _prepared_run(path: Path, recipe: Recipe, start: Start, accelerator: Accelerator) -> RunDir:

@@ -38,7 +38,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-# ------------------------------------------------------------------------------------------ training and held-out images
+# Training and held-out images
 
 
 def test_digits_need_nothing_and_keep_their_grey_values() -> None:
@@ -123,7 +123,7 @@ def test_options_out_of_range(tmp_path: Path, options: dict[str, Any]) -> None:
         load(tmp_path, **options)
 
 
-# ------------------------------------------------------------------------------------------ columns
+# Columns
 
 
 @pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"bytes": data, "path": None}])
@@ -174,7 +174,7 @@ def test_columns_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         load(write_parquet(tmp_path / "b.parquet", {"text": ["a"]}))
 
 
-# ------------------------------------------------------------------------------------------ images of a set
+# Images of a set
 
 
 def test_images_are_cropped_and_resized_on_the_way(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_index_out_of_range(tmp_path: Path) -> None:
             train[index]
 
 
-# ------------------------------------------------------------------------------------------ broken images
+# Broken images
 
 
 @pytest.fixture

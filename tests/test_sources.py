@@ -23,7 +23,7 @@ def test_digits_have_one_split() -> None:
         load("digits", split="test")
 
 
-# ------------------------------------------------------------------------------------------ folders
+# Folders
 
 
 def test_folder_of_classes(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_relative_path_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(load("set").train) == len(load("./set").train) == len(load("~/set").train) == 2
 
 
-# ------------------------------------------------------------------------------------------ parquet
+# Parquet
 
 
 def test_parquet_folder_with_splits(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_part_of_a_split_that_is_empty_or_nonsense(tmp_path: Path, split: str) -
         load(write_parquet(tmp_path / "a.parquet", typed_columns(4), TYPED), split=split)
 
 
-# ------------------------------------------------------------------------------------------ wrong paths
+# Wrong paths
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/no/where", "~/nowhere", "a/b/c", "gone.parquet", "gone/*.parquet"])

@@ -1,0 +1,346 @@
+"""The command `itarflow`: what it writes, prints and refuses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow, cli
+
+GOLDEN = Path(__file__).parent / "golden"
+TRAINING = {
+    "name": "pets",
+    "data": "someone/pets",
+    "steps": 123,
+    "metrics": {"held-out nll at t=0.5 (nats/dim)": -1.25},
+    "recipe": {"name": "pets", "train": {"epochs": 7}},
+}
+Run = Callable[..., str]
+Save = Callable[..., Path]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """run("info", folder): what the command prints, in a terminal of 200 columns; the current folder is empty."""
+    monkeypatch.setattr(cli, "_console", Console(width=200))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def call(*words: object) -> str:
+        cli.main([str(word) for word in words])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
+    """refused("info", folder): the message after "Error: ", once the command has exited with 1."""
+
+    def call(*words: object) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            run(*words)
+        printed = capsys.readouterr()
+        assert exit_.value.code == 1
+        assert "Traceback" not in printed.out + printed.err
+        assert printed.out.startswith("Error: ")
+        return printed.out.removeprefix("Error: ")
+
+    return call
+
+
+@pytest.fixture
+def save(make_flow: Callable[..., TARFlow], tmp_path: Path) -> Save:
+    """save(): the folder of a pipeline; `flow` are the flow's arguments, `changes` the pipeline's."""
+
+    def make(flow: dict[str, Any] | None = None, **changes: Any) -> Path:
+        built = make_flow(**{"in_channels": 3, "noise_range": (0.02, 0.6)} | (flow or {}))
+        names = ["cat", "dog", "bird"] if built.config.num_classes == 3 else None
+        scheduler = DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2)
+        arguments = {"class_names": names, "guidance": {"weight": 1.5}, "training": TRAINING} | changes
+        ITARFlowPipeline(built, scheduler, **arguments).save_pretrained(tmp_path / "pets")
+        return tmp_path / "pets"
+
+    return make
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+# -- sample -----------------------------------------------------------------------------------------------------
+
+
+def test_sample_writes_a_grid_with_every_class_in_turn(run, save):
+    assert "3 images in samples.png" in run("sample", save())
+    grid = Image.open("samples.png")
+    assert (grid.mode, grid.size) == ("RGB", (3 * 48 + 2 * 2, 48))
+    assert pixels("samples.png").std() > 1
+
+
+def test_sample_writes_a_folder_with_a_file_for_each_image(run, save):
+    assert "4 images in new/folder/" in run("sample", save(), "--output", "new/folder", "--num-images", 4)
+    files = sorted(Path("new/folder").iterdir())
+    assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png", "000003.png"]
+    assert {Image.open(file).size for file in files} == {(4, 4)}
+
+
+def test_files_and_pipeline_agree(run, save):
+    folder = save()
+    run("sample", folder, "--output", "images", "--class-labels", "dog", 2, "--seed", 5)
+    pipe = ITARFlowPipeline.from_pretrained(folder)
+    expected = pipe(["dog", "bird"], generator=torch.Generator().manual_seed(5)).images
+    for index, image in enumerate(expected):
+        np.testing.assert_array_equal(pixels(Path(f"images/{index:06d}.png")), np.asarray(image))
+
+
+def test_labels_are_numbers_or_names(run, save):
+    folder = save()
+    run("sample", folder, "--class-labels", "dog", "cat", "--output", "names.png")
+    run("sample", folder, "--class-labels", 1, 0, "--output", "numbers.png")
+    run("sample", folder, "--class-labels", 0, 1, "--output", "others.png")
+    np.testing.assert_array_equal(pixels("names.png"), pixels("numbers.png"))
+    assert not np.array_equal(pixels("names.png"), pixels("others.png"))
+
+
+def test_labels_are_repeated_in_turn(run, save):
+    folder = save()
+    run("sample", folder, "--class-labels", 1, 0, "--num-images", 3, "--output", "turn.png")
+    run("sample", folder, "--class-labels", 1, 0, 1, "--output", "written.png")
+    np.testing.assert_array_equal(pixels("turn.png"), pixels("written.png"))
+
+
+def test_a_name_that_looks_like_a_number_is_a_name(run, save):
+    folder = save(class_names=["2", "1", "0"])
+    run("sample", folder, "--class-labels", 2, "--output", "name")
+    pipe = ITARFlowPipeline.from_pretrained(folder)
+    (expected,) = pipe("2", generator=torch.Generator().manual_seed(0)).images
+    (number,) = pipe(2, generator=torch.Generator().manual_seed(0)).images
+    assert np.array_equal(pixels(Path("name/000000.png")), np.asarray(expected))
+    assert not np.array_equal(np.asarray(expected), np.asarray(number))
+
+
+def test_the_seed_decides(run, save):
+    folder = save()
+    for name, seed in (("a.png", 3), ("b.png", 3), ("c.png", 4)):
+        run("sample", folder, "--seed", seed, "--output", name)
+    np.testing.assert_array_equal(pixels("a.png"), pixels("b.png"))
+    assert not np.array_equal(pixels("a.png"), pixels("c.png"))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--guidance-weight", "0"),
+        ("--num-denoise-steps", "1"),
+        ("--method", "heun", "--num-denoise-steps", "3"),
+        ("--method", "none"),
+    ],
+    ids=" ".join,
+)
+def test_options_replace_the_checkpoints_defaults(run, save, words):
+    folder = save()
+    run("sample", folder, "--output", "default.png")
+    run("sample", folder, "--output", "changed.png", *words)
+    assert not np.array_equal(pixels("default.png"), pixels("changed.png"))
+
+
+def test_without_classes_sixteen_images_are_made(run, save):
+    assert "16 images in" in run("sample", save({"num_classes": 0}))
+
+
+def test_images_do_not_depend_on_the_batch_size(run, save):
+    folder = save()
+    run("sample", folder, "--output", "all.png")
+    run("sample", folder, "--output", "single.png", "--batch-size", 1)
+    assert np.abs(pixels("all.png").astype(int) - pixels("single.png")).max() <= 1  # rounding
+
+
+# -- info -------------------------------------------------------------------------------------------------------
+
+
+def test_info_tells_what_a_checkpoint_is(run, save):
+    folder = save()
+    printed = run("info", folder)
+    parameters = sum(p.numel() for p in ITARFlowPipeline.from_pretrained(folder).flow.parameters())
+    for words in (
+        "iTARFlow, conditioned on the noise level",
+        f"{parameters:,}",
+        "0.02 to 0.6",
+        "4 tokens of 12 values",
+        "num_layers",
+        "t_max",
+        "1.5",
+        "bird",
+        "someone/pets",
+        "123",
+        "-1.25",
+        "epochs=7",
+    ):
+        assert words in printed
+
+
+def test_info_says_what_is_not_known(run, save):
+    printed = run("info", save({"noise_conditioned": False, "noise_range": None}, training=None))
+    assert "TARFlow, one noise level" in printed
+    assert re.search(r"trained on noise levels\s*│\s*not recorded", printed)
+    assert "Training" not in printed
+
+
+def test_info_says_how_many_labels_it_leaves_out(run, save):
+    printed = run("info", save({"num_classes": 21}, class_names=[f"class {index}" for index in range(21)]))
+    assert "21 in all" in printed
+    assert "class 19" in printed
+    assert "class 20" not in printed
+
+
+def test_brackets_in_names_are_printed(run, save):
+    assert "[bold]" in run("info", save(class_names=["[bold]", "[/red]", "[x]"]))
+
+
+# -- convert ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["itarflow_cond", "tarflow_cond"])
+def test_converting_there_and_back_gives_the_same_bits(run, name):
+    source = GOLDEN / name / "weights.pth"
+    assert "pipeline with" in run("convert", source, "ours", "--t-max", 0.3)
+    assert "official checkpoint in back.pth" in run("convert", "ours", "back.pth", "--to-official")
+    before, after = torch.load(source), torch.load("back.pth")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(("name", "size"), [("itarflow_cond", 12), ("tarflow_cond", 8)])
+def test_a_converted_checkpoint_samples(run, name, size):
+    run("convert", GOLDEN / name / "weights.pth", "ours", "--t-max", 0.05, "--num-denoise-steps", 1)
+    run("sample", "ours", "--output", "images", "--class-labels", 1, 5)
+    assert [Image.open(path).size for path in sorted(Path("images").iterdir())] == [(size, size)] * 2
+
+
+@pytest.mark.parametrize(("name", "rule", "steps"), [("itarflow_cond", "scale", 10), ("tarflow_cond", "log_scale", 1)])
+def test_a_converted_checkpoint_has_the_sampling_of_its_official_code(run, name, rule, steps):
+    run("convert", GOLDEN / name / "weights.pth", "ours", "--t-max", 0.2, "--t-min", 0.02, "--guidance-weight", 2.5)
+    pipe = ITARFlowPipeline.from_pretrained("ours")
+    guidance, scheduler = pipe.default_guidance, pipe.scheduler.config
+    assert (guidance.weight, guidance.rule, guidance.schedule) == (2.5, rule, "linear")
+    assert (scheduler.t_max, scheduler.t_min, scheduler.num_denoise_steps) == (0.2, 0.02, steps)
+    assert tuple(pipe.flow.config.noise_range) == (0.02, 0.2)
+
+
+def test_what_the_official_file_does_not_tell_is_an_option(run):
+    source = GOLDEN / "itarflow_uncond" / "weights.pth"
+    run("convert", source, "ours", "--in-channels", 1, "--input-scale", 0.5, "--t-max", 0.3)
+    config = ITARFlowPipeline.from_pretrained("ours").flow.config
+    assert (config.in_channels, config.input_scale) == (1, 0.5)
+
+
+def test_an_assumed_noise_level_is_said_aloud(run):
+    assert "0.3 is assumed" in run("convert", GOLDEN / "itarflow_cond" / "weights.pth", "ours")
+    assert "assumed" not in run("convert", GOLDEN / "itarflow_cond" / "weights.pth", "again", "--t-max", 0.2)
+
+
+@pytest.mark.parametrize(("iterative", "t_max"), [(True, 0.5), (False, 0.15)])
+def test_the_assumed_noise_level_is_that_of_the_models_own_paper(iterative, t_max, make_flow):
+    flow = make_flow(fresh=True, image_size=128, patch_size=32, in_channels=3, noise_conditioned=iterative)
+    pipe = cli.Convert(source="model.pth", target=Path("ours"))._pipeline(flow)
+    assert pipe.scheduler.config.t_max == t_max
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--class-labels", "fish"), "class label 'fish' is not known; names of this checkpoint: cat, dog, bird"),
+        (("--class-labels", "3"), "class label 3 is out of range; expected 0 .. 2"),
+        (("--num-images", "0"), "--num-images is 0; expected a number >= 1"),
+        (("--batch-size", "0"), "batch_size is 0"),
+        (("--num-denoise-steps", "0"), "num_denoise_steps is 0"),
+        (("--guidance-weight", "-1"), "expected a finite number >= 0"),
+        (("--output", "images.doc"), "images.doc has an unknown picture format; use .png"),
+        (("--output", "images.psd"), "images.psd has an unknown picture format; use .png"),
+        (("--device", "abacus"), "--device abacus can't be used"),
+        (("--device", "meta"), "--device meta can't be used"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_sample_refuses_with_a_message(refused, save, words, message):
+    assert message in refused("sample", save(), *words)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(refused, tmp_path):
+    assert "model_index.json is missing" in refused("info", tmp_path)
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused(refused):
+    message = refused("sample", "runs/nothing/pipeline")
+    assert "'runs/nothing/pipeline' is neither a folder here nor a Hub id (NAME/MODEL)" in message
+
+
+def test_brackets_in_a_message_are_printed(refused):
+    assert "'./[bold]/model[/]'" in refused("info", "./[bold]/model[/]")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nothing.pth", "ours"), "nothing.pth: there is no such file"),
+        ((GOLDEN / "itarflow_uncond" / "weights.pth", "ours", "--in-channels", "2"), "in_channels=2"),
+        ((GOLDEN / "itarflow_cond" / "weights.pth", "ours", "--t-max", "0.1", "--t-min", "0.2"), "0.2"),
+        (("nothing/at/all", "back.pth", "--to-official"), "neither a folder here nor a Hub id"),
+    ],
+)
+def test_convert_refuses_with_a_message_and_writes_nothing(refused, words, message):
+    assert message in refused("convert", *words)
+    assert not Path("ours").exists()
+    assert not Path("back.pth").exists()
+
+
+def test_a_flow_that_the_official_code_has_no_class_for_is_refused(refused, save):
+    message = refused("convert", save(), "back.pth", "--to-official")
+    assert "head_dim=4 can't be exported" in message
+
+
+def test_an_unwritable_output_is_refused_before_sampling(refused, save, monkeypatch):
+    monkeypatch.setattr(ITARFlowPipeline, "__call__", lambda *args, **kwargs: pytest.fail("images were made"))
+    Path("occupied").write_text("")
+    assert "occupied" in refused("sample", save(), "--output", "occupied/images")
+
+
+# -- help -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "explanations"),
+    [
+        ((), ["Make images with a checkpoint", "Show what a checkpoint is", "started by the files in recipes/"]),
+        (("sample",), ["--class-labels", "by name or number", "itarflow sample runs/digits/pipeline", "0 = off"]),
+        (("info",), ["A folder with a pipeline, or a Hugging Face Hub id"]),
+        (("convert",), ["An official .pth file", "--to-official", "--t-max", "TARFlow's noise_std"]),
+    ],
+    ids=lambda value: " ".join(value),
+)  # fmt: skip
+def test_help_explains(words, explanations, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*words, "--help"])
+    assert exit_.value.code == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for explanation in explanations:
+        assert explanation in printed
+
+
+def test_an_unknown_option_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["sample", "somewhere", "--classes", "3"])
+    assert exit_.value.code == 2
+    assert "--classes" in capsys.readouterr().err

@@ -1,0 +1,119 @@
+"""The papers' sizes: what we build has the parameters that the papers print."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from itarflow.flow import TARFlow
+from itarflow.presets import SIZES, T_MAX, T_MIN, TARFLOW, ModelConfig, itarflow_model
+
+RESOLUTIONS = (64, 128, 256)
+
+
+def on_meta(config: ModelConfig) -> TARFlow:
+    """The flow without storage."""
+    with torch.device("meta"):
+        return config.build()
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize(("size", "printed"), [("B", 770e6), ("L", 1.2e9), ("XL", 2.2e9)])
+def test_itarflow_has_the_parameters_that_the_paper_prints(size, printed, resolution):
+    assert count(on_meta(itarflow_model(size, resolution))) == pytest.approx(printed, rel=0.01)
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_the_smallest_itarflow_has_them_in_its_layers_alone(resolution):
+    flow = on_meta(itarflow_model("S", resolution))
+    layers = [layer for block in flow.blocks for layer in block.transformer.layers]
+    assert len(layers) == 18
+    assert sum(map(count, layers)) == pytest.approx(350e6, rel=0.015)
+    assert count(flow) == pytest.approx(417e6, rel=0.01)
+    assert "417M" in SIZES["S"].note
+
+
+@pytest.mark.parametrize(
+    ("size", "printed"), [("S", "350M"), ("B", "770M"), ("L", "1.2B"), ("XL", "2.2B")], ids=["S", "B", "L", "XL"]
+)
+def test_sizes_carry_the_printed_figure(size, printed):
+    assert SIZES[size].paper_parameters == printed
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
+def test_itarflow_has_1024_tokens_at_every_resolution(size, resolution):
+    flow = on_meta(itarflow_model(size, resolution))
+    assert flow.z_shape == (1024, 3 * (resolution // 32) ** 2)
+    assert flow.image_shape == (3, resolution, resolution)
+    assert flow.config.noise_conditioned
+
+
+def test_the_deep_block_is_at_the_noise_side():
+    flow = on_meta(itarflow_model("XL", 256))
+    assert [len(block.transformer.layers) for block in flow.blocks] == [4, 4, 4, 24]
+
+
+def test_noise_levels_grow_with_the_resolution_as_in_the_paper():
+    assert T_MAX == {64: 0.3, 128: 0.5, 256: 0.7}
+    assert T_MIN == 0.01
+
+
+def test_a_model_without_classes_has_no_class_embedding():
+    assert all(block.class_embedding is None for block in on_meta(itarflow_model("S", 64, num_classes=0)).blocks)
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "size"),
+    [
+        ("imagenet64_bpd", "2-768-8-8-U", 460e6),
+        ("imagenet64_uncond", "2-768-8-8-0.05", 460e6),
+        ("imagenet64_cond", "2-768-8-8-0.05", 466e6),
+        ("imagenet128", "4-1024-8-8-0.15", 824e6),
+        ("afhq256", "8-768-8-8-0.07", 463e6),
+    ],
+)
+def test_tarflow_is_built_as_the_row_of_its_paper_says(name, row, size):
+    ours = TARFLOW[name]
+    noise = "U" if ours.noise_std is None else f"{ours.noise_std:g}"
+    assert f"{ours.patch_size}-{ours.channels}-{ours.num_blocks}-{ours.num_layers}-{noise}" == row
+    flow = on_meta(ours.model())
+    assert [len(block.transformer.layers) for block in flow.blocks] == [8] * 8
+    assert flow.z_shape == (1024, 3 * ours.patch_size**2)
+    assert not flow.config.noise_conditioned
+    assert flow.config.num_classes == ours.num_classes
+    assert count(flow) == pytest.approx(size, rel=0.002)
+
+
+def test_all_rows_are_tested():
+    assert set(TARFLOW) == {"imagenet64_bpd", "imagenet64_uncond", "imagenet64_cond", "imagenet128", "afhq256"}
+    assert set(SIZES) == {"S", "B", "L", "XL"}
+
+
+def test_settings_per_block_reach_the_flow():
+    config = ModelConfig(image_size=8, patch_size=(4, 2), channels=(64, 128), num_layers=(1, 2), shared_layers=0)
+    flow = config.build(noise_range=(0.1, 0.3))
+    assert flow.patch_sizes == (4, 2)
+    assert [block.transformer.channels for block in flow.blocks] == [64, 128]
+    assert tuple(flow.config.noise_range) == (0.1, 0.3)
+
+
+@pytest.mark.parametrize("size", ["M", "s", ""])
+def test_an_unknown_size_is_refused(size):
+    with pytest.raises(ValueError, match=f"model size is '{size}'; expected one of S, B, L, XL"):
+        itarflow_model(size, 64)
+
+
+@pytest.mark.parametrize("resolution", [0, -32, 16, 100])
+def test_a_resolution_that_32_does_not_divide_is_refused(resolution):
+    with pytest.raises(ValueError, match=f"resolution is {resolution}; expected a multiple of 32"):
+        itarflow_model("S", resolution)
+
+
+def test_settings_that_do_not_fit_together_are_refused_on_building():
+    with pytest.raises(ValueError, match="patch_size 3 does not divide image_size 8"):
+        ModelConfig(image_size=8, patch_size=3, channels=64, num_layers=(1,)).build()
