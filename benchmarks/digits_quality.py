@@ -21,7 +21,7 @@ from sklearn.svm import SVC
 
 from itarflow import ITARFlowPipeline
 
-console = Console()
+console = Console(width=110)
 
 
 @dataclass

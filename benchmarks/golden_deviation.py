@@ -28,11 +28,11 @@ def by_case() -> dict[str, list[Comparison]]:
 def deviation_table(groups: dict[str, list[Comparison]]) -> Table:
     """One row a case: the largest absolute deviation, and the largest in units of a tensor's largest value."""
     table = Table(title="Deviation from the official code, float32 on the CPU")
-    table.add_column("case")
-    table.add_column("tensors", justify="right")
+    table.add_column("case", overflow="fold")
+    table.add_column("tensors", justify="right", overflow="fold")
     for measure in ("absolute", "relative to max"):
-        table.add_column(f"largest {measure}", justify="right")
-        table.add_column("of tensor")
+        table.add_column(f"largest {measure}", justify="right", overflow="fold")
+        table.add_column("of tensor", overflow="fold")
     for name, comparisons in groups.items():
         absolute = max(comparisons, key=lambda comparison: comparison.absolute)
         relative = max(comparisons, key=lambda comparison: comparison.relative)
@@ -49,7 +49,7 @@ def deviation_table(groups: dict[str, list[Comparison]]) -> Table:
 
 def main() -> None:
     """Print the table."""
-    Console().print(deviation_table(by_case()))
+    Console(width=110).print(deviation_table(by_case()))
 
 
 if __name__ == "__main__":

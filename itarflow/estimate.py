@@ -37,10 +37,9 @@ def estimate(recipe: Recipe) -> Estimate:
         flow = recipe.model.build(recipe.noise_range)
     parameters = sum(parameter.numel() for parameter in flow.parameters())
     with FlopCounterMode(display=False) as counter:
-        flow(*_example(flow))
+        activations = _saved_bytes(flow)
     forward = counter.get_total_flops()
     copies = 4 if recipe.train.ema_decay is None else 5
-    activations = _saved_bytes(flow)
     flow.enable_gradient_checkpointing()
     return Estimate(
         parameters=parameters,

@@ -26,7 +26,12 @@ Run = Callable[..., str]
 RECIPE = Recipe(
     name="tiny",
     model=replace(
-        itarflow_model("S", 32, num_classes=10), image_size=8, in_channels=1, channels=64, num_layers=(1, 1)
+        itarflow_model("S", 32, num_classes=10),
+        image_size=8,
+        in_channels=1,
+        patch_size=2,
+        channels=64,
+        num_layers=(1, 1),
     ),
     data=DataConfig(path="digits"),
     noise=NoiseConfig(t_min=0.02, t_max=0.5),
@@ -172,6 +177,8 @@ def test_without_denoising_no_score_is_announced(run):
         (("--model.no-noise-conditioned",), "noise.distribution is 'uniform', a range of noise levels"),
         (("--model.num-classes", "7"), "have 10 classes, but model.num_classes is 7; set --model.num-classes 10"),
         (("--data.path", "./nothing"), "'./nothing' does not exist"),
+        (("--data.path", "nothing/at/all"), "'nothing/at/all' does not exist"),
+        (("--data.path", "~/nothing"), "'~/nothing' does not exist"),
         (("--data.split", "test"), "has no split 'test'; use one of train"),
         (("--data.path", "./[bold]/nothing"), "./[bold]/nothing"),
     ],
