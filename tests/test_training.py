@@ -105,7 +105,7 @@ def test_training_learns(finished):
 
 @pytest.mark.parametrize("stop_at", [3, 7, 13])
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(finished, tmp_path, stop_at):
-    whole, summary = finished
+    whole, _ = finished
     train(tiny_recipe(), tmp_path / "run", max_steps=stop_at)
     train(tiny_recipe(), tmp_path / "run", start="resume")
     assert losses(tmp_path / "run") == losses(whole)
@@ -125,7 +125,7 @@ def test_resuming_forgets_metrics_written_after_the_saved_state(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_state_and_resuming_goes_on(finished, tmp_path, monkeypatch, number):
-    whole, summary = finished
+    whole, _ = finished
     original = training._Training._log
 
     def log_and_signal(self, *args):
