@@ -43,13 +43,13 @@ class Sample:
     num_images: int | None = None
     """How many images; labels are repeated in turn. None = one a label, or 16 if there are no labels."""
     seed: int = 0
-    """Image number i depends on the seed, on i and on its label, and on nothing else."""
+    """Image number i depends on the seed, on i and on its label, not on how many are made, or how many at a time."""
     guidance_weight: float | None = None
     """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
     num_denoise_steps: int | None = None
     """Score evaluations, 1 or more. None = the checkpoint's."""
     method: Method | None = None
-    """Solver of the denoising ODE; none shows the noisy images. None = the checkpoint's."""
+    """Solver of the denoising ODE; skip shows the noisy images. None = the checkpoint's."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     device: str | None = None
@@ -211,7 +211,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         command.run()
     except (CheckpointError, OSError, ValueError) as error:
-        _console.print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

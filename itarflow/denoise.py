@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from itarflow.flow import TARFlow
 
-Method = Literal["euler", "heun", "multistep", "sde", "none"]
+Method = Literal["euler", "heun", "multistep", "sde", "skip"]
 _METHODS = get_args(Method)
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -128,7 +128,7 @@ def denoise(
         num_steps: evaluations of the denoiser, >= 1. 1 = TARFlow's single Tweedie step.
         method: "euler": first order. "heun": second order, two evaluations a step (Karras et al. 2022, algorithm 1),
             on fewer and larger steps. "multistep": second order from one evaluation a step and the one before
-            (Adams-Bashforth). "sde": Euler that replaces a part of the noise by a fresh draw. "none": noisy is
+            (Adams-Bashforth). "sde": Euler that replaces a part of the noise by a fresh draw. "skip": noisy is
             returned as it is, for flows that were trained without Gaussian noise, or to see what denoising does.
         clip: clamp the clean estimates, not x, to [-1, 1].
         generator: for "sde"; a list gives each image its own.
@@ -146,7 +146,7 @@ def denoise(
     levels = noise_levels(t_max, t_min, steps)
     x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
 
-    if method == "none":
+    if method == "skip":
         return x
 
     def estimate(x: Tensor, t: float) -> Tensor:

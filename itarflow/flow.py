@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -136,6 +136,22 @@ class TARFlow(ModelMixin, ConfigMixin):
         )
         # Of z, per token and channel; ones unless the flow is volume preserving.
         self.register_buffer("prior_variance", torch.ones(self.z_shape))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> TARFlow:
+        """As in diffusers, but weights that do not fit the config are refused, not filled up at random.
+
+        Raises:
+            OSError: tensors are missing, or too many, or the file is damaged.
+        """
+        flow, report = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
+        differing = [*report["missing_keys"], *report["unexpected_keys"]]
+        if differing:
+            raise OSError(
+                f"the weights of the flow do not fit its config.json: {len(differing)} tensors are missing or too "
+                f"many, such as {differing[0]}. Copy or download the folder again."
+            )
+        return flow
 
     @property
     def null_label(self) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
+import torch
 import tyro
 from accelerate import PartialState
 from rich.console import Console
@@ -56,20 +57,28 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
     try:
         options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
     except ValueError as error:
-        _refuse(console, error)
+        _refuse(error)
     try:
         _run(options, console)
     except (DataError, OSError, RunError, TrainingError, ValueError) as error:
-        _refuse(console, error)
+        _refuse(error)
+    except torch.OutOfMemoryError as error:
+        _refuse(
+            RuntimeError(
+                f"{error}\nTry --train.gradient-checkpointing, --train.mixed-precision bf16, a higher "
+                "--train.accumulation, or a lower --sampling.batch-size. --dry-run estimates the memory."
+            )
+        )
     except Interrupted as stop:
         if PartialState().is_main_process:
             console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)
         sys.exit(stop.exit_code)
 
 
-def _refuse(console: Console, error: Exception) -> None:
-    if not PartialState._shared_state or PartialState().is_main_process:
-        console.print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+def _refuse(error: Exception) -> NoReturn:
+    """Say on every process what it met: a broken image, say, is met by one of them."""
+    of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
+    Console(stderr=True).print(f"[red]Error{of}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
     sys.exit(1)
 
 
@@ -93,7 +102,10 @@ def _run(options: Options, console: Console) -> None:
     run_dir = options.run_dir or Path("runs") / recipe.name
     summary = train(recipe, run_dir, start=start, max_steps=options.max_steps)
     if main_process:
-        console.print(_report(summary, recipe))
+        console.print(_report(summary))
+        example = " --class-labels 3" if recipe.model.num_classes > 3 else ""
+        command = f"itarflow sample {summary.run.pipeline}{example} --num-images 8 --output samples.png"
+        console.print(f"Next: [bold]{escape(command)}", soft_wrap=True)
 
 
 def _settings(recipe: Recipe) -> Table:
@@ -124,7 +136,7 @@ def _dry_run(recipe: Recipe, console: Console) -> None:
     table.add_row("parameters", f"{human_number(costs.parameters)} ({costs.parameters:,}){_paper_note(recipe)}")
     table.add_row("forward pass", f"{human_number(costs.forward_flops)}FLOP an image")
     table.add_row("training step", f"{human_number(costs.training_flops)}FLOP an image")
-    scores = 0 if recipe.sampling.method == "none" else recipe.sampling.num_denoise_steps
+    scores = 0 if recipe.sampling.method == "skip" else recipe.sampling.num_denoise_steps
     table.add_row("sampling", f"{costs.sampling_tokens} sequential token steps, {scores} scores")
     table.add_row("weights, gradients, optimiser", human_bytes(costs.state_bytes))
     table.add_row("activations", f"{human_bytes(costs.activation_bytes)} an image in float32, about half in bf16")
@@ -162,7 +174,7 @@ def _paper_note(recipe: Recipe) -> str:
     return ""
 
 
-def _report(summary: Summary, recipe: Recipe) -> Table:
+def _report(summary: Summary) -> Table:
     table = Table(title="Done", show_header=False, title_justify="left")
     table.add_row(
         "trained", f"{summary.steps:,} steps in {summary.seconds:.0f} s, {summary.images_per_second:.0f} images/s"
@@ -173,7 +185,4 @@ def _report(summary: Summary, recipe: Recipe) -> Table:
     table.add_row("sample grid", escape(str(summary.grid)))
     table.add_row("metrics", escape(str(summary.run.metrics)))
     table.add_row("pipeline", escape(str(summary.run.pipeline)))
-    example = " --class-labels 3" if recipe.model.num_classes > 3 else ""
-    command = f"itarflow sample {summary.run.pipeline}{example} --num-images 8 --output samples.png"
-    table.add_row("next", escape(command))
     return table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
-from huggingface_hub import create_repo, snapshot_download, upload_folder
+from huggingface_hub import create_repo, upload_folder
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 
 from itarflow.card import model_card
+from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes
 from itarflow.codec import to_uint8
 from itarflow.denoise import Denoiser, DenoiseScheduler, FlowDenoiser, Method, denoise, noise_levels
 from itarflow.embedding import NULL_LABEL
@@ -30,20 +29,6 @@ from itarflow.guidance import Guidance
 logger = logging.get_logger(__name__)
 
 Labels = int | str | None
-
-# What diffusers writes in model_index.json, and one-line modules by which its generic loader finds our classes
-# in a Hub repository if the caller trusts remote code. Ours needs neither: see `load_config`.
-_COMPONENTS = {"flow": ("itarflow.flow", "TARFlow"), "scheduler": ("itarflow.denoise", "DenoiseScheduler")}
-_SHIMS = {
-    "pipeline.py": "from itarflow.pipeline import ITARFlowPipeline  # noqa: F401\n",
-    "flow/modeling_flow.py": "from itarflow.flow import TARFlow  # noqa: F401\n",
-    "scheduler/scheduling_denoise.py": "from itarflow.denoise import DenoiseScheduler  # noqa: F401\n",
-}
-_SHIMMED = {
-    "_class_name": ["pipeline", "ITARFlowPipeline"],
-    "flow": ["modeling_flow", "TARFlow"],
-    "scheduler": ["scheduling_denoise", "DenoiseScheduler"],
-}
 
 
 class ITARFlowPipeline(DiffusionPipeline):
@@ -108,10 +93,10 @@ class ITARFlowPipeline(DiffusionPipeline):
             class_labels: one label or several, as numbers or names; None inside a list, or alone = unlabelled.
             num_images: how many; None = one a label. With a single label it is repeated.
             guidance_weight: w >= 0 in (1 + w) * conditional - w * unconditional; 0 = off. Without labels there is
-                nothing to guide by: the checkpoint's weight is then left out, and one given here refused.
+                nothing to guide by: the checkpoint's weight then plays no part, and one given here is refused.
             guidance: rule, schedule and blocks; `guidance_weight` then overrides its weight.
             num_denoise_steps: score evaluations, >= 1; 1 = TARFlow's single step.
-            method: "euler", "heun", "multistep" or "sde", or "none" for the noisy images.
+            method: "euler", "heun", "multistep" or "sde", or "skip" for the noisy images.
             t_max: noise level at which the flow is sampled, inside its noise_range.
             t_min: smallest level at which the denoiser is asked.
             clip: clamp the clean estimates to [-1, 1].
@@ -137,7 +122,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         slice_size = _positive("denoise_batch_size", denoise_batch_size)
         denoiser = FlowDenoiser(self.flow, slice_size) if denoiser is None else denoiser
         _check_range(denoiser, scheduler)
-        steps = 0 if scheduler.config.method == "none" else scheduler.config.num_denoise_steps
+        steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
         chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         images = []
         with self.progress_bar(total=len(chunks) * (self.flow.num_solved_tokens + steps)) as bar:
@@ -219,13 +204,12 @@ class ITARFlowPipeline(DiffusionPipeline):
         chosen = guidance or self.default_guidance
         if weight is not None:
             chosen = replace(chosen, weight=weight)
-        if chosen.weight > 0 and labels is None and chosen.temperature == 1:
-            if weight:
-                raise ValueError(
-                    f"guidance_weight is {weight}, but there are no labels to guide by; give class_labels, "
-                    "or a guidance with temperature != 1, or guidance_weight=0."
-                )
-            chosen = replace(chosen, weight=0.0)
+        asked = guidance is not None or weight is not None
+        if asked and chosen.weight > 0 and labels is None and chosen.temperature == 1:
+            raise ValueError(
+                f"guidance_weight is {chosen.weight}, but there are no labels to guide by; give class_labels, "
+                "or a guidance with temperature != 1, or guidance_weight=0."
+            )
         return chosen
 
     @property
@@ -273,10 +257,7 @@ class ITARFlowPipeline(DiffusionPipeline):
             )
         folder = Path(save_directory)
         super().save_pretrained(folder, **kwargs)
-        _rewrite_json(folder / self.config_name, _SHIMMED)
-        _rewrite_json(folder / "flow" / "config.json", {})
-        for name, source in _SHIMS.items():
-            (folder / name).write_text(source)
+        finish_folder(folder)
         self.model_card().save(folder / "README.md")
 
     def model_card(self) -> Any:
@@ -297,9 +278,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         """As in diffusers, but names the installed package's classes instead of a repository's shims."""
         loaded = super().load_config(*args, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if "flow" in config:
-            config["_class_name"] = cls.__name__
-            config |= {name: list(component) for name, component in _COMPONENTS.items()}
+        config |= installed_classes(config)
         return loaded
 
     @classmethod
@@ -315,15 +294,12 @@ class ITARFlowPipeline(DiffusionPipeline):
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
-            options = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-            download = {key: kwargs.pop(key) for key in options if key in kwargs}
-            folder = Path(_download(str(pretrained_model_name_or_path), download))
-        _check_kind(folder, cls.config_name)
+            names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+            options = {name: kwargs.pop(name) for name in names if name in kwargs}
+            folder = download(str(pretrained_model_name_or_path), options)
+        check_folder(folder)
         try:
-            pipeline = super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
-            if "flow" not in kwargs:
-                _check_weights(folder / "flow", pipeline.flow)
-            return pipeline
+            return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
         except Exception as error:
             raise OSError(
                 f"The pipeline in {folder} can't be loaded: {error}\nIf a file is truncated or missing, copy or "
@@ -367,71 +343,6 @@ def image_generators(
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def _rewrite_json(path: Path, changes: dict[str, Any]) -> None:
-    """Put `changes` in, and take out the path that diffusers notes on loading: it is nobody else's business."""
-    content = {**json.loads(path.read_text()), **changes}
-    content.pop("_name_or_path", None)
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _download(repo_id: str, options: dict[str, Any]) -> str:
-    looks_local = repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1
-    if looks_local:
-        raise OSError(
-            f"{repo_id!r} is neither a folder here nor a Hub id (NAME/MODEL). A finished training run has its "
-            "pipeline in runs/NAME/pipeline."
-        )
-    try:
-        # Weights in pickles, and code, stay where they are.
-        patterns = ["*.json", "*.safetensors", "README.md"]
-        return snapshot_download(repo_id, allow_patterns=patterns, **options)
-    except Exception as error:
-        raise OSError(
-            f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}\nCheck the "
-            "spelling. A finished training run has its pipeline in runs/NAME/pipeline."
-        ) from error
-
-
-def _check_kind(folder: Path, index_name: str) -> None:
-    """Refuse a folder that is no pipeline of ours, or whose weights are pickles."""
-    if not (folder / index_name).is_file():
-        raise OSError(
-            f"{folder} holds no pipeline: {index_name} is missing. Expected a folder written by save_pretrained, "
-            "such as runs/NAME/pipeline. An official .pth file is turned into one by `itarflow convert`."
-        )
-    try:
-        index = json.loads((folder / index_name).read_text())
-        if not isinstance(index, dict):
-            raise ValueError("it is no JSON object")
-    except ValueError as error:
-        raise OSError(f"{folder / index_name} is damaged: {error}. Copy or download the folder again.") from error
-    if not _COMPONENTS.keys() <= index.keys():
-        raise OSError(
-            f"{folder} holds a pipeline of another kind ({index.get('_class_name', 'unknown')}); expected an "
-            "ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or choose another checkpoint."
-        )
-    weights = [path.name for path in (folder / "flow").glob("*") if path.suffix in (".safetensors", ".bin", ".pth")]
-    if weights and not any(name.endswith(".safetensors") for name in weights):
-        raise OSError(
-            f"The weights in {folder / 'flow'} are a pickle ({weights[0]}), which could run code and is never read. "
-            "Ask for a safetensors version; an official .pth file is turned into one by `itarflow convert`."
-        )
-
-
-def _check_weights(folder: Path, flow: TARFlow) -> None:
-    """Refuse weights of another architecture: diffusers would draw the missing ones at random, and warn."""
-    stored: set[str] = set()
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            stored.update(tensors.keys())
-    differing = sorted(stored ^ flow.state_dict().keys())
-    if differing:
-        raise OSError(
-            f"the weights do not fit flow/config.json: {len(differing)} tensors are missing or too many, such as "
-            f"{differing[0]}."
-        )
-
-
 def _check_level(flow: TARFlow, name: str, level: float) -> None:
     try:
         flow.check_noise_range(level)
@@ -442,7 +353,7 @@ def _check_level(flow: TARFlow, name: str, level: float) -> None:
 def _check_range(denoiser: Denoiser, scheduler: DenoiseScheduler) -> None:
     """Refuse noise levels that the flow which denoises does not know, before one is generated with."""
     config = scheduler.config
-    if isinstance(denoiser, FlowDenoiser) and config.method != "none":
+    if isinstance(denoiser, FlowDenoiser) and config.method != "skip":
         levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps)
         _check_level(denoiser.flow, "t_max", levels[0])
         _check_level(denoiser.flow, "t_min", levels[-2])

@@ -177,10 +177,10 @@ class Recipe:
             )
         if self.noise.distribution == "dequantise" and self.noise.weight != "one":
             raise ValueError(f"noise.weight is {self.noise.weight!r}; likelihood training needs 'one'.")
-        if self.noise.distribution == "dequantise" and self.sampling.method != "none":
+        if self.noise.distribution == "dequantise" and self.sampling.method != "skip":
             raise ValueError(
                 f"sampling.method is {self.sampling.method!r}, but likelihood training adds no Gaussian noise that "
-                "could be removed; set it to 'none'."
+                "could be removed; set it to 'skip'."
             )
         share = num_processes * self.train.accumulation
         if self.train.batch_size % share:

@@ -63,6 +63,23 @@ class RunDir:
         return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
 
 
+def check(path: Path, recipe: Recipe, start: Start) -> None:
+    """Refuse a folder that `prepare` would refuse, without touching anything.
+
+    Raises:
+        RunError: the folder holds a run already, holds none to resume, or one of another recipe.
+    """
+    run = RunDir(path)
+    if start == "fresh" and run.recipe.exists():
+        what = f"step {_step(run.states()[-1])}" if run.states() else "no saved state yet"
+        raise RunError(
+            f"{path} already holds a run ({what}). Go on with it by --resume, begin anew by --restart (the old run "
+            "is kept beside it), or choose another folder by --run-dir."
+        )
+    if start == "resume":
+        _check_resumable(run, recipe)
+
+
 def prepare(path: Path, recipe: Recipe, start: Start) -> RunDir:
     """Make the folder of a run ready to be written, and store the recipe in it.
 
@@ -73,19 +90,12 @@ def prepare(path: Path, recipe: Recipe, start: Start) -> RunDir:
             "restart" moves it aside and begins anew.
 
     Raises:
-        RunError: the folder can't be written, holds a run already, holds none to resume, or one of another recipe.
+        RunError: as `check`, or the folder can't be written.
     """
-    run = RunDir(path)
+    check(path, recipe, start)
     if start == "restart" and path.exists():
         _move_aside(path)
-    if start == "fresh" and run.recipe.exists():
-        what = f"step {_step(run.states()[-1])}" if run.states() else "no saved state yet"
-        raise RunError(
-            f"{path} already holds a run ({what}). Go on with it by --resume, begin anew by --restart (the old run "
-            "is kept beside it), or choose another folder by --run-dir."
-        )
-    if start == "resume":
-        _check_resumable(run, recipe)
+    run = RunDir(path)
     try:
         for folder in ("samples", "state"):
             (path / folder).mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from diffusers.training_utils import EMAModel
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from itarflow import run as runs
 from itarflow.batches import Batch, GlobalBatchSampler, batches
 from itarflow.codec import to_pixels
 from itarflow.data import ImageData, load_data
@@ -33,7 +34,7 @@ from itarflow.objective import Draws, Losses, describe, draw, evaluate, training
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.progress import image_grid, training_progress
 from itarflow.recipe import Recipe, learning_rate_factor, to_json
-from itarflow.run import RunDir, RunError, Start, prepare, replace_folder, save_state
+from itarflow.run import RunDir, RunError, Start, replace_folder, save_state
 
 
 class TrainingError(RuntimeError):
@@ -117,10 +118,11 @@ def train(recipe: Recipe, run_path: Path, *, start: Start = "fresh", max_steps: 
     )
     recipe.check(accelerator.num_processes)
     _use_all_cores(accelerator)
+    _on_main(accelerator, lambda: runs.check(run_path, recipe, start))
     data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
     check_classes(recipe, data)
-    run = _prepared_run(run_path, recipe, start, accelerator)
-    return _Training(recipe, run, data, accelerator, resume=start == "resume").run_to(max_steps)
+    _on_main(accelerator, lambda: runs.prepare(run_path, recipe, start))
+    return _Training(recipe, RunDir(run_path), data, accelerator, resume=start == "resume").run_to(max_steps)
 
 
 class _Training:
@@ -398,13 +400,16 @@ class _Training:
         return state
 
     def _record(self) -> dict[str, Any]:
-        """What the pipeline tells about its training."""
+        """What the pipeline tells about its training; of a folder on this machine it tells the name alone."""
+        settings = to_json(self.recipe)
+        if Path(settings["data"]["path"]).exists():
+            settings["data"]["path"] = Path(settings["data"]["path"]).name
         metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in self.held_out["nll"].items()}
         if self.held_out["bpd"] is not None:
             metrics["held-out bits/dim"] = self.held_out["bpd"]
         return {
             "name": self.recipe.name,
-            "data": self.recipe.data.path,
+            "data": settings["data"]["path"],
             "train_images": len(self.data.train),
             "held_out_images": len(self.data.held_out),
             "steps": self.state.step,
@@ -412,7 +417,7 @@ class _Training:
             "seconds": round(self.state.seconds, 1),
             "bad_steps": self.state.bad_steps,
             "metrics": metrics,
-            "recipe": to_json(self.recipe),
+            "recipe": settings,
         }
 
 
@@ -465,18 +470,17 @@ def _use_all_cores(accelerator: Accelerator) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here))
 
 
-def _prepared_run(path: Path, recipe: Recipe, start: Start, accelerator: Accelerator) -> RunDir:
-    """The run's folder, prepared by the main process; its refusal reaches all processes, so that none waits."""
+def _on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+    """Act on the main process alone; its refusal reaches all processes, so that none waits for it."""
     refusal: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
-            prepare(path, recipe, start)
+            action()
         except RunError as error:
             refusal = [str(error)]
     broadcast_object_list(refusal)
     if refusal[0] is not None:
         raise RunError(refusal[0])
-    return RunDir(path)
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -69,7 +69,7 @@ def refused(run: Run, capsys: pytest.CaptureFixture[str]) -> Run:
         assert exit_.value.code == 1
         printed = capsys.readouterr()
         assert "Traceback" not in printed.out + printed.err
-        return printed.out.split("Error: ")[1]
+        return printed.err.split("Error: ")[1]
 
     return call
 
@@ -161,7 +161,7 @@ def test_brackets_in_settings_are_printed(run):
 
 
 def test_without_denoising_no_score_is_announced(run):
-    assert "32 sequential token steps, 0 scores" in run("--dry-run", "--sampling.method", "none")
+    assert "32 sequential token steps, 0 scores" in run("--dry-run", "--sampling.method", "skip")
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------

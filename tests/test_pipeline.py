@@ -19,7 +19,7 @@ from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
 from torch import Tensor
 
-from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, ITARFlowPipeline, TARFlow, denoise
+from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, ITARFlowPipeline, TARFlow, checkpoint, denoise
 from itarflow import pipeline as pipeline_module
 from itarflow.pipeline import image_generators
 
@@ -287,7 +287,7 @@ def test_guided_blocks_survive_being_stored_as_a_list(make_flow, tmp_path):
     assert ITARFlowPipeline.from_pretrained(tmp_path).default_guidance == Guidance(weight=1.0, blocks=(1,))
 
 
-def test_default_guidance_is_left_out_where_there_are_no_labels(pipe):
+def test_default_guidance_plays_no_part_where_there_are_no_labels(pipe):
     assert torch.equal(images_of(pipe, None), images_of(pipe, None, guidance_weight=0.0))
 
 
@@ -312,7 +312,7 @@ def test_a_sample_is_the_inverse_of_the_flow_and_then_its_own_denoising(pipe):
 
 def test_method_none_gives_the_noisy_images(pipe):
     labels = torch.tensor([0, 1, 2])
-    assert_same(images_of(pipe, method="none"), by_hand(pipe, None, labels, method="none"))
+    assert_same(images_of(pipe, method="skip"), by_hand(pipe, None, labels, method="skip"))
 
 
 def test_another_flow_may_denoise(pipe, make_flow):
@@ -338,7 +338,7 @@ def test_a_tarflow_of_one_noise_level_denoises_in_one_step(make_flow):
     scheduler = DenoiseScheduler(t_max=0.1, t_min=0.1, num_denoise_steps=1)
     flow = make_flow(in_channels=3, noise_conditioned=False, noise_range=(0.1, 0.1))
     pipe = make_pipe(flow, scheduler=scheduler, guidance=None)
-    noisy, clean = images_of(pipe, method="none"), images_of(pipe)
+    noisy, clean = images_of(pipe, method="skip"), images_of(pipe)
     inside = (noisy > 0.05) & (noisy < 0.95) & (clean > 0) & (clean < 1)
     score = FlowDenoiser(flow).score(2 * noisy - 1, torch.tensor([0, 1, 2]), 0.1)
     assert differ(noisy, clean)
@@ -347,7 +347,7 @@ def test_a_tarflow_of_one_noise_level_denoises_in_one_step(make_flow):
     torch.testing.assert_close((2 * noisy - 1 + 0.01 * score)[whole], (2 * clean - 1)[whole], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "multistep", "sde", "none"])
+@pytest.mark.parametrize("method", ["euler", "heun", "multistep", "sde", "skip"])
 @pytest.mark.parametrize("batch_size", [2, None])
 def test_the_progress_bar_reaches_its_total(pipe, method, batch_size):
     class Bar:
@@ -576,8 +576,8 @@ def shallower(folder: Path) -> None:
         (damaged_index, r"model_index\.json is damaged.* Copy or download"),
         (foreign_index, r"model_index\.json is damaged: it is no JSON object"),
         (wider, r"expected shape torch\.Size\(\[3, 12\]\), but got torch\.Size\(\[3, 8\]\)"),
-        (deeper, r"do not fit flow/config\.json: 12 tensors are missing or too many, such as blocks\.1\."),
-        (shallower, r"do not fit flow/config\.json: 12 tensors are missing or too many, such as blocks\.1\."),
+        (deeper, r"do not fit its config\.json: 12 tensors are missing or too many, such as blocks\.1\."),
+        (shallower, r"do not fit its config\.json: 12 tensors are missing or too many, such as blocks\.1\."),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -593,7 +593,7 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name, monkeypat
     def download(*args: object, **kwargs: object) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(pipeline_module, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
     with pytest.raises(OSError, match=r"neither a folder here nor a Hub id .* runs/NAME/pipeline"):
         ITARFlowPipeline.from_pretrained(name)
 
@@ -602,7 +602,7 @@ def test_a_hub_id_out_of_reach_is_named(monkeypatch):
     def download(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(pipeline_module, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
     with pytest.raises(OSError, match=r"'runs/pets' is not a folder here, and .* no network\nCheck the spelling"):
         ITARFlowPipeline.from_pretrained("runs/pets")
 
@@ -617,7 +617,7 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(pipe, folder, monkeypatc
         asked.update(options, repo_id=repo_id)
         return str(folder)
 
-    monkeypatch.setattr(pipeline_module, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
     loaded = ITARFlowPipeline.from_pretrained("someone/pets", revision="v1", token="secret")
     assert torch.equal(images_of(loaded), images_of(pipe))
     patterns = asked.pop("allow_patterns")

@@ -54,7 +54,7 @@ LIKELIHOOD = {
     "model__noise_conditioned": False,
     "noise__distribution": "dequantise",
     "noise__weight": "one",
-    "sampling__method": "none",
+    "sampling__method": "skip",
 }
 
 

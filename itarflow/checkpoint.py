@@ -1,0 +1,102 @@
+"""What lies in a pipeline's folder, here or on the Hub, beside what diffusers writes and reads itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+
+_INDEX = "model_index.json"
+
+# Where our classes are found. diffusers' generic loader, given a Hub id, only looks for modules in the repository:
+# so there are one-line modules for those who use it and trust remote code. Ours needs neither.
+_INSTALLED = {"flow": ["itarflow.flow", "TARFlow"], "scheduler": ["itarflow.denoise", "DenoiseScheduler"]}
+_IN_REPOSITORY = {
+    "_class_name": ["pipeline", "ITARFlowPipeline"],
+    "flow": ["modeling_flow", "TARFlow"],
+    "scheduler": ["scheduling_denoise", "DenoiseScheduler"],
+}
+_MODULES = {
+    "pipeline.py": "from itarflow.pipeline import ITARFlowPipeline  # noqa: F401\n",
+    "flow/modeling_flow.py": "from itarflow.flow import TARFlow  # noqa: F401\n",
+    "scheduler/scheduling_denoise.py": "from itarflow.denoise import DenoiseScheduler  # noqa: F401\n",
+}
+
+
+def finish_folder(folder: Path) -> None:
+    """Make a folder that diffusers has written loadable by its generic loader too, and free of private paths."""
+    _rewrite_json(folder / _INDEX, _IN_REPOSITORY)
+    _rewrite_json(folder / "flow" / "config.json", {})
+    for name, source in _MODULES.items():
+        (folder / name).write_text(source)
+
+
+def installed_classes(index: Mapping[str, Any]) -> dict[str, Any]:
+    """What to change in a model_index.json so that the installed package's classes are loaded."""
+    return {"_class_name": "ITARFlowPipeline", **_INSTALLED} if "flow" in index else {}
+
+
+def download(repo_id: str, options: dict[str, Any]) -> Path:
+    """Bring a Hub repository's weights and settings here, but neither its code nor pickles.
+
+    Args:
+        repo_id: "name/model".
+        options: of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        OSError: it is no Hub id, or can't be downloaded.
+    """
+    looks_local = repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1
+    if looks_local:
+        raise OSError(
+            f"{repo_id!r} is neither a folder here nor a Hub id (NAME/MODEL). A finished training run has its "
+            "pipeline in runs/NAME/pipeline."
+        )
+    try:
+        patterns = ["*.json", "*.safetensors", "README.md"]
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
+    except Exception as error:
+        raise OSError(
+            f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}\nCheck the "
+            "spelling. A finished training run has its pipeline in runs/NAME/pipeline."
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is no pipeline of ours, or whose weights are pickles.
+
+    Raises:
+        OSError: saying what the folder holds instead.
+    """
+    if not (folder / _INDEX).is_file():
+        raise OSError(
+            f"{folder} holds no pipeline: {_INDEX} is missing. Expected a folder written by save_pretrained, "
+            "such as runs/NAME/pipeline. An official .pth file is turned into one by `itarflow convert`."
+        )
+    try:
+        index = json.loads((folder / _INDEX).read_text())
+        if not isinstance(index, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise OSError(f"{folder / _INDEX} is damaged: {error}. Copy or download the folder again.") from error
+    if not _INSTALLED.keys() <= index.keys():
+        raise OSError(
+            f"{folder} holds a pipeline of another kind ({index.get('_class_name', 'unknown')}); expected an "
+            "ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or choose another checkpoint."
+        )
+    weights = [path.name for path in (folder / "flow").glob("*") if path.suffix in (".safetensors", ".bin", ".pth")]
+    if weights and not any(name.endswith(".safetensors") for name in weights):
+        raise OSError(
+            f"The weights in {folder / 'flow'} are a pickle ({weights[0]}), which could run code and is never read. "
+            "Ask for a safetensors version; an official .pth file is turned into one by `itarflow convert`."
+        )
+
+
+def _rewrite_json(path: Path, changes: dict[str, Any]) -> None:
+    """Put `changes` in, and take out the path that diffusers notes on loading: it is nobody else's business."""
+    content = {**json.loads(path.read_text()), **changes}
+    content.pop("_name_or_path", None)
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""A run on disk: states are whole or not there, and nothing finished is lost."""
+
+import json
+
+import pytest
+from test_training import tiny_recipe
+
+from itarflow.run import RunDir, RunError, check, prepare, replace_folder, save_state
+
+
+def write_step(folder):
+    (folder / "weights").write_text("whole")
+
+
+def test_only_the_newest_states_are_kept(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    for step in (10, 200, 3000):
+        save_state(run, step, keep=2, write=write_step, is_main=True)
+    assert [state.name for state in run.states()] == ["step-00000200", "step-00003000"]
+
+
+def test_a_disk_that_fills_up_leaves_the_older_state_whole(tmp_path):
+    def fails_half_way(folder):
+        (folder / "weights").write_text("ha")
+        raise OSError(28, "No space left on device")
+
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    older = save_state(run, 1, keep=1, write=write_step, is_main=True)
+    with pytest.raises(RunError, match=r"step 2 could not be saved.*No space left.*Older states are whole"):
+        save_state(run, 2, keep=1, write=fails_half_way, is_main=True)
+    assert run.states() == [older]
+    assert (older / "weights").read_text() == "whole"
+    assert not list((tmp_path / "run" / "state").glob(".partial*"))
+
+
+def test_a_state_that_was_being_written_is_no_state(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    (tmp_path / "run" / "state" / ".partial-00000005").mkdir()
+    assert run.states() == []
+
+
+def test_a_failed_export_leaves_the_older_pipeline(tmp_path):
+    def fails(folder):
+        folder.mkdir()
+        raise OSError("disk full")
+
+    target = tmp_path / "pipeline"
+    replace_folder(target, lambda folder: (folder.mkdir(), write_step(folder)))
+    with pytest.raises(OSError, match="disk full"):
+        replace_folder(target, fails)
+    assert (target / "weights").read_text() == "whole"
+
+
+def test_an_export_replaces_the_older_pipeline(tmp_path):
+    target = tmp_path / "pipeline"
+    for text in ("old", "new"):
+        replace_folder(target, lambda folder, text=text: (folder.mkdir(), (folder / text).write_text(text)))
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_restart_keeps_the_old_run_beside_the_new_one(tmp_path):
+    for _ in range(3):
+        prepare(tmp_path / "run", tiny_recipe(), "restart").log({"step": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
+    assert (tmp_path / "run.1" / "metrics.jsonl").exists()
+
+
+def test_a_run_without_a_state_can_not_be_resumed(tmp_path):
+    prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    with pytest.raises(RunError, match="no saved state to resume from"):
+        check(tmp_path / "run", tiny_recipe(), "resume")
+
+
+def test_checking_touches_nothing(tmp_path):
+    check(tmp_path / "run", tiny_recipe(), "fresh")
+    check(tmp_path / "run", tiny_recipe(), "restart")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_do_not_matter_may_change_on_resuming(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    save_state(run, 1, keep=1, write=write_step, is_main=True)
+    check(run.path, tiny_recipe(num_workers=7, save_every=3, log_every=2), "resume")
+
+
+def test_metrics_are_one_json_object_a_line(tmp_path):
+    run = RunDir(tmp_path)
+    run.log({"step": 1, "loss": 0.5})
+    run.log({"step": 2, "loss": 0.25})
+    assert run.logged() == [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert [line["step"] for line in run.logged()] == [1, 2]
