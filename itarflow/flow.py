@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from itarflow import inverse as solvers
+from itarflow.architecture import check_architecture, check_scalars, per_block
 from itarflow.block import AutoregressiveBlock, FlowOutput
 from itarflow.embedding import NULL_LABEL
 from itarflow.guidance import Guidance
@@ -112,10 +113,10 @@ class TARFlow(ModelMixin, ConfigMixin):
         if isinstance(num_layers, int):
             raise ValueError(f"num_layers is {num_layers}; expected one number a block, such as ({num_layers},) * 8.")
         layers = tuple(num_layers)
-        widths = _per_block("channels", channels, len(layers))
-        self.patch_sizes = _per_block("patch_size", patch_size, len(layers))
-        _check_architecture(image_size, in_channels, self.patch_sizes, widths, layers, shared_layers, head_dim)
-        _check_scalars(num_classes, input_scale, mlp_ratio, noise_range)
+        widths = per_block("channels", channels, len(layers))
+        self.patch_sizes = per_block("patch_size", patch_size, len(layers))
+        check_architecture(image_size, in_channels, self.patch_sizes, widths, layers, shared_layers, head_dim)
+        check_scalars(num_classes, input_scale, mlp_ratio, noise_range)
         self.shared_backbone = Transformer(widths[0], shared_layers, head_dim, mlp_ratio) if shared_layers else None
         self.blocks = nn.ModuleList(
             AutoregressiveBlock(
@@ -353,56 +354,3 @@ class TARFlow(ModelMixin, ConfigMixin):
 def _readable(values: Tensor) -> bool:
     """Whether looking at values is free: not while compiling, nor where it would wait for a device."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _per_block(name: str, value: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
-    values = (value,) * num_blocks if isinstance(value, int) else tuple(value)
-    if len(values) != num_blocks:
-        raise ValueError(
-            f"{name} has {len(values)} entries ({values}) for {num_blocks} blocks (the length of num_layers); "
-            "expected one number, or one a block."
-        )
-    return values
-
-
-def _check_architecture(
-    image_size: int,
-    in_channels: int,
-    patch_sizes: tuple[int, ...],
-    channels: tuple[int, ...],
-    num_layers: tuple[int, ...],
-    shared_layers: int,
-    head_dim: int,
-) -> None:
-    if not num_layers or min(num_layers) < 1:
-        raise ValueError(f"num_layers is {num_layers}; expected at least one block, and at least one layer in each.")
-    if min(image_size, in_channels, *patch_sizes, *channels, head_dim) < 1 or shared_layers < 0:
-        raise ValueError(
-            f"Sizes must be positive: image_size={image_size}, in_channels={in_channels}, patch_size={patch_sizes}, "
-            f"channels={channels}, head_dim={head_dim}, shared_layers={shared_layers}."
-        )
-    for patch in patch_sizes:
-        if image_size % patch:
-            divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
-            raise ValueError(
-                f"patch_size {patch} does not divide image_size {image_size}; choose one of {divisors}, "
-                "or crop the images to another size."
-            )
-    for width in channels:
-        if width % head_dim:
-            raise ValueError(f"channels {width} is not a multiple of head_dim {head_dim}; change one of the two.")
-    if shared_layers and len(set(channels)) > 1:
-        raise ValueError(
-            f"shared_layers={shared_layers} needs the same channels in all blocks, but they are {channels}."
-        )
-
-
-def _check_scalars(num_classes: int, input_scale: float, mlp_ratio: int, noise_range: Sequence[float] | None) -> None:
-    if num_classes < 0 or mlp_ratio < 1:
-        raise ValueError(
-            f"num_classes={num_classes}, mlp_ratio={mlp_ratio}; expected num_classes >= 0, mlp_ratio >= 1."
-        )
-    if not (math.isfinite(input_scale) and input_scale > 0):
-        raise ValueError(f"input_scale is {input_scale}; expected a finite number > 0.")
-    if noise_range is not None and not (len(noise_range) == 2 and 0 < noise_range[0] <= noise_range[1] < math.inf):
-        raise ValueError(f"noise_range is {noise_range}; expected (t_min, t_max) with 0 < t_min <= t_max, or None.")

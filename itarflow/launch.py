@@ -20,9 +20,10 @@ from itarflow.images import DataError
 from itarflow.interrupt import Interrupted
 from itarflow.objective import describe
 from itarflow.presets import SIZES
+from itarflow.processes import on_cpu
 from itarflow.recipe import Recipe, to_json
 from itarflow.run import RunError, Start
-from itarflow.training import Summary, TrainingError, check_classes, on_cpu, train
+from itarflow.training import Summary, TrainingError, check_classes, train
 
 
 @dataclass(frozen=True, kw_only=True)

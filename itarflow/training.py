@@ -9,30 +9,31 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 
 from itarflow import run as runs
 from itarflow.batches import Batch, GlobalBatchSampler, batches
 from itarflow.codec import to_pixels
 from itarflow.data import ImageData, load_data
+from itarflow.ema import averaged_weights, load_ema, save_ema
+from itarflow.export import make_pipeline, sample_grid, training_record
 from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.images import DataError
 from itarflow.interrupt import Interrupted, StopSignal
 from itarflow.objective import Draws, Losses, describe, draw, evaluate, training_losses
-from itarflow.pipeline import ITARFlowPipeline
-from itarflow.progress import image_grid, training_progress
+from itarflow.processes import on_cpu, on_main, use_all_cores
+from itarflow.progress import training_progress
 from itarflow.recipe import Recipe, learning_rate_factor, to_json
 from itarflow.run import RunDir, RunError, Start, replace_folder, save_state
 
@@ -54,33 +55,6 @@ class Summary:
     """As `evaluate` returns it."""
     bad_steps: int
     grid: Path
-
-
-def make_pipeline(
-    flow: TARFlow, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any] | None
-) -> ITARFlowPipeline:
-    """The pipeline that samples during training and is shared afterwards."""
-    pipeline = ITARFlowPipeline(
-        flow,
-        recipe.scheduler(),
-        guidance=asdict(recipe.sampling.guidance),
-        class_names=list(class_names) if recipe.model.num_classes and class_names else None,
-        training=record,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path) -> None:
-    """Write a grid of images from fixed noise and labels, classes in turn."""
-    count, num_classes = recipe.sampling.num_images, recipe.model.num_classes
-    images = pipeline(
-        class_labels=[index % num_classes for index in range(count)] if num_classes else None,
-        num_images=count,
-        generator=torch.Generator().manual_seed(recipe.train.seed),
-        batch_size=recipe.sampling.batch_size,
-    ).images
-    image_grid(images, columns=num_classes if 2 <= num_classes <= 12 else 8).save(path)
 
 
 class _State(NamedTuple):
@@ -117,11 +91,11 @@ def train(recipe: Recipe, run_path: Path, *, start: Start = "fresh", max_steps: 
         project_dir=run_path,
     )
     recipe.check(accelerator.num_processes)
-    _use_all_cores(accelerator)
-    _on_main(accelerator, lambda: runs.check(run_path, recipe, start))
+    use_all_cores(accelerator)
+    on_main(accelerator, lambda: runs.check(run_path, recipe, start))
     data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
     check_classes(recipe, data)
-    _on_main(accelerator, lambda: runs.prepare(run_path, recipe, start))
+    on_main(accelerator, lambda: runs.prepare(run_path, recipe, start))
     return _Training(recipe, RunDir(run_path), data, accelerator, resume=start == "resume").run_to(max_steps)
 
 
@@ -337,8 +311,8 @@ class _Training:
         self.accelerator.wait_for_everyone()
         return path
 
-    def _sampling_weights(self) -> Any:
-        return _EMAWeights(self.ema, self.flow)
+    def _sampling_weights(self) -> AbstractContextManager[None]:
+        return averaged_weights(self.ema, self.flow)
 
     def _stopped(self, stop: StopSignal) -> bool:
         """Whether any process was asked to stop; all must agree, or they would wait for one another."""
@@ -358,7 +332,7 @@ class _Training:
             self.accelerator.is_main_process,
         )
         if self.accelerator.is_main_process:
-            record = self._record()
+            record = training_record(self.recipe, self.held_out, self._facts())
             with self._sampling_weights():
                 pipeline = make_pipeline(self.flow, self.recipe, self.data.class_names, record)
                 replace_folder(self.run.pipeline, pipeline.save_pretrained)
@@ -368,73 +342,38 @@ class _Training:
         self.accelerator.save_state(str(folder))
         if self.accelerator.is_main_process:
             if self.ema is not None:
-                tensors = {str(index): tensor for index, tensor in enumerate(self.ema.shadow_params)}
-                save_file(tensors, folder / "ema.safetensors")
-            values = {**self.state._asdict(), "ema_steps": None if self.ema is None else self.ema.optimization_step}
-            (folder / "progress.json").write_text(json.dumps(values, indent=2) + "\n")
+                save_ema(self.ema, folder)
+            (folder / "progress.json").write_text(json.dumps(self.state._asdict(), indent=2) + "\n")
         self.accelerator.wait_for_everyone()
 
-    def _load_newest(self) -> _State:
-        folder = self.run.states()[-1]
-        try:
-            values = json.loads((folder / "progress.json").read_text())
-            self.accelerator.load_state(str(folder))
-            ema_steps = values.pop("ema_steps")
-            if self.ema is not None:
-                shadow = load_file(folder / "ema.safetensors")
-                self.ema.load_state_dict(
-                    {
-                        "optimization_step": ema_steps,
-                        "shadow_params": [shadow[str(i)].to(self.accelerator.device) for i in range(len(shadow))],
-                    }
-                )
-        except Exception as error:  # of many libraries, and all mean the same
-            raise RunError(
-                f"The state {folder} can't be read: {error}. Remove it to resume from an older one."
-            ) from error
-        state = _State(**values)
-        if self.accelerator.is_main_process:
-            kept = [line for line in self.run.logged() if line["step"] <= state.step]
-            self.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self.console.print(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
-        return state
-
-    def _record(self) -> dict[str, Any]:
-        """What the pipeline tells about its training; of a folder on this machine it tells the name alone."""
-        settings = to_json(self.recipe)
-        if Path(settings["data"]["path"]).exists():
-            settings["data"]["path"] = Path(settings["data"]["path"]).name
-        metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in self.held_out["nll"].items()}
-        if self.held_out["bpd"] is not None:
-            metrics["held-out bits/dim"] = self.held_out["bpd"]
+    def _facts(self) -> dict[str, Any]:
         return {
-            "name": self.recipe.name,
-            "data": settings["data"]["path"],
             "train_images": len(self.data.train),
             "held_out_images": len(self.data.held_out),
             "steps": self.state.step,
             "total_steps": self.total_steps,
             "seconds": round(self.state.seconds, 1),
             "bad_steps": self.state.bad_steps,
-            "metrics": metrics,
-            "recipe": settings,
         }
 
-
-class _EMAWeights:
-    """While inside, the flow has its averaged weights, if it keeps any."""
-
-    def __init__(self, ema: EMAModel | None, flow: TARFlow) -> None:
-        self.ema, self.flow = ema, flow
-
-    def __enter__(self) -> None:
-        if self.ema is not None:
-            self.ema.store(self.flow.parameters())
-            self.ema.copy_to(self.flow.parameters())
-
-    def __exit__(self, *exception: object) -> None:
-        if self.ema is not None:
-            self.ema.restore(self.flow.parameters())
+    def _load_newest(self) -> _State:
+        folder = self.run.states()[-1]
+        try:
+            state = _State(**json.loads((folder / "progress.json").read_text()))
+            self.accelerator.load_state(str(folder))
+            if self.ema is not None:
+                load_ema(self.ema, folder)
+        except Exception as error:  # of many libraries, and all mean the same
+            raise RunError(
+                f"The state {folder} can't be read: {error}. Remove it to resume from an older one."
+            ) from error
+        kept = [line for line in self.run.logged() if line["step"] <= state.step]
+        self.held_out = next((line["held_out"] for line in reversed(kept) if "held_out" in line), self.held_out)
+        self.accelerator.wait_for_everyone()  # all have read before one writes
+        if self.accelerator.is_main_process:
+            self.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.console.print(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
+        return state
 
 
 def check_classes(recipe: Recipe, data: ImageData) -> None:
@@ -455,32 +394,6 @@ def check_classes(recipe: Recipe, data: ImageData) -> None:
             f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
             f"set --model.num-classes {found}, or 0 to ignore the labels."
         )
-
-
-def on_cpu() -> bool:
-    """Whether to train on the CPU: Accelerate only joins several processes there when it is told so."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
-def _use_all_cores(accelerator: Accelerator) -> None:
-    """Undo the single thread that `accelerate launch` sets for training on CPUs unless it is told a number."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here))
-
-
-def _on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Act on the main process alone; its refusal reaches all processes, so that none waits for it."""
-    refusal: list[str | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            action()
-        except RunError as error:
-            refusal = [str(error)]
-    broadcast_object_list(refusal)
-    if refusal[0] is not None:
-        raise RunError(refusal[0])
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

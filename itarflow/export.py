@@ -1,0 +1,66 @@
+"""From a flow in training to what people see of it: the pipeline, its record of the training, and sample grids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from itarflow.flow import TARFlow
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.progress import image_grid
+from itarflow.recipe import Recipe, to_json
+
+
+def make_pipeline(
+    flow: TARFlow, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any] | None
+) -> ITARFlowPipeline:
+    """The pipeline that samples during training and is shared afterwards."""
+    pipeline = ITARFlowPipeline(
+        flow,
+        recipe.scheduler(),
+        guidance=asdict(recipe.sampling.guidance),
+        class_names=list(class_names) if recipe.model.num_classes and class_names else None,
+        training=record,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path) -> None:
+    """Write a grid of images from fixed noise and labels, classes in turn."""
+    count, num_classes = recipe.sampling.num_images, recipe.model.num_classes
+    images = pipeline(
+        class_labels=[index % num_classes for index in range(count)] if num_classes else None,
+        num_images=count,
+        generator=torch.Generator().manual_seed(recipe.train.seed),
+        batch_size=recipe.sampling.batch_size,
+    ).images
+    image_grid(images, columns=num_classes if 2 <= num_classes <= 12 else 8).save(path)
+
+
+def training_record(recipe: Recipe, held_out: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the pipeline, its model card and `itarflow info` tell about its training.
+
+    Args:
+        recipe: resolved. Of a data set that is a folder on this machine, only the folder's name is told.
+        held_out: as `objective.evaluate` returns it.
+        facts: such as steps, seconds and numbers of images.
+    """
+    settings = to_json(recipe)
+    path = settings["data"]["path"]
+    if path is not None and Path(path).exists():
+        settings["data"]["path"] = Path(path).name
+    metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in held_out["nll"].items()}
+    if held_out["bpd"] is not None:
+        metrics["held-out bits/dim"] = held_out["bpd"]
+    return {
+        "name": recipe.name,
+        "data": settings["data"]["path"],
+        **facts,
+        "metrics": metrics,
+        "recipe": settings,
+    }
