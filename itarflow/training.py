@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -311,8 +311,11 @@ class _Training:
         self.accelerator.wait_for_everyone()
         return path
 
-    def _sampling_weights(self) -> AbstractContextManager[None]:
-        return averaged_weights(self.ema, self.flow)
+    @contextmanager
+    def _sampling_weights(self) -> Iterator[None]:
+        """Averaged weights, and no compilation: sampling has other shapes at each token."""
+        with averaged_weights(self.ema, self.flow), torch.compiler.set_stance("force_eager"):
+            yield
 
     def _stopped(self, stop: StopSignal) -> bool:
         """Whether any process was asked to stop; all must agree, or they would wait for one another."""

@@ -1,0 +1,52 @@
+"""Several processes on one machine train the same flow as one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "digits.py"
+SMALL = ("--model.channels", "16", "--model.num-layers", "1", "1", "--model.head-dim", "16", "--model.patch-size", "4",
+         "--train.trackers", "--train.log-every", "1", "--sampling.num-images", "10", "--max-steps", "6")  # fmt: skip
+
+
+def run(run_dir, *words, processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(RECIPE), "--run-dir", str(run_dir), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def metrics(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    return losses + [value for line in lines if "held_out" in line for value in line["held_out"]["nll"].values()]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A run by two processes."""
+    run_dir = tmp_path_factory.mktemp("two") / "run"
+    done = run(run_dir, *SMALL, processes=2)
+    assert done.returncode == 0, done.stderr
+    return run_dir
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(two, tmp_path):
+    done = run(tmp_path / "one", *SMALL, processes=1)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(two)) == 10
+    assert metrics(two) == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
+    ours, theirs = (
+        load_file(folder / "pipeline" / "flow" / "diffusion_pytorch_model.safetensors")
+        for folder in (two, tmp_path / "one")
+    )
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in ours)
+
+
+def test_a_refusal_reaches_all_processes(two):
+    done = run(two, *SMALL, processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("already holds a run") == 2
