@@ -7,6 +7,7 @@ The order depends on (seed, step) alone, never on the number of processes (`Glob
 from __future__ import annotations
 
 import hashlib
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -108,14 +109,32 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
         collate_fn=_collate,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
 
 
-def in_order(dataset: ImageDataset, batch_size: int, num_workers: int = 0) -> Iterator[Batch]:
-    """Every image once, in the order of the set; the last batch may be smaller. Arguments as in `batches`."""
+def in_order(
+    dataset: ImageDataset,
+    batch_size: int,
+    num_workers: int = 0,
+    *,
+    num_processes: int = 1,
+    process_index: int = 0,
+) -> Iterator[Batch]:
+    """Every image once, in the order of the set; the last batch may be smaller.
+
+    Of several processes each gets every num_processes-th batch, beginning with its own index. Other arguments as in
+    `batches`.
+    """
     indices = list(range(len(dataset)))
-    return batches(dataset, [indices[i : i + batch_size] for i in indices[::batch_size]], num_workers)
+    lists = [indices[i : i + batch_size] for i in indices[::batch_size]]
+    return batches(dataset, lists[process_index::num_processes], num_workers)
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the main one still needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(examples: Sequence[Example]) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from itarflow.denoise import DenoiseScheduler, Method
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
 from itarflow.official_file import CheckpointError
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline import ITARFlowPipeline, image_generators
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.progress import image_grid
 
@@ -52,6 +52,8 @@ class Sample:
     """Solver of the denoising ODE; skip shows the noisy images. None = the checkpoint's."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
+    denoise_batch_size: int | None = None
+    """Images that are denoised at a time. None = as many as are made."""
     device: str | None = None
     """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
 
@@ -62,23 +64,29 @@ class Sample:
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
         pipe.to(device)
         labels = self._labels(pipe)
-        result = pipe(
-            class_labels=labels,
-            num_images=len(labels),
-            guidance_weight=self.guidance_weight,
-            num_denoise_steps=self.num_denoise_steps,
-            method=self.method,
-            generator=torch.Generator().manual_seed(self.seed),
-            batch_size=self.batch_size,
-        )
         if self.output.suffix:
-            image_grid(result.images, columns=min(len(labels), 10)).save(self.output)
-            _say(f"{len(labels)} images in {self.output}")
-            return
-        self.output.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(result.images):
-            image.save(self.output / f"{index:06d}.png")
-        _say(f"{len(labels)} images in {self.output}/")
+            image_grid(list(self._images(pipe, labels)), columns=min(len(labels), 10)).save(self.output)
+        else:
+            self.output.mkdir(parents=True, exist_ok=True)
+            for index, image in enumerate(self._images(pipe, labels)):
+                image.save(self.output / f"{index:06d}.png")
+        _say(f"{len(labels)} images in {self.output}")
+
+    def _images(self, pipe: ITARFlowPipeline, labels: list[int | None]) -> Iterator[Image.Image]:
+        """The images in order, batch by batch, so that what is done can be saved before the next begins."""
+        generators = image_generators(torch.Generator().manual_seed(self.seed), len(labels))
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size is {self.batch_size}; expected a number >= 1.")
+        for start in range(0, len(labels), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            yield from pipe(
+                class_labels=labels[part],
+                guidance_weight=self.guidance_weight,
+                num_denoise_steps=self.num_denoise_steps,
+                method=self.method,
+                generator=generators[part],
+                denoise_batch_size=self.denoise_batch_size,
+            ).images
 
     def _labels(self, pipe: ITARFlowPipeline) -> list[int | None]:
         num_classes = pipe.flow.config.num_classes
@@ -162,11 +170,13 @@ class Convert:
             flow = ITARFlowPipeline.from_pretrained(self.source).flow
             _say(f"official checkpoint in {export_official(flow, self.target)}")
             return
-        noise_range = (self.t_min, self.t_max) if self.t_min is not None and self.t_max is not None else None
-        flow = load_official(
-            Path(self.source), in_channels=self.in_channels, input_scale=self.input_scale, noise_range=noise_range
-        )
-        self._pipeline(flow).save_pretrained(self.target)
+        flow = load_official(Path(self.source), in_channels=self.in_channels, input_scale=self.input_scale)
+        pipeline = self._pipeline(flow)
+        if self.t_max is not None:  # an assumed level must refuse nothing
+            only_level = not flow.config.noise_conditioned and self.t_min is None
+            low = self.t_max if only_level else pipeline.scheduler.config.t_min
+            flow.register_to_config(noise_range=(low, self.t_max))
+        pipeline.save_pretrained(self.target)
         parameters = sum(parameter.numel() for parameter in flow.parameters())
         _say(f"pipeline with {parameters:,} parameters in {self.target}/; see `itarflow info {self.target}`")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from itarflow.block import AutoregressiveBlock
 from itarflow.flow import TARFlow, nll_per_dim
 from itarflow.recipe import Recipe
 
@@ -29,6 +32,8 @@ class Estimate:
     """Kept for the backward pass, for one image, in float32; about half with bf16."""
     checkpointed_bytes: int
     """The same with gradient checkpointing."""
+    cache_bytes: int
+    """Largest key-value cache of sampling, for one image in float32, both passes if the block is guided."""
 
 
 def estimate(recipe: Recipe) -> Estimate:
@@ -49,7 +54,15 @@ def estimate(recipe: Recipe) -> Estimate:
         state_bytes=copies * 4 * parameters,
         activation_bytes=activations,
         checkpointed_bytes=_saved_bytes(flow) + _one_layer_bytes(recipe, flow),
+        cache_bytes=_cache_bytes(recipe, flow),
     )
+
+
+def _cache_bytes(recipe: Recipe, flow: TARFlow) -> int:
+    guides = recipe.sampling.guidance.guides
+    blocks = enumerate(reversed(cast(Sequence[AutoregressiveBlock], flow.blocks)))
+    caches = (block.new_cache(2 if guides(index) else 1) for index, block in blocks)
+    return max(cache.numel() * cache.element_size() for cache in caches)
 
 
 def _example(flow: TARFlow) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -64,7 +77,9 @@ def _saved_bytes(flow: TARFlow) -> int:
 
     def pack(tensor: Tensor) -> Tensor:
         base = tensor if tensor._base is None else tensor._base
-        if id(base) not in weights:
+        # The meta device writes attention out and keeps its weights; the kernels of real devices do not.
+        square = base.ndim == 4 and base.shape[-1] == base.shape[-2] != flow.config.head_dim
+        if id(base) not in weights and not square:
             saved[id(base)] = base  # held, so that its id stays its own
         return tensor
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from itarflow.flow import TARFlow
+from itarflow.objective import Evaluation
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.progress import image_grid
 from itarflow.recipe import Recipe, to_json
@@ -38,11 +39,12 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path) -> None:
         num_images=count,
         generator=torch.Generator().manual_seed(recipe.train.seed),
         batch_size=recipe.sampling.batch_size,
+        denoise_batch_size=recipe.sampling.denoise_batch_size,
     ).images
     image_grid(images, columns=num_classes if 2 <= num_classes <= 12 else 8).save(path)
 
 
-def training_record(recipe: Recipe, held_out: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, Any]:
+def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What the pipeline, its model card and `itarflow info` tell about its training.
 
     Args:
@@ -54,9 +56,9 @@ def training_record(recipe: Recipe, held_out: Mapping[str, Any], facts: Mapping[
     path = settings["data"]["path"]
     if path is not None and Path(path).exists():
         settings["data"]["path"] = Path(path).name
-    metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in held_out["nll"].items()}
-    if held_out["bpd"] is not None:
-        metrics["held-out bits/dim"] = held_out["bpd"]
+    metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in held_out.nll.items()}
+    if held_out.bpd is not None:
+        metrics["held-out bits/dim"] = held_out.bpd
     return {
         "name": recipe.name,
         "data": settings["data"]["path"],

@@ -259,6 +259,11 @@ class TARFlow(ModelMixin, ConfigMixin):
         labels = self._checked_labels(labels, len(z))
         noise_level = self._checked_noise_level(noise_level, len(z))
         guidance = guidance or Guidance()
+        if not isinstance(guidance.blocks, int | None) and max(guidance.blocks, default=0) >= len(self.blocks):
+            raise ValueError(
+                f"guidance blocks {tuple(guidance.blocks)} name a block that is not there; this flow has "
+                f"{len(self.blocks)}, counted from 0 at the noise side."
+            )
         image_size, patch = self.config.image_size, self.patch_sizes[-1]
         x = z.to(torch.promote_types(z.dtype, torch.float32))
         path = [unpatchify(x, patch, image_size)]
@@ -339,10 +344,12 @@ class TARFlow(ModelMixin, ConfigMixin):
 
     def check_noise_range(self, noise_level: Tensor | float | None) -> None:
         """Refuse levels that the flow was not trained on. It reads the values, so it is not for training steps."""
-        if self.config.noise_range is None or noise_level is None or not self.config.noise_conditioned:
+        if self.config.noise_range is None or noise_level is None:
             return
         low, high = self.config.noise_range
-        level = torch.as_tensor(noise_level, dtype=torch.float64)
+        # On the CPU, since some devices have no float64.
+        values = noise_level.detach().cpu().double() if isinstance(noise_level, Tensor) else noise_level
+        level = torch.as_tensor(values, dtype=torch.float64)
         tolerance = 1e-5  # float32 rounding of a level at the edge
         if not ((level >= low * (1 - tolerance)) & (level <= high * (1 + tolerance))).all():
             raise ValueError(

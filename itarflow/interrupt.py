@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from pathlib import Path
@@ -41,6 +42,8 @@ class StopSignal:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self.signal_number = number
         self._restore()
+        # Not through rich or print, which a handler may interrupt half-way.
+        os.write(2, b"\nStopping after this step and saving; a second signal stops at once.\n")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

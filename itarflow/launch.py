@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ class Options:
     """Check settings and data, print parameters, FLOPs and memory, and stop."""
     resume: bool = False
     """Go on from the newest saved state of the run."""
+    allow_changes: bool = False
+    """With --resume: go on although settings differ from the stored run's, such as a lower learning rate."""
     restart: bool = False
     """Begin anew although the run exists; the old folder is kept beside the new one."""
 
@@ -92,16 +95,22 @@ def _run(options: Options, console: Console) -> None:
     if options.resume and options.restart:
         raise ValueError("--resume and --restart exclude each other: go on with the run, or begin anew.")
     recipe.check()
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     main_process = PartialState(cpu=on_cpu()).is_main_process
     if main_process:
         console.print(_settings(recipe))
+        if launched not in ("no", recipe.train.mixed_precision):
+            console.print(
+                f"[yellow]The launcher says mixed precision {launched}; the recipe's train.mixed_precision "
+                f"{recipe.train.mixed_precision} is used."
+            )
     if options.dry_run:
         if main_process:
             _dry_run(recipe, console)
         return
     start: Start = "resume" if options.resume else "restart" if options.restart else "fresh"
     run_dir = options.run_dir or Path("runs") / recipe.name
-    summary = train(recipe, run_dir, start=start, max_steps=options.max_steps)
+    summary = train(recipe, run_dir, start=start, max_steps=options.max_steps, allow_changes=options.allow_changes)
     if main_process:
         console.print(_report(summary))
         example = " --class-labels 3" if recipe.model.num_classes > 3 else ""
@@ -142,6 +151,7 @@ def _dry_run(recipe: Recipe, console: Console) -> None:
     table.add_row("weights, gradients, optimiser", human_bytes(costs.state_bytes))
     table.add_row("activations", f"{human_bytes(costs.activation_bytes)} an image in float32, about half in bf16")
     table.add_row("  with gradient checkpointing", f"{human_bytes(costs.checkpointed_bytes)} an image in float32")
+    table.add_row("sampling cache", f"{human_bytes(costs.cache_bytes)} an image in float32")
     table.add_row("data", _data_row(recipe))
     console.print(table)
     console.print("Dry run: nothing was trained or written.")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from itarflow import noise as noises
@@ -49,8 +49,19 @@ def draw(recipe: Recipe, step: int, device: torch.device) -> Draws:
 
 
 def mixed_seed(*numbers: int) -> int:
-    """A seed that differs for every tuple of numbers."""
+    """A seed from some numbers >= 0; tuples of one length that differ give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Evaluation(NamedTuple):
+    """A held-out evaluation."""
+
+    nll: dict[str, float]
+    """Noise level -> nats a dim of the noisy images; empty in likelihood training or without held-out images."""
+    bpd: float | None
+    """Bits a dim of the 8-bit images, in likelihood training."""
+    broken: tuple[str, ...] = ()
+    """Names of images that could not be read, and were replaced by their neighbours."""
 
 
 class Losses(NamedTuple):
@@ -79,23 +90,24 @@ def training_losses(flow: torch.nn.Module, recipe: Recipe, images: Tensor, label
 
 
 @torch.no_grad()
-def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: Accelerator) -> dict[str, Any]:
+def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: Accelerator) -> Evaluation:
     """Held-out negative log-likelihood with fixed noise, the same at each call.
 
     Returns:
-        {"nll": {noise level: nats a dim of the noisy images}, "bpd": bits a dim of the 8-bit images}; the first is
-        empty and the second a number only in likelihood training. Both are empty without held-out images.
+        Means over the images of all processes, and the unreadable ones that this process met.
     """
     if len(dataset) == 0:
-        return {"nll": {}, "bpd": None}
+        return Evaluation({}, None, ())
     levels = evaluation_levels(recipe)
     dequantised = recipe.noise.distribution == "dequantise"
     sums = torch.zeros(max(1, len(levels)), dtype=torch.float64)
     count = 0
     flow.eval()
-    for index, batch in enumerate(in_order(dataset, EVALUATION_BATCH)):
-        if index % accelerator.num_processes != accelerator.process_index:
-            continue
+    share = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    broken: list[str] = []
+    for number, batch in enumerate(in_order(dataset, EVALUATION_BATCH, recipe.data.num_workers, **share)):
+        index = number * accelerator.num_processes + accelerator.process_index
+        broken += batch.broken
         images = to_pixels(batch.images.to(flow.device))
         labels = batch.labels if recipe.model.num_classes else None
         count += len(images)
@@ -107,14 +119,15 @@ def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: 
             else:
                 eps = torch.randn(images.shape, generator=generator, device=flow.device)
                 log_prob = flow.log_prob(images + level * eps, labels, level)
-            sums[column] -= log_prob.double().sum().cpu()
-    totals = accelerator.reduce(torch.cat([sums, torch.tensor([float(count)], dtype=torch.float64)]).to(flow.device))
+            sums[column] -= log_prob.cpu().double().sum()
+    everywhere = gather_object([(sums.tolist(), count)])  # as objects: not every device has float64
+    total = sum(images for _, images in everywhere)
     dims = math.prod(flow.image_shape)
-    means = (totals[:-1] / totals[-1] / dims).tolist()
+    means = [sum(column) / total / dims for column in zip(*(values for values, _ in everywhere), strict=True)]
     if dequantised:
         # From a density over [-1, 1], of which a grey level owns 1/128, to a probability of the level, in bits.
-        return {"nll": {}, "bpd": (means[0] + math.log(128)) / math.log(2)}
-    return {"nll": {f"{level:g}": mean for level, mean in zip(levels, means, strict=True)}, "bpd": None}
+        return Evaluation({}, (means[0] + math.log(128)) / math.log(2), tuple(broken))
+    return Evaluation({f"{level:g}": mean for level, mean in zip(levels, means, strict=True)}, None, tuple(broken))
 
 
 def evaluation_levels(recipe: Recipe) -> list[float]:
@@ -125,10 +138,10 @@ def evaluation_levels(recipe: Recipe) -> list[float]:
     return [low] if low == high else [low, *np.linspace(low, high, 4)[1:-1].round(6).tolist(), high]
 
 
-def describe(held_out: Mapping[str, Any]) -> str:
+def describe(held_out: Evaluation) -> str:
     """A line such as "nll -1.52 at t=0.02, ..."."""
-    if held_out["bpd"] is not None:
-        return f"{held_out['bpd']:.3f} bits/dim"
-    if not held_out["nll"]:
+    if held_out.bpd is not None:
+        return f"{held_out.bpd:.3f} bits/dim"
+    if not held_out.nll:
         return "not measured: no held-out images"
-    return "nll " + ", ".join(f"{value:.3f} at t={level}" for level, value in held_out["nll"].items()) + " (nats/dim)"
+    return "nll " + ", ".join(f"{value:.3f} at t={level}" for level, value in held_out.nll.items()) + " (nats/dim)"

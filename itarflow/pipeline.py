@@ -49,8 +49,6 @@ class ITARFlowPipeline(DiffusionPipeline):
         (8, 8)
     """
 
-    model_cpu_offload_seq = "flow"
-
     def __init__(
         self,
         flow: TARFlow,
@@ -114,6 +112,11 @@ class ITARFlowPipeline(DiffusionPipeline):
         """
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'.")
+        if output_type == "pil" and self.flow.config.in_channels not in (1, 3):
+            raise ValueError(
+                f"output_type 'pil' makes pictures of 1 or 3 channels, but this flow has "
+                f"{self.flow.config.in_channels}; use 'pt' or 'np'."
+            )
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
         scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, clip)
@@ -242,14 +245,17 @@ class ITARFlowPipeline(DiffusionPipeline):
 
     # -- storing and sharing ------------------------------------------------------------------------------------
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
         """Write the pipeline: safetensors, configs, a model card, and shims for diffusers' generic loader.
 
         Args:
             save_directory: a folder; made if needed.
-            kwargs: as in diffusers; `safe_serialization=False` and `push_to_hub` are refused.
+            safe_serialization: as in diffusers, but False, which would write a pickle, is refused.
+            kwargs: as in diffusers; `push_to_hub` is refused.
         """
-        if kwargs.pop("safe_serialization", True) is not True:
+        if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; itarflow only writes safetensors.")
         if kwargs.pop("push_to_hub", False):
             raise ValueError(
@@ -300,6 +306,8 @@ class ITARFlowPipeline(DiffusionPipeline):
         check_folder(folder)
         try:
             return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise OSError(
                 f"The pipeline in {folder} can't be loaded: {error}\nIf a file is truncated or missing, copy or "

@@ -22,7 +22,8 @@ def use_all_cores(accelerator: Accelerator) -> None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerator.device.type == "cpu" and launched and os.environ.get("OMP_NUM_THREADS") == "1":
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // processes_here))
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
@@ -31,7 +32,7 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
     if accelerator.is_main_process:
         try:
             action()
-        except RunError as error:
+        except (RunError, OSError, ValueError) as error:
             refusal = [str(error)]
     broadcast_object_list(refusal)
     if refusal[0] is not None:

@@ -19,7 +19,7 @@ from itarflow.presets import ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How the flow is trained. The defaults are the papers'."""
+    """How the flow is trained. The defaults are the papers', who do not limit the gradient's norm."""
 
     epochs: float = 300
     """Times that each training image is seen; sets the length of the learning-rate schedule."""
@@ -30,7 +30,7 @@ class TrainConfig:
     learning_rate: float = 1e-4
     """Highest learning rate, after the warm-up."""
     min_learning_rate: float = 1e-6
-    """Learning rate of the first and of the last step."""
+    """Learning rate where the warm-up begins and the decay ends."""
     warmup_epochs: float = 1.0
     """Length of the linear warm-up, before the cosine decay."""
     weight_decay: float = 1e-4
@@ -46,11 +46,11 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16"] = "no"
     """Precision of the transformers. Affine maps, losses and log-determinants are float32 always."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: far less memory, about a third more time."""
+    """Recompute activations in the backward pass: far less memory for a second forward pass."""
     compile: bool = False
     """Compile the transformer layers with torch.compile; needs a C++ compiler, pays off on long runs."""
     seed: int = 0
-    """Decides the initial weights, the order of the images, and all noise."""
+    """0 or more. Decides the initial weights, the order of the images, and all noise."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every_epochs: float = 10.0
@@ -82,6 +82,8 @@ class TrainConfig:
             )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"train.betas is {self.betas}; expected two numbers in [0, 1).")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"train.seed is {self.seed}; expected a number from 0 to 2**32 - 1.")
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"train.label_drop is {self.label_drop}; expected a probability in [0, 1].")
         if self.batch_size % self.accumulation:
@@ -109,7 +111,9 @@ class SamplingConfig:
     num_images: int = 64
     """Images of a grid."""
     batch_size: int = 64
-    """Images that are sampled at a time."""
+    """Images that are sampled at a time; their key-value cache is the largest use of memory."""
+    denoise_batch_size: int | None = None
+    """Images that are denoised at a time; None = as many as are sampled."""
 
     def __post_init__(self) -> None:
         for name in ("num_denoise_steps", "num_images", "batch_size"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,19 +57,30 @@ class RunDir:
             file.write(json.dumps(dict(values)) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl."""
+        """All lines of metrics.jsonl, but for a last one that a crash cut off."""
         if not self.metrics.exists():
             return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines() if line.strip()]
+        return [line for line in map(_json_or_none, self.metrics.read_text().splitlines()) if line is not None]
+
+    def rewrite_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Put other lines in the place of metrics.jsonl, all or none."""
+        partial = self.metrics.with_name(".partial-metrics.jsonl")
+        partial.write_text("".join(json.dumps(dict(line)) + "\n" for line in lines))
+        os.replace(partial, self.metrics)
 
 
-def check(path: Path, recipe: Recipe, start: Start) -> None:
+def check(path: Path, recipe: Recipe, start: Start, allow_changes: bool = False) -> None:
     """Refuse a folder that `prepare` would refuse, without touching anything.
 
     Raises:
-        RunError: the folder holds a run already, holds none to resume, or one of another recipe.
+        RunError: the folder can't be written, holds a run already, holds none to resume, or one of another recipe.
     """
     run = RunDir(path)
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RunError(
+            f"{path} can't be written: {existing} is not a folder that you may write to. Choose another by --run-dir."
+        )
     if start == "fresh" and run.recipe.exists():
         what = f"step {_step(run.states()[-1])}" if run.states() else "no saved state yet"
         raise RunError(
@@ -77,10 +88,10 @@ def check(path: Path, recipe: Recipe, start: Start) -> None:
             "is kept beside it), or choose another folder by --run-dir."
         )
     if start == "resume":
-        _check_resumable(run, recipe)
+        _check_resumable(run, recipe, allow_changes)
 
 
-def prepare(path: Path, recipe: Recipe, start: Start) -> RunDir:
+def prepare(path: Path, recipe: Recipe, start: Start, allow_changes: bool = False) -> RunDir:
     """Make the folder of a run ready to be written, and store the recipe in it.
 
     Args:
@@ -88,11 +99,12 @@ def prepare(path: Path, recipe: Recipe, start: Start) -> RunDir:
         recipe: resolved.
         start: "fresh" refuses a folder that has a run, "resume" goes on from its newest state,
             "restart" moves it aside and begins anew.
+        allow_changes: resume although settings that change losses or weights differ from the stored ones.
 
     Raises:
         RunError: as `check`, or the folder can't be written.
     """
-    check(path, recipe, start)
+    check(path, recipe, start, allow_changes)
     if start == "restart" and path.exists():
         _move_aside(path)
     run = RunDir(path)
@@ -105,15 +117,16 @@ def prepare(path: Path, recipe: Recipe, start: Start) -> RunDir:
     return run
 
 
-def _check_resumable(run: RunDir, recipe: Recipe) -> None:
+def _check_resumable(run: RunDir, recipe: Recipe, allow_changes: bool) -> None:
     if not run.recipe.exists() or not run.states():
         raise RunError(f"{run.path} has no saved state to resume from; leave --resume out to begin a run there.")
     changed = differences(json.loads(run.recipe.read_text()), recipe)
-    if changed:
+    if changed and not allow_changes:
         raise RunError(
             f"{run.path} was trained with other settings, so going on would not be the same run:\n  "
             + "\n  ".join(changed)
-            + "\nUse the settings of its recipe.json, or begin anew by --restart or in another --run-dir."
+            + "\nUse the settings of its recipe.json, go on all the same by --allow-changes, or begin anew by "
+            "--restart or in another --run-dir."
         )
 
 
@@ -124,7 +137,14 @@ def _move_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None], is_main: bool) -> Path:
+def save_state(
+    run: RunDir,
+    step: int,
+    keep: int,
+    write: Callable[[Path], None],
+    is_main: bool,
+    wait: Callable[[], None] = lambda: None,
+) -> Path:
     """Write a state completely under another name, then rename it: a state is whole or it is not there.
 
     Args:
@@ -133,6 +153,7 @@ def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None],
         keep: newest states to keep.
         write: fills an existing folder; called by all processes.
         is_main: whether this process does the renaming and the clearing.
+        wait: returns when all processes have called it.
 
     Raises:
         RunError: the disk is full or read-only. The older states are untouched.
@@ -142,6 +163,7 @@ def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None],
     try:
         if is_main and partial.exists():
             shutil.rmtree(partial)
+        wait()  # until what an earlier crash left is gone
         partial.mkdir(parents=True, exist_ok=True)
         write(partial)
         if is_main:
@@ -177,6 +199,13 @@ def _flush(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+
+
+def _json_or_none(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError:
+        return None
 
 
 def _step(state: Path) -> int:

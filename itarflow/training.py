@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from itarflow.export import make_pipeline, sample_grid, training_record
 from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.images import DataError
 from itarflow.interrupt import Interrupted, StopSignal
-from itarflow.objective import Draws, Losses, describe, draw, evaluate, training_losses
+from itarflow.objective import Draws, Evaluation, Losses, describe, draw, evaluate, training_losses
 from itarflow.processes import on_cpu, on_main, use_all_cores
 from itarflow.progress import training_progress
 from itarflow.recipe import Recipe, learning_rate_factor, to_json
@@ -51,7 +51,7 @@ class Summary:
     seconds: float
     """Of training, over all resumed parts."""
     images_per_second: float
-    held_out: dict[str, Any]
+    held_out: Evaluation
     """As `evaluate` returns it."""
     bad_steps: int
     grid: Path
@@ -65,7 +65,14 @@ class _State(NamedTuple):
     bad_steps: int = 0
 
 
-def train(recipe: Recipe, run_path: Path, *, start: Start = "fresh", max_steps: int | None = None) -> Summary:
+def train(
+    recipe: Recipe,
+    run_path: Path,
+    *,
+    start: Start = "fresh",
+    max_steps: int | None = None,
+    allow_changes: bool = False,
+) -> Summary:
     """Train a flow, and leave its states, grids, metrics and pipeline in the run's folder.
 
     Args:
@@ -74,6 +81,7 @@ def train(recipe: Recipe, run_path: Path, *, start: Start = "fresh", max_steps: 
         start: "fresh", "resume" or "restart", see `run.prepare`.
         max_steps: stop after so many optimiser steps; the learning-rate schedule is still the whole training's, so
             that a resumed run continues it.
+        allow_changes: resume although settings differ from the stored ones.
 
     Raises:
         ValueError: settings or data that do not fit together.
@@ -85,18 +93,22 @@ def train(recipe: Recipe, run_path: Path, *, start: Start = "fresh", max_steps: 
     recipe.check()
     accelerator = Accelerator(
         cpu=on_cpu(),
-        mixed_precision=recipe.train.mixed_precision,
+        mixed_precision="no",  # the loop has its own autocast, so that evaluation and samples are float32
         gradient_accumulation_steps=recipe.train.accumulation,
         log_with=list(recipe.train.trackers) or None,
         project_dir=run_path,
     )
     recipe.check(accelerator.num_processes)
     use_all_cores(accelerator)
-    on_main(accelerator, lambda: runs.check(run_path, recipe, start))
+    on_main(accelerator, lambda: runs.check(run_path, recipe, start, allow_changes))
     data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
     check_classes(recipe, data)
-    on_main(accelerator, lambda: runs.prepare(run_path, recipe, start))
-    return _Training(recipe, RunDir(run_path), data, accelerator, resume=start == "resume").run_to(max_steps)
+    on_main(accelerator, lambda: runs.prepare(run_path, recipe, start, allow_changes))
+    training = _Training(recipe, RunDir(run_path), data, accelerator, resume=start == "resume")
+    try:
+        return training.run_to(max_steps)
+    finally:
+        accelerator.end_training()
 
 
 class _Training:
@@ -109,7 +121,7 @@ class _Training:
         self.console = Console(quiet=not accelerator.is_main_process)
         self.warnings = Console(stderr=True)  # of every process: a broken image is met by one of them
         self.broken: set[str] = set()
-        self.held_out: dict[str, Any] = {"nll": {}, "bpd": None}
+        self.held_out = Evaluation({}, None)
         self.total_steps = recipe.num_steps(len(data.train))
         set_seed(recipe.train.seed)
         flow = recipe.model.build(recipe.noise_range)
@@ -151,30 +163,30 @@ class _Training:
                 self._check_bad(bad, bad_in_a_row, losses)
                 speed = (self.state.step - first_step) * self.recipe.train.batch_size / step_seconds
                 show(self.state.step, float(losses.loss) if self.state.step % 5 == 0 else None, speed)
-                self._chores(losses, grad_norm, speed, last_step)
+                if self._due(self.recipe.train.log_every):
+                    self._log(losses, grad_norm, speed)
                 if self._stopped(stop):
                     self._save()
                     raise Interrupted(stop.signal_number or 0, self.run.path, self.state.step)
+                self._chores(last_step)
+        self._save()  # before anything else can go wrong
         self._evaluate()
         grid = self._sample()
-        self._save()
-        self.accelerator.end_training()
+        self._export()
         speed = (self.state.step - first_step) * self.recipe.train.batch_size / max(step_seconds, 1e-9)
         state = self.state
         return Summary(self.run, state.step, state.seconds, speed, self.held_out, state.bad_steps, grid)
 
-    def _chores(self, losses: Losses, grad_norm: float, speed: float, last_step: int) -> None:
-        """What is due after a step now and then; what the end does anyway is not done shortly before it."""
+    def _chores(self, last_step: int) -> None:
+        """What is due now and then: what saves work first, and nothing shortly before the end does it anyway."""
         train = self.recipe.train
         evaluate_every, sample_every = self._every(train.evaluate_every_epochs), self._every(train.sample_every_epochs)
-        if self._due(train.log_every):
-            self._log(losses, grad_norm, speed)
+        if self._due(train.save_every) and self.state.step < last_step:
+            self._save()
         if self._due(evaluate_every) and self.state.step + evaluate_every // 2 < last_step:
             self._evaluate()
         if self._due(sample_every) and self.state.step + sample_every // 2 < last_step:
             self._sample()
-        if self._due(train.save_every) and self.state.step < last_step:
-            self._save()
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -209,7 +221,8 @@ class _Training:
             images = to_pixels(batch.images.to(accelerator.device, non_blocking=True))
             labels = batch.labels.to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.model):
-                losses = training_losses(self.model, self.recipe, images, labels, part)
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=train.mixed_precision == "bf16"):
+                    losses = training_losses(self.model, self.recipe, images, labels, part)
                 accelerator.backward(losses.loss)
                 if accelerator.sync_gradients:
                     limit = train.max_grad_norm or math.inf
@@ -245,13 +258,15 @@ class _Training:
                 f"the step was skipped ({in_a_row} in a row, {self.state.bad_steps} in all)."
             )
         if in_a_row >= self.recipe.train.max_bad_steps:
+            self._save()  # these steps changed nothing: the weights are those of the last good one
             raise TrainingError(
-                f"{in_a_row} steps in a row had no finite gradient, up to step {self.state.step}. Try a lower "
-                "train.learning_rate, a longer train.warmup_epochs, a smaller train.max_grad_norm or "
-                "train.mixed_precision no, and --resume from the last saved state, or --restart."
+                f"{in_a_row} steps in a row had no finite gradient, up to step {self.state.step}, whose state is "
+                "saved. Go on by --resume --allow-changes with a lower train.learning_rate, a smaller "
+                "train.max_grad_norm or train.mixed_precision no; or begin anew by --restart, also with a longer "
+                "train.warmup_epochs."
             )
 
-    def _report_broken(self, names: list[str]) -> None:
+    def _report_broken(self, names: Sequence[str]) -> None:
         """Name each unreadable image once, and give up past the limit."""
         for name in names:
             if name not in self.broken:
@@ -294,11 +309,12 @@ class _Training:
     def _evaluate(self) -> None:
         with self._sampling_weights():
             self.held_out = held_out = evaluate(self.flow, self.data.held_out, self.recipe, self.accelerator)
+        self._report_broken(held_out.broken)
         if self.accelerator.is_main_process:
-            self.run.log({"step": self.state.step, "held_out": held_out})
-            flat = {f"held_out/nll at t={level}": value for level, value in held_out["nll"].items()}
-            if held_out["bpd"] is not None:
-                flat["held_out/bpd"] = held_out["bpd"]
+            self.run.log({"step": self.state.step, "held_out": {"nll": held_out.nll, "bpd": held_out.bpd}})
+            flat = {f"held_out/nll at t={level}": value for level, value in held_out.nll.items()}
+            if held_out.bpd is not None:
+                flat["held_out/bpd"] = held_out.bpd
             self.accelerator.log(flat, step=self.state.step)
             self.console.print(f"step {self.state.step}  held-out {describe(held_out)}", soft_wrap=True)
 
@@ -333,7 +349,11 @@ class _Training:
             self.recipe.train.keep_states,
             self._write_state,
             self.accelerator.is_main_process,
+            self.accelerator.wait_for_everyone,
         )
+        self._export()
+
+    def _export(self) -> None:
         if self.accelerator.is_main_process:
             record = training_record(self.recipe, self.held_out, self._facts())
             with self._sampling_weights():
@@ -364,17 +384,23 @@ class _Training:
         try:
             state = _State(**json.loads((folder / "progress.json").read_text()))
             self.accelerator.load_state(str(folder))
+            # It also restores a count of micro-batches, which means nothing under another accumulation.
+            self.accelerator.step = 0
             if self.ema is not None:
                 load_ema(self.ema, folder)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # of many libraries, and all mean the same
             raise RunError(
                 f"The state {folder} can't be read: {error}. Remove it to resume from an older one."
             ) from error
         kept = [line for line in self.run.logged() if line["step"] <= state.step]
-        self.held_out = next((line["held_out"] for line in reversed(kept) if "held_out" in line), self.held_out)
+        measured = [line["held_out"] for line in kept if "held_out" in line]
+        if measured:
+            self.held_out = Evaluation(**measured[-1])
         self.accelerator.wait_for_everyone()  # all have read before one writes
         if self.accelerator.is_main_process:
-            self.run.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            self.run.rewrite_metrics(kept)
         self.console.print(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
         return state
 

@@ -28,7 +28,7 @@ def new_cache(num_layers: int, batch_size: int, num_tokens: int, head_dim: int, 
             the cache has autocast's type.
     """
     device, dtype = weight.device, weight.dtype
-    if torch.is_autocast_enabled(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     shape = (num_layers, 2, batch_size, weight.shape[-1] // head_dim, num_tokens, head_dim)
     return torch.empty(shape, device=device, dtype=dtype)

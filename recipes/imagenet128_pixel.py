@@ -16,7 +16,7 @@ recipe = Recipe(
     data=DataConfig(path="ILSVRC/imagenet-1k", held_out_split="validation"),
     noise=NoiseConfig(t_min=T_MIN, t_max=T_MAX[128]),
     train=TrainConfig(epochs=450, batch_size=512, mixed_precision="bf16", gradient_checkpointing=True),
-    sampling=SamplingConfig(guidance=Guidance(weight=3.7, blocks=1)),
+    sampling=SamplingConfig(guidance=Guidance(weight=3.7, blocks=1), batch_size=16, denoise_batch_size=4),
 )
 
 if __name__ == "__main__":

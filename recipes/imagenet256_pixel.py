@@ -16,7 +16,7 @@ recipe = Recipe(
     data=DataConfig(path="ILSVRC/imagenet-1k", held_out_split="validation"),
     noise=NoiseConfig(t_min=T_MIN, t_max=T_MAX[256]),
     train=TrainConfig(epochs=600, batch_size=512, mixed_precision="bf16", gradient_checkpointing=True),
-    sampling=SamplingConfig(guidance=Guidance(weight=4.2, blocks=1)),
+    sampling=SamplingConfig(guidance=Guidance(weight=4.2, blocks=1), batch_size=16, denoise_batch_size=4),
 )
 
 if __name__ == "__main__":

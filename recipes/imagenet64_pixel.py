@@ -15,8 +15,8 @@ recipe = Recipe(
     model=itarflow_model("B", 64),
     data=DataConfig(path="ILSVRC/imagenet-1k", held_out_split="validation"),
     noise=NoiseConfig(t_min=T_MIN, t_max=T_MAX[64]),
-    train=TrainConfig(epochs=300, batch_size=512, mixed_precision="bf16"),
-    sampling=SamplingConfig(guidance=Guidance(weight=2.1, blocks=1)),
+    train=TrainConfig(epochs=300, batch_size=512, mixed_precision="bf16", gradient_checkpointing=True),
+    sampling=SamplingConfig(guidance=Guidance(weight=2.1, blocks=1), batch_size=16, denoise_batch_size=4),
 )
 
 if __name__ == "__main__":

@@ -19,7 +19,12 @@ recipe = Recipe(
     noise=NoiseConfig(t_min=row.noise_std, t_max=row.noise_std, distribution="constant", weight="one"),
     train=TrainConfig(epochs=row.epochs, batch_size=row.batch_size, mixed_precision="bf16"),
     # The guidance weight is ours, not the paper's.
-    sampling=SamplingConfig(guidance=Guidance(weight=2.0, rule="log_scale", schedule="linear"), num_denoise_steps=1),
+    sampling=SamplingConfig(
+        guidance=Guidance(weight=2.0, rule="log_scale", schedule="linear"),
+        num_denoise_steps=1,
+        batch_size=16,
+        denoise_batch_size=4,
+    ),
 )
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ recipe = Recipe(
     data=DataConfig(path=None, horizontal_flip=False),
     noise=NoiseConfig(distribution="dequantise", weight="one"),
     train=TrainConfig(epochs=row.epochs, batch_size=row.batch_size),
-    sampling=SamplingConfig(method="skip"),
+    sampling=SamplingConfig(method="skip", batch_size=16),
 )
 
 if __name__ == "__main__":

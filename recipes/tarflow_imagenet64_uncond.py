@@ -12,6 +12,7 @@ from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 
 row = TARFLOW["imagenet64_uncond"]
 
+# The paper's row uses the downsampled ImageNet64 of van den Oord et al. (2016): give a folder of it to compare.
 recipe = Recipe(
     name="tarflow_imagenet64_uncond",
     model=row.model(),
@@ -20,7 +21,10 @@ recipe = Recipe(
     train=TrainConfig(epochs=row.epochs, batch_size=row.batch_size, mixed_precision="bf16"),
     # Guidance without labels: by attention temperature (appendix B). These two values are ours, not the paper's.
     sampling=SamplingConfig(
-        guidance=Guidance(weight=1.0, rule="log_scale", schedule="linear", temperature=1.5), num_denoise_steps=1
+        guidance=Guidance(weight=1.0, rule="log_scale", schedule="linear", temperature=1.5),
+        num_denoise_steps=1,
+        batch_size=16,
+        denoise_batch_size=4,
     ),
 )
 

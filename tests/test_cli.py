@@ -86,7 +86,7 @@ def test_sample_writes_a_grid_with_every_class_in_turn(run, save):
 
 
 def test_sample_writes_a_folder_with_a_file_for_each_image(run, save):
-    assert "4 images in new/folder/" in run("sample", save(), "--output", "new/folder", "--num-images", 4)
+    assert "4 images in new/folder" in run("sample", save(), "--output", "new/folder", "--num-images", 4)
     files = sorted(Path("new/folder").iterdir())
     assert [file.name for file in files] == ["000000.png", "000001.png", "000002.png", "000003.png"]
     assert {Image.open(file).size for file in files} == {(4, 4)}
@@ -263,7 +263,7 @@ def test_the_assumed_noise_level_is_that_of_the_models_own_paper(iterative, t_ma
         (("--class-labels", "fish"), "class label 'fish' is not known; names of this checkpoint: cat, dog, bird"),
         (("--class-labels", "3"), "class label 3 is out of range; expected 0 .. 2"),
         (("--num-images", "0"), "--num-images is 0; expected a number >= 1"),
-        (("--batch-size", "0"), "batch_size is 0"),
+        (("--batch-size", "0"), "--batch-size is 0"),
         (("--num-denoise-steps", "0"), "num_denoise_steps is 0"),
         (("--guidance-weight", "-1"), "expected a finite number >= 0"),
         (("--output", "images.doc"), "images.doc has an unknown picture format; use .png"),

@@ -16,6 +16,7 @@ from itarflow import launch
 from itarflow.data import DataConfig
 from itarflow.interrupt import Interrupted
 from itarflow.noise import NoiseConfig
+from itarflow.objective import Evaluation
 from itarflow.presets import itarflow_model
 from itarflow.recipe import Recipe, TrainConfig
 from itarflow.run import RunDir, RunError
@@ -81,7 +82,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def train(recipe: Recipe, run_dir: Path, **options: Any) -> Summary:
         calls.append({"recipe": recipe, "run_dir": run_dir, **options})
-        held_out = {"nll": {"0.5": -1.25}, "bpd": None}
+        held_out = Evaluation({"0.5": -1.25}, None)
         grid = RunDir(run_dir).grid(20)
         return Summary(RunDir(run_dir), 20, 61.0, 33.0, held_out, bad_steps=2, grid=grid)
 
@@ -234,7 +235,13 @@ def test_unlabelled_images_for_a_model_with_classes_are_refused(refused, tmp_pat
 def test_a_training_starts_as_asked(run, trained, words, start):
     run(*words)
     (call,) = trained
-    assert call == {"recipe": RECIPE, "run_dir": Path("runs/tiny"), "start": start, "max_steps": None}
+    assert call == {
+        "recipe": RECIPE,
+        "run_dir": Path("runs/tiny"),
+        "start": start,
+        "max_steps": None,
+        "allow_changes": False,
+    }
 
 
 def test_options_of_the_run_reach_the_training(run, trained):

@@ -4,16 +4,16 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
 from itarflow import ITARFlowPipeline, objective, training
-from itarflow.data import DataConfig
+from itarflow.data import DataConfig, load_data
 from itarflow.guidance import Guidance
 from itarflow.interrupt import Interrupted
 from itarflow.noise import NoiseConfig
@@ -21,13 +21,6 @@ from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.run import RunError
 from itarflow.training import TrainingError, train
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator():
-    """Accelerate keeps one precision for a process; each test may choose its own."""
-    yield
-    AcceleratorState._reset_state()
 
 
 def tiny_recipe(**changes):
@@ -100,7 +93,7 @@ def test_training_learns(finished):
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = [line["held_out"]["nll"] for line in lines if "held_out" in line]
     assert all(last[level] < first[level] for level in last)
-    assert summary.held_out["nll"] == last
+    assert summary.held_out.nll == last
 
 
 @pytest.mark.parametrize("stop_at", [3, 7, 13])
@@ -149,6 +142,14 @@ def test_accumulation_gives_the_same_losses(finished, tmp_path):
     assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 7)}, abs=1e-5)
 
 
+def test_a_resumed_run_may_accumulate_in_other_shares(finished, tmp_path):
+    whole, _ = finished
+    train(tiny_recipe(), tmp_path, max_steps=5)
+    train(tiny_recipe(accumulation=4), tmp_path, start="resume", max_steps=9)
+    expected = losses(whole)
+    assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 10)}, abs=1e-5)
+
+
 def test_gradient_checkpointing_gives_the_same_losses(finished, tmp_path):
     whole, _ = finished
     train(tiny_recipe(gradient_checkpointing=True), tmp_path, max_steps=3)
@@ -161,6 +162,7 @@ def test_bfloat16_trains_close_to_float32(finished, tmp_path):
     train(tiny_recipe(mixed_precision="bf16"), tmp_path, max_steps=6)
     expected = losses(whole)
     assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 7)}, abs=1e-2)
+    assert losses(tmp_path)[6] != expected[6]
     assert all(tensor.dtype == torch.float32 for tensor in shared_weights(tmp_path).values())
 
 
@@ -183,8 +185,52 @@ def test_nan_in_many_steps_in_a_row_ends_training_with_advice(tmp_path, monkeypa
         return losses._replace(loss=losses.loss * float("nan"))
 
     monkeypatch.setattr(training, "training_losses", always_nan)
-    with pytest.raises(TrainingError, match=r"3 steps in a row.*learning_rate"):
+    with pytest.raises(TrainingError, match=r"3 steps in a row.*--allow-changes.*learning_rate"):
         train(tiny_recipe(max_bad_steps=3), tmp_path)
+    monkeypatch.undo()
+    summary = train(
+        tiny_recipe(max_bad_steps=3, learning_rate=1e-3), tmp_path, start="resume", max_steps=5, allow_changes=True
+    )
+    assert (summary.steps, summary.bad_steps) == (5, 3)
+
+
+def test_what_fails_after_the_last_step_costs_no_training(tmp_path, monkeypatch):
+    def out_of_memory(self):
+        raise torch.OutOfMemoryError("no memory for a grid")
+
+    monkeypatch.setattr(training._Training, "_sample", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(tiny_recipe(sample_every_epochs=100), tmp_path)
+    assert len(list((tmp_path / "state").glob("step-*"))) > 0
+    monkeypatch.undo()
+    assert train(tiny_recipe(), tmp_path, start="resume").steps == max(losses(tmp_path))
+
+
+def test_a_last_line_that_a_crash_cut_off_does_not_stop_resuming(tmp_path):
+    train(tiny_recipe(), tmp_path, max_steps=3)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    train(tiny_recipe(), tmp_path, start="resume", max_steps=4)
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_an_unreadable_held_out_image_is_named(tmp_path, capfd):
+    (tmp_path / "images").mkdir()
+    for index in range(20):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index:02d}.png")
+    recipe = tiny_recipe(
+        path=str(tmp_path / "images"), num_classes=0, label_drop=0.0, guidance=Guidance(), in_memory=False,
+        num_workers=0, held_out_images=2, batch_size=4,
+    )  # fmt: skip
+    data = load_data(recipe.data, image_size=8, in_channels=1)
+    names = [Path(data.held_out[index].image.numpy().tobytes().hex()) for index in range(2)]
+    for file in (tmp_path / "images").glob("*.png"):
+        if Path(np.asarray(Image.open(file)).tobytes().hex()) in names[1:]:
+            file.write_bytes(b"broken")
+            broken = file.name
+    train(recipe, tmp_path / "run", max_steps=1)
+    assert broken in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -203,7 +249,7 @@ def test_nan_in_many_steps_in_a_row_ends_training_with_advice(tmp_path, monkeypa
 def test_every_kind_of_flow_trains(tmp_path, changes):
     summary = train(tiny_recipe(**changes), tmp_path, max_steps=2)
     assert summary.bad_steps == 0
-    assert all(np.isfinite(value) for value in summary.held_out["nll"].values())
+    assert all(np.isfinite(value) for value in summary.held_out.nll.values())
 
 
 def test_likelihood_training_reports_bits_per_dim_of_the_8_bit_image(tmp_path):
@@ -212,8 +258,8 @@ def test_likelihood_training_reports_bits_per_dim_of_the_8_bit_image(tmp_path):
     )
     summary = train(recipe, tmp_path, max_steps=3)
     # A fresh flow would spend about 8 bits on an even grey level; digits are mostly black or white.
-    assert 3 < summary.held_out["bpd"] < 12
-    assert summary.held_out["nll"] == {}
+    assert 3 < summary.held_out.bpd < 12
+    assert summary.held_out.nll == {}
 
 
 def test_the_prior_variance_of_a_volume_preserving_flow_is_estimated(tmp_path):
