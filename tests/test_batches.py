@@ -12,7 +12,7 @@ import torch
 from image_files import load, write_classes, write_one_broken
 
 from itarflow.batches import Batch, GlobalBatchSampler, batches, in_order
-from itarflow.data import ImageDataset
+from itarflow.data import DataConfig, ImageDataset, load_data
 from itarflow.images import DataError
 
 
@@ -130,3 +130,17 @@ def test_broken_images_reach_the_batch(tmp_path: Path, num_workers: int) -> None
 def test_too_many_broken_images_stop_the_workers(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="max_broken"):
         list(in_order(load(write_one_broken(tmp_path), max_broken=0).train, 5, num_workers=1))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_processes_share_the_batches_of_an_evaluation(num_processes):
+    dataset = load_data(
+        DataConfig(path="digits", in_memory=True, held_out_images=100), image_size=8, in_channels=1
+    ).held_out
+    shares = [
+        [batch.labels for batch in in_order(dataset, 30, num_processes=num_processes, process_index=index)]
+        for index in range(num_processes)
+    ]
+    joined = [shares[number % num_processes][number // num_processes] for number in range(4)]
+    assert [len(labels) for labels in joined] == [30, 30, 30, 10]
+    assert torch.equal(torch.cat(joined), dataset.labels)

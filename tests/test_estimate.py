@@ -13,9 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from itarflow.data import DataConfig
 from itarflow.estimate import Estimate, estimate, human_bytes, human_number
 from itarflow.flow import nll_per_dim
+from itarflow.guidance import Guidance
 from itarflow.noise import NoiseConfig
 from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe, TrainConfig
+from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 
 
 def recipe(train: dict[str, Any] | None = None, **model: Any) -> Recipe:
@@ -141,3 +142,30 @@ def test_bytes_read_well(count, text):
 )
 def test_numbers_read_well(count, text):
     assert human_number(count) == text
+
+
+def test_activations_are_what_autograd_keeps_on_a_real_device():
+    model = ModelConfig(image_size=32, patch_size=2, channels=128, num_layers=(1, 2), num_classes=10)
+    flow = model.build()
+    weights, kept = {id(parameter) for parameter in flow.parameters()}, {}
+
+    def pack(tensor):
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in weights:
+            kept[id(base)] = base
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        nll_per_dim(flow(torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64), torch.ones(1))).sum()
+    real = sum(tensor.numel() * tensor.element_size() for tensor in kept.values())
+    assert estimate(Recipe(name="real", model=model, data=DataConfig())).activation_bytes == pytest.approx(
+        real, rel=0.02
+    )
+
+
+def test_the_cache_is_that_of_the_largest_block_and_doubles_where_it_is_guided():
+    model = ModelConfig(image_size=8, in_channels=1, patch_size=2, channels=64, num_layers=(1, 3), num_classes=10)
+    plain = Recipe(name="plain", model=model, data=DataConfig())
+    guided = replace(plain, sampling=SamplingConfig(guidance=Guidance(weight=1.0, blocks=1)))
+    assert estimate(plain).cache_bytes == 3 * 2 * 16 * 64 * 4  # layers, keys and values, tokens, channels, bytes
+    assert estimate(guided).cache_bytes == 2 * estimate(plain).cache_bytes

@@ -448,3 +448,20 @@ def test_z_of_another_shape_is_refused(make_flow, shape):
 def test_a_wrong_number_of_generators_is_refused(make_flow):
     with pytest.raises(ValueError, match="2 generators were given for 3 samples; expected one each"):
         make_flow().sample_prior(3, [torch.Generator(), torch.Generator()])
+
+
+def test_a_flow_of_one_noise_level_refuses_others(make_flow, make_inputs):
+    flow = make_flow(noise_conditioned=False, noise_range=(0.05, 0.05))
+    images, labels, _ = make_inputs(flow)
+    assert flow.log_prob(images, labels, 0.05).isfinite().all()
+    assert flow.log_prob(images, labels).isfinite().all()
+    with pytest.raises(ValueError, match=r"3\.0.* lies outside \[0\.05, 0\.05\]"):
+        flow.log_prob(images, labels, 3.0)
+
+
+def test_guiding_a_block_that_is_not_there_is_refused(make_flow, make_inputs):
+    flow = make_flow()
+    _, labels, noise_level = make_inputs(flow)
+    z = flow.sample_prior(len(labels), torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"blocks \(0, 9\) name a block that is not there; this flow has 2"):
+        flow.inverse(z, labels, noise_level, guidance=Guidance(weight=1.0, blocks=(0, 9)))
