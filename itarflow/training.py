@@ -32,7 +32,7 @@ from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.images import DataError
 from itarflow.interrupt import Interrupted, StopSignal
 from itarflow.objective import Draws, Evaluation, Losses, describe, draw, evaluate, training_losses
-from itarflow.processes import on_cpu, on_main, use_all_cores
+from itarflow.processes import on_cpu, on_main
 from itarflow.progress import training_progress
 from itarflow.recipe import Recipe, learning_rate_factor, to_json
 from itarflow.run import RunDir, RunError, Start, replace_folder, save_state
@@ -99,7 +99,6 @@ def train(
         project_dir=run_path,
     )
     recipe.check(accelerator.num_processes)
-    use_all_cores(accelerator)
     on_main(accelerator, lambda: runs.check(run_path, recipe, start, allow_changes))
     data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
     check_classes(recipe, data)
