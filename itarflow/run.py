@@ -76,6 +76,10 @@ def check(path: Path, recipe: Recipe, start: Start, allow_changes: bool = False)
         RunError: the folder can't be written, holds a run already, holds none to resume, or one of another recipe.
     """
     run = RunDir(path)
+    if recipe.data.path is not None and path.resolve() == Path(recipe.data.path).expanduser().resolve():
+        raise RunError(
+            f"{path} is the folder of the images, where a run would mix with them; choose another --run-dir."
+        )
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise RunError(

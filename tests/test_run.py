@@ -90,3 +90,8 @@ def test_metrics_are_one_json_object_a_line(tmp_path):
     run.log({"step": 2, "loss": 0.25})
     assert run.logged() == [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert [line["step"] for line in run.logged()] == [1, 2]
+
+
+def test_the_folder_of_the_images_is_no_place_for_a_run(tmp_path):
+    with pytest.raises(RunError, match=r"is the folder of the images.*--run-dir"):
+        check(tmp_path, tiny_recipe(path=str(tmp_path)), "fresh")
