@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from itarflow.data import Example, ImageDataset
+from itarflow.images import DataError
 
 
 class Batch(NamedTuple):
@@ -97,13 +98,16 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
 
     Yields:
         Batches, endlessly if the sampler is endless.
+
+    Raises:
+        DataError: too many images could not be read.
     """
     if dataset.images is not None:
         for indices in sampler:
             yield Batch(dataset.images[indices], dataset.labels[indices], ())
         return
-    yield from DataLoader(
-        dataset,
+    loader = DataLoader(
+        _Reporting(dataset),
         batch_sampler=sampler,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
@@ -112,6 +116,10 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        yield batch
 
 
 def in_order(
@@ -137,6 +145,22 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(examples: Sequence[Example]) -> Batch:
-    images, labels, broken = zip(*examples, strict=True)
+class _Reporting(Dataset[Example | DataError]):
+    """Hands a data error over as a value: raised in a worker, it would arrive with the worker's traceback as text."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Example | DataError:
+        try:
+            return self._dataset[index]
+        except DataError as error:
+            return error
+
+
+def _collate(examples: Sequence[Example | DataError]) -> Batch | DataError:
+    for example in examples:
+        if isinstance(example, DataError):
+            return example
+    images, labels, broken = zip(*(example for example in examples if isinstance(example, Example)), strict=True)
     return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(filter(None, broken)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import tyro
+from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +25,7 @@ from itarflow.official_file import CheckpointError
 from itarflow.pipeline import ITARFlowPipeline, image_generators
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.progress import image_grid
+from itarflow.run import check_writable, replace_folder
 
 _console = Console()
 
@@ -38,7 +41,7 @@ class Sample:
     """A folder with a pipeline, such as runs/digits/pipeline, or a Hugging Face Hub id (NAME/MODEL)."""
     output: Path = Path("samples.png")
     """A picture file for a grid of all images, or a folder (any name without suffix) for one file an image."""
-    class_labels: tuple[str, ...] = ()
+    class_labels: tuple[str, ...] | None = None
     """Labels, by name or number. None = every class in turn, or no labels if the model has none."""
     num_images: int | None = None
     """How many images; labels are repeated in turn. None = one a label, or 16 if there are no labels."""
@@ -65,7 +68,8 @@ class Sample:
         pipe.to(device)
         labels = self._labels(pipe)
         if self.output.suffix:
-            image_grid(list(self._images(pipe, labels)), columns=min(len(labels), 10)).save(self.output)
+            columns = _columns(len(set(labels)), len(labels))
+            image_grid(list(self._images(pipe, labels)), columns).save(self.output)
         else:
             self.output.mkdir(parents=True, exist_ok=True)
             for index, image in enumerate(self._images(pipe, labels)):
@@ -125,8 +129,8 @@ class Info:
             **_public(pipe.scheduler.config),
             **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},
         })  # fmt: skip
-        if pipe.config.class_names:
-            names = pipe.config.class_names
+        names = pipe.config.class_names
+        if names and names != [str(index) for index in range(len(names))]:
             more = {"...": f"{len(names)} in all"} if len(names) > 20 else {}
             _table("Labels", {str(index): name for index, name in enumerate(names[:20])} | more)
         training = pipe.config.training
@@ -150,6 +154,8 @@ class Convert:
     """The folder to write; with --to-official the .pth file."""
     to_official: bool = False
     """Write the official format from ours."""
+    overwrite: bool = False
+    """Replace the target if it exists."""
     in_channels: int = 3
     """Channels of the images, which the file does not tell."""
     input_scale: float = 1.0
@@ -166,6 +172,7 @@ class Convert:
 
     def run(self) -> None:
         """Carry the command out."""
+        self._check()
         if self.to_official:
             flow = ITARFlowPipeline.from_pretrained(self.source).flow
             _say(f"official checkpoint in {export_official(flow, self.target)}")
@@ -176,9 +183,26 @@ class Convert:
             only_level = not flow.config.noise_conditioned and self.t_min is None
             low = self.t_max if only_level else pipeline.scheduler.config.t_min
             flow.register_to_config(noise_range=(low, self.t_max))
-        pipeline.save_pretrained(self.target)
+        replace_folder(self.target, pipeline.save_pretrained)
         parameters = sum(parameter.numel() for parameter in flow.parameters())
         _say(f"pipeline with {parameters:,} parameters in {self.target}/; see `itarflow info {self.target}`")
+
+    def _check(self) -> None:
+        """Refuse, before anything is read, a target that can't be written or that would be lost."""
+        if not self.to_official and Path(self.source).is_dir():
+            raise ValueError(
+                f"{self.source} is a folder; expected an official .pth file. To write one from the pipeline in it, "
+                "add --to-official."
+            )
+        holds = any(self.target.iterdir()) if self.target.is_dir() else self.target.exists()
+        if self.target.is_dir() and (self.to_official or (holds and not (self.target / "model_index.json").exists())):
+            expected = "a file name ending in .pth" if self.to_official else "a new folder, or a pipeline's"
+            raise ValueError(f"{self.target} is a folder with other things in it; expected {expected}.")
+        if self.target.is_file() and not self.to_official:
+            raise ValueError(f"{self.target} is a file; expected a folder for the pipeline.")
+        if holds and not self.overwrite:
+            raise ValueError(f"{self.target} exists; add --overwrite to replace it, or choose another name.")
+        check_writable(self.target.parent)
 
     def _pipeline(self, flow: TARFlow) -> ITARFlowPipeline:
         iterative, size = flow.config.noise_conditioned, flow.config.image_size
@@ -212,6 +236,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: the words after `itarflow`; None = the process's.
     """
+    disable_progress_bar()  # diffusers' own, for the loading of files; that of sampling stays
     command: Any = tyro.cli(
         Command,
         prog="itarflow",
@@ -223,6 +248,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except (CheckpointError, OSError, ValueError) as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("[yellow]Stopped.")
+        sys.exit(130)
 
 
 def _label(pipe: ITARFlowPipeline, text: str) -> int | None:
@@ -239,8 +267,16 @@ def _check_output(output: Path) -> None:
         raise ValueError(
             f"--output {output} has an unknown picture format; use .png, or a folder name without a suffix."
         )
+    if output.suffix and output.is_dir():
+        raise ValueError(f"--output {output} is a folder; give a file name in it, or a name without a suffix.")
     folder = output.parent if output.suffix else output
     folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
+
+
+def _columns(labels: int, images: int) -> int:
+    """Columns of a grid: one a label if they are few, else as many as rows."""
+    return labels if 2 <= labels <= 12 else math.ceil(math.sqrt(images))
 
 
 def _usable(device: str) -> str:
@@ -268,6 +304,10 @@ def _public(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_") and key not in without}
 
 
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _range(noise_range: Sequence[float] | None) -> str:
     return "not recorded" if noise_range is None else f"{noise_range[0]:g} to {noise_range[1]:g}"
 
@@ -276,7 +316,7 @@ def _table(title: str, values: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for key, value in values.items():
         if isinstance(value, dict):
-            value = "  ".join(f"{name}={item}" for name, item in value.items())
-        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            value = "  ".join(f"{name}={_short(item)}" for name, item in value.items())
+        text = ", ".join(map(_short, value)) if isinstance(value, list | tuple) else _short(value)
         table.add_row(escape(key), escape(text))
     _console.print(table)

@@ -270,7 +270,8 @@ def _check_in_channels(token_dims: Sequence[int], in_channels: int) -> None:
     if in_channels >= 1 and fits(in_channels):
         return
     possible = [count for count in range(1, min(token_dims) + 1) if fits(count)]
-    advice = f"pass in_channels={' or '.join(map(str, possible))}" if possible else "it is of another architecture"
+    choices = " or ".join(map(str, possible))
+    advice = f"pass in_channels = {choices} (--in-channels)" if possible else "it is of another architecture"
     raise CheckpointError(
         f"has tokens of {listed(map(str, sorted(set(token_dims))))} values, which aren't square patches of "
         f"in_channels={in_channels}; expected in_channels * patch_size^2 values: {advice}."

@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import datasets
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from datasets.utils.file_utils import xopen
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -114,6 +114,7 @@ class ImageDataset(Dataset[Example]):
         self._size, self._in_channels, self._crop = image_size, in_channels, crop
         self._max_broken = max_broken
         self._images: Tensor | None = None
+        self._broken: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._labels)
@@ -127,6 +128,11 @@ class ImageDataset(Dataset[Example]):
     def images(self) -> Tensor | None:
         """uint8 (N, C, H, W) of a set that was decoded into memory, else None."""
         return self._images
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Of each image that was replaced when the set was decoded into memory, its "name: reason"; else ()."""
+        return self._broken
 
     def __getitem__(self, index: int) -> Example:
         """Example at `index` in 0..N-1.
@@ -146,10 +152,15 @@ class ImageDataset(Dataset[Example]):
             if isinstance(image, Tensor):
                 return Example(image, int(self._labels[candidate]), failures[0] if failures else None)
             failures.append(image)
-        raise _too_many_broken(failures, self._max_broken)
+        if len(failures) == len(self):
+            raise DataError(
+                f"none of {len(self)} images can be read; expected pictures: look at the first ones:\n  "
+                + "\n  ".join(failures[:5])
+            )
+        raise too_many_broken(failures, self._max_broken)
 
     def decoded(self) -> ImageDataset:
-        """The same set, replacements included, held as one uint8 tensor; warns of the replaced images.
+        """The same set, replacements included, held as one uint8 tensor; `broken` then names the replaced images.
 
         Raises:
             DataError: more than `max_broken` images could not be read.
@@ -164,12 +175,9 @@ class ImageDataset(Dataset[Example]):
             images[index], labels[index], failure = self[index]
             broken += [failure] if failure else []
             if len(broken) > self._max_broken:
-                raise _too_many_broken(broken, self._max_broken)
-        if broken:
-            message = f"{len(broken)} of {len(self)} images could not be read, the next ones replace them:"
-            warnings.warn("\n  ".join([message, *broken]), stacklevel=2)
+                raise too_many_broken(broken, self._max_broken)
         result = copy.copy(self)
-        result._images, result._labels = images, labels
+        result._images, result._labels, result._broken = images, labels, tuple(broken)
         return result
 
     def _read(self, index: int) -> Tensor | str:
@@ -180,6 +188,8 @@ class ImageDataset(Dataset[Example]):
             with Image.open(io.BytesIO(_encoded(value))) as image:
                 square = crop_image(convert_image(image, self._in_channels), self._size, self._crop)
             return torch.from_numpy(to_array(square, self._in_channels))
+        except UnidentifiedImageError:  # whose own words name a buffer in memory
+            return f"{value.get('path') or f'row {row}'}: it is no picture of a known format, or its head is damaged"
         # Damaged files make Pillow raise nearly anything. Nothing is hidden: the reason is reported.
         except Exception as error:
             return f"{value.get('path') or f'row {row}'}: {str(error) or type(error).__name__}"
@@ -196,6 +206,10 @@ class ImageData:
     held_out: ImageDataset
     class_names: tuple[str, ...]
 
+    def decoded(self) -> ImageData:
+        """The same images, held in memory; see `ImageDataset.decoded`."""
+        return replace(self, train=self.train.decoded(), held_out=self.held_out.decoded())
+
 
 def _encoded(value: dict[str, Any]) -> bytes:
     path = value.get("path")
@@ -208,15 +222,18 @@ def _encoded(value: dict[str, Any]) -> bytes:
         return file.read()
 
 
-def _too_many_broken(failures: Sequence[str], limit: int) -> DataError:
+def too_many_broken(failures: Sequence[str], limit: int) -> DataError:
+    """The error that ends a run whose images can't be read; `failures` are "name: reason"."""
     return DataError(
-        f"{len(failures)} images could not be read (max_broken is {limit}). Repair or remove them, or raise "
-        "max_broken to train without them. The first ones:\n  " + "\n  ".join(failures[:5])
+        f"{len(failures)} images could not be read, and data.max_broken is {limit}. Repair or remove them, or raise "
+        "data.max_broken to train without them. The first ones:\n  " + "\n  ".join(failures[:5])
     )
 
 
 def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> ImageData:
-    """Open the data set that `config` names, choose images to measure on, and try to read one image.
+    """Open the data set that `config` names, choose images to measure on, and try to read one image of each.
+
+    Nothing else is decoded: `in_memory` is for the caller to follow, by `ImageData.decoded`.
 
     Args:
         config: what to open, and how to read it.
@@ -251,7 +268,7 @@ def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> Image
         )
         if len(dataset) > 0:
             dataset[0]  # what is wrong with the column or the files shows now, not once the model is built
-        return dataset.decoded() if config.in_memory else dataset
+        return dataset
 
     labels = _labels(train, label_column)
     if held_out is None:

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
 
 from itarflow.flow import TARFlow
 from itarflow.objective import Evaluation
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline import ITARFlowPipeline, image_generators
 from itarflow.progress import image_grid
 from itarflow.recipe import Recipe, to_json
 
@@ -31,17 +34,26 @@ def make_pipeline(
     return pipeline
 
 
-def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path) -> None:
-    """Write a grid of images from fixed noise and labels, classes in turn."""
+def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelerator: Accelerator) -> None:
+    """Write a grid of images from fixed noise and labels, classes in turn; the processes share the work.
+
+    Which process makes an image does not change it: see `pipeline.image_generators`.
+    """
     count, num_classes = recipe.sampling.num_images, recipe.model.num_classes
-    images = pipeline(
-        class_labels=[index % num_classes for index in range(count)] if num_classes else None,
-        num_images=count,
-        generator=torch.Generator().manual_seed(recipe.train.seed),
-        batch_size=recipe.sampling.batch_size,
-        denoise_batch_size=recipe.sampling.denoise_batch_size,
-    ).images
-    image_grid(images, columns=num_classes if 2 <= num_classes <= 12 else 8).save(path)
+    generators = image_generators(torch.Generator().manual_seed(recipe.train.seed), count)
+    mine = range(accelerator.process_index, count, accelerator.num_processes)
+    images: list[Image.Image] = []
+    if mine:
+        images = pipeline(
+            class_labels=[index % num_classes if num_classes else None for index in mine],
+            generator=[generators[index] for index in mine],
+            batch_size=recipe.sampling.batch_size,
+            denoise_batch_size=recipe.sampling.denoise_batch_size,
+        ).images
+    made = dict(gather_object(list(zip(mine, images, strict=True))))
+    if accelerator.is_main_process:
+        columns = num_classes if 2 <= num_classes <= 12 else 8
+        image_grid([made[index] for index in range(count)], columns).save(path)
 
 
 def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, Any]) -> dict[str, Any]:

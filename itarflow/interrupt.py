@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,11 +19,16 @@ class Interrupted(Exception):  # noqa: N818 - it is not an error
         self.exit_code = 128 + signal_number
 
 
+_ECHO_SECONDS = 2.0
+"""A signal so soon after the first is its echo: launchers pass on what the terminal has already sent to all."""
+
+
 class StopSignal:
-    """Inside `with`, the first SIGINT or SIGTERM only sets `requested`; a second one acts at once, as usual."""
+    """Inside `with`, the first SIGINT or SIGTERM only sets `requested`; one after two seconds acts at once."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     @property
@@ -40,8 +46,12 @@ class StopSignal:
         self._restore()
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self.signal_number = number
-        self._restore()
+        if self.signal_number is not None:
+            if time.monotonic() - self._since > _ECHO_SECONDS:
+                self._restore()
+                os.kill(os.getpid(), number)
+            return
+        self.signal_number, self._since = number, time.monotonic()
         # Not through rich or print, which a handler may interrupt half-way.
         os.write(2, b"\nStopping after this step and saving; a second signal stops at once.\n")
 

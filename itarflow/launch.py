@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,6 +74,9 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
                 "--train.accumulation, or a lower --sampling.batch-size. --dry-run estimates the memory."
             )
         )
+    except KeyboardInterrupt:
+        Console(stderr=True).print("[yellow]Stopped at once; nothing was saved beyond what the run's folder holds.")
+        sys.exit(130)
     except Interrupted as stop:
         if PartialState().is_main_process:
             console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)
@@ -113,8 +117,9 @@ def _run(options: Options, console: Console) -> None:
     summary = train(recipe, run_dir, start=start, max_steps=options.max_steps, allow_changes=options.allow_changes)
     if main_process:
         console.print(_report(summary))
-        example = " --class-labels 3" if recipe.model.num_classes > 3 else ""
-        command = f"itarflow sample {summary.run.pipeline}{example} --num-images 8 --output samples.png"
+        labels = " ".join(shlex.quote(name) for name in summary.class_names[:3])
+        chosen = f" --class-labels {labels}" if labels else ""
+        command = f"itarflow sample {summary.run.pipeline}{chosen} --num-images 9 --output samples.png"
         console.print(f"Next: [bold]{escape(command)}", soft_wrap=True)
 
 
@@ -163,8 +168,7 @@ def _data_row(recipe: Recipe) -> str:
     if path is None:
         return "[yellow]none yet: give a folder, parquet files or a Hub name by --data.path"
     try:
-        data = load_data(replace(recipe.data, in_memory=False), image_size=recipe.model.image_size,
-                         in_channels=recipe.model.in_channels)  # fmt: skip
+        data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
     except DataError as error:
         on_hub = path != "digits" and path.count("/") <= 1 and not path.startswith((".", "/", "~"))
         if not on_hub or Path(path).exists():
@@ -193,6 +197,8 @@ def _report(summary: Summary) -> Table:
     table.add_row("held-out", describe(summary.held_out))
     if summary.bad_steps:
         table.add_row("skipped steps", f"[yellow]{summary.bad_steps} whose gradient was not finite")
+    if summary.unreadable_images:
+        table.add_row("unreadable images", f"[yellow]{summary.unreadable_images}, each replaced by the next one")
     table.add_row("sample grid", escape(str(summary.grid)))
     table.add_row("metrics", escape(str(summary.run.metrics)))
     table.add_row("pipeline", escape(str(summary.run.pipeline)))

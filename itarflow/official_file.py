@@ -101,7 +101,9 @@ def _read(path: Path) -> object:
     except OSError:
         raise
     except Exception as error:  # whatever a damaged file makes the unpickler stumble over
-        raise CheckpointError(_damage(path, str(error).split("\n", maxsplit=1)[0] or type(error).__name__)) from error
+        reason = str(error).split("\n", maxsplit=1)[0]
+        # The unpickler's own words may be a mere key.
+        raise CheckpointError(_damage(path, reason if " " in reason else "it is none")) from error
 
 
 def _check_kind(start: bytes) -> None:
@@ -131,7 +133,7 @@ def _check_checksums(path: Path) -> None:
 
 def _damage(path: Path, reason: str) -> str:
     return (
-        f"can't be read as a PyTorch checkpoint ({reason[:200].rstrip(' .')}); its {path.stat().st_size} bytes are "
+        f"can't be read as a PyTorch checkpoint ({reason[:200].rstrip(' .')}); its {path.stat().st_size:,} bytes are "
         "truncated, damaged, or of another format. Download or copy it again, and compare its size with the original."
     )
 

@@ -320,16 +320,25 @@ class ITARFlowPipeline(DiffusionPipeline):
         Args:
             repo_id: "name/model"; made if needed.
             kwargs: `private`, `token`, `commit_message`, `create_pr`, and options of `save_pretrained`.
+
+        Raises:
+            OSError: the Hub can't be reached, knows no such user, or refuses the upload.
         """
         token, private = kwargs.pop("token", None), kwargs.pop("private", None)
         upload = {
             "commit_message": kwargs.pop("commit_message", None) or "Upload an itarflow pipeline",
             "create_pr": kwargs.pop("create_pr", False),
         }
-        repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            return str(upload_folder(repo_id=repo, folder_path=folder, token=token, **upload))
+            try:
+                repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+                return str(upload_folder(repo_id=repo, folder_path=folder, token=token, **upload))
+            except Exception as error:  # of the Hub's client and of the network's
+                raise OSError(
+                    f"The pipeline could not be uploaded to {repo_id!r}: {error}\nLog in by `hf auth login` with a "
+                    "token that may write there, and check the network and the name (NAME/MODEL)."
+                ) from error
 
 
 def image_generators(

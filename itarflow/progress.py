@@ -23,8 +23,9 @@ def training_progress(console: Console, name: str, total_steps: int, first_step:
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]:.0f} images/s"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("gone"),
         TimeRemainingColumn(),
+        TextColumn("left"),
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=total_steps, completed=first_step, loss="-", speed=0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +81,10 @@ def check(path: Path, recipe: Recipe, start: Start, allow_changes: bool = False)
         raise RunError(
             f"{path} is the folder of the images, where a run would mix with them; choose another --run-dir."
         )
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise RunError(
-            f"{path} can't be written: {existing} is not a folder that you may write to. Choose another by --run-dir."
-        )
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise RunError(f"{error} Choose another folder by --run-dir.") from error
     if start == "fresh" and run.recipe.exists():
         what = f"step {_step(run.states()[-1])}" if run.states() else "no saved state yet"
         raise RunError(
@@ -119,6 +119,20 @@ def prepare(path: Path, recipe: Recipe, start: Start, allow_changes: bool = Fals
     except OSError as error:
         raise RunError(f"{path} can't be written: {error}. Choose another folder by --run-dir.") from error
     return run
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that can't be written or made, by trying; nothing is left behind.
+
+    Raises:
+        OSError: naming the folder and the reason.
+    """
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".itarflow-"):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} can't be written: {error.strerror or error} ({existing}).") from error
 
 
 def _check_resumable(run: RunDir, recipe: Recipe, allow_changes: bool) -> None:

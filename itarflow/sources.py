@@ -20,6 +20,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from PIL import Image
+from rich.console import Console
+from rich.markup import escape
 
 from itarflow.images import DataError
 
@@ -100,6 +102,8 @@ def _open_tables(path: str, name: str | None, wanted: Sequence[str]) -> _Tables:
             raise DataError(f"name is {name!r}, but path {place!r} is not on the Hub: leave name out")
         if os.path.isdir(place):
             return _open_folder(path, wanted, Path(place).absolute())
+        if os.path.splitext(place)[1].lower() in ImageFolder.EXTENSIONS:
+            raise DataError(f"path {path!r} is a single image; give the folder that it lies in, or parquet files")
         files = [place] if os.path.exists(place) else sorted(glob.glob(place, recursive=True))
         return _open_parquet(path, wanted, [Path(file).absolute() for file in files], root=None)
     if not _HUB_NAME.fullmatch(place):
@@ -107,6 +111,10 @@ def _open_tables(path: str, name: str | None, wanted: Sequence[str]) -> _Tables:
     if "/" not in place and importlib.util.find_spec(f"datasets.packaged_modules.{place.split('.')[0]}"):
         # `datasets` has a reader of this name, and would turn it loose on the current folder.
         raise DataError(f"path {place!r} is the name of a file format; give a folder, files or a Hub name")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        Console(stderr=True).print(
+            f"No file or folder here is called {escape(place)}: asking the Hugging Face Hub for it.", highlight=False
+        )
     return _prepare(path, wanted, place, name=name)
 
 
@@ -123,7 +131,10 @@ def _prepare(path: str, wanted: Sequence[str], builder_name: str, **options: Any
     except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, RuntimeError) as error:
         problem = "cannot be read; repair, replace or remove the file at fault"
         if "name" in options:
-            problem = "is no file or folder here, nor to be had from the Hub; check path, name and network"
+            problem = (
+                "is no file or folder here, nor to be had from the Hub; check path, name and network, log in with "
+                "`hf auth login` if the data set is gated, or set HF_HUB_OFFLINE=1 to use only what was downloaded"
+            )
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise DataError(f"path {path!r} {problem}: {error}{cause}") from error
 
@@ -203,7 +214,8 @@ def _open_parquet(path: str, wanted: Sequence[str], files: Sequence[Path], root:
         try:
             pq.read_metadata(file)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{str(file)!r} is not a readable parquet file: {error}. Replace it") from error
+            reason = str(error).rstrip(". ")
+            raise DataError(f"{str(file)!r} is not a readable parquet file: {reason}. Replace it") from error
         splits.setdefault(_split_of(file, root), []).append(glob.escape(str(file)))
     if len(splits) == 1 and (root is None or "" in splits):
         # Files that are named one by one are meant, whatever they are called.

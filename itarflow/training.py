@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from rich.console import Console
+from rich.markup import escape
 
 from itarflow import run as runs
 from itarflow.batches import Batch, GlobalBatchSampler, batches
 from itarflow.codec import to_pixels
-from itarflow.data import ImageData, load_data
+from itarflow.data import ImageData, load_data, too_many_broken
 from itarflow.ema import averaged_weights, load_ema, save_ema
 from itarflow.export import make_pipeline, sample_grid, training_record
 from itarflow.flow import TARFlow, updated_prior_variance
@@ -54,6 +55,8 @@ class Summary:
     held_out: Evaluation
     """As `evaluate` returns it."""
     bad_steps: int
+    unreadable_images: int
+    class_names: tuple[str, ...]
     grid: Path
 
 
@@ -102,6 +105,8 @@ def train(
     on_main(accelerator, lambda: runs.check(run_path, recipe, start, allow_changes))
     data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
     check_classes(recipe, data)
+    if recipe.data.in_memory:
+        data = data.decoded()
     on_main(accelerator, lambda: runs.prepare(run_path, recipe, start, allow_changes))
     training = _Training(recipe, RunDir(run_path), data, accelerator, resume=start == "resume")
     try:
@@ -144,6 +149,8 @@ class _Training:
     def run_to(self, max_steps: int | None) -> Summary:
         """Train up to max_steps or the end, evaluate, and export."""
         last_step = min(self.total_steps, max_steps or self.total_steps)
+        self._describe_plan()
+        self._name_decoded()
         first_step, loader = self.state.step, self._batches()
         bad_in_a_row, step_seconds = 0, 0.0
         with (
@@ -174,18 +181,55 @@ class _Training:
         self._export()
         speed = (self.state.step - first_step) * self.recipe.train.batch_size / max(step_seconds, 1e-9)
         state = self.state
-        return Summary(self.run, state.step, state.seconds, speed, self.held_out, state.bad_steps, grid)
+        return Summary(
+            run=self.run,
+            steps=state.step,
+            seconds=state.seconds,
+            images_per_second=speed,
+            held_out=self.held_out,
+            bad_steps=state.bad_steps,
+            unreadable_images=len(self.broken),
+            class_names=self.data.class_names if self.recipe.model.num_classes else (),
+            grid=grid,
+        )
 
     def _chores(self, last_step: int) -> None:
         """What is due now and then: what saves work first, and nothing shortly before the end does it anyway."""
         train = self.recipe.train
-        evaluate_every, sample_every = self._every(train.evaluate_every_epochs), self._every(train.sample_every_epochs)
+        evaluate_every, sample_every = self._intervals()
         if self._due(train.save_every) and self.state.step < last_step:
             self._save()
         if self._due(evaluate_every) and self.state.step + evaluate_every // 2 < last_step:
             self._evaluate()
         if self._due(sample_every) and self.state.step + sample_every // 2 < last_step:
             self._sample()
+
+    def _intervals(self) -> tuple[int, int]:
+        """Steps between held-out evaluations, and between sample grids."""
+        train, steps_per_epoch = self.recipe.train, self.recipe.steps_per_epoch(len(self.data.train))
+        every = (train.evaluate_every_epochs, train.sample_every_epochs)
+        evaluate, sample = (max(1, round(epochs * steps_per_epoch)) for epochs in every)
+        return evaluate, sample
+
+    def _describe_plan(self) -> None:
+        evaluate_every, sample_every = self._intervals()
+        processes = self.accelerator.num_processes
+        self.console.print(
+            f"{len(self.data.train):,} training images, {len(self.data.held_out):,} held out. An epoch has "
+            f"{self.recipe.steps_per_epoch(len(self.data.train)):.4g} steps, the whole training {self.total_steps:,}. "
+            f"Held-out likelihood every {evaluate_every:,} steps, samples every {sample_every:,}, a saved state every "
+            f"{self.recipe.train.save_every:,}.\n"
+            f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}.",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+    def _name_decoded(self) -> None:
+        """Name the images that could not be decoded into memory: each process has tried them all."""
+        names = (*self.data.train.broken, *self.data.held_out.broken)
+        if self.accelerator.is_main_process:
+            self._report_broken(names)
+        self.broken |= set(names)
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -270,18 +314,16 @@ class _Training:
         for name in names:
             if name not in self.broken:
                 self.broken.add(name)
-                self.warnings.print(f"[yellow]Unreadable image, replaced by the next one: {name}", soft_wrap=True)
-        limit = self.recipe.data.max_broken
-        if len(self.broken) > limit:
-            raise DataError(
-                f"More than {limit} images could not be read, the last one {names[-1]}. Repair or remove them, "
-                "or raise data.max_broken."
-            )
+                self.warnings.print(
+                    f"[yellow]Unreadable image, replaced by the next one: {escape(name)}", soft_wrap=True
+                )
+        self._check_broken()
+
+    def _check_broken(self) -> None:
+        if len(self.broken) > self.recipe.data.max_broken:
+            raise too_many_broken(sorted(self.broken), self.recipe.data.max_broken)
 
     # -- now and then -------------------------------------------------------------------------------------------
-
-    def _every(self, epochs: float) -> int:
-        return max(1, round(epochs * self.recipe.steps_per_epoch(len(self.data.train))))
 
     def _due(self, every: int) -> bool:
         return self.state.step % every == 0
@@ -301,6 +343,7 @@ class _Training:
             "images_per_second": speed,
             "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
             "seconds": self.state.seconds,
+            "unreadable_images": len(self.broken),
         }
         self.run.log(values)
         self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=self.state.step)
@@ -319,10 +362,9 @@ class _Training:
 
     def _sample(self) -> Path:
         path = self.run.grid(self.state.step)
-        if self.accelerator.is_main_process:
-            with self._sampling_weights():
-                pipeline = make_pipeline(self.flow, self.recipe, self.data.class_names, None)
-                sample_grid(pipeline, self.recipe, path)
+        with self._sampling_weights():
+            pipeline = make_pipeline(self.flow, self.recipe, self.data.class_names, None)
+            sample_grid(pipeline, self.recipe, path, self.accelerator)
         self.accelerator.wait_for_everyone()
         return path
 
@@ -342,6 +384,7 @@ class _Training:
     # -- states and the pipeline --------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        self.broken = set(gather_object(sorted(self.broken)))  # from here on those of all processes
         save_state(
             self.run,
             self.state.step,
@@ -351,6 +394,7 @@ class _Training:
             self.accelerator.wait_for_everyone,
         )
         self._export()
+        self._check_broken()
 
     def _export(self) -> None:
         if self.accelerator.is_main_process:
@@ -365,7 +409,8 @@ class _Training:
         if self.accelerator.is_main_process:
             if self.ema is not None:
                 save_ema(self.ema, folder)
-            (folder / "progress.json").write_text(json.dumps(self.state._asdict(), indent=2) + "\n")
+            progress = {**self.state._asdict(), "broken": sorted(self.broken)}
+            (folder / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
         self.accelerator.wait_for_everyone()
 
     def _facts(self) -> dict[str, Any]:
@@ -376,12 +421,15 @@ class _Training:
             "total_steps": self.total_steps,
             "seconds": round(self.state.seconds, 1),
             "bad_steps": self.state.bad_steps,
+            "unreadable_images": len(self.broken),
         }
 
     def _load_newest(self) -> _State:
         folder = self.run.states()[-1]
         try:
-            state = _State(**json.loads((folder / "progress.json").read_text()))
+            progress = json.loads((folder / "progress.json").read_text())
+            self.broken = set(progress.pop("broken"))
+            state = _State(**progress)
             self.accelerator.load_state(str(folder))
             # It also restores a count of micro-batches, which means nothing under another accumulation.
             self.accelerator.step = 0
@@ -391,7 +439,7 @@ class _Training:
             raise
         except Exception as error:  # of many libraries, and all mean the same
             raise RunError(
-                f"The state {folder} can't be read: {error}. Remove it to resume from an older one."
+                f"The state {folder} can't be read: {str(error).rstrip('. ')}. Remove it to resume from an older one."
             ) from error
         kept = [line for line in self.run.logged() if line["step"] <= state.step]
         measured = [line["held_out"] for line in kept if "held_out" in line]

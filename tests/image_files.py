@@ -69,7 +69,9 @@ def write_one_broken(folder: Path) -> Path:
 
 def load(path: Path | str, *, image_size: int = 8, in_channels: int = 3, **options: Any) -> ImageData:
     options = {"held_out_images": 0, "num_workers": 0} | options
-    return load_data(DataConfig(path=str(path), **options), image_size=image_size, in_channels=in_channels)
+    config = DataConfig(path=str(path), **options)
+    data = load_data(config, image_size=image_size, in_channels=in_channels)
+    return data.decoded() if config.in_memory else data
 
 
 def values(dataset: ImageDataset) -> list[int]:

@@ -128,15 +128,15 @@ def test_broken_images_reach_the_batch(tmp_path: Path, num_workers: int) -> None
 
 
 def test_too_many_broken_images_stop_the_workers(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="max_broken"):
-        list(in_order(load(write_one_broken(tmp_path), max_broken=0).train, 5, num_workers=1))
+    train = load(write_one_broken(tmp_path), max_broken=0).train
+    with pytest.raises(DataError, match="max_broken") as error:
+        list(in_order(train, 5, num_workers=1))
+    assert "Traceback" not in str(error.value)
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_processes_share_the_batches_of_an_evaluation(num_processes):
-    dataset = load_data(
-        DataConfig(path="digits", in_memory=True, held_out_images=100), image_size=8, in_channels=1
-    ).held_out
+    dataset = load_data(DataConfig(path="digits", held_out_images=100), image_size=8, in_channels=1).held_out
     shares = [
         [batch.labels for batch in in_order(dataset, 30, num_processes=num_processes, process_index=index)]
         for index in range(num_processes)

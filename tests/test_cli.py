@@ -154,6 +154,12 @@ def test_options_replace_the_checkpoints_defaults(run, save, words):
 
 def test_without_classes_sixteen_images_are_made(run, save):
     assert "16 images in" in run("sample", save({"num_classes": 0}))
+    assert Image.open("samples.png").size == (4 * 48 + 3 * 2, 4 * 48 + 3 * 2)
+
+
+def test_each_label_has_its_column(run, save):
+    run("sample", save(), "--class-labels", "bird", "cat", "--num-images", 5)
+    assert Image.open("samples.png").size == (2 * 48 + 2, 3 * 48 + 2 * 2)
 
 
 def test_images_do_not_depend_on_the_batch_size(run, save):
@@ -199,6 +205,17 @@ def test_info_says_how_many_labels_it_leaves_out(run, save):
     assert "21 in all" in printed
     assert "class 19" in printed
     assert "class 20" not in printed
+
+
+def test_info_leaves_out_labels_that_are_their_own_numbers(run, save):
+    assert "Labels" not in run("info", save(class_names=["0", "1", "2"]))
+
+
+def test_info_rounds_figures(run, save):
+    training = TRAINING | {"metrics": {"held-out bits/dim": 3.123456789012345}}
+    printed = run("info", save(training=training))
+    assert "3.12346" in printed
+    assert "3.123456789" not in printed
 
 
 def test_brackets_in_names_are_printed(run, save):
@@ -254,6 +271,28 @@ def test_the_assumed_noise_level_is_that_of_the_models_own_paper(iterative, t_ma
     assert pipe.scheduler.config.t_max == t_max
 
 
+def test_what_exists_is_only_overwritten_on_request(run, refused, save):
+    source = GOLDEN / "itarflow_cond" / "weights.pth"
+    run("convert", source, "ours", "--t-max", 0.3)
+    before = Path("ours/model_index.json").read_text()
+    assert "ours exists; add --overwrite" in refused("convert", source, "ours", "--t-max", 0.2)
+    assert Path("ours/model_index.json").read_text() == before
+    run("convert", source, "ours", "--t-max", 0.2, "--overwrite")
+    assert ITARFlowPipeline.from_pretrained("ours").scheduler.config.t_max == 0.2
+    run("convert", "ours", "back.pth", "--to-official")
+    assert "back.pth exists; add --overwrite" in refused("convert", "ours", "back.pth", "--to-official")
+    run("convert", "ours", "back.pth", "--to-official", "--overwrite")
+
+
+def test_a_folder_with_other_things_is_never_replaced(refused):
+    Path("photos").mkdir()
+    Path("photos/cat.png").write_text("")
+    source = GOLDEN / "itarflow_cond" / "weights.pth"
+    for words in ((), ("--overwrite",)):
+        assert "photos is a folder with other things in it" in refused("convert", source, "photos", *words)
+    assert Path("photos/cat.png").exists()
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +336,8 @@ def test_brackets_in_a_message_are_printed(refused):
         ((GOLDEN / "itarflow_uncond" / "weights.pth", "ours", "--in-channels", "2"), "in_channels=2"),
         ((GOLDEN / "itarflow_cond" / "weights.pth", "ours", "--t-max", "0.1", "--t-min", "0.2"), "0.2"),
         (("nothing/at/all", "back.pth", "--to-official"), "neither a folder here nor a Hub id"),
+        ((GOLDEN, "back.pth"), "is a folder; expected an official .pth file"),
+        ((GOLDEN / "itarflow_uncond" / "weights.pth", "ours", "--in-channels", "5"), "(--in-channels)"),
     ],
 )
 def test_convert_refuses_with_a_message_and_writes_nothing(refused, words, message):
@@ -314,6 +355,9 @@ def test_an_unwritable_output_is_refused_before_sampling(refused, save, monkeypa
     monkeypatch.setattr(ITARFlowPipeline, "__call__", lambda *args, **kwargs: pytest.fail("images were made"))
     Path("occupied").write_text("")
     assert "occupied" in refused("sample", save(), "--output", "occupied/images")
+    Path("folder.png").mkdir()
+    assert "folder.png is a folder" in refused("sample", save(), "--output", "folder.png")
+    assert "/proc can't be written" in refused("sample", save(), "--output", "/proc/images.png")
 
 
 # -- help -------------------------------------------------------------------------------------------------------

@@ -355,7 +355,7 @@ def test_shapes_that_do_not_fit_together(official, name, shape, message):
 def test_in_channels_that_do_not_fit(official, in_channels):
     message = refusal(official(), in_channels=in_channels)
     assert f"aren't square patches of in_channels={in_channels}" in message
-    assert "pass in_channels=3 or 12" in message
+    assert "pass in_channels = 3 or 12 (--in-channels)" in message
 
 
 def test_tokens_that_fit_no_in_channels(official):

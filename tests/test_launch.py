@@ -84,7 +84,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         calls.append({"recipe": recipe, "run_dir": run_dir, **options})
         held_out = Evaluation({"0.5": -1.25}, None)
         grid = RunDir(run_dir).grid(20)
-        return Summary(RunDir(run_dir), 20, 61.0, 33.0, held_out, bad_steps=2, grid=grid)
+        return Summary(
+            run=RunDir(run_dir), steps=20, seconds=61.0, images_per_second=33.0, held_out=held_out, bad_steps=2,
+            unreadable_images=3, class_names=("cat", "guinea pig"), grid=grid,
+        )  # fmt: skip
 
     monkeypatch.setattr(launch, "train", train)
     return calls
@@ -264,7 +267,8 @@ def test_the_report_says_what_was_reached_and_what_to_do_next(run, trained):
         "2 whose gradient was not finite",
         "runs/[x]/samples/step-00000020.png",
         "runs/[x]/metrics.jsonl",
-        "itarflow sample runs/[x]/pipeline --class-labels 3 --num-images 8 --output samples.png",
+        "3, each replaced by the next one",
+        "itarflow sample runs/[x]/pipeline --class-labels cat 'guinea pig' --num-images 9 --output samples.png",
     ):
         assert words in printed
 

@@ -671,3 +671,12 @@ def test_what_is_uploaded_has_a_card_with_metadata_and_the_training_record(pipe,
 def test_an_upload_can_be_a_pull_request_with_a_message(pipe, hub):
     pipe.push_to_hub("pets", commit_message="Longer training", create_pr=True)
     assert (hub["upload"]["commit_message"], hub["upload"]["create_pr"]) == ("Longer training", True)
+
+
+def test_an_upload_that_fails_says_what_to_do(pipe, hub, monkeypatch):
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr(pipeline_module, "create_repo", unreachable)
+    with pytest.raises(OSError, match=r"could not be uploaded to 'pets': Name or service(.|\n)*hf auth login"):
+        pipe.push_to_hub("pets")

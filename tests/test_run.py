@@ -1,6 +1,7 @@
 """A run on disk: states are whole or not there, and nothing finished is lost."""
 
 import json
+from pathlib import Path
 
 import pytest
 from test_training import tiny_recipe
@@ -76,6 +77,11 @@ def test_checking_touches_nothing(tmp_path):
     check(tmp_path / "run", tiny_recipe(), "fresh")
     check(tmp_path / "run", tiny_recipe(), "restart")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_can_not_be_written_is_found_out_by_trying():
+    with pytest.raises(RunError, match=r"/proc/run can't be written.*--run-dir"):
+        check(Path("/proc/run"), tiny_recipe(), "fresh")
 
 
 def test_settings_that_do_not_matter_may_change_on_resuming(tmp_path):

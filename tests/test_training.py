@@ -278,8 +278,31 @@ def test_a_broken_image_is_named_and_training_goes_on(tmp_path, capfd):
     recipe = tiny_recipe(
         path=str(tmp_path / "images"), num_classes=2, in_memory=False, num_workers=0, held_out_images=2, batch_size=8
     )
-    train(recipe, tmp_path / "run", max_steps=6)
+    summary = train(recipe, tmp_path / "run", max_steps=6)
     assert capfd.readouterr().err.count("7.png") == 1
+    assert summary.unreadable_images == 1
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-2])["unreadable_images"] == 1
+    resumed = train(recipe, tmp_path / "run", max_steps=7, start="resume")
+    assert resumed.unreadable_images == 1
+    assert ITARFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline").config.training["unreadable_images"] == 1
+
+
+def test_a_broken_image_in_memory_is_named_and_counted(tmp_path, capfd):
+    (tmp_path / "images").mkdir()
+    for index in range(30):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    (tmp_path / "images" / "7.png").write_bytes(b"not a picture")
+    recipe = tiny_recipe(path=str(tmp_path / "images"), num_classes=0, label_drop=0.0, guidance=Guidance())
+    summary = train(recipe, tmp_path / "run", max_steps=1)
+    assert capfd.readouterr().err.count("7.png") == 1
+    assert summary.unreadable_images == 1
+
+
+def test_labels_are_compared_before_images_are_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("itarflow.data.ImageData.decoded", lambda self: pytest.fail("images were decoded"))
+    with pytest.raises(ValueError, match="10 classes"):
+        train(tiny_recipe(num_classes=4), tmp_path / "run")
 
 
 def test_labels_that_are_not_the_models_are_refused(tmp_path):

@@ -1,0 +1,42 @@
+"""The first signal is a request, its echo is nothing, and a later one acts at once."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from itarflow import interrupt
+from itarflow.interrupt import StopSignal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_only_asks(number):
+    with StopSignal() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), number)
+        assert stop.requested
+        assert stop.signal_number == number
+
+
+def test_an_echo_does_nothing():
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun sends one after the terminal's
+        assert stop.signal_number == signal.SIGINT
+
+
+def test_a_later_signal_acts_as_usual(monkeypatch):
+    monkeypatch.setattr(interrupt, "_ECHO_SECONDS", 0.01)
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_afterwards_signals_are_as_they_were():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
