@@ -1,6 +1,6 @@
 """iTARFlow on the scanned digits that scikit-learn ships: 1,797 images of 8x8 pixels, 10 classes.
 
-It needs no download and no GPU, and trains in two to three minutes on two CPU cores:
+It needs no download and no GPU, and takes two to three minutes on two CPU cores:
 
     accelerate launch recipes/digits.py
 """
