@@ -116,7 +116,19 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
-    for batch in loader:
+    stream = iter(loader)
+    while True:
+        try:
+            batch = next(stream)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"a process that decodes images has died: {error} Often the system was out of memory; lower "
+                "data.num_workers, and go on by --resume"
+            ) from error
         if isinstance(batch, DataError):
             raise batch
         yield batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -22,7 +23,7 @@ from itarflow.images import DataError
 from itarflow.interrupt import Interrupted
 from itarflow.objective import describe
 from itarflow.presets import SIZES
-from itarflow.processes import on_cpu
+from itarflow.processes import first_to_say, on_cpu
 from itarflow.recipe import Recipe, to_json
 from itarflow.run import RunError, Start
 from itarflow.training import Summary, TrainingError, check_classes, train
@@ -40,6 +41,8 @@ class Options:
     --resume can go on; to train shorter altogether, lower train.epochs."""
     save_every: int | None = None
     """Steps between saved states; None = the recipe's train.save_every."""
+    find_micro_batch: bool = False
+    """Try which micro-batch fits the memory, and set train.accumulation by it; the global batch stays."""
     dry_run: bool = False
     """Check settings and data, print parameters, FLOPs and memory, and stop."""
     resume: bool = False
@@ -81,12 +84,25 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
         if PartialState().is_main_process:
             console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)
         sys.exit(stop.exit_code)
+    except Exception as error:
+        _crash(error)
 
 
 def _refuse(error: Exception) -> NoReturn:
-    """Say on every process what it met: a broken image, say, is met by one of them."""
-    of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
-    Console(stderr=True).print(f"[red]Error{of}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    """Say once what all processes met, and with its number what one of them met: a broken image, say."""
+    if first_to_say(str(error)):
+        of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
+        Console(stderr=True).print(f"[red]Error{of}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def _crash(error: Exception) -> NoReturn:
+    """What nobody foresaw, with its traceback: once, with the number of the process that met it first."""
+    if PartialState().num_processes == 1:
+        raise error
+    if first_to_say("".join(traceback.format_tb(error.__traceback__)[-1:]) + type(error).__name__):
+        traceback.print_exception(error)
+        print(f"This happened in process {PartialState().process_index}.", file=sys.stderr)  # noqa: T201
     sys.exit(1)
 
 
@@ -114,7 +130,14 @@ def _run(options: Options, console: Console) -> None:
         return
     start: Start = "resume" if options.resume else "restart" if options.restart else "fresh"
     run_dir = options.run_dir or Path("runs") / recipe.name
-    summary = train(recipe, run_dir, start=start, max_steps=options.max_steps, allow_changes=options.allow_changes)
+    summary = train(
+        recipe,
+        run_dir,
+        start=start,
+        max_steps=options.max_steps,
+        allow_changes=options.allow_changes,
+        find_micro_batch=options.find_micro_batch,
+    )
     if main_process:
         console.print(_report(summary))
         labels = " ".join(shlex.quote(name) for name in summary.class_names[:3])

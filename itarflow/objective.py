@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from itarflow.batches import in_order
 from itarflow.codec import to_pixels
 from itarflow.data import ImageDataset
 from itarflow.embedding import NULL_LABEL
-from itarflow.flow import TARFlow, nll_per_dim
+from itarflow.flow import LOG_2PI, TARFlow, nll_per_dim
 from itarflow.recipe import Recipe
 
 EVALUATION_BATCH = 50
@@ -65,14 +66,24 @@ class Evaluation(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Of one micro-batch."""
+    """Of one micro-batch, or of several together."""
 
     loss: Tensor
     """(), weighted mean: what is minimised."""
     nll: Tensor
-    """(), unweighted mean of `nll_per_dim`, nats a dim."""
-    mean_square: Tensor
-    """(N, D), mean of z^2 over the micro-batch."""
+    """(b,), negative log-likelihood of each image under a unit Gaussian prior, in nats a dim."""
+    mean_square: Tensor | None
+    """(N, D), mean of z^2 over the images; None unless the flow is volume preserving, which learns it."""
+
+    @staticmethod
+    def together(parts: Sequence[Losses]) -> Losses:
+        """Those of micro-batches of one size, as of one batch, without their graphs."""
+        squares = [part.mean_square for part in parts if part.mean_square is not None]
+        return Losses(
+            torch.stack([part.loss.detach() for part in parts]).mean(),
+            torch.cat([part.nll for part in parts]),
+            torch.stack(squares).mean(dim=0) if squares else None,
+        )
 
 
 def training_losses(flow: torch.nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, draws: Draws) -> Losses:
@@ -86,7 +97,8 @@ def training_losses(flow: torch.nn.Module, recipe: Recipe, images: Tensor, label
     output = flow(noisy, labels if recipe.model.num_classes else None, draws.noise_level)
     nll = nll_per_dim(output)
     weight = noises.loss_weight(recipe.noise, draws.noise_level)
-    return Losses((weight * nll).mean(), nll.detach().mean(), output.z.detach().square().mean(dim=0))
+    mean_square = output.z.detach().square().mean(dim=0) if recipe.model.volume_preserving else None
+    return Losses((weight * nll).mean(), nll.detach() + 0.5 * LOG_2PI, mean_square)
 
 
 @torch.no_grad()

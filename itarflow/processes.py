@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_environment
 
+from itarflow.recipe import Recipe
 from itarflow.run import RunError
+
+
+def make_accelerator(recipe: Recipe, run_path: Path) -> Accelerator:
+    """The Accelerator of a training: devices, processes and trackers are its business, the rest is ours.
+
+    Precision is the loop's own autocast, so that evaluation and samples are float32, and sharding is torch's own.
+    """
+    with patch_environment(accelerate_use_fsdp="false"):
+        return Accelerator(
+            cpu=on_cpu(),
+            mixed_precision="no",
+            gradient_accumulation_steps=recipe.train.accumulation,
+            log_with=list(recipe.train.trackers) or None,
+            project_dir=run_path,
+        )
 
 
 def on_cpu() -> bool:
@@ -17,7 +36,7 @@ def on_cpu() -> bool:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Act on the main process alone; its refusal reaches all processes, so that none waits for it."""
+    """Act on the main process alone; all wait for it, and its refusal reaches them all."""
     refusal: list[str | None] = [None]
     if accelerator.is_main_process:
         try:
@@ -27,3 +46,14 @@ def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
     broadcast_object_list(refusal)
     if refusal[0] is not None:
         raise RunError(refusal[0])
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other process has said this yet, so that what befalls all of them is read once."""
+    if not dist.is_initialized():
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return bool(store.add(f"itarflow {hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
+    except (RuntimeError, ValueError):  # whoever keeps the store is gone: better twice than never
+        return True

@@ -47,6 +47,9 @@ class TrainConfig:
     """Precision of the transformers. Affine maps, losses and log-determinants are float32 always."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: far less memory for a second forward pass."""
+    shard: bool = False
+    """Split weights, gradients, optimiser state and averages over the processes (FSDP2), for models that do not fit
+    one device. An Accelerate config with `distributed_type: FSDP` asks for the same."""
     compile: bool = False
     """Compile the transformer layers with torch.compile; needs a C++ compiler, pays off on long runs."""
     seed: int = 0
@@ -229,8 +232,8 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 # Settings that change neither weights nor losses, so that a run may go on with other values.
 _FREE = {
     "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
-    "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.compile",
-    "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",
+    "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.shard",
+    "train.compile", "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",
 }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from itarflow.recipe import Recipe, differences, write_recipe
 
 Start = Literal["fresh", "resume", "restart"]
@@ -44,12 +46,17 @@ class RunDir:
         """The latest shareable pipeline."""
         return self.path / "pipeline"
 
+    @property
+    def lock(self) -> Path:
+        """Held by the training that writes here; see `hold`."""
+        return self.path / ".lock"
+
     def grid(self, step: int) -> Path:
         """The sample grid of a step."""
         return self.path / "samples" / f"step-{step:08d}.png"
 
     def states(self) -> list[Path]:
-        """Whole saved states, oldest first. A state that was being written has another name."""
+        """Saved states, oldest first. One that was being written, or was found damaged, has another name."""
         return sorted((self.path / "state").glob("step-*"))
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -91,6 +98,8 @@ def check(path: Path, recipe: Recipe, start: Start, allow_changes: bool = False)
             f"{path} already holds a run ({what}). Go on with it by --resume, begin anew by --restart (the old run "
             "is kept beside it), or choose another folder by --run-dir."
         )
+    if run.lock.exists():
+        hold(run).release()
     if start == "resume":
         _check_resumable(run, recipe, allow_changes)
 
@@ -119,6 +128,22 @@ def prepare(path: Path, recipe: Recipe, start: Start, allow_changes: bool = Fals
     except OSError as error:
         raise RunError(f"{path} can't be written: {error}. Choose another folder by --run-dir.") from error
     return run
+
+
+def hold(run: RunDir) -> FileLock:
+    """Keep other trainings, of a requeued job for instance, from writing into a run until the lock is released.
+
+    Raises:
+        RunError: another one holds it.
+    """
+    lock = FileLock(run.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"{run.path} is being written by another training; wait for its end, or choose another --run-dir."
+        ) from error
+    return lock
 
 
 def check_writable(folder: Path) -> None:
@@ -155,50 +180,6 @@ def _move_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def save_state(
-    run: RunDir,
-    step: int,
-    keep: int,
-    write: Callable[[Path], None],
-    is_main: bool,
-    wait: Callable[[], None] = lambda: None,
-) -> Path:
-    """Write a state completely under another name, then rename it: a state is whole or it is not there.
-
-    Args:
-        run: the run.
-        step: optimiser steps done.
-        keep: newest states to keep.
-        write: fills an existing folder; called by all processes.
-        is_main: whether this process does the renaming and the clearing.
-        wait: returns when all processes have called it.
-
-    Raises:
-        RunError: the disk is full or read-only. The older states are untouched.
-    """
-    final = run.path / "state" / f"step-{step:08d}"
-    partial = run.path / "state" / f".partial-{step:08d}"
-    try:
-        if is_main and partial.exists():
-            shutil.rmtree(partial)
-        wait()  # until what an earlier crash left is gone
-        partial.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        if is_main:
-            _flush(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            os.replace(partial, final)
-            for old in run.states()[:-keep]:
-                shutil.rmtree(old)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"The state of step {step} could not be saved in {final}: {error}. Older states are whole."
-        ) from (error)
-    return final
-
-
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     """Write a folder beside `target`, then put it in its place, so that a failed write leaves the old one."""
     partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".old-{target.name}")
@@ -209,14 +190,6 @@ def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
         os.replace(target, old)
     os.replace(partial, target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    """Bring the files to the disk before the rename vouches for them."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
 
 
 def _json_or_none(line: str) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
 """The training loop, on Accelerate.
 
 What a step does is a function of the recipe and the step's number: which images it sees (batches.py), their noise
-levels, noise, flips and dropped labels (`draw`), and the learning rate. So nothing but weights, optimiser and step
-need be stored for a resumed run to be the same run, and the number of processes does not matter.
+levels, noise, flips and dropped labels (`objective.draw`), and the learning rate. So nothing but weights, optimiser
+and step need be stored for a resumed run to be the same run, and the number of processes does not matter.
 """
 
 from __future__ import annotations
@@ -10,33 +10,55 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from diffusers.training_utils import EMAModel
-from rich.console import Console
-from rich.markup import escape
+from torch import Tensor
 
 from itarflow import run as runs
 from itarflow.batches import Batch, GlobalBatchSampler, batches
 from itarflow.codec import to_pixels
-from itarflow.data import ImageData, load_data, too_many_broken
-from itarflow.ema import averaged_weights, load_ema, save_ema
+from itarflow.data import ImageData, load_data
+from itarflow.estimate import estimate
 from itarflow.export import make_pipeline, sample_grid, training_record
 from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.images import DataError
+from itarflow.insight import (
+    bucket_edges,
+    bucket_means,
+    bucket_sums,
+    mean_and_spread,
+    memory_gib,
+    peak_tflops,
+    rounded,
+    watch_blocks,
+    worst_level,
+)
 from itarflow.interrupt import Interrupted, StopSignal
-from itarflow.objective import Draws, Evaluation, Losses, describe, draw, evaluate, training_losses
-from itarflow.processes import on_cpu, on_main
+from itarflow.microbatch import find_accumulation
+from itarflow.monitor import Monitor, bits_per_dim
+from itarflow.objective import Draws, Evaluation, Losses, draw, evaluate, training_losses
+from itarflow.processes import make_accelerator, on_main
 from itarflow.progress import training_progress
-from itarflow.recipe import Recipe, learning_rate_factor, to_json
-from itarflow.run import RunDir, RunError, Start, replace_folder, save_state
+from itarflow.recipe import Recipe, learning_rate_factor
+from itarflow.run import RunDir, RunError, Start, hold, replace_folder
+from itarflow.sharding import (
+    clip_grad_norm,
+    distribute,
+    launcher_asks_for_checkpointing,
+    launcher_asks_for_sharding,
+    load_tensors,
+    save_tensors,
+    whole_flow,
+)
+from itarflow.states import first_cause, newest_whole, save_state, set_aside_newer
 
 
 class TrainingError(RuntimeError):
@@ -61,11 +83,24 @@ class Summary:
 
 
 class _State(NamedTuple):
-    """What a saved state holds besides Accelerate's files."""
+    """Where a training is, besides its tensors."""
 
     step: int = 0
     seconds: float = 0.0
     bad_steps: int = 0
+
+
+class _Step(NamedTuple):
+    """What one optimiser step tells of this process's images."""
+
+    losses: Losses
+    noise_level: Tensor
+    """(b,)"""
+    grad_norm: float
+    """Of all processes; not finite if the step was skipped."""
+    moments: Tensor
+    """As `watch_blocks` collects them; zeros unless the step is logged."""
+    broken: tuple[str, ...]
 
 
 def train(
@@ -75,6 +110,7 @@ def train(
     start: Start = "fresh",
     max_steps: int | None = None,
     allow_changes: bool = False,
+    find_micro_batch: bool = False,
 ) -> Summary:
     """Train a flow, and leave its states, grids, metrics and pipeline in the run's folder.
 
@@ -85,6 +121,7 @@ def train(
         max_steps: stop after so many optimiser steps; the learning-rate schedule is still the whole training's, so
             that a resumed run continues it.
         allow_changes: resume although settings differ from the stored ones.
+        find_micro_batch: choose train.accumulation by trying what fits the memory.
 
     Raises:
         ValueError: settings or data that do not fit together.
@@ -94,13 +131,19 @@ def train(
     """
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
     recipe.check()
-    accelerator = Accelerator(
-        cpu=on_cpu(),
-        mixed_precision="no",  # the loop has its own autocast, so that evaluation and samples are float32
-        gradient_accumulation_steps=recipe.train.accumulation,
-        log_with=list(recipe.train.trackers) or None,
-        project_dir=run_path,
-    )
+    accelerator = make_accelerator(recipe, run_path)
+    sharded = (recipe.train.shard or launcher_asks_for_sharding()) and accelerator.num_processes > 1
+    if launcher_asks_for_checkpointing():
+        recipe = replace(recipe, train=replace(recipe.train, gradient_checkpointing=True))
+    if find_micro_batch:
+        if sharded:
+            raise ValueError(
+                "--find-micro-batch tries a whole model on each process, which a sharded training avoids; leave it "
+                "out, and see what fits by --dry-run --devices N --memory GIB."
+            )
+        found = find_accumulation(recipe, accelerator)
+        recipe = replace(recipe, train=replace(recipe.train, accumulation=found))
+        accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
     on_main(accelerator, lambda: runs.check(run_path, recipe, start, allow_changes))
     data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
@@ -108,101 +151,125 @@ def train(
     if recipe.data.in_memory:
         data = data.decoded()
     on_main(accelerator, lambda: runs.prepare(run_path, recipe, start, allow_changes))
-    training = _Training(recipe, RunDir(run_path), data, accelerator, resume=start == "resume")
-    try:
-        return training.run_to(max_steps)
-    finally:
-        accelerator.end_training()
+    run = RunDir(run_path)
+    with _only_writer(run, accelerator):
+        training = _Training(recipe, run, data, accelerator, sharded=sharded, resume=start == "resume")
+        try:
+            return training.run_to(max_steps)
+        finally:
+            accelerator.end_training()
+
+
+@contextmanager
+def _only_writer(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
+    """Hold the run's folder, on the main process, for all of them."""
+    with ExitStack() as stack:
+        on_main(accelerator, lambda: stack.enter_context(hold(run)))
+        yield
 
 
 class _Training:
     """The objects of one training, and the loop over them."""
 
     def __init__(
-        self, recipe: Recipe, run: RunDir, data: ImageData, accelerator: Accelerator, *, resume: bool
+        self, recipe: Recipe, run: RunDir, data: ImageData, accelerator: Accelerator, *, sharded: bool, resume: bool
     ) -> None:
         self.recipe, self.run, self.data, self.accelerator = recipe, run, data, accelerator
-        self.console = Console(quiet=not accelerator.is_main_process)
-        self.warnings = Console(stderr=True)  # of every process: a broken image is met by one of them
-        self.broken: set[str] = set()
+        self.sharded = sharded
+        self.monitor = Monitor(recipe, run, accelerator)
         self.held_out = Evaluation({}, None)
         self.total_steps = recipe.num_steps(len(data.train))
+        self.edges = bucket_edges(recipe)
+        self.forward_flops = estimate(recipe).forward_flops
         set_seed(recipe.train.seed)
-        flow = recipe.model.build(recipe.noise_range)
+        self.flow: TARFlow = recipe.model.build(recipe.noise_range)
         if recipe.train.gradient_checkpointing:
-            flow.enable_gradient_checkpointing()
+            self.flow.enable_gradient_checkpointing()
+        self.model = distribute(self.flow, accelerator, sharded)
         if recipe.train.compile:
-            flow.compile_repeated_blocks()
-        optimizer = torch.optim.AdamW(
-            flow.parameters(),
+            self.flow.compile_repeated_blocks()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
             lr=recipe.train.learning_rate,
             betas=recipe.train.betas,
             weight_decay=recipe.train.weight_decay,
             fused=accelerator.device.type == "cuda",
         )
-        self.model, self.optimizer = accelerator.prepare(flow, optimizer)
-        self.flow: TARFlow = accelerator.unwrap_model(self.model)
-        self.ema = None if recipe.train.ema_decay is None else EMAModel(self.flow.parameters(), recipe.train.ema_decay)
+        decay = recipe.train.ema_decay
+        self.ema = None if decay is None else EMAModel(self.model.parameters(), decay)
         self.state = self._load_newest() if resume else _State()
-        accelerator.init_trackers("logs", config=_scalars(to_json(recipe)))
 
     def run_to(self, max_steps: int | None) -> Summary:
         """Train up to max_steps or the end, evaluate, and export."""
         last_step = min(self.total_steps, max_steps or self.total_steps)
         self._describe_plan()
-        self._name_decoded()
-        first_step, loader = self.state.step, self._batches()
-        bad_in_a_row, step_seconds = 0, 0.0
-        with (
-            StopSignal() as stop,
-            training_progress(self.console, self.recipe.name, self.total_steps, first_step) as show,
-        ):
-            while self.state.step < last_step:
-                began = time.perf_counter()
-                losses, grad_norm, broken = self._step(self.state.step, loader)
-                self._report_broken(broken)
-                bad = not math.isfinite(grad_norm)
-                bad_in_a_row = bad_in_a_row + 1 if bad else 0
-                step_seconds += time.perf_counter() - began
-                seconds = self.state.seconds + time.perf_counter() - began
-                self.state = _State(self.state.step + 1, seconds, self.state.bad_steps + bad)
-                self._check_bad(bad, bad_in_a_row, losses)
-                speed = (self.state.step - first_step) * self.recipe.train.batch_size / step_seconds
-                show(self.state.step, float(losses.loss) if self.state.step % 5 == 0 else None, speed)
-                if self._due(self.recipe.train.log_every):
-                    self._log(losses, grad_norm, speed)
-                if self._stopped(stop):
-                    self._save()
-                    raise Interrupted(stop.signal_number or 0, self.run.path, self.state.step)
-                self._chores(last_step)
+        # Each process has decoded all images, and one says which failed.
+        decoded = (*self.data.train.broken, *self.data.held_out.broken)
+        self.monitor.name_broken(decoded, aloud=self.accelerator.is_main_process)
+        try:
+            speed = self._loop(last_step)
+        except DataError:
+            if self.accelerator.num_processes == 1:  # else the others are not at the same step
+                self._save()
+            raise
         self._save()  # before anything else can go wrong
         self._evaluate()
         grid = self._sample()
         self._export()
-        speed = (self.state.step - first_step) * self.recipe.train.batch_size / max(step_seconds, 1e-9)
-        state = self.state
         return Summary(
             run=self.run,
-            steps=state.step,
-            seconds=state.seconds,
+            steps=self.state.step,
+            seconds=self.state.seconds,
             images_per_second=speed,
             held_out=self.held_out,
-            bad_steps=state.bad_steps,
-            unreadable_images=len(self.broken),
+            bad_steps=self.state.bad_steps,
+            unreadable_images=len(self.monitor.broken),
             class_names=self.data.class_names if self.recipe.model.num_classes else (),
             grid=grid,
         )
 
+    def _loop(self, last_step: int) -> float:
+        """Train up to last_step; returns images a second."""
+        first_step, loader = self.state.step, self._batches()
+        bad_in_a_row, step_seconds, speed = 0, 0.0, 0.0
+        log_every = self.recipe.train.log_every
+        with (
+            StopSignal() as stop,
+            training_progress(self.monitor.console, self.recipe.name, self.total_steps, first_step) as show,
+        ):
+            while self.state.step < last_step:
+                began = time.perf_counter()
+                step = self._step(self.state.step, loader, watched=(self.state.step + 1) % log_every == 0)
+                self.monitor.name_broken(step.broken)
+                bad = not math.isfinite(step.grad_norm)
+                bad_in_a_row = bad_in_a_row + 1 if bad else 0
+                step_seconds += time.perf_counter() - began
+                seconds = self.state.seconds + time.perf_counter() - began
+                self.state = _State(self.state.step + 1, seconds, self.state.bad_steps + bad)
+                self._look_at_gradient(step, bad, bad_in_a_row)
+                speed = (self.state.step - first_step) * self.recipe.train.batch_size / step_seconds
+                show(self.state.step, float(step.losses.loss) if self.state.step % 5 == 0 else None, speed)
+                if self._due(log_every):
+                    self._log(step, speed)
+                if self._stopped(stop):
+                    self._save()
+                    raise Interrupted(stop.signal_number or 0, self.run.path, self.state.step)
+                self._chores(last_step)
+        return speed
+
     def _chores(self, last_step: int) -> None:
         """What is due now and then: what saves work first, and nothing shortly before the end does it anyway."""
-        train = self.recipe.train
         evaluate_every, sample_every = self._intervals()
-        if self._due(train.save_every) and self.state.step < last_step:
+        if self._due(self.recipe.train.save_every) and self.state.step < last_step:
             self._save()
+            self.monitor.check_broken()
         if self._due(evaluate_every) and self.state.step + evaluate_every // 2 < last_step:
             self._evaluate()
         if self._due(sample_every) and self.state.step + sample_every // 2 < last_step:
             self._sample()
+
+    def _due(self, every: int) -> bool:
+        return self.state.step % every == 0
 
     def _intervals(self) -> tuple[int, int]:
         """Steps between held-out evaluations, and between sample grids."""
@@ -212,24 +279,18 @@ class _Training:
         return evaluate, sample
 
     def _describe_plan(self) -> None:
+        train, processes = self.recipe.train, self.accelerator.num_processes
         evaluate_every, sample_every = self._intervals()
-        processes = self.accelerator.num_processes
-        self.console.print(
+        spread = "" if processes == 1 else ", the model sharded over them" if self.sharded else ", each a whole model"
+        micro = train.batch_size // processes // train.accumulation
+        self.monitor.say(
             f"{len(self.data.train):,} training images, {len(self.data.held_out):,} held out. An epoch has "
             f"{self.recipe.steps_per_epoch(len(self.data.train)):.4g} steps, the whole training {self.total_steps:,}. "
             f"Held-out likelihood every {evaluate_every:,} steps, samples every {sample_every:,}, a saved state every "
-            f"{self.recipe.train.save_every:,}.\n"
-            f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}.",
-            soft_wrap=True,
-            highlight=False,
+            f"{train.save_every:,}.\n"
+            f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}{spread}; "
+            f"{train.accumulation} micro-batch{'es' if train.accumulation > 1 else ''} of {micro} images a step."
         )
-
-    def _name_decoded(self) -> None:
-        """Name the images that could not be decoded into memory: each process has tried them all."""
-        names = (*self.data.train.broken, *self.data.held_out.broken)
-        if self.accelerator.is_main_process:
-            self._report_broken(names)
-        self.broken |= set(names)
 
     # -- one step -----------------------------------------------------------------------------------------------
 
@@ -246,43 +307,46 @@ class _Training:
         )
         return batches(self.data.train, sampler, self.recipe.data.num_workers)
 
-    def _step(self, step: int, loader: Iterator[Batch]) -> tuple[Losses, float, list[str]]:
-        """One optimiser step: mean losses over this process's micro-batches, gradient norm, and unreadable images."""
+    def _step(self, step: int, loader: Iterator[Batch], watched: bool) -> _Step:
+        """One optimiser step, on this process's share of the global batch."""
         train, accelerator = self.recipe.train, self.accelerator
         self.model.train()
         self._set_learning_rate(step)
         draws = draw(self.recipe, step, accelerator.device)
         parts: list[Losses] = []
+        levels: list[Tensor] = []
         broken: list[str] = []
         grad_norm = math.nan
-        for micro in range(train.accumulation):
-            batch = next(loader)
-            broken += batch.broken
-            size = len(batch.images)
-            start = (micro * accelerator.num_processes + accelerator.process_index) * size
-            part = Draws(*(values[start : start + size] for values in draws))
-            images = to_pixels(batch.images.to(accelerator.device, non_blocking=True))
-            labels = batch.labels.to(accelerator.device, non_blocking=True)
-            with accelerator.accumulate(self.model):
-                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=train.mixed_precision == "bf16"):
-                    losses = training_losses(self.model, self.recipe, images, labels, part)
-                accelerator.backward(losses.loss)
-                if accelerator.sync_gradients:
-                    limit = train.max_grad_norm or math.inf
-                    grad_norm = float(accelerator.clip_grad_norm_(self.model.parameters(), limit))
-                    if math.isfinite(grad_norm):
-                        self.optimizer.step()
-                    self.optimizer.zero_grad()
-            parts.append(Losses(*(value.detach() for value in losses)))
-        mean = Losses(*(torch.stack(values).mean(dim=0) for values in zip(*parts, strict=True)))
+        with watch_blocks(self.flow, watched) as moments:
+            for micro in range(train.accumulation):
+                batch = next(loader)
+                broken += batch.broken
+                size = len(batch.images)
+                start = (micro * accelerator.num_processes + accelerator.process_index) * size
+                part = Draws(*(values[start : start + size] for values in draws))
+                images = to_pixels(batch.images.to(accelerator.device, non_blocking=True))
+                labels = batch.labels.to(accelerator.device, non_blocking=True)
+                with accelerator.accumulate(self.model):
+                    bf16 = train.mixed_precision == "bf16"
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
+                        losses = training_losses(self.model, self.recipe, images, labels, part)
+                    accelerator.backward(losses.loss)
+                    if accelerator.sync_gradients:
+                        grad_norm = clip_grad_norm(self.model, train.max_grad_norm or math.inf)
+                        if math.isfinite(grad_norm):
+                            self.optimizer.step()
+                        self.optimizer.zero_grad()
+                parts.append(losses)
+                levels.append(part.noise_level)
+        together = Losses.together(parts)
         if math.isfinite(grad_norm):
-            self._after_update(mean)
-        return mean, grad_norm, broken
+            self._after_update(together)
+        return _Step(together, torch.cat(levels), grad_norm, moments, tuple(broken))
 
     def _after_update(self, losses: Losses) -> None:
         if self.ema is not None:
-            self.ema.step(self.flow.parameters())
-        if self.recipe.model.volume_preserving:
+            self.ema.step(self.model.parameters())
+        if losses.mean_square is not None:
             mean_square = self.accelerator.reduce(losses.mean_square, "mean")
             self.flow.prior_variance.copy_(updated_prior_variance(self.flow.prior_variance, mean_square.sqrt()[None]))
 
@@ -294,85 +358,85 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def _check_bad(self, bad: bool, in_a_row: int, losses: Losses) -> None:
-        if bad:
-            self.console.print(
-                f"[yellow]Step {self.state.step}: the gradient is not finite (loss {float(losses.loss):g}); "
-                f"the step was skipped ({in_a_row} in a row, {self.state.bad_steps} in all)."
-            )
+    def _look_at_gradient(self, step: _Step, bad: bool, in_a_row: int) -> None:
+        """Report a gradient that is not finite or far too large, with its noise level; give up after too many."""
+        if not bad and not self.monitor.exploded(step.grad_norm):
+            return
+        # All processes have the same norm, so all come here.
+        found = gather_object([worst_level(step.losses.nll, step.noise_level)])
+        level, nll = max(found, key=lambda pair: (not math.isfinite(pair[1]), pair[1]))
+        if not bad:
+            self.monitor.report_explosion(self.state.step, step.grad_norm, level, nll)
+            return
+        self.monitor.report_bad(self.state.step, in_a_row, self.state.bad_steps, level, nll)
         if in_a_row >= self.recipe.train.max_bad_steps:
             self._save()  # these steps changed nothing: the weights are those of the last good one
             raise TrainingError(
                 f"{in_a_row} steps in a row had no finite gradient, up to step {self.state.step}, whose state is "
-                "saved. Go on by --resume --allow-changes with a lower train.learning_rate, a smaller "
-                "train.max_grad_norm or train.mixed_precision no; or begin anew by --restart, also with a longer "
-                "train.warmup_epochs."
+                f"saved; the last one's worst image has noise level {level:.3g}. Go on by --resume --allow-changes "
+                "with a lower train.learning_rate, a smaller train.max_grad_norm or train.mixed_precision no; or "
+                "begin anew by --restart, also with a longer train.warmup_epochs."
             )
-
-    def _report_broken(self, names: Sequence[str]) -> None:
-        """Name each unreadable image once, and give up past the limit."""
-        for name in names:
-            if name not in self.broken:
-                self.broken.add(name)
-                self.warnings.print(
-                    f"[yellow]Unreadable image, replaced by the next one: {escape(name)}", soft_wrap=True
-                )
-        self._check_broken()
-
-    def _check_broken(self) -> None:
-        if len(self.broken) > self.recipe.data.max_broken:
-            raise too_many_broken(sorted(self.broken), self.recipe.data.max_broken)
 
     # -- now and then -------------------------------------------------------------------------------------------
 
-    def _due(self, every: int) -> bool:
-        return self.state.step % every == 0
-
-    def _log(self, losses: Losses, grad_norm: float, speed: float) -> None:
-        loss, nll = self.accelerator.reduce(torch.stack([losses.loss, losses.nll]), "mean").tolist()
-        if not self.accelerator.is_main_process:
-            return
-        on_gpu = self.accelerator.device.type == "cuda"
-        values = {
+    def _log(self, step: _Step, speed: float) -> None:
+        """One line of metrics, of the images of all processes."""
+        nll = step.losses.nll
+        sums = {
+            "loss": step.losses.loss,
+            "nll": torch.stack([nll.sum(), torch.full_like(nll.sum(), len(nll))]),
+            "moments": step.moments,
+        }
+        if self.edges is not None:
+            sums["levels"] = bucket_sums(nll, step.noise_level, self.edges)
+        sums = self.accelerator.reduce(sums, "sum")
+        mean_nll = (sums["nll"][0] / sums["nll"][1]).item()
+        by_level = {} if self.edges is None else bucket_means(sums["levels"], self.edges)
+        z_mean, z_std = mean_and_spread(sums["moments"])
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        tflops = speed / processes * 3 * self.forward_flops / 1e12
+        peak = peak_tflops(device, self.recipe.train.mixed_precision)
+        self.monitor.log({
             "step": self.state.step,
             "epoch": self.state.step / self.recipe.steps_per_epoch(len(self.data.train)),
-            "loss": loss,
-            "nll": nll + 0.5 * math.log(2 * math.pi),
-            "grad_norm": grad_norm,
+            "loss": sums["loss"].item() / processes,
+            "nll": mean_nll,
+            "bpd": bits_per_dim(mean_nll),
+            "nll_by_level": by_level,
+            "bpd_by_level": {level: bits_per_dim(value) for level, value in by_level.items()},
+            "grad_norm": step.grad_norm,
+            "z_mean": rounded(z_mean),
+            "z_std": rounded(z_std),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": speed,
-            "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+            "tflops": tflops,
+            "utilisation": None if peak is None else tflops / peak,
+            "memory_gib": memory_gib(device),
             "seconds": self.state.seconds,
-            "unreadable_images": len(self.broken),
-        }
-        self.run.log(values)
-        self.accelerator.log({k: v for k, v in values.items() if v is not None}, step=self.state.step)
+            "bad_steps": self.state.bad_steps,
+            "unreadable_images": len(self.monitor.broken),
+        })  # fmt: skip
 
     def _evaluate(self) -> None:
-        with self._sampling_weights():
-            self.held_out = held_out = evaluate(self.flow, self.data.held_out, self.recipe, self.accelerator)
-        self._report_broken(held_out.broken)
-        if self.accelerator.is_main_process:
-            self.run.log({"step": self.state.step, "held_out": {"nll": held_out.nll, "bpd": held_out.bpd}})
-            flat = {f"held_out/nll at t={level}": value for level, value in held_out.nll.items()}
-            if held_out.bpd is not None:
-                flat["held_out/bpd"] = held_out.bpd
-            self.accelerator.log(flat, step=self.state.step)
-            self.console.print(f"step {self.state.step}  held-out {describe(held_out)}", soft_wrap=True)
+        with self._sampling_flow() as flow:
+            self.held_out = evaluate(flow, self.data.held_out, self.recipe, self.accelerator)
+        self.monitor.name_broken(self.held_out.broken)
+        self.monitor.log_held_out(self.state.step, self.held_out)
 
     def _sample(self) -> Path:
         path = self.run.grid(self.state.step)
-        with self._sampling_weights():
-            pipeline = make_pipeline(self.flow, self.recipe, self.data.class_names, None)
+        with self._sampling_flow() as flow:
+            pipeline = make_pipeline(flow, self.recipe, self.data.class_names, None)
             sample_grid(pipeline, self.recipe, path, self.accelerator)
         self.accelerator.wait_for_everyone()
         return path
 
     @contextmanager
-    def _sampling_weights(self) -> Iterator[None]:
+    def _sampling_flow(self) -> Iterator[TARFlow]:
         """Averaged weights, and no compilation: sampling has other shapes at each token."""
-        with averaged_weights(self.ema, self.flow), torch.compiler.set_stance("force_eager"):
-            yield
+        with whole_flow(self.model, self.recipe, self.ema) as flow, torch.compiler.set_stance("force_eager"):
+            yield flow
 
     def _stopped(self, stop: StopSignal) -> bool:
         """Whether any process was asked to stop; all must agree, or they would wait for one another."""
@@ -384,34 +448,24 @@ class _Training:
     # -- states and the pipeline --------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        self.broken = set(gather_object(sorted(self.broken)))  # from here on those of all processes
+        self.monitor.gather_broken()
+        keep = self.recipe.train.keep_states
         save_state(
-            self.run,
-            self.state.step,
-            self.recipe.train.keep_states,
-            self._write_state,
-            self.accelerator.is_main_process,
-            self.accelerator.wait_for_everyone,
+            self.run, self.state.step, keep, self._write_state, lambda action: on_main(self.accelerator, action)
         )
         self._export()
-        self._check_broken()
-
-    def _export(self) -> None:
-        if self.accelerator.is_main_process:
-            record = training_record(self.recipe, self.held_out, self._facts())
-            with self._sampling_weights():
-                pipeline = make_pipeline(self.flow, self.recipe, self.data.class_names, record)
-                replace_folder(self.run.pipeline, pipeline.save_pretrained)
-        self.accelerator.wait_for_everyone()
 
     def _write_state(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
+        save_tensors(folder, self.model, self.optimizer, self.ema)
         if self.accelerator.is_main_process:
-            if self.ema is not None:
-                save_ema(self.ema, folder)
-            progress = {**self.state._asdict(), "broken": sorted(self.broken)}
+            progress = {**self.state._asdict(), "broken": sorted(self.monitor.broken)}
             (folder / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
-        self.accelerator.wait_for_everyone()
+
+    def _export(self) -> None:
+        with self._sampling_flow() as flow:
+            record = training_record(self.recipe, self.held_out, self._facts())
+            pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record)
+            on_main(self.accelerator, lambda: replace_folder(self.run.pipeline, pipeline.save_pretrained))
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -421,35 +475,55 @@ class _Training:
             "total_steps": self.total_steps,
             "seconds": round(self.state.seconds, 1),
             "bad_steps": self.state.bad_steps,
-            "unreadable_images": len(self.broken),
+            "unreadable_images": len(self.monitor.broken),
         }
 
     def _load_newest(self) -> _State:
-        folder = self.run.states()[-1]
+        folder = self._newest_whole()
         try:
             progress = json.loads((folder / "progress.json").read_text())
-            self.broken = set(progress.pop("broken"))
-            state = _State(**progress)
-            self.accelerator.load_state(str(folder))
-            # It also restores a count of micro-batches, which means nothing under another accumulation.
-            self.accelerator.step = 0
-            if self.ema is not None:
-                load_ema(self.ema, folder)
+            load_tensors(folder, self.model, self.optimizer, self.ema)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of many libraries, and all mean the same
+        except BaseException as error:  # of torch's checkpoints, which has bases of its own
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
             raise RunError(
-                f"The state {folder} can't be read: {str(error).rstrip('. ')}. Remove it to resume from an older one."
+                f"The state {folder} is whole, but can't be read: {first_cause(error)}. It may be of another version "
+                "or another model; remove it to resume from an older one."
             ) from error
+        self.monitor.broken = frozenset(progress.pop("broken"))
+        state = _State(**progress)
+        if self.ema is not None:
+            self.ema.optimization_step = state.step - state.bad_steps
         kept = [line for line in self.run.logged() if line["step"] <= state.step]
         measured = [line["held_out"] for line in kept if "held_out" in line]
         if measured:
             self.held_out = Evaluation(**measured[-1])
-        self.accelerator.wait_for_everyone()  # all have read before one writes
-        if self.accelerator.is_main_process:
-            self.run.rewrite_metrics(kept)
-        self.console.print(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
+        # All have read before one writes.
+        self.accelerator.wait_for_everyone()
+        on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
+        self.monitor.say(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
         return state
+
+    def _newest_whole(self) -> Path:
+        """The newest whole state, as the main process finds it; newer ones are set aside, with the reason."""
+        found: list[Any] = [None]
+
+        def look() -> None:
+            state, passed_over = newest_whole(self.run)
+            if state is None:
+                raise RunError(
+                    f"{self.run.path} has no whole state to resume from:\n  " + "\n  ".join(passed_over) + "\nBegin "
+                    "anew by --restart, or bring the files back."
+                )
+            for reason in passed_over:
+                self.monitor.say(f"Passed over {reason}. It is set aside as torn-{reason.split(':')[0]}.", "yellow")
+            set_aside_newer(self.run, state)
+            found[0] = str(state)
+
+        on_main(self.accelerator, look)
+        return Path(broadcast_object_list(found)[0])
 
 
 def check_classes(recipe: Recipe, data: ImageData) -> None:
@@ -470,14 +544,3 @@ def check_classes(recipe: Recipe, data: ImageData) -> None:
             f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
             f"set --model.num-classes {found}, or 0 to ignore the labels."
         )
-
-
-def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flat and plain, as trackers want them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _scalars(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | bool | str) else str(value)
-    return flat

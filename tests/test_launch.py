@@ -244,6 +244,7 @@ def test_a_training_starts_as_asked(run, trained, words, start):
         "start": start,
         "max_steps": None,
         "allow_changes": False,
+        "find_micro_batch": False,
     }
 
 

@@ -25,6 +25,10 @@ def metrics(run_dir):
     return losses + [value for line in lines if "held_out" in line for value in line["held_out"]["nll"].values()]
 
 
+def weights(run_dir):
+    return load_file(run_dir / "pipeline" / "flow" / "diffusion_pytorch_model.safetensors")
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """A run by two processes."""
@@ -39,14 +43,22 @@ def test_two_processes_give_the_losses_and_weights_of_one(two, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(metrics(two)) == 10
     assert metrics(two) == pytest.approx(metrics(tmp_path / "one"), abs=1e-5)
-    ours, theirs = (
-        load_file(folder / "pipeline" / "flow" / "diffusion_pytorch_model.safetensors")
-        for folder in (two, tmp_path / "one")
-    )
+    ours, theirs = weights(two), weights(tmp_path / "one")
     assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in ours)
 
 
-def test_a_refusal_reaches_all_processes(two):
+def test_a_sharded_training_is_the_replicated_one_and_goes_on_on_one_process(two, tmp_path):
+    done = run(tmp_path / "run", *SMALL[:-1], "4", "--train.shard", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "the model sharded over them" in done.stdout
+    done = run(tmp_path / "run", *SMALL, "--resume", processes=1)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run")[:6] == pytest.approx(metrics(two)[:6], abs=1e-5)
+    ours, theirs = weights(tmp_path / "run"), weights(two)
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
+
+
+def test_a_refusal_is_said_once(two):
     done = run(two, *SMALL, processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("already holds a run") == 2
+    assert done.stderr.count("already holds a run") == 1

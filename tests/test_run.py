@@ -6,38 +6,12 @@ from pathlib import Path
 import pytest
 from test_training import tiny_recipe
 
-from itarflow.run import RunDir, RunError, check, prepare, replace_folder, save_state
+from itarflow.run import RunDir, RunError, check, prepare, replace_folder
+from itarflow.states import save_state
 
 
 def write_step(folder):
     (folder / "weights").write_text("whole")
-
-
-def test_only_the_newest_states_are_kept(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
-    for step in (10, 200, 3000):
-        save_state(run, step, keep=2, write=write_step, is_main=True)
-    assert [state.name for state in run.states()] == ["step-00000200", "step-00003000"]
-
-
-def test_a_disk_that_fills_up_leaves_the_older_state_whole(tmp_path):
-    def fails_half_way(folder):
-        (folder / "weights").write_text("ha")
-        raise OSError(28, "No space left on device")
-
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
-    older = save_state(run, 1, keep=1, write=write_step, is_main=True)
-    with pytest.raises(RunError, match=r"step 2 could not be saved.*No space left.*Older states are whole"):
-        save_state(run, 2, keep=1, write=fails_half_way, is_main=True)
-    assert run.states() == [older]
-    assert (older / "weights").read_text() == "whole"
-    assert not list((tmp_path / "run" / "state").glob(".partial*"))
-
-
-def test_a_state_that_was_being_written_is_no_state(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
-    (tmp_path / "run" / "state" / ".partial-00000005").mkdir()
-    assert run.states() == []
 
 
 def test_a_failed_export_leaves_the_older_pipeline(tmp_path):
@@ -86,7 +60,7 @@ def test_a_folder_that_can_not_be_written_is_found_out_by_trying():
 
 def test_settings_that_do_not_matter_may_change_on_resuming(tmp_path):
     run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
-    save_state(run, 1, keep=1, write=write_step, is_main=True)
+    save_state(run, 1, keep=1, write=write_step)
     check(run.path, tiny_recipe(num_workers=7, save_every=3, log_every=2), "resume")
 
 

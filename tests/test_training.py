@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from itarflow.interrupt import Interrupted
 from itarflow.noise import NoiseConfig
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
-from itarflow.run import RunError
+from itarflow.run import RunDir, RunError, hold
 from itarflow.training import TrainingError, train
 
 
@@ -331,13 +332,57 @@ def test_an_output_folder_that_can_not_be_written_is_refused(tmp_path):
         train(tiny_recipe(), tmp_path / "file" / "run")
 
 
-def test_a_damaged_state_is_refused_by_name(tmp_path):
+def damage_tensors(state):
+    (tensors,) = (state / "tensors").glob("*.distcp")
+    tensors.write_bytes(tensors.read_bytes()[:100])
+
+
+def test_without_a_whole_state_nothing_is_resumed_and_the_fault_is_named(tmp_path):
     train(tiny_recipe(), tmp_path, max_steps=2)
     (state,) = (tmp_path / "state").glob("step-*")
-    weights = state / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(RunError, match=r"step-00000002 can't be read"):
+    damage_tensors(state)
+    with pytest.raises(RunError, match=r"no whole state(.|\n)*step-00000002: .*distcp has 100 bytes instead of"):
         train(tiny_recipe(), tmp_path, start="resume")
+
+
+def test_a_damaged_newest_state_is_passed_over_and_the_run_ends_as_ever(finished, tmp_path, capsys):
+    whole, _ = finished
+    train(tiny_recipe(), tmp_path / "run", max_steps=10)
+    older, newest = sorted((tmp_path / "run" / "state").glob("step-*"))
+    assert (older.name, newest.name) == ("step-00000007", "step-00000010")
+    damage_tensors(newest)
+    train(tiny_recipe(), tmp_path / "run", start="resume")
+    printed = capsys.readouterr().out
+    assert "Passed over step-00000010: tensors/__0_0.distcp has 100 bytes instead of" in printed
+    assert f"Resuming from {older} at step 7" in printed
+    assert losses(tmp_path / "run") == losses(whole)
+    assert (tmp_path / "run" / "state" / "torn-step-00000010").is_dir()
+
+
+def test_a_full_disk_leaves_the_older_state_and_says_so(finished, tmp_path):
+    whole, _ = finished
+    train(tiny_recipe(), tmp_path / "run", max_steps=3)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file may grow beyond: as if the disk were full
+    try:
+        with pytest.raises(RunError, match=r"step 7 could not be saved.*File too large.*Older states are whole"):
+            train(tiny_recipe(log_every=1000), tmp_path / "run", start="resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [state.name for state in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]
+    train(tiny_recipe(), tmp_path / "run", start="resume")
+    resumed, expected = shared_weights(tmp_path / "run"), shared_weights(whole)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_a_run_that_is_being_written_is_left_alone(tmp_path):
+    train(tiny_recipe(), tmp_path / "run", max_steps=1)
+    lock = hold(RunDir(tmp_path / "run"))
+    for start in ("resume", "restart"):
+        with pytest.raises(RunError, match="is being written by another training"):
+            train(tiny_recipe(), tmp_path / "run", start=start)
+    lock.release()
+    train(tiny_recipe(), tmp_path / "run", start="resume", max_steps=2)
 
 
 def test_flips_and_label_drops_follow_the_recipe():

@@ -1,0 +1,119 @@
+"""What a training step tells about itself: likelihood by noise level, z after each block, and the device's use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from itarflow.flow import TARFlow
+from itarflow.recipe import Recipe
+
+NUM_BUCKETS = 4
+"""Noise levels are told apart in so many buckets of equal width."""
+
+# Dense peak of the tensor cores in TFLOP/s, bfloat16 and TF32, as NVIDIA's data sheets give them without sparsity.
+_PEAK_TFLOPS = {
+    "B200": (2250, 1125),
+    "H200": (989, 494),
+    "H100 PCIe": (756, 378),
+    "H100": (989, 494),
+    "A100": (312, 156),
+    "L40S": (362, 183),
+    "L4": (121, 60),
+    "A10": (125, 62),
+    "RTX 4090": (165, 83),
+    "RTX 3090": (71, 36),
+}
+
+
+def bucket_edges(recipe: Recipe) -> Tensor | None:
+    """(NUM_BUCKETS + 1,) noise levels from t_min to t_max; None if there is only one level, or none."""
+    if recipe.noise_range is None or recipe.noise_range[0] == recipe.noise_range[1]:
+        return None
+    return torch.linspace(*recipe.noise_range, NUM_BUCKETS + 1)
+
+
+def bucket_sums(values: Tensor, noise_level: Tensor, edges: Tensor) -> Tensor:
+    """(2, NUM_BUCKETS): sums and numbers of the values (b,) whose noise levels (b,) lie between two edges."""
+    bucket = torch.bucketize(noise_level, edges[1:-1].to(noise_level.device))
+    sums = values.new_zeros(2, NUM_BUCKETS)
+    sums[0].index_add_(0, bucket, values)
+    sums[1].index_add_(0, bucket, torch.ones_like(values))
+    return sums
+
+
+def bucket_means(sums: Tensor, edges: Tensor) -> dict[str, float]:
+    """Such as {"0.02-0.14": mean}, from the `bucket_sums` of all processes; a bucket without images is left out."""
+    names = [f"{low:.3g}-{high:.3g}" for low, high in zip(edges.tolist()[:-1], edges.tolist()[1:], strict=True)]
+    totals, counts = sums.tolist()
+    return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
+
+
+@contextmanager
+def watch_blocks(flow: TARFlow, wanted: bool = True) -> Iterator[Tensor]:
+    """Collects (blocks, 3) sums over the z that each block gives inside `with`: of 1, z and z^2.
+
+    Args:
+        flow: the flow, under whatever wrapper; it is watched, not changed.
+        wanted: False collects nothing.
+    """
+    moments = torch.zeros(len(flow.blocks), 3, device=flow.device)
+
+    def watch(index: int) -> Any:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            z = output.z.detach().float()
+            moments[index] += torch.stack([torch.full_like(z.sum(), z.numel()), z.sum(), z.square().sum()])
+
+        return hook
+
+    hooks = [block.register_forward_hook(watch(index)) for index, block in enumerate(flow.blocks)] if wanted else []
+    try:
+        yield moments
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def mean_and_spread(moments: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of z after each block, image side first; 0 and 1 of a flow that fits.
+
+    Args:
+        moments: as `watch_blocks` collects them, summed over processes.
+    """
+    count, first, second = moments.double().cpu().unbind(dim=1)
+    mean = first / count
+    return mean.tolist(), (second / count - mean.square()).clamp(min=0).sqrt().tolist()
+
+
+def worst_level(nll: Tensor, noise_level: Tensor) -> tuple[float, float]:
+    """Noise level and NLL of the image that fares worst: one that is not finite, else the one with the largest."""
+    finite = nll.isfinite()
+    index = int((~finite).int().argmax()) if not finite.all() else int(nll.argmax())
+    return float(noise_level[index]), float(nll[index])
+
+
+def peak_tflops(device: torch.device, mixed_precision: str) -> float | None:
+    """The device's peak for matrix products in the precision of the training; None = not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks: Sequence[float] | None = next((peaks for key, peaks in _PEAK_TFLOPS.items() if key in name), None)
+    return None if peaks is None else peaks[0 if mixed_precision == "bf16" else 1]
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that PyTorch has allocated so far on a GPU; elsewhere what the process has resident now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+def rounded(values: Sequence[float], digits: int = 5) -> list[float]:
+    """Short enough for a line of metrics."""
+    return [float(np.format_float_positional(value, digits, fractional=False)) for value in values]

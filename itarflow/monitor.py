@@ -1,0 +1,144 @@
+"""What a training says while it runs: on the terminal, in metrics.jsonl, and to Accelerate's trackers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.markup import escape
+
+from itarflow.data import too_many_broken
+from itarflow.objective import Evaluation, describe
+from itarflow.recipe import Recipe, to_json
+from itarflow.run import RunDir
+
+_EXPLOSION = 10.0
+"""A gradient norm so many times the usual one is reported."""
+_USUAL_AFTER = 20
+"""Steps before there is a usual norm."""
+
+
+class Monitor:
+    """Tells people and files what happens. All processes have one; most of it is said by the main one."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, accelerator: Accelerator) -> None:
+        self.recipe, self.run, self.accelerator = recipe, run, accelerator
+        self.console = Console(quiet=not accelerator.is_main_process)
+        self.broken: frozenset[str] = frozenset()
+        """Names, with reasons, of the images that could not be read; those of all processes after `gather_broken`."""
+        self._warnings = Console(stderr=True)  # of every process: a broken image is met by one of them
+        self._usual_norm, self._norms_seen, self._quiet_until = 0.0, 0, 0
+        accelerator.init_trackers("logs", config=_scalars(to_json(recipe)))
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line on the main process's terminal."""
+        self.console.print(escape(text), style=style, soft_wrap=True, highlight=False)
+
+    # -- images that can't be read ------------------------------------------------------------------------------
+
+    def name_broken(self, names: Sequence[str], aloud: bool = True) -> None:
+        """Name each unreadable image once, and give up past the limit.
+
+        Args:
+            names: "name: reason" of each.
+            aloud: False where another process says the same.
+
+        Raises:
+            DataError: more than data.max_broken.
+        """
+        new = [name for name in names if name not in self.broken]
+        for name in dict.fromkeys(new) if aloud else ():
+            self._warnings.print(
+                f"[yellow]Unreadable image, replaced by the next one: {escape(name)}", soft_wrap=True, highlight=False
+            )
+        self.broken |= frozenset(new)
+        self.check_broken()
+
+    def gather_broken(self) -> None:
+        """Make `broken` the same on all processes, which all call this."""
+        self.broken = frozenset(gather_object(sorted(self.broken)))
+
+    def check_broken(self) -> None:
+        """Refuse to go on with more unreadable images than allowed."""
+        if len(self.broken) > self.recipe.data.max_broken:
+            raise too_many_broken(sorted(self.broken), self.recipe.data.max_broken)
+
+    # -- gradients ----------------------------------------------------------------------------------------------
+
+    def exploded(self, grad_norm: float) -> bool:
+        """Whether a finite gradient norm is far above the usual one, which it then updates."""
+        self._norms_seen += 1
+        usual = self._usual_norm or grad_norm
+        self._usual_norm = 0.95 * usual + 0.05 * min(grad_norm, _EXPLOSION * usual)
+        return self._norms_seen > _USUAL_AFTER and grad_norm > _EXPLOSION * usual
+
+    def report_explosion(self, step: int, grad_norm: float, level: float, nll: float) -> None:
+        """Say where a large gradient came from; not more often than every hundred steps."""
+        if step < self._quiet_until:
+            return
+        self._quiet_until = step + 100
+        self.say(
+            f"Step {step}: gradient norm {grad_norm:.3g}, the usual one is {self._usual_norm:.3g}. The image with the "
+            f"largest loss has noise level {level:.3g} (nll {nll:.3g} nats/dim).",
+            "yellow",
+        )
+
+    def report_bad(self, step: int, in_a_row: int, total: int, level: float, nll: float) -> None:
+        """Say that a step was skipped, and which noise level it came from."""
+        self.say(
+            f"Step {step}: the gradient is not finite; the step was skipped ({in_a_row} in a row, {total} in all). "
+            f"The worst image has noise level {level:.3g} (nll {nll:.3g} nats/dim).",
+            "yellow",
+        )
+
+    # -- figures ------------------------------------------------------------------------------------------------
+
+    def log(self, values: dict[str, Any]) -> None:
+        """A line of metrics; values that are None stay out of the trackers."""
+        if self.accelerator.is_main_process:
+            self.run.log(values)
+            self.accelerator.log(_scalars(_named(values)), step=values["step"])
+
+    def log_held_out(self, step: int, held_out: Evaluation) -> None:
+        """A held-out evaluation, to the terminal too."""
+        if not self.accelerator.is_main_process:
+            return
+        self.run.log({"step": step, "held_out": {"nll": held_out.nll, "bpd": held_out.bpd}})
+        flat = {f"held_out/nll at t={level}": value for level, value in held_out.nll.items()}
+        if held_out.bpd is not None:
+            flat["held_out/bpd"] = held_out.bpd
+        self.accelerator.log(flat, step=step)
+        self.say(f"step {step}  held-out {describe(held_out)}")
+
+
+def bits_per_dim(nll: float) -> float:
+    """Of nats a dim of values in [-1, 1], in bits, counting in steps of 8-bit images: log2 of 128 is added."""
+    return (nll + math.log(128)) / math.log(2)
+
+
+def _named(values: dict[str, Any]) -> dict[str, Any]:
+    """Lists as one entry a block, and what is None left out."""
+    named: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            named |= {f"{key}/block {index}": item for index, item in enumerate(value)}
+        elif isinstance(value, dict):
+            named |= {f"{key}/{name}": item for name, item in value.items()}
+        elif value is not None:
+            named[key] = value
+    return named
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flat and plain, as trackers want them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _scalars(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | bool | str) else str(value)
+    return flat

@@ -1,0 +1,125 @@
+"""How a flow is spread over processes, replicated (DDP) or sharded (FSDP2), and its tensors on disk in either form.
+
+Sharding is torch's own `fully_shard`: Accelerate's needs an accelerator, and what can't be tried on a CPU can't be
+trusted on a hundred GPUs. Tensors are stored by torch's distributed checkpoints, which any number of processes reads.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from itarflow.ema import averaged_weights
+from itarflow.flow import TARFlow
+from itarflow.recipe import Recipe
+from itarflow.transformer import Layer
+
+_FOLDER = "tensors"
+
+
+def launcher_asks_for_sharding() -> bool:
+    """Whether the Accelerate config in use has `distributed_type: FSDP`."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def launcher_asks_for_checkpointing() -> bool:
+    """Whether the Accelerate config in use has `fsdp_activation_checkpointing: true`."""
+    return launcher_asks_for_sharding() and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
+
+
+def distribute(flow: TARFlow, accelerator: Accelerator, sharded: bool) -> nn.Module:
+    """The flow on the process's device: wrapped in DDP if there are several processes, or sharded over them in place.
+
+    Each transformer layer is a unit of sharding; the embeddings and projections around them are one more.
+    """
+    if not sharded:
+        return accelerator.prepare(flow)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    flow.to(accelerator.device)
+    for module in flow.modules():
+        if isinstance(module, Layer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(flow, mesh=mesh)
+    return flow
+
+
+def clip_grad_norm(model: nn.Module, limit: float) -> float:
+    """Scale the gradients down to `limit`; returns the norm that they had, over all processes."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+
+
+@contextmanager
+def whole_flow(model: nn.Module, recipe: Recipe, ema: EMAModel | None) -> Iterator[TARFlow]:
+    """A flow that can be evaluated, sampled and saved, with averaged weights if there are any. All processes enter.
+
+    A sharded flow is gathered into a copy; any other lends its own modules for the while.
+    """
+    if not isinstance(model, FSDPModule):
+        flow = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        with averaged_weights(ema, flow):
+            yield flow  # type: ignore[misc]
+        return
+    names = [name for name, _ in model.named_parameters()]
+    shards = model.parameters() if ema is None else ema.shadow_params
+    tensors = {name: _whole(shard.detach()) for name, shard in zip(names, shards, strict=True)}
+    tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.device("meta"):
+        flow = recipe.model.build(recipe.noise_range)
+    flow.load_state_dict(tensors, assign=True)
+    yield flow.eval()
+
+
+def save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
+    """Write weights, optimiser state and averages into a state's folder. All processes call this."""
+    with _quiet():
+        dcp.save(_tensors(model, optimizer, ema), checkpoint_id=folder / _FOLDER, no_dist=_alone())
+
+
+def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
+    """Bring everything back to where `save_tensors` left it, on any number of processes, sharded or not."""
+    tensors = _tensors(model, optimizer, ema)
+    with _quiet():
+        dcp.load(tensors, checkpoint_id=folder / _FOLDER, no_dist=_alone())
+    # The averages have been read in place.
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> dict[str, Any]:
+    weights, optimizer_state = get_state_dict(model, optimizer)
+    tensors: dict[str, Any] = {"model": weights, "optimizer": optimizer_state}
+    if ema is not None:
+        names = (name.removeprefix("module.") for name, _ in model.named_parameters())
+        tensors["ema"] = dict(zip(names, ema.shadow_params, strict=True))
+    return tensors
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remark that a single process, which it was told of, is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1

@@ -1,0 +1,143 @@
+"""Saved states on disk: written under another name, flushed, vouched for by a manifest, then renamed.
+
+So a state is whole or it is not there; and where a disk or a copy has damaged one since, its manifest tells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from itarflow.run import RunDir, RunError
+
+MANIFEST = "manifest.json"
+_CHUNK = 2**22
+
+OnMain = Callable[[Callable[[], object]], None]
+"""Runs an action on the main process alone, waits for it on all, and raises its refusal on all."""
+
+
+def alone(action: Callable[[], object]) -> None:
+    """The `OnMain` of a single process."""
+    action()
+
+
+def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None], on_main: OnMain = alone) -> Path:
+    """Save a state, and remove the oldest of those that are more than `keep`. All processes call this.
+
+    Args:
+        run: the run.
+        step: optimiser steps done.
+        keep: newest states to keep.
+        write: fills an existing folder; called by all processes.
+        on_main: see `OnMain`.
+
+    Raises:
+        RunError: the disk is full or read-only. The older states are untouched.
+    """
+    final = run.path / "state" / f"step-{step:08d}"
+    partial = run.path / "state" / f".partial-{step:08d}"
+    try:
+        on_main(lambda: _make_empty(partial))
+        write(partial)
+        on_main(lambda: _seal(run, partial, final, keep))
+    except (OSError, RuntimeError, CheckpointException) as error:  # torch has types of its own for a failed write
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"The state of step {step} could not be saved in {final}: {first_cause(error)}. Older states are whole; "
+            "make room, or mend the folder, and go on with --resume."
+        ) from error
+    return final
+
+
+def fault(state: Path) -> str | None:
+    """Why a saved state is not whole, or None if every file has the size and the SHA-256 of its manifest."""
+    try:
+        files = json.loads((state / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"its {MANIFEST} can't be read ({type(error).__name__})"
+    for name, expected in files.items():
+        file = state / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+    digests = _digests(state, list(files))
+    return next((f"{name} is damaged" for name in files if digests[name] != files[name]["sha256"]), None)
+
+
+def newest_whole(run: RunDir) -> tuple[Path | None, list[str]]:
+    """The newest whole state, if there is one, and "name: reason" of each newer one that was passed over."""
+    passed_over: list[str] = []
+    for state in reversed(run.states()):
+        reason = fault(state)
+        if reason is None:
+            return state, passed_over
+        passed_over.append(f"{state.name}: {reason}")
+    return None, passed_over
+
+
+def set_aside_newer(run: RunDir, state: Path) -> None:
+    """Rename the states after `state`, so that they count no longer among those to keep."""
+    for other in run.states():
+        if other.name > state.name:
+            other.rename(other.with_name(f"torn-{other.name}"))
+
+
+def first_cause(error: BaseException) -> str:
+    """What failed at the bottom of an error of torch's distributed checkpoints; else the error's own words."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return str(error).strip().split("\n")[0].rstrip(". ") or type(error).__name__
+
+
+def _make_empty(folder: Path) -> None:
+    if folder.exists():  # an earlier crash left it
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def _seal(run: RunDir, partial: Path, final: Path, keep: int) -> None:
+    names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
+    digests = _digests(partial, names)
+    files = {name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]} for name in names}
+    (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
+    for path in (*partial.rglob("*"), partial):
+        _flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(partial, final)
+    _flush(final.parent)
+    for old in run.states()[:-keep]:
+        shutil.rmtree(old)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk before the rename vouches for them."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digests(folder: Path, names: list[str]) -> dict[str, str]:
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter's lock
+        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
