@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -225,8 +226,10 @@ def to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Store the resolved recipe as JSON."""
-    path.write_text(json.dumps(to_json(recipe), indent=2) + "\n")
+    """Store the resolved recipe as JSON, whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(json.dumps(to_json(recipe), indent=2) + "\n")
+    os.replace(partial, path)
 
 
 # Settings that change neither weights nor losses, so that a run may go on with other values.

@@ -110,8 +110,8 @@ def prepare(path: Path, recipe: Recipe, start: Start, allow_changes: bool = Fals
     Args:
         path: the run's folder.
         recipe: resolved.
-        start: "fresh" refuses a folder that has a run, "resume" goes on from its newest state,
-            "restart" moves it aside and begins anew.
+        start: "fresh" refuses a folder that has a run, "resume" goes on from its newest state (from its beginning,
+            if it has been stopped before there was one), "restart" moves it aside and begins anew.
         allow_changes: resume although settings that change losses or weights differ from the stored ones.
 
     Raises:
@@ -161,8 +161,8 @@ def check_writable(folder: Path) -> None:
 
 
 def _check_resumable(run: RunDir, recipe: Recipe, allow_changes: bool) -> None:
-    if not run.recipe.exists() or not run.states():
-        raise RunError(f"{run.path} has no saved state to resume from; leave --resume out to begin a run there.")
+    if not run.recipe.exists():
+        raise RunError(f"{run.path} holds no run to resume; leave --resume out to begin one there.")
     changed = differences(json.loads(run.recipe.read_text()), recipe)
     if changed and not allow_changes:
         raise RunError(

@@ -101,8 +101,8 @@ def first_cause(error: BaseException) -> str:
 
 
 def _make_empty(folder: Path) -> None:
-    if folder.exists():  # an earlier crash left it
-        shutil.rmtree(folder)
+    for left_by_a_crash in folder.parent.glob(".partial-*"):
+        shutil.rmtree(left_by_a_crash)
     folder.mkdir(parents=True)
 
 

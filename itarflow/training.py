@@ -197,7 +197,10 @@ class _Training:
         )
         decay = recipe.train.ema_decay
         self.ema = None if decay is None else EMAModel(self.model.parameters(), decay)
-        self.state = self._load_newest() if resume else _State()
+        self.state = self._load_newest() if resume and run.states() else _State()
+        if resume and not run.states():
+            on_main(accelerator, lambda: run.rewrite_metrics([]))
+            self.monitor.say(f"{run.path} was stopped before its first saved state: beginning anew.")
 
     def run_to(self, max_steps: int | None) -> Summary:
         """Train up to max_steps or the end, evaluate, and export."""

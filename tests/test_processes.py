@@ -58,6 +58,13 @@ def test_a_sharded_training_is_the_replicated_one_and_goes_on_on_one_process(two
     assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
 
 
+def test_a_training_killed_at_random_instants_ends_with_the_weights_of_an_undisturbed_one():
+    command = [sys.executable, str(RECIPE.parents[1] / "benchmarks" / "kill_and_resume.py")]
+    done = subprocess.run([*command, "--kills", "2", "--steps", "30"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Weights identical: True. All 30 losses identical: True." in done.stdout
+
+
 def test_a_refusal_is_said_once(two):
     done = run(two, *SMALL, processes=2)
     assert done.returncode != 0

@@ -41,9 +41,8 @@ def test_restart_keeps_the_old_run_beside_the_new_one(tmp_path):
     assert (tmp_path / "run.1" / "metrics.jsonl").exists()
 
 
-def test_a_run_without_a_state_can_not_be_resumed(tmp_path):
-    prepare(tmp_path / "run", tiny_recipe(), "fresh")
-    with pytest.raises(RunError, match="no saved state to resume from"):
+def test_a_folder_without_a_run_can_not_be_resumed(tmp_path):
+    with pytest.raises(RunError, match="holds no run to resume"):
         check(tmp_path / "run", tiny_recipe(), "resume")
 
 

@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from itarflow import ITARFlowPipeline, objective, training
+from itarflow import ITARFlowPipeline, data, objective, training
+from itarflow import run as runs
 from itarflow.data import DataConfig, load_data
 from itarflow.guidance import Guidance
+from itarflow.images import DataError
 from itarflow.interrupt import Interrupted
 from itarflow.noise import NoiseConfig
 from itarflow.presets import ModelConfig
@@ -107,6 +109,15 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(finished, tmp_pa
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+def test_a_run_that_was_stopped_before_its_first_state_begins_anew(finished, tmp_path, capsys):
+    whole, _ = finished
+    run = runs.prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run.log({"step": 1, "loss": 123.0})
+    train(tiny_recipe(), tmp_path / "run", start="resume")
+    assert "stopped before its first saved state: beginning anew" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(whole)
+
+
 def test_resuming_forgets_metrics_written_after_the_saved_state(tmp_path):
     train(tiny_recipe(), tmp_path, max_steps=5)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -180,6 +191,68 @@ def test_a_step_whose_loss_is_nan_is_skipped_and_counted(tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in shared_weights(tmp_path).values())
 
 
+def test_a_bad_step_is_reported_with_the_noise_level_it_came_from(tmp_path, monkeypatch, capsys):
+    def one_image_is_infinite(flow, recipe, images, labels, draws):
+        levels.append(draws.noise_level[7].item())
+        losses = objective.training_losses(flow, recipe, images, labels, draws)
+        infinite = torch.where(torch.arange(len(images)) == 7, torch.inf, 0.0)
+        return losses._replace(loss=losses.loss + infinite.sum(), nll=losses.nll + infinite)
+
+    def infinite_gradient(model, limit):
+        return float("inf")
+
+    levels = []
+    monkeypatch.setattr(training, "training_losses", one_image_is_infinite)
+    monkeypatch.setattr(training, "clip_grad_norm", infinite_gradient)
+    train(tiny_recipe(), tmp_path, max_steps=1)
+    printed = capsys.readouterr().out
+    assert "Step 1: the gradient is not finite; the step was skipped (1 in a row, 1 in all)" in printed
+    assert f"The worst image has noise level {levels[0]:.3g} (nll inf nats/dim)" in printed
+
+
+def test_metrics_tell_likelihood_by_noise_level_and_z_by_block(finished):
+    run_dir, _ = finished
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = [line for line in lines if "loss" in line]
+    assert last["nll_by_level"].keys() == {"0.02-0.14", "0.14-0.26", "0.26-0.38", "0.38-0.5"}
+    values = list(last["nll_by_level"].values())
+    assert min(values) < last["nll"] < max(values)
+    assert last["bpd"] == pytest.approx((last["nll"] + np.log(128)) / np.log(2))
+    assert last["bpd_by_level"].keys() == last["nll_by_level"].keys()
+    assert len(last["z_mean"]) == len(last["z_std"]) == 2
+    # z comes closer to what its prior says of it.
+    assert abs(last["z_std"][-1] - 1) < abs(first["z_std"][-1] - 1)
+    assert last["tflops"] > 0
+    assert last["utilisation"] is None
+    assert last["memory_gib"] > 0.05
+
+
+def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypatch):
+    for index in range(40):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
+    recipe = tiny_recipe(
+        path=str(tmp_path / "images"), num_classes=0, label_drop=0.0, guidance=Guidance(), in_memory=False,
+        num_workers=1, held_out_images=0, batch_size=4,
+    )  # fmt: skip
+    reads, main_process = [], os.getpid()
+    original = data.ImageDataset._read
+
+    def die_after_a_while(self, index):
+        reads.append(index)
+        if os.getpid() != main_process and len(reads) > 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, index)
+
+    monkeypatch.setattr(data.ImageDataset, "_read", die_after_a_while)
+    with pytest.raises(DataError, match=r"a process that decodes images has died.*data.num_workers.*--resume"):
+        train(recipe, tmp_path / "run")
+    assert len(list((tmp_path / "run" / "state").glob("step-*"))) == 1
+    monkeypatch.undo()
+    assert train(recipe, tmp_path / "run", start="resume").steps == 20
+
+
 def test_nan_in_many_steps_in_a_row_ends_training_with_advice(tmp_path, monkeypatch):
     def always_nan(*args):
         losses = objective.training_losses(*args)
@@ -224,8 +297,8 @@ def test_an_unreadable_held_out_image_is_named(tmp_path, capfd):
         path=str(tmp_path / "images"), num_classes=0, label_drop=0.0, guidance=Guidance(), in_memory=False,
         num_workers=0, held_out_images=2, batch_size=4,
     )  # fmt: skip
-    data = load_data(recipe.data, image_size=8, in_channels=1)
-    names = [Path(data.held_out[index].image.numpy().tobytes().hex()) for index in range(2)]
+    images = load_data(recipe.data, image_size=8, in_channels=1)
+    names = [Path(images.held_out[index].image.numpy().tobytes().hex()) for index in range(2)]
     for file in (tmp_path / "images").glob("*.png"):
         if Path(np.asarray(Image.open(file)).tobytes().hex()) in names[1:]:
             file.write_bytes(b"broken")

@@ -1,0 +1,56 @@
+"""What a training says: unreadable images once each, gradients with their noise level, figures in bits."""
+
+import math
+
+import pytest
+from accelerate import Accelerator
+from test_training import tiny_recipe
+
+from itarflow.images import DataError
+from itarflow.monitor import Monitor, bits_per_dim
+from itarflow.run import prepare
+
+
+@pytest.fixture
+def monitor(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(max_broken=2), "fresh")
+    return Monitor(tiny_recipe(max_broken=2), run, Accelerator(cpu=True))
+
+
+def test_each_unreadable_image_is_named_once_and_too_many_end_the_run(monitor, capsys):
+    monitor.name_broken(["a.png: cut short", "a.png: cut short"])
+    monitor.name_broken(["a.png: cut short", "[b].png: empty"])
+    printed = capsys.readouterr().err
+    assert (printed.count("a.png"), printed.count("[b].png")) == (1, 1)
+    with pytest.raises(DataError, match=r"3 images could not be read, and data.max_broken is 2"):
+        monitor.name_broken(["c.png: empty"])
+
+
+def test_what_another_process_says_is_only_counted(monitor, capsys):
+    monitor.name_broken(["a.png: cut short"], aloud=False)
+    assert capsys.readouterr().err == ""
+    assert monitor.broken == {"a.png: cut short"}
+
+
+def test_an_explosion_is_far_above_the_usual_norm(monitor):
+    assert not any(monitor.exploded(1.0 + 0.1 * (step % 3)) for step in range(30))
+    assert monitor.exploded(20.0)
+    assert not monitor.exploded(1.0)  # the usual norm has hardly moved
+
+
+def test_at_first_no_norm_is_unusual(monitor):
+    assert not any(monitor.exploded(norm) for norm in (1.0, 100.0, 10000.0))
+
+
+def test_explosions_are_reported_with_their_noise_level_but_not_each(monitor, capsys):
+    for step in (100, 101, 250):
+        monitor.report_explosion(step, 85.0, 0.31, 5.2)
+    printed = capsys.readouterr().out
+    assert "Step 100: gradient norm 85" in printed
+    assert "noise level 0.31 (nll 5.2 nats/dim)" in printed
+    assert "Step 101" not in printed
+    assert "Step 250" in printed
+
+
+def test_bits_per_dim_of_a_uniform_density_are_eight():
+    assert bits_per_dim(math.log(2)) == pytest.approx(8)  # density 1/2 over [-1, 1], counted in 256 levels
