@@ -49,6 +49,11 @@ def download(repo_id: str, options: dict[str, Any]) -> Path:
     Raises:
         OSError: it is no Hub id, or can't be downloaded.
     """
+    if Path(repo_id).is_file():
+        raise OSError(
+            f"{repo_id} is a file; expected the folder of a pipeline. An official .pth file is turned into one by "
+            "`itarflow convert`."
+        )
     looks_local = repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1
     if looks_local:
         raise OSError(

@@ -37,8 +37,8 @@ class Sample:
     Example: itarflow sample runs/digits/pipeline --class-labels 3 1 4 --output digits.png
     """
 
-    checkpoint: tyro.conf.Positional[str]
-    """A folder with a pipeline, such as runs/digits/pipeline, or a Hugging Face Hub id (NAME/MODEL)."""
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """A folder with a pipeline, such as runs/digits/pipeline, or a Hugging Face Hub id (NAME/MODEL). Comes first."""
     output: Path = Path("samples.png")
     """A picture file for a grid of all images, or a folder (any name without suffix) for one file an image."""
     class_labels: tuple[str, ...] | None = None
@@ -74,7 +74,7 @@ class Sample:
             self.output.mkdir(parents=True, exist_ok=True)
             for index, image in enumerate(self._images(pipe, labels)):
                 image.save(self.output / f"{index:06d}.png")
-        _say(f"{len(labels)} images in {self.output}")
+        _say(f"{len(labels)} {'image' if len(labels) == 1 else 'images'} in {self.output}")
 
     def _images(self, pipe: ITARFlowPipeline, labels: list[int | None]) -> Iterator[Image.Image]:
         """The images in order, batch by batch, so that what is done can be saved before the next begins."""
@@ -109,7 +109,7 @@ class Sample:
 class Info:
     """Show what a checkpoint is: architecture, noise levels, sampling defaults, and how it was trained."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A folder with a pipeline, or a Hugging Face Hub id (NAME/MODEL)."""
 
     def run(self) -> None:
@@ -136,7 +136,8 @@ class Info:
         training = pipe.config.training
         if training:
             recipe = training.get("recipe", {})
-            _table("Training", {key: value for key, value in training.items() if key not in ("recipe", "metrics")})
+            facts = {key: value for key, value in training.items() if key not in ("recipe", "metrics")}
+            _table("Training", facts if facts.keys() != {"name"} else {})
             _table("Results", training.get("metrics", {}))
             _table("Recipe", {section: values for section, values in recipe.items() if isinstance(values, dict)})
 
@@ -148,9 +149,9 @@ class Convert:
     Example: itarflow convert imagenet_model.pth imagenet64/ --t-max 0.3
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """An official .pth file; with --to-official a pipeline's folder or Hub id."""
-    target: tyro.conf.Positional[Path]
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """The folder to write; with --to-official the .pth file."""
     to_official: bool = False
     """Write the official format from ours."""
@@ -185,7 +186,12 @@ class Convert:
             flow.register_to_config(noise_range=(low, self.t_max))
         replace_folder(self.target, pipeline.save_pretrained)
         parameters = sum(parameter.numel() for parameter in flow.parameters())
-        _say(f"pipeline with {parameters:,} parameters in {self.target}/; see `itarflow info {self.target}`")
+        defaults, weight = pipeline.scheduler.config, pipeline.default_guidance.weight
+        _say(
+            f"pipeline with {parameters:,} parameters in {self.target}/; it samples at t_max {defaults.t_max:g}, "
+            f"guidance {weight:g}, and denoises in {defaults.num_denoise_steps} steps down to t_min "
+            f"{defaults.t_min:g} unless told otherwise. See `itarflow info {self.target}`."
+        )
 
     def _check(self) -> None:
         """Refuse, before anything is read, a target that can't be written or that would be lost."""
@@ -270,8 +276,8 @@ def _check_output(output: Path) -> None:
     if output.suffix and output.is_dir():
         raise ValueError(f"--output {output} is a folder; give a file name in it, or a name without a suffix.")
     folder = output.parent if output.suffix else output
-    folder.mkdir(parents=True, exist_ok=True)
     check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _columns(labels: int, images: int) -> int:
@@ -305,6 +311,13 @@ def _public(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        items = (
+            (name, f"({_short(item)})" if isinstance(item, dict) else _short(item)) for name, item in value.items()
+        )
+        return "  ".join(f"{name}={item}" for name, item in items)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_short, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -315,8 +328,6 @@ def _range(noise_range: Sequence[float] | None) -> str:
 def _table(title: str, values: dict[str, Any]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for key, value in values.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{name}={_short(item)}" for name, item in value.items())
-        text = ", ".join(map(_short, value)) if isinstance(value, list | tuple) else _short(value)
-        table.add_row(escape(key), escape(text))
-    _console.print(table)
+        table.add_row(escape(key), escape(_short(value)))
+    if values:
+        _console.print(table)

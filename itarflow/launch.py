@@ -214,9 +214,11 @@ def _paper_note(recipe: Recipe) -> str:
 
 def _report(summary: Summary) -> Table:
     table = Table(title="Done", show_header=False, title_justify="left")
-    table.add_row(
-        "trained", f"{summary.steps:,} steps in {summary.seconds:.0f} s, {summary.images_per_second:.0f} images/s"
-    )
+    steps = f"{summary.steps:,} step{'' if summary.steps == 1 else 's'}"
+    if summary.steps < summary.total_steps:
+        steps += f" of {summary.total_steps:,} (--resume goes on)"
+    speed = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""
+    table.add_row("trained", f"{steps} in {summary.seconds:.0f} s{speed}")
     table.add_row("held-out", describe(summary.held_out))
     if summary.bad_steps:
         table.add_row("skipped steps", f"[yellow]{summary.bad_steps} whose gradient was not finite")

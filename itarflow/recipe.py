@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -141,6 +142,13 @@ class Recipe:
     """The optimisation."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """The samples."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w][\w .+=-]*", self.name):
+            raise ValueError(
+                f"name is {self.name!r}; expected a plain name of letters, digits, '-', '_' and '.'. "
+                "Another folder is given by --run-dir."
+            )
 
     @property
     def noise_range(self) -> tuple[float, float] | None:

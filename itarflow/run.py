@@ -153,11 +153,13 @@ def check_writable(folder: Path) -> None:
         OSError: naming the folder and the reason.
     """
     existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise OSError(f"{folder} can't be written: {existing} is a file.")
     try:
         with tempfile.TemporaryDirectory(dir=existing, prefix=".itarflow-"):
             pass
     except OSError as error:
-        raise OSError(f"{folder} can't be written: {error.strerror or error} ({existing}).") from error
+        raise OSError(f"{folder} can't be written: nothing can be made in {existing} ({error.strerror}).") from error
 
 
 def _check_resumable(run: RunDir, recipe: Recipe, allow_changes: bool) -> None:

@@ -71,6 +71,8 @@ class Summary:
 
     run: RunDir
     steps: int
+    total_steps: int
+    """Of the whole training; more than `steps` if it was told to stop before."""
     seconds: float
     """Of training, over all resumed parts."""
     images_per_second: float
@@ -157,6 +159,7 @@ def train(
         try:
             return training.run_to(max_steps)
         finally:
+            training.release()
             accelerator.end_training()
 
 
@@ -177,7 +180,7 @@ class _Training:
         self.recipe, self.run, self.data, self.accelerator = recipe, run, data, accelerator
         self.sharded = sharded
         self.monitor = Monitor(recipe, run, accelerator)
-        self.held_out = Evaluation({}, None)
+        self.held_out, self.measured_at = Evaluation({}, None), -1
         self.total_steps = recipe.num_steps(len(data.train))
         self.edges = bucket_edges(recipe)
         self.forward_flops = estimate(recipe).forward_flops
@@ -209,6 +212,8 @@ class _Training:
         # Each process has decoded all images, and one says which failed.
         decoded = (*self.data.train.broken, *self.data.held_out.broken)
         self.monitor.name_broken(decoded, aloud=self.accelerator.is_main_process)
+        if self.state.step >= last_step:
+            self.monitor.say(f"Nothing is left to train: step {self.state.step} has been reached.")
         try:
             speed = self._loop(last_step)
         except DataError:
@@ -216,12 +221,14 @@ class _Training:
                 self._save()
             raise
         self._save()  # before anything else can go wrong
-        self._evaluate()
+        if self.measured_at != self.state.step:
+            self._evaluate()
         grid = self._sample()
         self._export()
         return Summary(
             run=self.run,
             steps=self.state.step,
+            total_steps=self.total_steps,
             seconds=self.state.seconds,
             images_per_second=speed,
             held_out=self.held_out,
@@ -230,6 +237,15 @@ class _Training:
             class_names=self.data.class_names if self.recipe.model.num_classes else (),
             grid=grid,
         )
+
+    def release(self) -> None:
+        """Let go of the model, before Accelerate closes the connection to the other processes.
+
+        The other way round, DDP would close it while holding the interpreter's lock, which gloo's threads may be
+        waiting for: a process in some hundreds would then never end.
+        """
+        del self.model, self.flow, self.optimizer, self.ema
+        self.accelerator.free_memory()
 
     def _loop(self, last_step: int) -> float:
         """Train up to last_step; returns images a second."""
@@ -424,6 +440,7 @@ class _Training:
     def _evaluate(self) -> None:
         with self._sampling_flow() as flow:
             self.held_out = evaluate(flow, self.data.held_out, self.recipe, self.accelerator)
+        self.measured_at = self.state.step
         self.monitor.name_broken(self.held_out.broken)
         self.monitor.log_held_out(self.state.step, self.held_out)
 
@@ -500,9 +517,9 @@ class _Training:
         if self.ema is not None:
             self.ema.optimization_step = state.step - state.bad_steps
         kept = [line for line in self.run.logged() if line["step"] <= state.step]
-        measured = [line["held_out"] for line in kept if "held_out" in line]
-        if measured:
-            self.held_out = Evaluation(**measured[-1])
+        for line in kept:
+            if "held_out" in line:
+                self.held_out, self.measured_at = Evaluation(**line["held_out"]), line["step"]
         # All have read before one writes.
         self.accelerator.wait_for_everyone()
         on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))

@@ -320,6 +320,10 @@ def test_a_folder_that_is_no_pipeline_is_refused(refused, tmp_path):
     assert "model_index.json is missing" in refused("info", tmp_path)
 
 
+def test_an_official_file_is_not_a_pipeline(refused):
+    assert "weights.pth is a file; expected the folder" in refused("info", GOLDEN / "itarflow_cond" / "weights.pth")
+
+
 def test_a_checkpoint_that_does_not_exist_is_refused(refused):
     message = refused("sample", "runs/nothing/pipeline")
     assert "'runs/nothing/pipeline' is neither a folder here nor a Hub id (NAME/MODEL)" in message
@@ -357,7 +361,7 @@ def test_an_unwritable_output_is_refused_before_sampling(refused, save, monkeypa
     assert "occupied" in refused("sample", save(), "--output", "occupied/images")
     Path("folder.png").mkdir()
     assert "folder.png is a folder" in refused("sample", save(), "--output", "folder.png")
-    assert "/proc can't be written" in refused("sample", save(), "--output", "/proc/images.png")
+    assert "can be made in /proc" in refused("sample", save(), "--output", "/proc/new/images.png")
 
 
 # -- help -------------------------------------------------------------------------------------------------------

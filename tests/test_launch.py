@@ -85,8 +85,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         held_out = Evaluation({"0.5": -1.25}, None)
         grid = RunDir(run_dir).grid(20)
         return Summary(
-            run=RunDir(run_dir), steps=20, seconds=61.0, images_per_second=33.0, held_out=held_out, bad_steps=2,
-            unreadable_images=3, class_names=("cat", "guinea pig"), grid=grid,
+            run=RunDir(run_dir), steps=20, total_steps=33, seconds=61.0, images_per_second=33.0, held_out=held_out,
+            bad_steps=2, unreadable_images=3, class_names=("cat", "guinea pig"), grid=grid,
         )  # fmt: skip
 
     monkeypatch.setattr(launch, "train", train)
@@ -205,6 +205,7 @@ def test_settings_are_refused_before_data_are_read_or_a_run_is_begun(refused, mo
         (("--train.epochs", "-1"), "train.epochs is -1.0; expected a number > 0"),
         (("--noise.t-min", "0.9"), "t_min=0.9, t_max=0.5; expected 0 < t_min <= t_max"),
         (("--sampling.num-images", "0"), "sampling.num_images is 0; expected a number >= 1"),
+        (("--name", "../elsewhere"), "Another folder is given by --run-dir"),
         (("--sampling.guidance.weight", "-1"), "Guidance weight is -1.0; expected a finite number >= 0"),
         (("--train.mixed-precision", "fp16"), "fp16"),
         (("--train.learning-rat", "1"), "--train.learning-rat"),
@@ -263,7 +264,7 @@ def test_the_name_decides_on_the_folder(run, trained):
 def test_the_report_says_what_was_reached_and_what_to_do_next(run, trained):
     printed = run("--run-dir", "runs/[x]")
     for words in (
-        "20 steps in 61 s, 33 images/s",
+        "20 steps of 33 (--resume goes on) in 61 s, 33 images/s",
         "nll -1.250 at t=0.5",
         "2 whose gradient was not finite",
         "runs/[x]/samples/step-00000020.png",

@@ -53,7 +53,7 @@ def test_checking_touches_nothing(tmp_path):
 
 
 def test_a_folder_that_can_not_be_written_is_found_out_by_trying():
-    with pytest.raises(RunError, match=r"/proc/run can't be written.*--run-dir"):
+    with pytest.raises(RunError, match=r"/proc/run can't be written: nothing can be made in /proc.*--run-dir"):
         check(Path("/proc/run"), tiny_recipe(), "fresh")
 
 

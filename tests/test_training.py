@@ -109,6 +109,15 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(finished, tmp_pa
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+def test_resuming_a_finished_run_adds_nothing(tmp_path, capsys):
+    train(tiny_recipe(), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = train(tiny_recipe(), tmp_path / "run", start="resume")
+    assert "Nothing is left to train: step 27 has been reached" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert (again.steps, again.held_out.nll) == (27, json.loads(before.splitlines()[-1])["held_out"]["nll"])
+
+
 def test_a_run_that_was_stopped_before_its_first_state_begins_anew(finished, tmp_path, capsys):
     whole, _ = finished
     run = runs.prepare(tmp_path / "run", tiny_recipe(), "fresh")
