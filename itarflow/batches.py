@@ -113,7 +113,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
         collate_fn=_collate,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
     stream = iter(loader)
@@ -152,7 +152,7 @@ def in_order(
     return batches(dataset, lists[process_index::num_processes], num_workers)
 
 
-def _ignore_interrupts(_worker: int) -> None:
+def ignore_interrupts(_worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal; the main one still needs its workers to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itarflow.images import Crop, DataError, check_crop, convert_image, crop_image, pillow_mode, to_array
-from itarflow.sources import open_splits
+from itarflow.sources import open_splits, open_tables
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
+_NO_PATH = 'path is missing; give "digits", a folder of images, parquet files or a Hub name'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,7 @@ class ImageDataset(Dataset[Example]):
         failures: list[str] = []
         for step in range(min(len(self), self._max_broken + 1)):
             candidate = (index + step) % len(self)
-            image = self._read(candidate)
+            image = self.read(candidate)
             if isinstance(image, Tensor):
                 return Example(image, int(self._labels[candidate]), failures[0] if failures else None)
             failures.append(image)
@@ -180,8 +181,8 @@ class ImageDataset(Dataset[Example]):
         result._images, result._labels, result._broken = images, labels, tuple(broken)
         return result
 
-    def _read(self, index: int) -> Tensor | str:
-        """The image as a tensor, or "name: reason" why there is none."""
+    def read(self, index: int) -> Tensor | str:
+        """Decode the uint8 (C, H, W) image at `index` itself, or say "name: reason" why there is none."""
         row = int(self._indices[index])
         value = self._rows[row][self._column] or {}
         try:
@@ -248,7 +249,7 @@ def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> Image
     """
     _check(config, image_size, in_channels)
     if config.path is None:
-        raise DataError('path is missing; give "digits", a folder of images, parquet files or a Hub name')
+        raise DataError(_NO_PATH)
     train, held_out = open_splits(
         config.path, name=config.name, split=config.split, held_out_split=config.held_out_split
     )
@@ -282,6 +283,48 @@ def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> Image
         measured = _spread(held_out_labels, min(config.held_out_images or len(held_out), len(held_out)))
         parts = [images(train, torch.arange(len(train)), labels), images(held_out, measured, held_out_labels)]
     return ImageData(train=parts[0], held_out=parts[1], class_names=names)
+
+
+def load_splits(
+    config: DataConfig, splits: Sequence[str], *, image_size: int, in_channels: int
+) -> tuple[dict[str, ImageDataset], tuple[str, ...]]:
+    """Open whole splits with the classes that they share. Nothing is decoded.
+
+    Args:
+        config: what to open, and how to read it; what it says of splits and held-out images is not used.
+        splits: names of the splits.
+        image_size: height and width of the images in pixels.
+        in_channels: 3 for RGB, 1 for grey.
+
+    Returns:
+        All images of each split by its name, in the order of the source, and the names of the classes.
+
+    Raises:
+        DataError: the configuration or the data cannot be used; the message says what to change.
+    """
+    _check(config, image_size, in_channels)
+    if config.path is None:
+        raise DataError(_NO_PATH)
+    opened = open_tables(config.path, config.name, splits)
+    tables = {split: opened[split] for split in splits}
+    features = tables[splits[0]].features
+    image_column = _find_image_column(features, config.image_column)
+    label_column = _find_label_column(features, config.label_column)
+    labels = {split: _labels(table, label_column) for split, table in tables.items()}
+    sets = {
+        split: ImageDataset(
+            table,
+            image_column=image_column,
+            indices=torch.arange(len(table)),
+            labels=labels[split],
+            image_size=image_size,
+            in_channels=in_channels,
+            crop=config.crop,
+            max_broken=config.max_broken,
+        )
+        for split, table in tables.items()
+    }
+    return sets, _class_names(features, label_column, torch.cat(list(labels.values())))
 
 
 def _check(config: DataConfig, image_size: int, in_channels: int) -> None:

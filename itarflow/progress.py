@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -34,6 +35,32 @@ def training_progress(console: Console, name: str, total_steps: int, first_step:
             progress.update(task, completed=step, speed=speed)
             if loss is not None:
                 progress.update(task, loss=f"{loss:.4f}")
+
+        yield show
+
+
+@contextmanager
+def image_progress(console: Console | None, title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
+    """A live line that counts images: bar, images a second, time left; no console, no line.
+
+    Yields:
+        A function to call with the number of images done since its last call. Those of `done` count for no speed.
+    """
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.0f} images/s"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+    )
+    with Progress(*columns, console=console, disable=console is None) as progress:
+        task, start, count = progress.add_task(title, total=total, completed=done, speed=0.0), time.monotonic(), 0
+
+        def show(more: int) -> None:
+            nonlocal count
+            count += more
+            progress.update(task, advance=more, speed=count / max(time.monotonic() - start, 1e-3))
 
         yield show
 

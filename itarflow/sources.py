@@ -49,7 +49,7 @@ def open_splits(
         DataError: there is nothing to open, it is damaged, a split is missing or empty, or the two overlap.
     """
     wanted = _split_names(f"{split}+{held_out_split}" if held_out_split else split)
-    tables = _open_tables(path, name, wanted)
+    tables = open_tables(path, name, wanted)
     train = _row_ranges(split, tables)
     if held_out_split is None:
         return _take(tables, train), None
@@ -91,8 +91,12 @@ def _require_splits(path: str, wanted: Sequence[str], known: Iterable[Any]) -> N
         raise DataError(f"path {path!r} has no split {missing[0]!r}; use one of {', '.join(names)}")
 
 
-def _open_tables(path: str, name: str | None, wanted: Sequence[str]) -> _Tables:
-    """The splits of what path names: those wanted, at least."""
+def open_tables(path: str, name: str | None, wanted: Sequence[str]) -> Mapping[str, datasets.Dataset]:
+    """Open whole splits of what `path` names, by their names alone; arguments and errors as in `open_splits`.
+
+    Returns:
+        Tables by split, whose images are not decoded yet: those of `wanted`, at least.
+    """
     place = os.path.expanduser(path)
     if place == "digits":
         _require_splits(path, wanted, ["train"])

@@ -391,3 +391,39 @@ def test_an_unknown_option_is_refused(capsys):
         cli.main(["sample", "somewhere", "--classes", "3"])
     assert exit_.value.code == 2
     assert "--classes" in capsys.readouterr().err
+
+
+# -- prepare ----------------------------------------------------------------------------------------------------
+
+
+def test_prepare_writes_a_folder_and_says_how_to_train(run: Run) -> None:
+    words = ("prepare", "digits", "small digits", "--size", 8, "--in-channels", 1, "--num-workers", 0)
+    printed = run(*words)
+    assert Path("small digits/train-00000-of-00001.parquet").exists()
+    for part in ("images in train", "1,797", "broken, left out │ none", "MB", "images/s"):
+        assert part in printed
+    assert (
+        "--data.path 'small digits' --data.split train --data.held-out-split None "
+        "--model.image-size 8 --model.in-channels 1 --model.num-classes 10"
+    ) in printed
+    assert "nothing was left to do" in run(*words)
+
+
+def test_prepare_refuses(refused: Run) -> None:
+    assert "size is 0; expected 1 or more" in refused("prepare", "digits", "out", "--size", 0)
+    assert "no split 'test'" in refused("prepare", "digits", "out", "--size", 8, "--split", "train", "test")
+    Path("file").touch()
+    assert "file can't be written" in refused("prepare", "digits", "file", "--size", 8)
+
+
+def test_prepare_that_is_stopped_says_that_it_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "prepare", stop)
+    with pytest.raises(SystemExit) as exit_:
+        run("prepare", "digits", "out", "--size", 8)
+    assert exit_.value.code == 130
+    assert "The same command goes on with out later." in capsys.readouterr().err
