@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,7 +117,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
-    stream = iter(loader)
+    stream = _without_alarm(loader)
     while True:
         try:
             batch = next(stream)
@@ -150,6 +151,19 @@ def in_order(
     indices = list(range(len(dataset)))
     lists = [indices[i : i + batch_size] for i in indices[::batch_size]]
     return batches(dataset, lists[process_index::num_processes], num_workers)
+
+
+def _without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, which tells of a dead worker when it is asked for a batch, and not by a signal.
+
+    PyTorch's handler of that signal raises wherever the program is: in the middle of an optimiser step, for instance.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    stream = iter(loader)
+    signal.signal(signal.SIGCHLD, handler)
+    return stream
 
 
 def ignore_interrupts(_worker: int) -> None:
