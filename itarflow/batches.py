@@ -112,10 +112,15 @@ class StreamedBatchSampler(GlobalBatchSampler):
         super().__init__(int(row_groups.sum()), global_batch_size, **share)
         self.row_groups, self.shuffle_buffer = row_groups, shuffle_buffer
 
-    def windows(self, num_readers: int) -> tuple[int, int]:
-        """In how many windows each of `num_readers` equal parts of the lists is busy, at most, and their size."""
+    def parts(self, num_workers: int) -> int:
+        """Into how many parts to cut lists, so that workers taking turns have the same one each; none is empty."""
+        divisors = (count for count in range(1, num_workers + 1) if num_workers % count == 0)
+        return max((count for count in divisors if count <= self.size), default=1)
+
+    def windows(self, parts: int) -> tuple[int, int]:
+        """In how many windows one of `parts` parts of the lists is busy, at most, and the size of a window."""
         streams = num_streams(self.global_batch_size)
-        part = math.ceil(self.size / num_readers)
+        part = math.ceil(self.size / parts)
         # One more than fit, because from the second epoch on lists begin in the middle of a stream.
         busy = self.accumulation * (math.ceil(part * streams / self.global_batch_size) + 1)
         return min(busy, streams), window_size(self.global_batch_size, self.shuffle_buffer)
@@ -150,8 +155,8 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
     Args:
         dataset: the images; a set that is held in memory is indexed directly, without workers.
         sampler: lists of indices, such as a `GlobalBatchSampler`.
-        num_workers: processes that decode ahead; 0 decodes here. Of a set with row groups, each worker decodes its
-            part of every list, so that it always reads the same streams; of others, every num_workers-th list.
+        num_workers: processes that decode ahead; 0 decodes here. Each decodes every num_workers-th list, or, of a
+            `StreamedBatchSampler`, its part of the lists, so that it always reads the same streams.
 
     Yields:
         Batches, endlessly if the sampler is endless.
@@ -164,10 +169,9 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
             yield Batch(dataset.images[indices], dataset.labels[indices], ())
         return
     parts = 1
-    if dataset.row_groups is not None:
-        parts = max(num_workers, 1)
-        windows, size = sampler.windows(parts) if isinstance(sampler, StreamedBatchSampler) else (1, 1)
-        dataset = dataset.keeping(windows, size)
+    if isinstance(sampler, StreamedBatchSampler):
+        parts = sampler.parts(num_workers)
+        dataset = dataset.keeping(*sampler.windows(parts))
     loader = DataLoader(
         _Reporting(dataset),
         batch_sampler=_divided(sampler, parts),
@@ -178,10 +182,14 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
-    # Workers take turns, so that part w of every list is worker w's.
-    found = iter(loader)
-    while divided := list(itertools.islice(found, parts)):
-        yield _joined(divided)
+    found: list[Batch] = []
+    for batch in loader:
+        if isinstance(batch, DataError):
+            raise batch
+        found.append(batch)
+        if len(found) == parts:
+            yield _joined(found)
+            found = []
 
 
 def in_order(
@@ -208,21 +216,17 @@ def _ignore_interrupts(_worker: int) -> None:
 
 
 def _divided(lists: Iterable[list[int]], parts: int) -> Iterator[list[int]]:
-    """Each list as so many contiguous ones, which are empty where it is shorter than that."""
+    """Each list as so many contiguous ones."""
     for indices in lists:
         cuts = [len(indices) * part // parts for part in range(parts + 1)]
         for begin, end in itertools.pairwise(cuts):
             yield indices[begin:end]
 
 
-def _joined(parts: Sequence[Batch | DataError | None]) -> Batch:
-    for part in parts:
-        if isinstance(part, DataError):
-            raise part
-    found = [part for part in parts if isinstance(part, Batch)]
-    if len(found) == 1:
-        return found[0]
-    images, labels, broken = zip(*found, strict=True)
+def _joined(parts: Sequence[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    images, labels, broken = zip(*parts, strict=True)
     return Batch(torch.cat(images), torch.cat(labels), tuple(itertools.chain(*broken)))
 
 
@@ -239,9 +243,7 @@ class _Reporting(Dataset[Example | DataError]):
             return error
 
 
-def _collate(examples: Sequence[Example | DataError]) -> Batch | DataError | None:
-    if not examples:
-        return None  # a worker's part of a list shorter than the number of workers
+def _collate(examples: Sequence[Example | DataError]) -> Batch | DataError:
     for example in examples:
         if isinstance(example, DataError):
             return example

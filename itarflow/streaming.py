@@ -321,6 +321,8 @@ def window_size(batch_size: int, shuffle_buffer: int) -> int:
 
 
 def _open(file: str) -> IO[bytes]:
+    if "://" not in file:
+        return open(file, "rb")
     system, path = fsspec.core.url_to_fs(file)
     # Uncached: what is read of a file lies far apart, and reading ahead would fetch the images along with the labels.
     return system.open(path, "rb", cache_type="none")

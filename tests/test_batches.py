@@ -187,6 +187,14 @@ def test_streamed_step_is_the_same_however_it_is_cut(num_processes: int, accumul
         assert [index for cut in cuts for index in cut] == expected
 
 
+@pytest.mark.parametrize(
+    ("num_workers", "parts"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (12, 4)]
+)
+def test_workers_get_the_same_part_of_every_list(num_workers: int, parts: int) -> None:
+    sampler = StreamedBatchSampler(torch.tensor([100]), 8, shuffle_buffer=16, num_processes=2)  # lists of 4
+    assert sampler.parts(num_workers) == parts
+
+
 def test_sampler_suits_the_set(tmp_path: Path, streamed: ImageDataset) -> None:
     sampler = training_sampler(streamed, 8, shuffle_buffer=16, seed=2)
     assert isinstance(sampler, StreamedBatchSampler)
@@ -242,7 +250,8 @@ def test_row_groups_are_read_about_once_and_few_are_kept(
     assert size == 8
     assert windows <= 8 // num_processes // num_readers + 2 * accumulation
     reader, opened, visited = train.keeping(windows, size), list[str](), 0
-    monkeypatch.setattr(streaming, "_open", lambda file: opened.append(file) or open(file, "rb"))
+    opening = streaming._open
+    monkeypatch.setattr(streaming, "_open", lambda file: opened.append(file) or opening(file))
     for indices in islice(sampler, 2 * accumulation * 250 // 32):
         for index in indices[: len(indices) // num_readers]:
             assert reader[index].image[0, 0, 0] == index
@@ -264,4 +273,4 @@ def test_damaged_row_group_is_broken_images(tmp_path: Path) -> None:
         assert batch.labels.tolist() == [value % 2 for value in batch.images[:, 0, 0, 0].tolist()]
         assert [name.split(": ")[0] for name in batch.broken] == [f"{file}, row {row}" for row in (6, 7, 8)]
     with pytest.raises(DataError, match=r"3 images could not be read, and data.max_broken is 2(.|\n)*row 6: "):
-        list(in_order(load(file, streaming=True, max_broken=2).train, 12, 1))
+        list(in_order(load(file, streaming=True, max_broken=2).train, 12))
