@@ -23,7 +23,7 @@ from rich.table import Table
 
 from itarflow.batches import batches, training_sampler
 from itarflow.data import DataConfig, ImageDataset, load_data
-from itarflow.images import to_array
+from itarflow.images import convert_image, crop_image
 from itarflow.sources import open_splits
 
 IMAGES_PER_FILE = 1000  # of parquet
@@ -39,6 +39,8 @@ class Options:
     """Where the images are: a folder, parquet files, or a data set on the Hub."""
     sizes: tuple[int, ...] = (64, 128, 256)
     """Heights and widths to train at, in pixels."""
+    jpeg_size: int | None = None
+    """Make the JPEG files squares of so many pixels; None leaves them as they are in the source."""
     images: int = 4000
     """Images that are copied, at most."""
     batch_size: int = 64
@@ -83,7 +85,7 @@ def load(path: Path, size: int, streaming: bool = False) -> ImageDataset:
 
 
 def write_jpegs(options: Options, folder: Path) -> str:
-    """JPEG files of images evenly spaced in the source, as they are where they are JPEG; their median size."""
+    """JPEG files of images evenly spaced in the source; their median width and height."""
     rows, _ = open_splits(options.data)
     column = next(name for name, feature in rows.features.items() if isinstance(feature, datasets.Image))
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -94,11 +96,15 @@ def write_jpegs(options: Options, folder: Path) -> str:
         value = rows[number * len(rows) // count][column]
         content = value["bytes"] or Path(value["path"]).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
-            sizes.append(image.size)
-            if image.format != "JPEG":
+            if image.format == "JPEG" and options.jpeg_size is None:
+                sizes.append(image.size)
+            else:
+                upright = convert_image(image, 3)
+                upright = crop_image(upright, options.jpeg_size) if options.jpeg_size else upright
                 buffer = io.BytesIO()
-                Image.fromarray(to_array(image, 3).transpose(1, 2, 0)).save(buffer, "JPEG", quality=90)
+                upright.save(buffer, "JPEG", quality=90)
                 content = buffer.getvalue()
+                sizes.append(upright.size)
         (folder / f"{number:06}.jpg").write_bytes(content)
     return " x ".join(f"{statistics.median(sides):.0f}" for sides in zip(*sizes, strict=True))
 

@@ -69,13 +69,14 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 f"global_batch_size {global_batch_size} is not divisible by num_processes {num_processes} x "
                 f"accumulation {accumulation}; choose a multiple of {parts}"
             )
-        self.num_images, self.global_batch_size, self.seed = num_images, global_batch_size, seed
-        self.num_processes, self.accumulation = num_processes, accumulation
+        self.num_images, self.global_batch_size = num_images, global_batch_size
+        self.accumulation, self.seed = accumulation, seed
         self.size, self.stride = global_batch_size // parts, global_batch_size // accumulation
         self.start = start_step * global_batch_size + process_index * self.size
 
     def __iter__(self) -> Iterator[list[int]]:
-        position, epoch, order = self.start, -1, self._epoch(0)
+        position, epoch = self.start, -1
+        order: Tensor | StreamedEpoch = torch.empty(0)
         while True:
             indices: list[int] = []
             while len(indices) < self.size:
@@ -113,17 +114,26 @@ class StreamedBatchSampler(GlobalBatchSampler):
         self.row_groups, self.shuffle_buffer = row_groups, shuffle_buffer
 
     def parts(self, num_workers: int) -> int:
-        """Into how many parts to cut lists, so that workers taking turns have the same one each; none is empty."""
-        divisors = (count for count in range(1, num_workers + 1) if num_workers % count == 0)
-        return max((count for count in divisors if count <= self.size), default=1)
+        """Into how many parts to cut each list, so that workers taking turns read as few streams each as can be.
 
-    def windows(self, parts: int) -> tuple[int, int]:
-        """In how many windows one of `parts` parts of the lists is busy, at most, and the size of a window."""
-        streams = num_streams(self.global_batch_size)
-        part = math.ceil(self.size / parts)
-        # One more than fit, because from the second epoch on lists begin in the middle of a stream.
-        busy = self.accumulation * (math.ceil(part * streams / self.global_batch_size) + 1)
-        return min(busy, streams), window_size(self.global_batch_size, self.shuffle_buffer)
+        No part is empty.
+        """
+        return min(
+            range(1, min(max(num_workers, 1), self.size) + 1),
+            key=lambda parts: (self._streams_of_a_worker(num_workers, parts), -parts),
+        )
+
+    def windows(self, num_workers: int) -> tuple[int, int]:
+        """In how many windows each worker is busy at a time, at most, if lists are cut into `parts`; their size."""
+        streams = self._streams_of_a_worker(num_workers, self.parts(num_workers))
+        return streams, window_size(self.global_batch_size, self.shuffle_buffer)
+
+    def _streams_of_a_worker(self, num_workers: int, parts: int) -> int:
+        places = self.accumulation * parts  # of a part within a step; each worker comes by every so many of them
+        visited = places // math.gcd(places, max(num_workers, 1))
+        streams, part = num_streams(self.global_batch_size), math.ceil(self.size / parts)
+        # One more than fit, because from the second epoch on a step begins in the middle of a stream.
+        return min(visited * (math.ceil(part * streams / self.global_batch_size) + 1), streams)
 
     def _epoch(self, epoch: int) -> StreamedEpoch:
         return StreamedEpoch(
@@ -171,7 +181,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
     parts = 1
     if isinstance(sampler, StreamedBatchSampler):
         parts = sampler.parts(num_workers)
-        dataset = dataset.keeping(*sampler.windows(parts))
+        dataset = dataset.keeping(*sampler.windows(num_workers))
     loader = DataLoader(
         _Reporting(dataset),
         batch_sampler=_divided(sampler, parts),

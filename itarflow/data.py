@@ -74,8 +74,9 @@ class DataConfig:
     Name a held_out_split: images set aside from `split` lie all over it, and all is read to measure on them.
     Folders of image files, which are never copied, and digits are read as without."""
     shuffle_buffer: int = 8192
-    """With streaming: images that are mixed with one another, of row groups drawn at random. They and the rest of
-    their row groups are held in memory, still encoded, by all processes together, up to about twice over."""
+    """With streaming: images that are mixed with one another, of row groups drawn at random. With the rest of their
+    row groups they are in memory, still encoded: up to eight processes that decode hold about twice as many in all,
+    further ones a quarter as many each."""
     max_broken: int = 100
     """Unreadable images are replaced by their neighbours and named; stop at more than this many."""
 

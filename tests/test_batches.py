@@ -17,6 +17,7 @@ from itarflow.batches import (
     Batch,
     GlobalBatchSampler,
     StreamedBatchSampler,
+    _divided,
     batches,
     in_order,
     training_sampler,
@@ -188,11 +189,34 @@ def test_streamed_step_is_the_same_however_it_is_cut(num_processes: int, accumul
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "parts"), [(0, 1), (1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4), (12, 4)]
+    ("num_workers", "accumulation", "parts", "windows"),
+    [
+        (0, 1, 1, 8),
+        (1, 1, 1, 8),
+        (2, 1, 2, 5),
+        (8, 1, 8, 2),
+        (8, 4, 2, 2),  # workers 0 and 1 for the first micro-batch of every step, 2 and 3 for the second ...
+        (4, 8, 1, 4),
+        (3, 4, 3, 8),
+        (12, 1, 12, 2),
+        (40, 1, 20, 2),  # no more parts than a list has images
+    ],
 )
-def test_workers_get_the_same_part_of_every_list(num_workers: int, parts: int) -> None:
-    sampler = StreamedBatchSampler(torch.tensor([100]), 8, shuffle_buffer=16, num_processes=2)  # lists of 4
+def test_each_worker_reads_few_streams(num_workers: int, accumulation: int, parts: int, windows: int) -> None:
+    size = 32 if num_workers < 40 else 24
+    share = {"accumulation": accumulation, "start_step": 1}
+    sampler = StreamedBatchSampler(torch.full((50,), 7), size, shuffle_buffer=80, **share)
     assert sampler.parts(num_workers) == parts
+    assert sampler.windows(num_workers) == (windows, 10)
+    streams: dict[tuple[int, int], set[int]] = {}  # by worker and epoch
+    position, rest = size, 350 // size * size
+    for turn, part in enumerate(_divided(islice(sampler, 40 * accumulation), parts)):
+        for place in range(position, position + len(part)):
+            if place % 350 < rest:  # the last places of an epoch, less than a batch, go through all streams
+                worker = (turn % max(num_workers, 1), place // 350)
+                streams.setdefault(worker, set()).add(place % 350 % size * 8 // size)
+        position += len(part)
+    assert max(map(len, streams.values())) <= windows
 
 
 def test_sampler_suits_the_set(tmp_path: Path, streamed: ImageDataset) -> None:
@@ -233,29 +257,28 @@ def test_streamed_evaluation_is_in_order(streamed: ImageDataset, tmp_path: Path,
 
 
 @pytest.mark.parametrize(
-    ("num_processes", "accumulation", "num_readers"), [(1, 1, 1), (1, 2, 2), (2, 1, 2), (4, 1, 1)]
+    ("num_processes", "accumulation", "num_workers"), [(1, 1, 1), (1, 2, 4), (2, 1, 2), (4, 1, 0)]
 )
 def test_row_groups_are_read_about_once_and_few_are_kept(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     num_processes: int,
     accumulation: int,
-    num_readers: int,
+    num_workers: int,
 ) -> None:
     train = load(write_row_groups(tmp_path / "a.parquet", 250, 2), streaming=True).train
     share = {"num_processes": num_processes, "process_index": num_processes - 1, "accumulation": accumulation}
     sampler = training_sampler(train, 32, shuffle_buffer=64, **share)
     assert isinstance(sampler, StreamedBatchSampler)
-    windows, size = sampler.windows(num_readers)
+    windows, size = sampler.windows(num_workers)
     assert size == 8
-    assert windows <= 8 // num_processes // num_readers + 2 * accumulation
-    reader, opened, visited = train.keeping(windows, size), list[str](), 0
-    opening = streaming._open
+    worker, opened, visited, opening = train.keeping(windows, size), list[str](), 0, streaming._open
     monkeypatch.setattr(streaming, "_open", lambda file: opened.append(file) or opening(file))
-    for indices in islice(sampler, 2 * accumulation * 250 // 32):
-        for index in indices[: len(indices) // num_readers]:
-            assert reader[index].image[0, 0, 0] == index
-            assert reader._rows.resident[1] <= windows * (size + 4)
+    lists = islice(sampler, 2 * accumulation * 250 // 32)
+    for turn, part in enumerate(_divided(lists, sampler.parts(num_workers))):
+        for index in part if turn % max(num_workers, 1) == 0 else ():  # the first worker
+            assert worker[index].image[0, 0, 0] == index
+            assert worker._rows.resident[1] <= windows * (size + 4)
             visited += 1
     assert visited / 2 <= len(opened) <= visited / 2 * 1.4
 
