@@ -1,12 +1,14 @@
 """The order of training images, and batches of them.
 
-The order depends on (seed, step) alone, never on the number of processes (`GlobalBatchSampler`). Images stay uint8
-(C, H, W) tensors on their way; the training loop makes pixels of them on the device.
+The order depends on (seed, step) alone, never on the number of processes (`GlobalBatchSampler`), also if images are
+streamed from files row group by row group (`StreamedBatchSampler`). Images stay uint8 (C, H, W) tensors on their way;
+the training loop makes pixels of them on the device.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
+import math
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from itarflow.data import Example, ImageDataset
 from itarflow.images import DataError
+from itarflow.streaming import StreamedEpoch, num_streams, permutation, window_size
 
 
 class Batch(NamedTuple):
@@ -37,7 +40,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     `accumulation` lists of m = B / (num_processes * accumulation) indices: list a of process p has the
     positions from (a * num_processes + p) * m on, counted from the start of the step.
 
-    The seed of epoch e is the first 8 bytes (big-endian) of SHA-256 of "itarflow epoch {seed} {e}".
+    Epoch e is the permutation named "itarflow epoch {seed} {e}"; see `streaming.permutation`.
 
     Raises:
         ValueError: an argument is out of range, or num_processes * accumulation does not divide the batch.
@@ -67,26 +70,94 @@ class GlobalBatchSampler(Sampler[list[int]]):
                 f"global_batch_size {global_batch_size} is not divisible by num_processes {num_processes} x "
                 f"accumulation {accumulation}; choose a multiple of {parts}"
             )
-        self.num_images, self.seed = num_images, seed
+        self.num_images, self.global_batch_size = num_images, global_batch_size
+        self.accumulation, self.seed = accumulation, seed
         self.size, self.stride = global_batch_size // parts, global_batch_size // accumulation
         self.start = start_step * global_batch_size + process_index * self.size
 
     def __iter__(self) -> Iterator[list[int]]:
-        position, epoch, order = self.start, -1, torch.empty(0)
+        position, epoch = self.start, -1
+        order: Tensor | StreamedEpoch = torch.empty(0)
         while True:
             indices: list[int] = []
             while len(indices) < self.size:
                 wanted, offset = divmod(position + len(indices), self.num_images)
                 if wanted != epoch:  # positions only grow, so that one permutation at a time is enough
-                    epoch, order = wanted, self._permutation(wanted)
+                    epoch, order = wanted, self._epoch(wanted)
                 indices += order[offset : offset + self.size - len(indices)].tolist()
             yield indices
             position += self.stride
 
-    def _permutation(self, epoch: int) -> Tensor:
-        digest = hashlib.sha256(f"itarflow epoch {self.seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-        return torch.randperm(self.num_images, generator=generator)
+    def _epoch(self, epoch: int) -> Tensor | StreamedEpoch:
+        return permutation(f"itarflow epoch {self.seed} {epoch}", self.num_images)
+
+
+class StreamedBatchSampler(GlobalBatchSampler):
+    """The same promises, of epochs that read few row groups at a time: `StreamedEpoch`s instead of permutations.
+
+    What a step sees depends on (seed, step), the sizes of the row groups and shuffle_buffer alone. A process whose
+    share of a batch is contiguous reads few of the streams.
+
+    Args:
+        row_groups: (G,) number of images in each row group; see `ImageDataset.row_groups`.
+        global_batch_size: images of an optimiser step.
+        shuffle_buffer: images that are mixed with one another.
+        share: num_processes, process_index, accumulation, seed and start_step, as of `GlobalBatchSampler`.
+
+    Raises:
+        ValueError: as of `GlobalBatchSampler`, or shuffle_buffer is less than 1.
+    """
+
+    def __init__(self, row_groups: Tensor, global_batch_size: int, *, shuffle_buffer: int, **share: int) -> None:
+        if shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer is {shuffle_buffer}; expected 1 or more")
+        super().__init__(int(row_groups.sum()), global_batch_size, **share)
+        self.row_groups, self.shuffle_buffer = row_groups, shuffle_buffer
+
+    def parts(self, num_workers: int) -> int:
+        """Into how many parts to cut each list, so that workers taking turns read as few streams each as can be.
+
+        No part is empty.
+        """
+        return min(
+            range(1, min(max(num_workers, 1), self.size) + 1),
+            key=lambda parts: (self._streams_of_a_worker(num_workers, parts), -parts),
+        )
+
+    def windows(self, num_workers: int) -> tuple[int, int]:
+        """In how many windows each worker is busy at a time, at most, if lists are cut into `parts`; their size."""
+        streams = self._streams_of_a_worker(num_workers, self.parts(num_workers))
+        return streams, window_size(self.global_batch_size, self.shuffle_buffer)
+
+    def _streams_of_a_worker(self, num_workers: int, parts: int) -> int:
+        places = self.accumulation * parts  # of a part within a step; each worker comes by every so many of them
+        visited = places // math.gcd(places, max(num_workers, 1))
+        streams, part = num_streams(self.global_batch_size), math.ceil(self.size / parts)
+        # One more than fit, because from the second epoch on a step begins in the middle of a stream.
+        return min(visited * (math.ceil(part * streams / self.global_batch_size) + 1), streams)
+
+    def _epoch(self, epoch: int) -> StreamedEpoch:
+        return StreamedEpoch(
+            self.row_groups.numpy(),
+            batch_size=self.global_batch_size,
+            shuffle_buffer=self.shuffle_buffer,
+            seed=self.seed,
+            epoch=epoch,
+        )
+
+
+def training_sampler(
+    dataset: ImageDataset, global_batch_size: int, *, shuffle_buffer: int, **share: int
+) -> GlobalBatchSampler:
+    """Endless lists of indices, in the order that suits the set.
+
+    A set with row groups gets a `StreamedBatchSampler`. Others (held in memory, or read at random from the disk) get
+    a `GlobalBatchSampler`, and no use is made of shuffle_buffer. Arguments and errors as of these.
+    """
+    row_groups = dataset.row_groups
+    if row_groups is None:
+        return GlobalBatchSampler(len(dataset), global_batch_size, **share)
+    return StreamedBatchSampler(row_groups, global_batch_size, shuffle_buffer=shuffle_buffer, **share)
 
 
 def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int = 0) -> Iterator[Batch]:
@@ -95,7 +166,8 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
     Args:
         dataset: the images; a set that is held in memory is indexed directly, without workers.
         sampler: lists of indices, such as a `GlobalBatchSampler`.
-        num_workers: processes that decode ahead; 0 decodes here.
+        num_workers: processes that decode ahead; 0 decodes here. Each decodes every num_workers-th list, or, of a
+            `StreamedBatchSampler`, its part of the lists, so that it always reads the same streams.
 
     Yields:
         Batches, endlessly if the sampler is endless.
@@ -107,9 +179,13 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         for indices in sampler:
             yield Batch(dataset.images[indices], dataset.labels[indices], ())
         return
+    parts = 1
+    if isinstance(sampler, StreamedBatchSampler):
+        parts = sampler.parts(num_workers)
+        dataset = dataset.keeping(*sampler.windows(num_workers))
     loader = DataLoader(
         _Reporting(dataset),
-        batch_sampler=sampler,
+        batch_sampler=_divided(sampler, parts),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         prefetch_factor=4 if num_workers else None,
@@ -117,7 +193,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
-    stream = _without_alarm(loader)
+    stream, found = _without_alarm(loader), list[Batch]()
     while True:
         try:
             batch = next(stream)
@@ -132,7 +208,10 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
             ) from error
         if isinstance(batch, DataError):
             raise batch
-        yield batch
+        found.append(batch)
+        if len(found) == parts:
+            yield _joined(found)
+            found = []
 
 
 def in_order(
@@ -169,6 +248,21 @@ def _without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
 def ignore_interrupts(_worker: int) -> None:
     """Ctrl-C reaches all processes of a terminal; the main one still needs its workers to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _divided(lists: Iterable[list[int]], parts: int) -> Iterator[list[int]]:
+    """Each list as so many contiguous ones."""
+    for indices in lists:
+        cuts = [len(indices) * part // parts for part in range(parts + 1)]
+        for begin, end in itertools.pairwise(cuts):
+            yield indices[begin:end]
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    images, labels, broken = zip(*parts, strict=True)
+    return Batch(torch.cat(images), torch.cat(labels), tuple(itertools.chain(*broken)))
 
 
 class _Reporting(Dataset[Example | DataError]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import os
 import re
 import warnings
@@ -27,7 +28,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itarflow.images import Crop, DataError, check_crop, convert_image, crop_image, pillow_mode, to_array
-from itarflow.sources import open_splits, open_tables
+from itarflow.sources import Rows, open_splits, open_tables
+from itarflow.streaming import DamagedRowError, ParquetRows
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 _NO_PATH = 'path is missing; give "digits", a folder of images, parquet files or a Hub name'
@@ -67,6 +69,15 @@ class DataConfig:
     """Decode every image once, at the start, and keep it in memory: for small sets that are visited often."""
     num_workers: int = 2
     """Processes that decode ahead of training; 0 decodes in the training process. Not used with in_memory."""
+    streaming: bool = False
+    """Leave parquet files where they are, here or on the Hub, and read them row group by row group, instead of
+    copying all of them into the cache first: for data sets larger than the disk. Mixes less; see shuffle_buffer.
+    Name a held_out_split: images set aside from `split` lie all over it, and all is read to measure on them.
+    Folders of image files, which are never copied, and digits are read as without."""
+    shuffle_buffer: int = 8192
+    """With streaming: images that are mixed with one another, of row groups drawn at random. With the rest of their
+    row groups they are in memory, still encoded: up to eight processes that decode hold about twice as many in all,
+    further ones a quarter as many each."""
     max_broken: int = 100
     """Unreadable images are replaced by their neighbours and named; stop at more than this many."""
 
@@ -86,9 +97,9 @@ class ImageDataset(Dataset[Example]):
     example then says so in `broken`. The same image is reported at every visit: count names, not reports.
 
     Args:
-        rows: table with a column of encoded images.
+        rows: table with a column of encoded images; of `ParquetRows`, few row groups are in memory at a time.
         image_column: name of that column.
-        indices: (N,) rows that make up the set, in this order.
+        indices: (N,) rows that make up the set, ascending.
         labels: (N,) int64 class of each, -1 = none.
         image_size: height and width of the examples in pixels.
         in_channels: 3 for RGB, 1 for grey.
@@ -98,7 +109,7 @@ class ImageDataset(Dataset[Example]):
 
     def __init__(
         self,
-        rows: datasets.Dataset,
+        rows: Rows,
         *,
         image_column: str,
         indices: Tensor,
@@ -108,9 +119,12 @@ class ImageDataset(Dataset[Example]):
         crop: Crop = "center",
         max_broken: int = 100,
     ) -> None:
-        # Undecoded, because in the hands of `datasets` one broken file would end the run.
-        column = rows.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        self._rows, self._column = column, image_column
+        column = rows.select_columns([image_column])
+        if isinstance(column, datasets.Dataset):
+            # Undecoded, because in the hands of `datasets` one broken file would end the run.
+            column = column.cast_column(image_column, datasets.Image(decode=False))
+        self._rows: Rows = column
+        self._column = image_column
         self._indices, self._labels = indices, labels
         self._size, self._in_channels, self._crop = image_size, in_channels, crop
         self._max_broken = max_broken
@@ -134,6 +148,26 @@ class ImageDataset(Dataset[Example]):
     def broken(self) -> tuple[str, ...]:
         """Of each image that was replaced when the set was decoded into memory, its "name: reason"; else ()."""
         return self._broken
+
+    @property
+    def row_groups(self) -> Tensor | None:
+        """(G,) int64 how many images lie in each row group, one after another; None if any image is as near."""
+        if self._images is not None or not isinstance(self._rows, ParquetRows):
+            return None
+        begins = torch.searchsorted(self._indices, torch.from_numpy(self._rows.group_starts))
+        return begins.diff()
+
+    def keeping(self, windows: int, size: int) -> ImageDataset:
+        """The same set for a reader that is busy in so many windows of `row_groups`, each of `size` images.
+
+        It keeps their row groups in memory. Sets without row groups need nothing, and are returned as they are.
+        """
+        if not isinstance(self._rows, ParquetRows):
+            return self
+        rows = math.ceil(size * len(self._rows) / max(len(self), 1)) + 2 * self._rows.largest_group
+        result = copy.copy(self)
+        result._rows = self._rows.keeping(windows * rows)
+        return result
 
     def __getitem__(self, index: int) -> Example:
         """Example at `index` in 0..N-1.
@@ -184,13 +218,16 @@ class ImageDataset(Dataset[Example]):
     def read(self, index: int) -> Tensor | str:
         """Decode the uint8 (C, H, W) image at `index` itself, or say "name: reason" why there is none."""
         row = int(self._indices[index])
-        value = self._rows[row][self._column] or {}
+        value: dict[str, Any] = {}
         try:
+            value = self._rows[row][self._column] or {}
             with Image.open(io.BytesIO(_encoded(value))) as image:
                 square = crop_image(convert_image(image, self._in_channels), self._size, self._crop)
             return torch.from_numpy(to_array(square, self._in_channels))
         except UnidentifiedImageError:  # whose own words name a buffer in memory
             return f"{value.get('path') or f'row {row}'}: it is no picture of a known format, or its head is damaged"
+        except DamagedRowError as error:  # which names file and row
+            return str(error)
         # Damaged files make Pillow raise nearly anything. Nothing is hidden: the reason is reported.
         except Exception as error:
             return f"{value.get('path') or f'row {row}'}: {str(error) or type(error).__name__}"
@@ -251,12 +288,16 @@ def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> Image
     if config.path is None:
         raise DataError(_NO_PATH)
     train, held_out = open_splits(
-        config.path, name=config.name, split=config.split, held_out_split=config.held_out_split
+        config.path,
+        name=config.name,
+        split=config.split,
+        held_out_split=config.held_out_split,
+        streaming=config.streaming,
     )
     image_column = _find_image_column(train.features, config.image_column)
     label_column = _find_label_column(train.features, config.label_column)
 
-    def images(rows: datasets.Dataset, indices: Tensor, labels: Tensor) -> ImageDataset:
+    def images(rows: Rows, indices: Tensor, labels: Tensor) -> ImageDataset:
         dataset = ImageDataset(
             rows,
             image_column=image_column,
@@ -335,6 +376,12 @@ def _check(config: DataConfig, image_size: int, in_channels: int) -> None:
     for name in ("held_out_images", "num_workers", "max_broken"):
         if getattr(config, name) < 0:
             raise DataError(f"{name} is {getattr(config, name)}; expected 0 or more")
+    if config.streaming and config.in_memory:
+        raise DataError(
+            "streaming and in_memory are both set; expected one: streaming if the images exceed the memory"
+        )
+    if config.shuffle_buffer < 1:
+        raise DataError(f"shuffle_buffer is {config.shuffle_buffer}; expected 1 or more, such as 8192")
 
 
 def _find_image_column(features: datasets.Features, wanted: str | None) -> str:
@@ -365,11 +412,14 @@ def _find_label_column(features: datasets.Features, wanted: str | None) -> str |
     return wanted or (found[0] if found else None)
 
 
-def _labels(rows: datasets.Dataset, column: str | None) -> Tensor:
+def _labels(rows: Rows, column: str | None) -> Tensor:
     """(N,) int64 labels of a split, -1 = none."""
     if column is None:
         return torch.full((len(rows),), -1, dtype=torch.int64)
-    values = rows.select_columns([column]).with_format("arrow")[:][column].cast(pa.int64())
+    if isinstance(rows, ParquetRows):
+        values = rows.column(column).cast(pa.int64())
+    else:
+        values = rows.select_columns([column]).with_format("arrow")[:][column].cast(pa.int64())
     known = values.drop_null().to_numpy()
     if (known < 0).any() and not isinstance(rows.features[column], datasets.ClassLabel):
         raise DataError(f"label_column {column!r} holds {known.min()}; expected 0, 1, ...: renumber the classes")

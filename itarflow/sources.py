@@ -1,6 +1,7 @@
 """Where images are found: the digits of scikit-learn, folders, parquet files, the Hugging Face Hub.
 
-Whatever it is, `open_splits` gives tables of encoded images. Reading is left to `datasets`, except for plain folders.
+Whatever it is, `open_splits` gives tables of encoded images. Reading is left to `datasets`, except for plain folders
+and for parquet files that are read where they are (`streaming`).
 """
 
 from __future__ import annotations
@@ -10,30 +11,41 @@ import importlib.util
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+from datasets.packaged_modules.parquet.parquet import Parquet
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
 from itarflow.images import DataError
+from itarflow.streaming import ParquetRows, concatenate, open_parquet
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_Tables = Mapping[str, datasets.Dataset]  # by name of split
+Rows: TypeAlias = datasets.Dataset | ParquetRows
+_Tables: TypeAlias = Mapping[str, datasets.Dataset] | Mapping[str, ParquetRows]  # by name of split
 
 
 def open_splits(
-    path: str, *, name: str | None = None, split: str = "train", held_out_split: str | None = None
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    path: str,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    held_out_split: str | None = None,
+    streaming: bool = False,
+) -> tuple[Rows, Rows | None]:
     """Open what `path` names, wherever it is, and take two splits of it.
 
     Args:
@@ -41,15 +53,17 @@ def open_splits(
         name: configuration of a Hub data set that has several.
         split: the rows to train on, such as train, or train[:10%]+extra.
         held_out_split: the rows to measure on, or None.
+        streaming: leave parquet files where they are, and give `ParquetRows`; other sources give what they always do.
 
     Returns:
         Two tables whose images are not decoded yet; the second is None if no held_out_split is named.
 
     Raises:
-        DataError: there is nothing to open, it is damaged, a split is missing or empty, or the two overlap.
+        DataError: there is nothing to open, it is damaged, a split is missing or empty, or the two overlap; a data set
+            on the Hub is to be streamed, but is not of parquet files.
     """
     wanted = _split_names(f"{split}+{held_out_split}" if held_out_split else split)
-    tables = open_tables(path, name, wanted)
+    tables = open_tables(path, name, wanted, streaming)
     train = _row_ranges(split, tables)
     if held_out_split is None:
         return _take(tables, train), None
@@ -75,8 +89,10 @@ def _row_ranges(split: str, tables: _Tables) -> list[tuple[str, range]]:
     return [(part.splitname, range(part.from_, part.to)) for part in parts]
 
 
-def _take(tables: _Tables, ranges: Sequence[tuple[str, range]]) -> datasets.Dataset:
-    return datasets.concatenate_datasets([tables[name].select(rows) for name, rows in ranges])
+def _take(tables: _Tables, ranges: Sequence[tuple[str, range]]) -> Rows:
+    parts = [tables[name].select(rows) for name, rows in ranges]
+    streamed = [part for part in parts if isinstance(part, ParquetRows)]
+    return concatenate(streamed) if streamed else datasets.concatenate_datasets(parts)
 
 
 def _split_names(expression: str) -> list[str]:
@@ -88,10 +104,13 @@ def _require_splits(path: str, wanted: Sequence[str], known: Iterable[Any]) -> N
     names = sorted(map(str, known))
     missing = [name for name in wanted if name not in names]
     if missing and names:
-        raise DataError(f"path {path!r} has no split {missing[0]!r}; use one of {', '.join(names)}")
+        raise DataError(
+            f"path {path!r} has no split {missing[0]!r}; use one of {', '.join(names)} for data.split and "
+            "data.held_out_split (None sets images of data.split aside)"
+        )
 
 
-def open_tables(path: str, name: str | None, wanted: Sequence[str]) -> Mapping[str, datasets.Dataset]:
+def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: bool = False) -> _Tables:
     """Open whole splits of what `path` names, by their names alone; arguments and errors as in `open_splits`.
 
     Returns:
@@ -105,11 +124,11 @@ def open_tables(path: str, name: str | None, wanted: Sequence[str]) -> Mapping[s
         if name is not None:
             raise DataError(f"name is {name!r}, but path {place!r} is not on the Hub: leave name out")
         if os.path.isdir(place):
-            return _open_folder(path, wanted, Path(place).absolute())
+            return _open_folder(path, wanted, Path(os.path.abspath(place)), streaming)
         if os.path.splitext(place)[1].lower() in ImageFolder.EXTENSIONS:
             raise DataError(f"path {path!r} is a single image; give the folder that it lies in, or parquet files")
         files = [place] if os.path.exists(place) else sorted(glob.glob(place, recursive=True))
-        return _open_parquet(path, wanted, [Path(file).absolute() for file in files], root=None)
+        return _open_parquet(path, wanted, [Path(os.path.abspath(file)) for file in files], None, streaming)
     if not _HUB_NAME.fullmatch(place):
         raise DataError(f"path {path!r} does not exist, and is no Hub name (owner/name): check it")
     if "/" not in place and importlib.util.find_spec(f"datasets.packaged_modules.{place.split('.')[0]}"):
@@ -119,14 +138,35 @@ def open_tables(path: str, name: str | None, wanted: Sequence[str]) -> Mapping[s
         Console(stderr=True).print(
             f"No file or folder here is called {escape(place)}: asking the Hugging Face Hub for it.", highlight=False
         )
-    return _prepare(path, wanted, place, name=name)
+    with _offline_if_unreachable(place):
+        return _prepare(path, wanted, place, streaming, name=name)
 
 
-def _prepare(path: str, wanted: Sequence[str], builder_name: str, **options: Any) -> _Tables:
-    """Splits that a builder of `datasets` makes, in its own cache, if they are not there yet."""
+@contextmanager
+def _offline_if_unreachable(repo_id: str) -> Iterator[None]:
+    """Ask the Hub once; if it does not answer, look only among what was downloaded, instead of asking on and on."""
+    try:
+        HfApi().dataset_info(repo_id, timeout=10)
+    except HfHubHTTPError:  # it has answered; what is wrong, `datasets` will say
+        pass
+    except Exception:
+        before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+        return
+    yield
+
+
+def _prepare(path: str, wanted: Sequence[str], builder_name: str, streaming: bool = False, **options: Any) -> _Tables:
+    """Splits that a builder of `datasets` makes in its own cache, if they are not there yet, or would make."""
     try:
         builder = datasets.load_dataset_builder(builder_name, **options)
         _require_splits(path, wanted, builder.info.splits or builder.config.data_files or ())
+        if streaming:
+            return _stream(path, wanted, builder)
         builder.download_and_prepare()
         return {name: builder.as_dataset(split=name) for name in wanted}
     except DataError:
@@ -136,11 +176,23 @@ def _prepare(path: str, wanted: Sequence[str], builder_name: str, **options: Any
         problem = "cannot be read; repair, replace or remove the file at fault"
         if "name" in options:
             problem = (
-                "is no file or folder here, nor to be had from the Hub; check path, name and network, log in with "
-                "`hf auth login` if the data set is gated, or set HF_HUB_OFFLINE=1 to use only what was downloaded"
+                "is no file or folder here, nor to be had from the Hub; check path, name and network, or log in by "
+                "`hf auth login` if the data set is gated"
             )
         cause = f" ({error.__cause__})" if error.__cause__ else ""
         raise DataError(f"path {path!r} {problem}: {error}{cause}") from error
+
+
+def _stream(path: str, wanted: Sequence[str], builder: datasets.DatasetBuilder) -> Mapping[str, ParquetRows]:
+    """Splits of parquet files that stay where the builder has found them."""
+    if not isinstance(builder, Parquet):
+        raise DataError(
+            f"path {path!r} cannot be streamed: {type(builder).__name__} reads it; expected parquet files: set "
+            "streaming to False, or make parquet files of it with `itarflow prepare`"
+        )
+    files = {str(split): places for split, places in builder.config.data_files.items()}
+    _require_splits(path, wanted, files)
+    return {name: open_parquet(files[name], builder.info.features) for name in wanted}
 
 
 def _digits() -> datasets.Dataset:
@@ -156,7 +208,7 @@ def _digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, datasets.Features({"image": datasets.Image(), "label": label}))
 
 
-def _open_folder(path: str, wanted: Sequence[str], folder: Path) -> _Tables:
+def _open_folder(path: str, wanted: Sequence[str], folder: Path, streaming: bool) -> _Tables:
     """Splits of a folder of images or of parquet files."""
     homes: dict[tuple[str, ...], list[str]] = {}  # image files by their folder, relative to `folder`
     parquet: list[Path] = []
@@ -169,7 +221,7 @@ def _open_folder(path: str, wanted: Sequence[str], folder: Path) -> _Tables:
         described |= any(file in ImageFolder.METADATA_FILENAMES for file in files)
         parquet += [Path(directory, file) for file in files if file.endswith(".parquet")]
     if tables := [file for file in sorted(parquet) if file.name not in ImageFolder.METADATA_FILENAMES]:
-        return _open_parquet(path, wanted, tables, root=folder)
+        return _open_parquet(path, wanted, tables, folder, streaming)
     if not homes:
         raise DataError(f"folder {str(folder)!r} has no images and no parquet files; is it the right folder?")
     top = {home[0] if home else "" for home in homes}
@@ -209,7 +261,9 @@ def _list_images(
     return tables
 
 
-def _open_parquet(path: str, wanted: Sequence[str], files: Sequence[Path], root: Path | None) -> _Tables:
+def _open_parquet(
+    path: str, wanted: Sequence[str], files: Sequence[Path], root: Path | None, streaming: bool
+) -> _Tables:
     """Splits of parquet files: those below the folder `root`, or those that path names one by one."""
     if not files:
         raise DataError(f"path {path!r} does not exist, or matches no files; check it")
@@ -220,7 +274,7 @@ def _open_parquet(path: str, wanted: Sequence[str], files: Sequence[Path], root:
         except (pa.ArrowException, OSError) as error:
             reason = str(error).rstrip(". ")
             raise DataError(f"{str(file)!r} is not a readable parquet file: {reason}. Replace it") from error
-        splits.setdefault(_split_of(file, root), []).append(glob.escape(str(file)))
+        splits.setdefault(_split_of(file, root), []).append(str(file))
     if len(splits) == 1 and (root is None or "" in splits):
         # Files that are named one by one are meant, whatever they are called.
         splits = {"train" if root else wanted[0]: next(iter(splits.values()))}
@@ -228,7 +282,10 @@ def _open_parquet(path: str, wanted: Sequence[str], files: Sequence[Path], root:
         name, others = splits[""][0], ", ".join(sorted(filter(None, splits)))
         raise DataError(f"{name!r} is of no split, while other files are ({others}); rename or move it")
     _require_splits(path, wanted, splits)
-    return _prepare(path, wanted, "parquet", data_files={name: splits[name] for name in wanted})
+    if streaming:
+        return {name: open_parquet(splits[name]) for name in wanted}
+    patterns = {name: [glob.escape(file) for file in splits[name]] for name in wanted}
+    return _prepare(path, wanted, "parquet", data_files=patterns)
 
 
 def _split_of(file: Path, root: Path | None) -> str:

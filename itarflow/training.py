@@ -23,7 +23,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from itarflow import run as runs
-from itarflow.batches import Batch, GlobalBatchSampler, batches
+from itarflow.batches import Batch, batches, training_sampler
 from itarflow.codec import to_pixels
 from itarflow.data import ImageData, load_data
 from itarflow.estimate import estimate
@@ -315,9 +315,10 @@ class _Training:
 
     def _batches(self) -> Iterator[Batch]:
         train = self.recipe.train
-        sampler = GlobalBatchSampler(
-            len(self.data.train),
+        sampler = training_sampler(
+            self.data.train,
             train.batch_size,
+            shuffle_buffer=self.recipe.data.shuffle_buffer,
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
             accumulation=train.accumulation,

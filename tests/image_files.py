@@ -48,6 +48,14 @@ def write_parquet(path: Path, columns: dict[str, Any], features: datasets.Featur
     return path
 
 
+def write_row_groups(path: Path, count: int, rows: int, first: int = 0) -> Path:
+    """Parquet file of typed columns whose row groups have so many rows."""
+    table = datasets.Dataset.from_dict(typed_columns(count, first), TYPED).data.table
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.replace_schema_metadata(TYPED.arrow_schema.metadata), path, row_group_size=rows)
+    return path
+
+
 def typed_columns(count: int, first: int = 0) -> dict[str, Any]:
     return {
         "image": [{"bytes": encoded(first + index), "path": f"{index}.png"} for index in range(count)],

@@ -7,11 +7,21 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
-from image_files import load, write_classes, write_one_broken
+from image_files import load, write_classes, write_one_broken, write_row_groups
 
-from itarflow.batches import Batch, GlobalBatchSampler, batches, in_order
+from itarflow import streaming
+from itarflow.batches import (
+    Batch,
+    GlobalBatchSampler,
+    StreamedBatchSampler,
+    _divided,
+    batches,
+    in_order,
+    training_sampler,
+)
 from itarflow.data import DataConfig, ImageDataset, load_data
 from itarflow.images import DataError
 
@@ -144,3 +154,146 @@ def test_processes_share_the_batches_of_an_evaluation(num_processes):
     joined = [shares[number % num_processes][number // num_processes] for number in range(4)]
     assert [len(labels) for labels in joined] == [30, 30, 30, 10]
     assert torch.equal(torch.cat(joined), dataset.labels)
+
+
+# Streamed sets
+
+
+@pytest.fixture
+def streamed(tmp_path: Path) -> ImageDataset:
+    """54 of 60 images, in row groups of 4 in three files; 6 are held out."""
+    for number in range(3):
+        write_row_groups(tmp_path / f"{number}.parquet", 20, 4, first=20 * number)
+    return load(tmp_path, streaming=True, held_out_images=6).train
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "accumulation"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 3), (4, 2), (1, 24), (3, 1)]
+)
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_streamed_step_is_the_same_however_it_is_cut(num_processes: int, accumulation: int, start_step: int) -> None:
+    def lists(count: int, **share: int) -> list[list[int]]:
+        sampler = StreamedBatchSampler(torch.tensor([10, 3, 21, 3]), 24, shuffle_buffer=16, seed=5, **share)
+        return list(islice(sampler, count))
+
+    whole = lists(8)
+    flat = [index for indices in whole for index in indices]
+    assert [sorted(flat[begin : begin + 37]) for begin in range(0, 185, 37)] == [list(range(37))] * 5
+    share = {"num_processes": num_processes, "accumulation": accumulation, "start_step": start_step}
+    parts = [
+        lists((8 - start_step) * accumulation, process_index=process, **share) for process in range(num_processes)
+    ]
+    for step, expected in enumerate(whole[start_step:]):
+        cuts = [parts[p][step * accumulation + a] for a in range(accumulation) for p in range(num_processes)]
+        assert [index for cut in cuts for index in cut] == expected
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "accumulation", "parts", "windows"),
+    [
+        (0, 1, 1, 8),
+        (1, 1, 1, 8),
+        (2, 1, 2, 5),
+        (8, 1, 8, 2),
+        (8, 4, 2, 2),  # workers 0 and 1 for the first micro-batch of every step, 2 and 3 for the second ...
+        (4, 8, 1, 4),
+        (3, 4, 3, 8),
+        (12, 1, 12, 2),
+        (40, 1, 20, 2),  # no more parts than a list has images
+    ],
+)
+def test_each_worker_reads_few_streams(num_workers: int, accumulation: int, parts: int, windows: int) -> None:
+    size = 32 if num_workers < 40 else 24
+    share = {"accumulation": accumulation, "start_step": 1}
+    sampler = StreamedBatchSampler(torch.full((50,), 7), size, shuffle_buffer=80, **share)
+    assert sampler.parts(num_workers) == parts
+    assert sampler.windows(num_workers) == (windows, 10)
+    streams: dict[tuple[int, int], set[int]] = {}  # by worker and epoch
+    position, rest = size, 350 // size * size
+    for turn, part in enumerate(_divided(islice(sampler, 40 * accumulation), parts)):
+        for place in range(position, position + len(part)):
+            if place % 350 < rest:  # the last places of an epoch, less than a batch, go through all streams
+                worker = (turn % max(num_workers, 1), place // 350)
+                streams.setdefault(worker, set()).add(place % 350 % size * 8 // size)
+        position += len(part)
+    assert max(map(len, streams.values())) <= windows
+
+
+def test_sampler_suits_the_set(tmp_path: Path, streamed: ImageDataset) -> None:
+    sampler = training_sampler(streamed, 8, shuffle_buffer=16, seed=2)
+    assert isinstance(sampler, StreamedBatchSampler)
+    assert sampler.row_groups.sum() == 54
+    assert sampler.row_groups.max() == 4
+    assert sampler.num_images == 54
+    for dataset in (streamed.decoded(), load(tmp_path, held_out_images=6).train):
+        plain = training_sampler(dataset, 8, shuffle_buffer=16, seed=2, start_step=3)
+        assert type(plain) is GlobalBatchSampler
+        assert next(iter(plain)) == next(iter(GlobalBatchSampler(54, 8, seed=2, start_step=3)))
+    with pytest.raises(ValueError, match="shuffle_buffer is 0"):
+        training_sampler(streamed, 8, shuffle_buffer=0)
+    with pytest.raises(ValueError, match="multiple of 3"):
+        training_sampler(streamed, 8, shuffle_buffer=16, num_processes=3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 11])
+def test_streamed_batches_are_those_of_the_table(streamed: ImageDataset, tmp_path: Path, batch_size: int) -> None:
+    held = load(tmp_path, held_out_images=6, in_memory=True).train
+    sampler = training_sampler(streamed, batch_size, shuffle_buffer=16, seed=2)
+    expected = list(islice(batches(held, sampler), 60 // batch_size))
+    for num_workers in (0, 1, 2):
+        found = islice(batches(streamed, sampler, num_workers), 60 // batch_size)
+        for batch, other in zip(found, expected, strict=True):
+            assert torch.equal(batch.images, other.images)
+            assert torch.equal(batch.labels, other.labels)
+            assert batch.broken == ()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streamed_evaluation_is_in_order(streamed: ImageDataset, tmp_path: Path, num_workers: int) -> None:
+    for dataset in (streamed, load(tmp_path, streaming=True, held_out_images=6).held_out):
+        found = list(in_order(dataset, 5, num_workers))
+        values = torch.cat([batch.images[:, 0, 0, 0] for batch in found]).tolist()
+        assert values == [dataset[index].image[0, 0, 0].item() for index in range(len(dataset))] == sorted(values)
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "accumulation", "num_workers"), [(1, 1, 1), (1, 2, 4), (2, 1, 2), (4, 1, 0)]
+)
+def test_row_groups_are_read_about_once_and_few_are_kept(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_processes: int,
+    accumulation: int,
+    num_workers: int,
+) -> None:
+    train = load(write_row_groups(tmp_path / "a.parquet", 250, 2), streaming=True).train
+    share = {"num_processes": num_processes, "process_index": num_processes - 1, "accumulation": accumulation}
+    sampler = training_sampler(train, 32, shuffle_buffer=64, **share)
+    assert isinstance(sampler, StreamedBatchSampler)
+    windows, size = sampler.windows(num_workers)
+    assert size == 8
+    worker, opened, visited, opening = train.keeping(windows, size), list[str](), 0, streaming._open
+    monkeypatch.setattr(streaming, "_open", lambda file: opened.append(file) or opening(file))
+    lists = islice(sampler, 2 * accumulation * 250 // 32)
+    for turn, part in enumerate(_divided(lists, sampler.parts(num_workers))):
+        for index in part if turn % max(num_workers, 1) == 0 else ():  # the first worker
+            assert worker[index].image[0, 0, 0] == index
+            assert worker._rows.resident[1] <= windows * (size + 4)
+            visited += 1
+    assert visited / 2 <= len(opened) <= visited / 2 * 1.4
+
+
+def test_damaged_row_group_is_broken_images(tmp_path: Path) -> None:
+    file = write_row_groups(tmp_path / "a.parquet", 12, 3)
+    start = pq.read_metadata(file).row_group(2).column(0).data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + 40] = b"\xff" * 40
+    file.write_bytes(content)
+    train = load(file, streaming=True).train
+    for num_workers in (0, 2):
+        (batch,) = in_order(train, 12, num_workers)
+        assert batch.images[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5, 9, 9, 9, 9, 10, 11]
+        assert batch.labels.tolist() == [value % 2 for value in batch.images[:, 0, 0, 0].tolist()]
+        assert [name.split(": ")[0] for name in batch.broken] == [f"{file}, row {row}" for row in (6, 7, 8)]
+    with pytest.raises(DataError, match=r"3 images could not be read, and data.max_broken is 2(.|\n)*row 6: "):
+        list(in_order(load(file, streaming=True, max_broken=2).train, 12))

@@ -25,6 +25,7 @@ from image_files import (
     write_image,
     write_one_broken,
     write_parquet,
+    write_row_groups,
 )
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -111,6 +112,8 @@ def test_missing_path_is_refused() -> None:
         {"held_out_images": -1},
         {"num_workers": -1},
         {"max_broken": -1},
+        {"shuffle_buffer": 0},
+        {"streaming": True, "in_memory": True},
         {"crop": "x"},
         {"name": "x"},
         {"image_size": 0},
@@ -195,6 +198,24 @@ def test_sets_can_be_sent_to_workers_by_pickle(tmp_path: Path) -> None:
     for in_memory in (False, True):
         train = load(write_classes(tmp_path, {"a": 2}), in_memory=in_memory).train
         assert values(pickle.loads(pickle.dumps(train))) == [0, 1]
+
+
+def test_streamed_sets_can_be_sent_to_workers_by_pickle(tmp_path: Path) -> None:
+    train = load(write_row_groups(tmp_path / "a.parquet", 5, 2), streaming=True).train
+    size = len(pickle.dumps(train))
+    assert values(pickle.loads(pickle.dumps(train))) == values(train) == list(range(5))
+    assert len(pickle.dumps(train)) == size
+
+
+def test_row_groups_of_a_set(tmp_path: Path) -> None:
+    file = write_row_groups(tmp_path / "a.parquet", 40, 12)
+    data = load(file, streaming=True, held_out_images=4)
+    assert data.train.row_groups is not None
+    assert data.held_out.row_groups is not None
+    assert (data.train.row_groups + data.held_out.row_groups).tolist() == [12, 12, 12, 4]
+    assert data.held_out.row_groups.sum() == 4
+    assert load(file).train.row_groups is None
+    assert data.train.decoded().row_groups is None
 
 
 def test_index_out_of_range(tmp_path: Path) -> None:

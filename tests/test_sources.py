@@ -6,9 +6,21 @@ import os
 from pathlib import Path
 
 import datasets
+import fsspec  # type: ignore[import-untyped]
 import pytest
 import torch
-from image_files import TYPED, encoded, load, typed_columns, values, write_classes, write_image, write_parquet
+from image_files import (
+    TYPED,
+    damage,
+    encoded,
+    load,
+    typed_columns,
+    values,
+    write_classes,
+    write_image,
+    write_parquet,
+    write_row_groups,
+)
 
 from itarflow.images import DataError
 
@@ -213,6 +225,94 @@ def test_empty_parquet_is_refused(tmp_path: Path) -> None:
 def test_part_of_a_split_that_is_empty_or_nonsense(tmp_path: Path, split: str) -> None:
     with pytest.raises(DataError, match=r"split 'train.*(has no rows|write it like)"):
         load(write_parquet(tmp_path / "a.parquet", typed_columns(4), TYPED), split=split)
+
+
+# Streaming
+
+
+def test_streamed_parquet_is_the_same_set(tmp_path: Path) -> None:
+    write_row_groups(tmp_path / "train-00000-of-00002.parquet", 20, 3)
+    write_row_groups(tmp_path / "train-00001-of-00002.parquet", 11, 4, first=20)
+    write_row_groups(tmp_path / "test [1].parquet", 7, 2, first=50)
+    for path, options in [
+        (tmp_path, {"held_out_images": 5}),
+        (tmp_path, {"held_out_split": "test", "held_out_images": 4}),
+        (tmp_path, {"split": "train[:50%]+test", "held_out_split": "train[-3:]"}),
+        (tmp_path, {"split": "train[5:]+train[:2]", "held_out_images": 3, "label_column": "label"}),
+        (tmp_path / "train-*.parquet", {}),
+        (tmp_path / "test [1].parquet", {}),
+    ]:
+        plain, streamed = load(path, **options), load(path, streaming=True, **options)
+        assert streamed.class_names == plain.class_names == ("a", "b")
+        assert streamed.train.row_groups is not None
+        assert plain.train.row_groups is None
+        for one, other in ((plain.train, streamed.train), (plain.held_out, streamed.held_out)):
+            assert values(one) == values(other)
+            assert torch.equal(one.labels, other.labels)
+
+
+def test_streaming_copies_nothing(tmp_path: Path) -> None:
+    load(write_row_groups(tmp_path / "a.parquet", 5, 2), streaming=True)
+    assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("*"))
+
+
+def test_streamed_splits_are_checked(tmp_path: Path) -> None:
+    write_row_groups(tmp_path / "train.parquet", 10, 3)
+    with pytest.raises(DataError, match="no split 'test'; use one of train"):
+        load(tmp_path, streaming=True, split="test")
+    with pytest.raises(DataError, match="shares images with split"):
+        load(tmp_path, streaming=True, split="train[:6]", held_out_split="train[5:]")
+    with pytest.raises(DataError, match="has no rows"):
+        load(tmp_path, streaming=True, split="train[99:]")
+    damage(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train\.parquet' is not a readable parquet file"):
+        load(tmp_path, streaming=True)
+    with pytest.raises(DataError, match="has no rows"):
+        load(write_row_groups(tmp_path / "train.parquet", 0, 3), streaming=True)
+
+
+def test_images_in_folders_and_digits_are_never_streamed(tmp_path: Path) -> None:
+    data = load(write_classes(tmp_path, {"a": 2, "b": 1}), streaming=True)
+    assert (values(data.train), data.train.row_groups) == ([0, 1, 2], None)
+    assert len(load("digits", in_channels=1, streaming=True).train) == 1797
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that has one data set of parquet files, "some/set", and one of other files."""
+    folder = fsspec.filesystem("memory")
+    local = write_row_groups(tmp_path / "a.parquet", 9, 2)
+    for split, count in (("train", 2), ("validation", 1)):
+        for number in range(count):
+            folder.pipe(f"/hub/data/{split}-{number:05}-of-{count:05}.parquet", local.read_bytes())
+    build = datasets.load_dataset_builder
+    (tmp_path / "text.csv").write_text("a,b\n1,2\n")
+
+    def builder(path: str, name: str | None) -> datasets.DatasetBuilder:
+        if path == "some/set":
+            files = {split: f"memory://hub/data/{split}-*.parquet" for split in ("train", "validation")}
+            return build("parquet", data_files=files)
+        return build("csv", data_files={"train": str(tmp_path / "text.csv")})
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+
+
+@pytest.mark.usefixtures("hub")
+def test_parquet_of_the_hub_is_streamed() -> None:
+    data = load("some/set", streaming=True, held_out_split="validation")
+    assert values(data.train) == [*range(9), *range(9)]
+    assert values(data.held_out) == list(range(9))
+    assert data.class_names == ("a", "b")
+    assert data.train.row_groups is not None
+    assert data.train.row_groups.tolist() == [2, 2, 2, 2, 1] * 2
+    with pytest.raises(DataError, match="no split 'test'; use one of train, validation"):
+        load("some/set", streaming=True, split="test")
+
+
+@pytest.mark.usefixtures("hub")
+def test_other_files_of_the_hub_are_not() -> None:
+    with pytest.raises(DataError, match=r"'some/texts' cannot be streamed: .*set streaming to False, or .*prepare"):
+        load("some/texts", streaming=True)
 
 
 # Wrong paths

@@ -1,0 +1,342 @@
+"""Data sets larger than the disk: parquet files read row group by row group, and an order of images to suit.
+
+A row group is the smallest part of a parquet file that can be read alone: a hundred or a thousand images, as a rule.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import itertools
+import math
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import IO, Any, TypeVar
+
+import datasets
+import fsspec  # type: ignore[import-untyped]
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from itarflow.images import DataError
+
+STREAMS = 8
+"""At most so many places of a data set are read at a time; a divisor of the batch, so that processes share them."""
+
+_LARGE_GROUP = 10**9  # bytes, from which on a user is told that memory may not do
+_MANY_FILES = 20  # from which on a bar tells how far they are read
+_CONNECTIONS = 16  # files that are read at a time, before training: on the Hub, waiting is all there is to it
+
+# Consecutive rows of a table that lie in one row group: rows first .. first + rows - 1 of the group_rows rows which
+# its file has from row group_start on.
+_Piece = np.dtype([(name, np.int64) for name in ("file", "group", "group_start", "group_rows", "first", "rows")])
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class DamagedRowError(DataError):
+    """A row that cannot be read; the message is "file, row: reason"."""
+
+
+class ParquetRows:
+    """Table of parquet files, here or elsewhere, whose rows are read row group by row group.
+
+    The row groups used last are kept, their images still encoded. No file stays open, and a pickle holds no rows.
+    Made by `open_parquet`.
+    """
+
+    def __init__(self, files: Sequence[str], features: datasets.Features, pieces: np.ndarray) -> None:
+        self._files, self._features, self._pieces = tuple(files), features, pieces
+        self._ends = np.cumsum(pieces["rows"])
+        self._kept_rows = 0
+        self._groups: OrderedDict[tuple[str, int], pa.Table | str] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_groups": OrderedDict()}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index` in 0..N-1: its values by column, bytes as {"bytes": ..., "path": None}.
+
+        Raises:
+            IndexError: the index is out of range.
+            DamagedRowError: the row group cannot be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of a table with {len(self)} rows")
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        piece = self._pieces[number]
+        file, row = self._files[piece["file"]], int(piece["first"] + piece["rows"] + index - self._ends[number])
+        group = self._group(file, int(piece["group"]))
+        if isinstance(group, str):
+            raise DamagedRowError(f"{file}, row {piece['group_start'] + row}: {group}")
+        values = {name: group[name][row].as_py() for name in self._features}
+        return {
+            name: {"bytes": value, "path": None} if isinstance(value, bytes) else value
+            for name, value in values.items()
+        }
+
+    @property
+    def features(self) -> datasets.Features:
+        """The columns and their types."""
+        return self._features
+
+    @property
+    def group_starts(self) -> np.ndarray:
+        """(G + 1,) int64: the row at which each row group begins, and the number of all rows."""
+        return np.concatenate([[0], self._ends])
+
+    @property
+    def largest_group(self) -> int:
+        """Rows of the largest row group."""
+        return int(self._pieces["group_rows"].max(initial=0))
+
+    @property
+    def resident(self) -> tuple[int, int]:
+        """How many row groups are in memory now, and how many rows they have."""
+        tables = [group for group in self._groups.values() if isinstance(group, pa.Table)]
+        return len(tables), sum(table.num_rows for table in tables)
+
+    def select(self, rows: range) -> ParquetRows:
+        """The consecutive rows start..stop-1 of this table."""
+        ends, pieces = self._ends, self._pieces.copy()
+        begins = ends - pieces["rows"]
+        first, stop = np.clip(begins, rows.start, rows.stop), np.clip(ends, rows.start, rows.stop)
+        pieces["first"] += first - begins
+        pieces["rows"] = stop - first
+        return ParquetRows(self._files, self._features, pieces[stop > first])
+
+    def select_columns(self, names: Sequence[str]) -> ParquetRows:
+        """The same rows with these columns only; others are not read."""
+        features = datasets.Features({name: self._features[name] for name in names})
+        return ParquetRows(self._files, features, self._pieces)
+
+    def keeping(self, rows: int) -> ParquetRows:
+        """The same table, which keeps the row groups used last while they have at most this many rows in all.
+
+        Without, and if a single one has more, it is one row group.
+        """
+        result = copy.copy(self)
+        result._kept_rows, result._groups = rows, OrderedDict()
+        return result
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """All values of one column; of other columns nothing is read.
+
+        Raises:
+            DataError: a file cannot be read; the message names it.
+        """
+        kind = self._features.arrow_schema.field(name).type
+
+        def read(pieces: np.ndarray) -> pa.ChunkedArray:
+            file = self._files[pieces["file"][0]]
+            try:
+                with _open(file) as stream:
+                    parquet = pq.ParquetFile(stream)
+                    tables = [
+                        parquet.read_row_group(int(piece["group"]), [name], use_threads=False).slice(
+                            int(piece["first"]), int(piece["rows"])
+                        )
+                        for piece in pieces
+                    ]
+                return pa.concat_tables(tables)[name].cast(kind)
+            except Exception as error:  # file systems elsewhere have no common kind
+                raise DataError(f"column {name!r} of {file!r} cannot be read: {_reason(error)}. Replace it") from error
+
+        by_file = np.split(self._pieces, np.flatnonzero(np.diff(self._pieces["file"])) + 1)
+        arrays = _in_parallel(read, by_file, f"reading {name!r} of {len(by_file):,} parquet files")
+        return pa.chunked_array([chunk for array in arrays for chunk in array.chunks], kind)
+
+    def _group(self, file: str, number: int) -> pa.Table | str:
+        """A row group, or the reason why it can't be read."""
+        key = (file, number)
+        if key in self._groups:
+            self._groups.move_to_end(key)
+            return self._groups[key]
+        try:
+            with _open(file) as stream:
+                parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+                group: pa.Table | str = parquet.read_row_group(number, list(self._features), use_threads=False)
+        # Damage and file systems make for nearly any exception. Nothing is hidden: the reason is reported.
+        except Exception as error:
+            group = _reason(error)
+        self._groups[key] = group
+        while len(self._groups) > 1 and self.resident[1] > self._kept_rows:
+            self._groups.popitem(last=False)
+        return group
+
+
+def open_parquet(files: Sequence[str], features: datasets.Features | None = None) -> ParquetRows:
+    """Table of all rows of parquet files, in their order. Only the ends of the files are read.
+
+    Args:
+        files: paths, or addresses that fsspec knows, such as hf://datasets/owner/name/train.parquet.
+        features: types of the columns; None takes those that the first file states.
+
+    Raises:
+        DataError: a file is damaged, cut short, or has other columns; the message names it.
+    """
+
+    def read(file: str) -> tuple[pa.Schema, list[int], int]:
+        try:
+            with _open(file) as stream:
+                parquet = pq.ParquetFile(stream)
+                metadata = parquet.metadata
+                groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+                largest = max((group.total_byte_size for group in groups), default=0)
+                return parquet.schema_arrow, [group.num_rows for group in groups], largest
+        except Exception as error:  # file systems elsewhere have no common kind
+            raise DataError(f"{file!r} is not a readable parquet file: {_reason(error)}. Replace it") from error
+
+    ends = _in_parallel(read, files, f"reading the ends of {len(files):,} parquet files")
+    features = features or datasets.Features.from_arrow_schema(ends[0][0])
+    for file, (schema, _, size) in zip(files, ends, strict=True):
+        if missing := [name for name in features if name not in schema.names]:
+            raise DataError(f"{file!r} has no column {missing[0]!r}, only {schema.names}: leave this file out")
+        if size > _LARGE_GROUP:
+            warnings.warn(
+                f"{file!r} has row groups of up to {size / 1e9:.1f} GB, and up to {2 * STREAMS} of them are in memory "
+                "at a time; write the files with row groups of some hundred images if that is too much",
+                stacklevel=2,
+            )
+    pieces = [
+        (number, group, stop - rows, rows, 0, rows)
+        for number, (_, groups, _) in enumerate(ends)
+        for group, (rows, stop) in enumerate(zip(groups, itertools.accumulate(groups), strict=True))
+        if rows > 0
+    ]
+    return ParquetRows(files, features, np.array(pieces, dtype=_Piece))
+
+
+def concatenate(tables: Sequence[ParquetRows]) -> ParquetRows:
+    """One table with the rows of several, in their order.
+
+    Raises:
+        DataError: their columns differ.
+    """
+    for table in tables:
+        if table.features != tables[0].features:
+            raise DataError(f"parts of a split differ in their columns: {tables[0].features} and {table.features}")
+    files: list[str] = []
+    pieces = []
+    for table in tables:
+        moved = table._pieces.copy()
+        moved["file"] += len(files)
+        pieces.append(moved)
+        files += table._files
+    return ParquetRows(files, tables[0].features, np.concatenate(pieces))
+
+
+def permutation(name: str, length: int) -> Tensor:
+    """(length,) int64: 0..length-1 in an order that depends on the name alone.
+
+    The generator's seed is the first 8 bytes (big-endian) of the name's SHA-256.
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.randperm(length, generator=generator)
+
+
+class StreamedEpoch:
+    """The images of one epoch in an order that reads few row groups at a time; sliced like a list of N indices.
+
+    The row groups are permuted, and their images strung together. The string is cut into V = gcd(B, STREAMS) streams,
+    where B is the batch size, and each stream is shuffled within consecutive windows of shuffle_buffer / V images.
+    Of each B positions of the epoch, the first B / V come from the first stream, and so on; so whoever reads a fixed
+    part of every batch reads fixed streams. What the streams have left when less than a batch is left comes last,
+    stream by stream. Their lengths are made to fit: every stream has B / V images of each whole batch, and the rest
+    is divided as evenly as whole numbers allow.
+
+    Nothing is computed but the order of the row groups, and the windows that are asked for. Permutations:
+    "itarflow row groups {seed} {epoch}", "itarflow window {seed} {epoch} {stream} {window}"; see `permutation`.
+
+    Args:
+        groups: (G,) number of images in each row group; image indices count through them.
+        batch_size: B, images of a whole batch, over all processes.
+        shuffle_buffer: images that are mixed with one another, over all streams.
+        seed: seed of the run.
+        epoch: which epoch it is, from 0.
+    """
+
+    def __init__(self, groups: np.ndarray, *, batch_size: int, shuffle_buffer: int, seed: int, epoch: int) -> None:
+        order = permutation(f"itarflow row groups {seed} {epoch}", len(groups)).numpy()
+        begins = np.cumsum(groups) - groups
+        self._ends = np.cumsum(groups[order])  # in the string of images, of each row group in its new order
+        self._shifts = begins[order] - (self._ends - groups[order])  # from places in the string to indices
+        self._total, self._batch, self._streams = int(groups.sum()), batch_size, num_streams(batch_size)
+        self._share = batch_size // self._streams
+        self._whole, left = divmod(self._total, batch_size)
+        # Per stream, and at the end of the last: places of the rest that come before it, and where it begins.
+        self._rest_begins = left * np.arange(self._streams + 1) // self._streams
+        self._begins = self._whole * self._share * np.arange(self._streams + 1) + self._rest_begins
+        self._window = window_size(batch_size, shuffle_buffer)
+        self._name = f"itarflow window {seed} {epoch}"
+        self._shuffled = functools.lru_cache(2 * self._streams)(self._shuffle)
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """int64 indices of the images at these positions of the epoch."""
+        position = np.arange(*positions.indices(self._total))
+        batch, within = np.divmod(position, self._batch)
+        stream, place = within // self._share, batch * self._share + within % self._share
+        rest = batch == self._whole
+        stream[rest] = np.searchsorted(self._rest_begins, within[rest], side="right") - 1
+        place[rest] = self._whole * self._share + within[rest] - self._rest_begins[stream[rest]]
+        window, place = np.divmod(place, self._window)
+        indices = np.empty_like(position)
+        for pair in set(zip(stream.tolist(), window.tolist(), strict=True)):
+            chosen = (stream == pair[0]) & (window == pair[1])
+            indices[chosen] = self._shuffled(*pair)[place[chosen]]
+        return indices
+
+    def _shuffle(self, stream: int, window: int) -> np.ndarray:
+        """int64 indices of the images of a window."""
+        begin = int(self._begins[stream]) + window * self._window
+        length = min(self._window, int(self._begins[stream + 1]) - begin)
+        places = begin + permutation(f"{self._name} {stream} {window}", length).numpy()
+        return places + self._shifts[np.searchsorted(self._ends, places, side="right")]
+
+
+def num_streams(batch_size: int) -> int:
+    """Streams that batches of this size are read from: the greatest common divisor with `STREAMS`."""
+    return math.gcd(batch_size, STREAMS)
+
+
+def window_size(batch_size: int, shuffle_buffer: int) -> int:
+    """Images of one stream that are mixed with one another."""
+    return max(shuffle_buffer // num_streams(batch_size), 1)
+
+
+def _open(file: str) -> IO[bytes]:
+    if "://" not in file:
+        return open(file, "rb")
+    system, path = fsspec.core.url_to_fs(file)
+    # Uncached: what is read of a file lies far apart, and reading ahead would fetch the images along with the labels.
+    return system.open(path, "rb", cache_type="none")
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+
+
+def _in_parallel(read: Callable[[_Item], _Result], items: Iterable[_Item], title: str) -> list[_Result]:
+    """Results in the order of the items; with a bar, one a machine, if there are many."""
+    items = list(items)
+    silent = len(items) < _MANY_FILES or os.environ.get("LOCAL_RANK", "0") != "0"
+    with ThreadPoolExecutor(_CONNECTIONS) as pool:
+        results = pool.map(read, items)
+        return list(track(results, title, total=len(items), console=Console(stderr=True), disable=silent))
