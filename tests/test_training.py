@@ -20,6 +20,7 @@ from itarflow.guidance import Guidance
 from itarflow.images import DataError
 from itarflow.interrupt import Interrupted
 from itarflow.noise import NoiseConfig
+from itarflow.prepare import PrepareConfig, prepare
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.run import RunDir, RunError, hold
@@ -106,6 +107,29 @@ def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(finished, tmp_pa
     train(tiny_recipe(), tmp_path / "run", start="resume")
     assert losses(tmp_path / "run") == losses(whole)
     resumed, expected = shared_weights(tmp_path / "run"), shared_weights(whole)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.fixture(scope="module")
+def digits_in_parquet(tmp_path_factory):
+    """The digits, prepared in shards of 200 images."""
+    folder = tmp_path_factory.mktemp("prepared") / "digits"
+    prepare(PrepareConfig(source="digits", out=folder, size=8, in_channels=1, shard_size=200, num_workers=0))
+    return folder
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_streamed_run_resumes_exactly_in_the_middle_of_an_epoch(digits_in_parquet, tmp_path, num_workers):
+    recipe = tiny_recipe(
+        path=str(digits_in_parquet), streaming=True, shuffle_buffer=256, in_memory=False, num_workers=num_workers,
+        accumulation=2,
+    )  # fmt: skip
+    train(recipe, tmp_path / "whole")
+    train(recipe, tmp_path / "parts", max_steps=9)
+    train(recipe, tmp_path / "parts", start="resume", max_steps=16)
+    train(recipe, tmp_path / "parts", start="resume")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    resumed, expected = shared_weights(tmp_path / "parts"), shared_weights(tmp_path / "whole")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
@@ -246,7 +270,7 @@ def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypa
         num_workers=1, held_out_images=0, batch_size=4,
     )  # fmt: skip
     reads, main_process = [], os.getpid()
-    original = data.ImageDataset._read
+    original = data.ImageDataset.read
 
     def die_after_a_while(self, index):
         reads.append(index)
@@ -254,7 +278,7 @@ def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, index)
 
-    monkeypatch.setattr(data.ImageDataset, "_read", die_after_a_while)
+    monkeypatch.setattr(data.ImageDataset, "read", die_after_a_while)
     with pytest.raises(DataError, match=r"a process that decodes images has died.*data.num_workers.*--resume"):
         train(recipe, tmp_path / "run")
     assert len(list((tmp_path / "run" / "state").glob("step-*"))) == 1
