@@ -58,6 +58,13 @@ def distribute(flow: TARFlow, accelerator: Accelerator, sharded: bool) -> nn.Mod
     return flow
 
 
+def compile_layers(flow: TARFlow) -> None:
+    """Compile each transformer layer in place, sharded or not; all of one width share their code."""
+    for module in flow.modules():
+        if isinstance(module, Layer):
+            module.compile()
+
+
 def clip_grad_norm(model: nn.Module, limit: float) -> float:
     """Scale the gradients down to `limit`; returns the norm that they had, over all processes."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)

@@ -51,6 +51,7 @@ from itarflow.recipe import Recipe, learning_rate_factor
 from itarflow.run import RunDir, RunError, Start, hold, replace_folder
 from itarflow.sharding import (
     clip_grad_norm,
+    compile_layers,
     distribute,
     launcher_asks_for_checkpointing,
     launcher_asks_for_sharding,
@@ -190,7 +191,7 @@ class _Training:
             self.flow.enable_gradient_checkpointing()
         self.model = distribute(self.flow, accelerator, sharded)
         if recipe.train.compile:
-            self.flow.compile_repeated_blocks()
+            compile_layers(self.flow)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=recipe.train.learning_rate,

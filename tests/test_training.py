@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -200,6 +201,14 @@ def test_gradient_checkpointing_gives_the_same_losses(finished, tmp_path):
     train(tiny_recipe(gradient_checkpointing=True), tmp_path, max_steps=3)
     expected = losses(whole)
     assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 4)}, abs=1e-6)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_give_the_same_losses(finished, tmp_path):
+    whole, _ = finished
+    train(tiny_recipe(compile=True), tmp_path, max_steps=3)
+    expected = losses(whole)
+    assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 4)}, abs=1e-5)
 
 
 def test_bfloat16_trains_close_to_float32(finished, tmp_path):
