@@ -52,7 +52,7 @@ def main(options: Options) -> int:
         startup, whole = _finish(_start(peaceful, options.steps), peaceful)
         console.print(f"Undisturbed: first step after {startup:.1f} s, all {options.steps} in {whole:.1f} s.")
         table = Table("process", "began at step", "killed after", "newest state then", "being written then")
-        window = 1.2 * (whole - startup) / options.kills  # so that the last kill still finds a training
+        window = 0.9 * (whole - startup) / options.kills  # so that the last kill still finds a training
         for kill in range(1, options.kills + 1):
             resumed = _newest(disturbed)
             process = _start(disturbed, options.steps)
