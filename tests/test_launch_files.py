@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
+from itarflow.sharding import launcher_asks_for_checkpointing, launcher_asks_for_sharding
+
 LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
 FILES = {"cpu": ("MULTI_GPU", 2), "gpu": ("NO", 1), "gpus8": ("MULTI_GPU", 8), "nodes": ("MULTI_GPU", 16),
          "fsdp2": ("FSDP", 8)}  # fmt: skip
@@ -27,13 +29,12 @@ def test_accelerate_reads_the_file(name):
     assert not config.use_cpu
 
 
-def test_sharding_and_checkpointing_are_asked_for_as_the_training_reads_it(tmp_path):
+def test_sharding_and_checkpointing_are_asked_of_every_process(tmp_path):
     script = tmp_path / "tell.py"
     script.write_text(
         "import os\n"
-        "from itarflow.sharding import launcher_asks_for_checkpointing, launcher_asks_for_sharding\n"
-        "told = [launcher_asks_for_sharding(), launcher_asks_for_checkpointing(), os.environ['WORLD_SIZE']]\n"
-        f"open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(str(told))\n"
+        "names = ('WORLD_SIZE', 'ACCELERATE_USE_FSDP', 'FSDP_ACTIVATION_CHECKPOINTING')\n"
+        f"open(r'{tmp_path}/' + os.environ['RANK'], 'w').write(' '.join(os.environ[name] for name in names))\n"
     )
     command = [
         Path(sys.executable).with_name("accelerate"),
@@ -45,7 +46,16 @@ def test_sharding_and_checkpointing_are_asked_for_as_the_training_reads_it(tmp_p
         script,
     ]
     subprocess.run(command, check=True, capture_output=True)
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["[True, True, '2']"] * 2
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 true true"] * 2
+
+
+def test_what_the_launcher_asks_for_is_read_from_its_variables(monkeypatch):
+    assert not launcher_asks_for_sharding()
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    assert not launcher_asks_for_checkpointing()  # only together with sharding
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert launcher_asks_for_sharding()
+    assert launcher_asks_for_checkpointing()
 
 
 @pytest.fixture
