@@ -24,10 +24,11 @@ from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
 from itarflow.official_file import CheckpointError
 from itarflow.pipeline import ITARFlowPipeline, image_generators
+from itarflow.plot import plot_runs
 from itarflow.prepare import PrepareConfig, Prepared, prepare
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.progress import image_grid
-from itarflow.run import check_writable, replace_folder
+from itarflow.run import RunError, check_writable, replace_folder
 
 _console = Console()
 
@@ -284,11 +285,36 @@ class Prepare(PrepareConfig):
         )
 
 
+@dataclass(frozen=True)
+class Plot:
+    """Draw the curves of one training, or of several over one another.
+
+    Example: itarflow plot runs/digits --output curves.png
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    """Folders of runs, such as runs/digits."""
+    output: Path = Path("curves.png")
+    """Picture file: .png, .svg or .pdf."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        if not self.runs:
+            raise ValueError("no run is named; expected folders such as runs/digits.")
+        if self.output.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--output {self.output} has an unknown picture format; use .png, .svg or .pdf.")
+        check_writable(self.output.parent)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        plot_runs(self.runs, self.output)
+        _say(f"curves in {self.output}")
+
+
 Command = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
 )
 
 
@@ -307,7 +333,7 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     try:
         command.run()
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, ImportError, OSError, RunError, ValueError) as error:
         Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:

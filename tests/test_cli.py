@@ -427,3 +427,14 @@ def test_prepare_that_is_stopped_says_that_it_goes_on(
         run("prepare", "digits", "out", "--size", 8)
     assert exit_.value.code == 130
     assert "The same command goes on with out later." in capsys.readouterr().err
+
+
+def test_plot_draws_runs_and_refuses_what_is_none(run, refused, tmp_path):
+    folder = tmp_path / "some-run"
+    folder.mkdir()
+    (folder / "recipe.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert "curves in new/curves.png" in run("plot", folder, "--output", "new/curves.png")
+    assert pixels(Path("new/curves.png")).std() > 1
+    assert "holds no run" in refused("plot", tmp_path / "nothing")
+    assert "unknown picture format" in refused("plot", folder, "--output", "curves.doc")
