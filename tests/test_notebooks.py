@@ -22,6 +22,7 @@ def digits_pipeline(tmp_path_factory):
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_the_notebook_runs_and_shows_what_it_says(path, digits_pipeline, monkeypatch):
     monkeypatch.setenv("ITARFLOW_PIPELINE", str(digits_pipeline))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]

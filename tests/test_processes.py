@@ -1,6 +1,7 @@
 """Several processes on one machine train the same flow as one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits.py"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # more would disturb one another
 SMALL = ("--model.channels", "16", "--model.num-layers", "1", "1", "--model.head-dim", "16", "--model.patch-size", "4",
          "--train.trackers", "--train.log-every", "1", "--sampling.num-images", "10", "--max-steps", "6")  # fmt: skip
 
@@ -16,7 +18,7 @@ SMALL = ("--model.channels", "16", "--model.num-layers", "1", "1", "--model.head
 def run(run_dir, *words, processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(RECIPE), "--run-dir", str(run_dir), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ONE_THREAD)
 
 
 def metrics(run_dir):
@@ -60,7 +62,8 @@ def test_a_sharded_training_is_the_replicated_one_and_goes_on_on_one_process(two
 
 def test_a_training_killed_at_random_instants_ends_with_the_weights_of_an_undisturbed_one():
     command = [sys.executable, str(RECIPE.parents[1] / "benchmarks" / "kill_and_resume.py")]
-    done = subprocess.run([*command, "--kills", "2", "--steps", "30"], capture_output=True, text=True, check=False)
+    command += ["--kills", "2", "--steps", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Weights identical: True. All 30 losses identical: True." in done.stdout
 
