@@ -1,18 +1,53 @@
-"""What a model costs before anything is allocated: parameters, FLOPs per image, and memory."""
+"""What a training costs before anything is allocated: parameters, FLOPs an image, and the memory of each device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import cast
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from itarflow.block import AutoregressiveBlock
 from itarflow.flow import TARFlow, nll_per_dim
 from itarflow.recipe import Recipe
+from itarflow.transformer import Layer
+
+USABLE = 0.9
+"""Part of a device's memory that tensors may fill; the rest goes to the driver, the kernels and fragmentation."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What a forward and backward pass needs besides weights and gradients."""
+
+    moments: tuple[tuple[int, int], ...]
+    """The moments of the pass that can be its peak: bytes of each image of the micro-batch, and bytes whatever the
+    micro-batch, such as the 2-byte copies of the weights under bf16."""
+
+    @property
+    def per_image(self) -> int:
+        """Bytes that each further image of a large micro-batch needs."""
+        return max(per_image for per_image, _ in self.moments)
+
+    def at_peak(self, micro_batch: int) -> int:
+        """Bytes for so many images at a time."""
+        return max(micro_batch * per_image + fixed for per_image, fixed in self.moments)
+
+    def largest_micro_batch(self, memory: int) -> int:
+        """Images at a time that fit into so many bytes; 0 = not even one."""
+        if self.at_peak(1) > memory:
+            return 0
+        return min((memory - fixed) // per_image for per_image, fixed in self.moments if per_image)
 
 
 @dataclass(frozen=True)
@@ -26,36 +61,114 @@ class Estimate:
     """Of one image: forward and backward, and the second forward of gradient checkpointing."""
     sampling_tokens: int
     """Sequential token steps of one inverse, over all blocks."""
-    state_bytes: int
-    """Weights, gradients, AdamW's moments and, if there is one, the moving average, in float32."""
-    activation_bytes: int
-    """Kept for the backward pass, for one image, in float32; about half with bf16."""
-    checkpointed_bytes: int
-    """The same with gradient checkpointing."""
     cache_bytes: int
     """Largest key-value cache of sampling, for one image in float32, both passes if the block is guided."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What lies in the memory of one device of a training, in bytes; all of it is float32."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    """AdamW's two moments."""
+    average: int
+    """The moving average of the weights, if there is one."""
+    exchange: int
+    """Several devices: DDP's second copy of the gradients, to send them; FSDP2's weights and gradients that are whole
+    at a time, those of two layers and of what is around the layers."""
+
+    @property
+    def state(self) -> int:
+        """All of it: what a device needs before the first image."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.exchange
+
+    def at_peak(self, activations: Activations, micro_batch: int) -> int:
+        """Bytes at the peak of a training step with so many images a device at a time."""
+        return self.state + activations.at_peak(micro_batch)
+
+    def largest_micro_batch(self, activations: Activations, memory: int) -> int:
+        """Images a device at a time that fit into `USABLE` of its memory in bytes; 0 = not even one."""
+        return activations.largest_micro_batch(int(USABLE * memory) - self.state)
 
 
 def estimate(recipe: Recipe) -> Estimate:
     """Count on the meta device, where tensors have shapes but no memory; takes seconds at any size."""
     with torch.device("meta"):
         flow = recipe.model.build(recipe.noise_range)
-    parameters = sum(parameter.numel() for parameter in flow.parameters())
     with FlopCounterMode(display=False) as counter:
-        activations = _saved_bytes(flow)
+        flow(*_example(flow, 1))
     forward = counter.get_total_flops()
-    copies = 4 if recipe.train.ema_decay is None else 5
-    flow.enable_gradient_checkpointing()
     return Estimate(
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in flow.parameters()),
         forward_flops=forward,
         training_flops=(4 if recipe.train.gradient_checkpointing else 3) * forward,
         sampling_tokens=flow.num_solved_tokens,
-        state_bytes=copies * 4 * parameters,
-        activation_bytes=activations,
-        checkpointed_bytes=_saved_bytes(flow) + _one_layer_bytes(recipe, flow),
         cache_bytes=_cache_bytes(recipe, flow),
     )
+
+
+def device_memory(recipe: Recipe, devices: int = 1, *, sharded: bool = False) -> DeviceMemory:
+    """The share of one device, that which holds the most.
+
+    Args:
+        recipe: its own train.shard plays no part.
+        devices: how many there are.
+        sharded: False = each holds everything (DDP); True = they split it (FSDP2).
+    """
+    with torch.device("meta"):
+        flow = recipe.model.build(recipe.noise_range)
+    whole = _bytes(flow)
+    if sharded:
+        # Parameters are split by rows, and some device has the longest part of each.
+        rows = ((math.ceil(len(p) / devices), p.numel() // len(p)) for p in flow.parameters())
+        share = 4 * sum(count * values for count, values in rows)
+        layers = [_bytes(module) for module in flow.modules() if isinstance(module, Layer)]
+        # One layer at work and the next on its way, each with its gradients; the rest stays whole during a step.
+        exchange = 2 * (2 * max(layers) + whole - sum(layers)) if devices > 1 else 0
+    else:
+        share, exchange = whole, whole if devices > 1 else 0
+    average = 0 if recipe.train.ema_decay is None else share
+    return DeviceMemory(weights=share, gradients=share, optimizer=2 * share, average=average, exchange=exchange)
+
+
+def activations(recipe: Recipe, *, checkpointing: bool) -> Activations:
+    """What images need in the recipe's precision: a forward and backward pass on the meta device, watched.
+
+    Args:
+        recipe: its own train.gradient_checkpointing plays no part.
+        checkpointing: whether activations are computed again in the backward pass.
+    """
+    with torch.device("meta"):
+        flow = recipe.model.build(recipe.noise_range)
+    for parameter in flow.parameters():
+        parameter.grad = torch.empty_like(parameter)  # as from the micro-batch before
+    precision = _Precision(torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float32)
+    if checkpointing:
+        flow.enable_gradient_checkpointing(_checkpoint_within(precision))
+    example = _example(flow, _BATCH)
+    given = [*flow.parameters(), *(cast(Tensor, p.grad) for p in flow.parameters()), *flow.buffers(), example[0]]
+    with _Living(given) as living:
+        with precision:
+            loss = nll_per_dim(flow(*example)).mean()
+        torch.autograd.backward([loss])
+    return Activations(tuple((of_images // _BATCH, of_others) for of_images, of_others in living.moments))
+
+
+def accumulation_for(batch_size: int, devices: int, micro_batch: int) -> int | None:
+    """The smallest train.accumulation by which no device has more than micro_batch >= 1 images at a time.
+
+    None = the devices can't share the global batch evenly.
+    """
+    share, rest = divmod(batch_size, devices)
+    if rest or not share:
+        return None
+    return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= micro_batch)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(4 * parameter.numel() for parameter in module.parameters())
 
 
 def _cache_bytes(recipe: Recipe, flow: TARFlow) -> int:
@@ -65,42 +178,123 @@ def _cache_bytes(recipe: Recipe, flow: TARFlow) -> int:
     return max(cache.numel() * cache.element_size() for cache in caches)
 
 
-def _example(flow: TARFlow) -> tuple[Tensor, Tensor | None, Tensor]:
-    labels = torch.zeros(1, dtype=torch.int64, device="meta") if flow.config.num_classes else None
-    return torch.zeros(1, *flow.image_shape, device="meta"), labels, torch.ones(1, device="meta")
+def _example(flow: TARFlow, size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    labels = torch.zeros(size, dtype=torch.int64, device="meta") if flow.config.num_classes else None
+    return torch.zeros(size, *flow.image_shape, device="meta"), labels, torch.ones(size, device="meta")
 
 
-def _saved_bytes(flow: TARFlow) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass of one image, weights left out."""
-    weights = {id(parameter) for parameter in flow.parameters()}
-    saved: dict[int, Tensor] = {}
+# -- a forward and backward pass, watched without memory ------------------------------------------------------------
 
-    def pack(tensor: Tensor) -> Tensor:
-        base = tensor if tensor._base is None else tensor._base
-        # The meta device writes attention out and keeps its weights; the kernels of real devices do not.
-        square = base.ndim == 4 and base.shape[-1] == base.shape[-2] != flow.config.head_dim
-        if id(base) not in weights and not square:
-            saved[id(base)] = base  # held, so that its id stays its own
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        nll_per_dim(flow(*_example(flow))).sum()
-    return sum(tensor.numel() * tensor.element_size() for tensor in saved.values())
+_BATCH = 8191
+"""A prime number of images: only what belongs to images has a size that it divides."""
 
 
-def _one_layer_bytes(recipe: Recipe, flow: TARFlow) -> int:
-    """What the backward pass recomputes at a time: the widest block's activations over its layers."""
-    single = replace(recipe.model, num_layers=(1,) * len(flow.blocks), shared_layers=0)
-    with torch.device("meta"):
-        shallow = single.build()
-    return _saved_bytes(shallow) // len(flow.blocks)
+def _checkpoint_within(precision: _Precision) -> Callable[..., Any]:
+    """Gradient checkpointing whose second forward pass has the precision of the first, as autocast's has."""
+
+    def layer_within(layer: nn.Module, *inputs: Any) -> Tensor:
+        with precision:
+            return layer(*inputs)
+
+    return lambda layer, *inputs: checkpoint(layer_within, layer, *inputs, use_reentrant=False)
+
+
+class _Precision(TorchFunctionMode):
+    """On the meta device, which has neither: autocast, and attention that does not write its weights out.
+
+    The rule of autocast for this network: linear layers and attention take and give `dtype`; all else, the norms and
+    the sum of the layers among it, stays what its inputs are. The copies of weights live until the outermost exit.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype, self._depth = dtype, 0
+        self._copies: dict[Tensor, Tensor] = {}
+
+    def __enter__(self) -> _Precision:
+        self._depth += 1
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._copies.clear()
+        super().__exit__(*exception)
+
+    def __torch_function__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear:
+            return func(*(self._cast(tensor) for tensor in args))
+        if func is F.scaled_dot_product_attention:
+            q, k, v = (self._cast(tensor) for tensor in args)
+            # It keeps what the kernels of GPUs keep: queries, keys, values, the result, and a number a row.
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)[0]
+        return func(*args, **(kwargs or {}))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        if tensor.dtype == self._dtype:
+            return tensor
+        if not isinstance(tensor, nn.Parameter):
+            return tensor.to(self._dtype)
+        if tensor not in self._copies:
+            self._copies[tensor] = tensor.to(self._dtype)
+        return self._copies[tensor]
+
+
+class _Living(TorchDispatchMode):
+    """Inside `with`: how many bytes of new tensors live at a time.
+
+    Args:
+        given: tensors that were there before, and do not count.
+    """
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.moments: list[tuple[int, int]] = []
+        """Bytes that belong to images, and others, at the moments that no other one exceeds in both."""
+        self._images = self._others = 0
+        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: tensor for tensor in given}
+
+    def __torch_dispatch__(
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(results):
+            if isinstance(tensor, Tensor):
+                self._watch(tensor.untyped_storage())
+        return results
+
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self._count(size)
+        now = self._images, self._others
+        if not any(_covers(moment, now) for moment in self.moments):
+            self.moments = [moment for moment in self.moments if not _covers(now, moment)] + [now]
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._known[key]
+        self._count(-size)
+
+    def _count(self, size: int) -> None:
+        if size % _BATCH:
+            self._others += size
+        else:
+            self._images += size
+
+
+def _covers(moment: tuple[int, int], other: tuple[int, int]) -> bool:
+    return moment[0] >= other[0] and moment[1] >= other[1]
 
 
 def human_bytes(count: float) -> str:
     """Such as "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
-            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+            return f"{count:.3g} {unit}" if unit != "B" and count < 999.5 else f"{count:.0f} {unit}"
         count /= 1024
     return f"{count:.3g} TiB"
 

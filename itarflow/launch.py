@@ -18,7 +18,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.data import load_data
-from itarflow.estimate import estimate, human_bytes, human_number
+from itarflow.estimate import (
+    USABLE,
+    Activations,
+    DeviceMemory,
+    accumulation_for,
+    activations,
+    device_memory,
+    estimate,
+    human_bytes,
+    human_number,
+)
 from itarflow.images import DataError
 from itarflow.interrupt import Interrupted
 from itarflow.objective import describe
@@ -45,6 +55,10 @@ class Options:
     """Try which micro-batch fits the memory, and set train.accumulation by it; the global batch stays."""
     dry_run: bool = False
     """Check settings and data, print parameters, FLOPs and memory, and stop."""
+    devices: int | None = None
+    """With --dry-run: estimate for so many devices; None = 1."""
+    memory: float | None = None
+    """With --dry-run: say what fits into so many GiB a device; None = those of the GPU, if there is one."""
     resume: bool = False
     """Go on from the newest saved state of the run."""
     allow_changes: bool = False
@@ -114,6 +128,7 @@ def _run(options: Options, console: Console) -> None:
         raise ValueError(f"--max-steps is {options.max_steps}; expected a number >= 1.")
     if options.resume and options.restart:
         raise ValueError("--resume and --restart exclude each other: go on with the run, or begin anew.")
+    _check_estimates(options)
     recipe.check()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     main_process = PartialState(cpu=on_cpu()).is_main_process
@@ -126,7 +141,7 @@ def _run(options: Options, console: Console) -> None:
             )
     if options.dry_run:
         if main_process:
-            _dry_run(recipe, console)
+            _dry_run(recipe, console, options.devices or 1, options.memory)
         return
     start: Start = "resume" if options.resume else "restart" if options.restart else "fresh"
     run_dir = options.run_dir or Path("runs") / recipe.name
@@ -146,6 +161,14 @@ def _run(options: Options, console: Console) -> None:
         console.print(f"Next: [bold]{escape(command)}", soft_wrap=True)
 
 
+def _check_estimates(options: Options) -> None:
+    for name, value in (("--devices", options.devices), ("--memory", options.memory)):
+        if value is not None and not options.dry_run:
+            raise ValueError(f"{name} {value} belongs to the estimates of --dry-run; add that, or leave {name} out.")
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; expected a number > 0.")
+
+
 def _settings(recipe: Recipe) -> Table:
     table = Table(title=f"Recipe {recipe.name}", show_header=False, title_justify="left")
     for section, values in to_json(recipe).items():
@@ -163,8 +186,14 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _dry_run(recipe: Recipe, console: Console) -> None:
+def _dry_run(recipe: Recipe, console: Console, devices: int, memory: float | None) -> None:
     """Print what the recipe would cost, and check its data.
+
+    Args:
+        recipe: resolved.
+        console: where to print.
+        devices: how many there would be.
+        memory: GiB of each; None = those of the GPU here, if there is one.
 
     Raises:
         DataError: the data is there, but can't be used.
@@ -176,13 +205,64 @@ def _dry_run(recipe: Recipe, console: Console) -> None:
     table.add_row("training step", f"{human_number(costs.training_flops)}FLOP an image")
     scores = 0 if recipe.sampling.method == "skip" else recipe.sampling.num_denoise_steps
     table.add_row("sampling", f"{costs.sampling_tokens} sequential token steps, {scores} scores")
-    table.add_row("weights, gradients, optimiser", human_bytes(costs.state_bytes))
-    table.add_row("activations", f"{human_bytes(costs.activation_bytes)} an image in float32, about half in bf16")
-    table.add_row("  with gradient checkpointing", f"{human_bytes(costs.checkpointed_bytes)} an image in float32")
     table.add_row("sampling cache", f"{human_bytes(costs.cache_bytes)} an image in float32")
     table.add_row("data", _data_row(recipe))
     console.print(table)
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    console.print(_memory_table(recipe, devices, memory))
     console.print("Dry run: nothing was trained or written.")
+
+
+def _memory_table(recipe: Recipe, devices: int, memory: float | None) -> Table:
+    """What a training step needs on one device, and how many images fit into its memory in GiB."""
+    kinds = {"one device": device_memory(recipe)}
+    if devices > 1:
+        kinds = {
+            "replicated (DDP)": device_memory(recipe, devices),
+            "sharded (FSDP2)": device_memory(recipe, devices, sharded=True),
+        }
+    passes = {
+        "": activations(recipe, checkpointing=False),
+        ", gradient checkpointing": activations(recipe, checkpointing=True),
+    }
+    precision = "bf16" if recipe.train.mixed_precision == "bf16" else "float32"
+    title = "Memory of a training step" if devices == 1 else f"Memory of a training step on each of {devices} devices"
+    table = Table("", *kinds, title=title, title_justify="left")
+    for name in ("weights", "gradients", "optimizer", "average", "exchange"):
+        if any(getattr(kind, name) for kind in kinds.values()):
+            table.add_row(_PARTS[name], *(human_bytes(getattr(kind, name)) for kind in kinds.values()))
+    table.add_section()
+    for how, needed in passes.items():
+        table.add_row(f"one image in {precision}{how}", *[human_bytes(needed.at_peak(1))] * len(kinds))
+        table.add_row(f"each further one{how}", *[human_bytes(needed.per_image)] * len(kinds))
+    if memory is not None:
+        table.add_section()
+        for how, needed in passes.items():
+            fits = (_what_fits(recipe, kind, needed, devices, memory) for kind in kinds.values())
+            table.add_row(f"fits into {USABLE:.0%} of {memory:.4g} GiB{how}", *fits)
+    return table
+
+
+_PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimiser",
+    "average": "moving average",
+    "exchange": "exchange with other devices",
+}
+
+
+def _what_fits(recipe: Recipe, device: DeviceMemory, needed: Activations, devices: int, memory: float) -> str:
+    """Images at a time that the memory in GiB allows, and the accumulation that keeps the global batch."""
+    largest, batch_size = device.largest_micro_batch(needed, int(memory * 2**30)), recipe.train.batch_size
+    if largest == 0:
+        return "[yellow]not even one image"
+    accumulation = accumulation_for(batch_size, devices, largest)
+    if accumulation is None:
+        return f"{largest:,} images, [yellow]but {devices} devices can't share a batch of {batch_size} evenly"
+    at_a_time = batch_size // (devices * accumulation)
+    return f"{largest:,} images; --train.accumulation {accumulation} for {at_a_time} at a time"
 
 
 def _data_row(recipe: Recipe) -> str:

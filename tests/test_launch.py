@@ -168,6 +168,55 @@ def test_without_denoising_no_score_is_announced(run):
     assert "32 sequential token steps, 0 scores" in run("--dry-run", "--sampling.method", "skip")
 
 
+# -- the dry run's memory ---------------------------------------------------------------------------------------
+
+
+def test_one_device_has_one_column_and_nothing_to_exchange(run):
+    printed = run("--dry-run")
+    assert "Memory of a training step" in printed
+    assert "one device" in printed
+    assert "DDP" not in printed
+    assert "exchange with other devices" not in printed
+    assert "fits into" not in printed
+
+
+def test_several_devices_are_compared_replicated_and_sharded(run):
+    printed = run("--dry-run", "--devices", 4, "--memory", 0.5)
+    for words in ("each of 4 devices", "replicated (DDP)", "sharded (FSDP2)", "exchange with other devices",
+                  "fits into 90% of 0.5 GiB", "fits into 90% of 0.5 GiB, gradient checkpointing",
+                  "--train.accumulation 1 for 25 at a time"):  # fmt: skip
+        assert words in printed
+
+
+def test_memory_that_is_too_small_is_said_plainly(run):
+    assert "not even one image" in run("--dry-run", "--memory", 0.001)
+
+
+def test_accumulation_follows_from_the_memory(run):
+    words = re.findall(r"(\d+) images; --train.accumulation (\d+) for (\d+) at a time", run(
+        "--dry-run", "--memory", 0.016, "--model.channels", 128, "--model.num-layers", 1, 2
+    ))  # fmt: skip
+    assert len(words) == 2
+    for largest, accumulation, at_a_time in (map(int, found) for found in words):
+        assert at_a_time <= largest < 100
+        assert accumulation * at_a_time == 100
+
+
+def test_devices_that_cannot_share_the_batch_are_told(run):
+    assert "but 3 devices can't share a batch of 100 evenly" in run("--dry-run", "--devices", 3, "--memory", 1)
+
+
+def test_the_precision_of_the_estimate_is_the_recipes(run):
+    assert "one image in float32" in run("--dry-run")
+    assert "one image in bf16" in run("--dry-run", "--train.mixed-precision", "bf16")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--devices", "8"), ("--memory", "80.0")])
+def test_options_of_the_dry_run_are_refused_without_it(refused, trained, option, value):
+    assert f"{option} {value} belongs to the estimates of --dry-run" in refused(option, value)
+    assert trained == []
+
+
 # -- refusals ---------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +225,8 @@ def test_without_denoising_no_score_is_announced(run):
     [
         (("--max-steps", "0"), "--max-steps is 0; expected a number >= 1"),
         (("--save-every", "0"), "train.save_every is 0"),
+        (("--devices", "0"), "--devices is 0; expected a number > 0"),
+        (("--memory", "nan"), "--memory is nan; expected a number > 0"),
         (("--resume", "--restart"), "--resume and --restart exclude each other"),
         (("--model.patch-size", "3"), "patch_size 3 does not divide image_size 8; choose one of [1, 2, 4, 8]"),
         (("--model.no-noise-conditioned",), "noise.distribution is 'uniform', a range of noise levels"),
