@@ -2,9 +2,9 @@
 
 python benchmarks/kill_and_resume.py --kills 30
 
-A tiny model on the digits, a state every other step, so that many of the kills fall into a save. One kill in five comes
-while the process is still starting. The table says for each process where it began, when it was killed, and what was on
-the disk then.
+A tiny model on the digits, a state every other step, so that many of the kills fall into a save. One kill in five
+comes while the process is still starting. The table says for each process where it began, when it was killed, and what
+was on the disk then.
 """
 
 from __future__ import annotations

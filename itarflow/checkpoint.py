@@ -34,6 +34,12 @@ def finish_folder(folder: Path) -> None:
         (folder / name).write_text(source)
 
 
+def foreign_entries(folder: Path) -> list[str]:
+    """Names in a folder that are not of a pipeline, in order."""
+    ours = {_INDEX, "README.md", ".gitattributes", *(Path(name).parts[0] for name in (*_MODULES, *_INSTALLED))}
+    return sorted(path.name for path in folder.iterdir() if path.name not in ours)
+
+
 def installed_classes(index: Mapping[str, Any]) -> dict[str, Any]:
     """What to change in a model_index.json so that the installed package's classes are loaded."""
     return {"_class_name": "ITARFlowPipeline", **_INSTALLED} if "flow" in index else {}

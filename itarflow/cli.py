@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from itarflow.checkpoint import foreign_entries
 from itarflow.convert import export_official, load_official
 from itarflow.denoise import DenoiseScheduler, Method
 from itarflow.embedding import NULL_LABEL
@@ -187,7 +188,7 @@ class Convert:
             only_level = not flow.config.noise_conditioned and self.t_min is None
             low = self.t_max if only_level else pipeline.scheduler.config.t_min
             flow.register_to_config(noise_range=(low, self.t_max))
-        replace_folder(self.target, pipeline.save_pretrained)
+        replace_folder(self.target.absolute(), pipeline.save_pretrained)
         parameters = sum(parameter.numel() for parameter in flow.parameters())
         defaults, weight = pipeline.scheduler.config, pipeline.default_guidance.weight
         _say(
@@ -204,9 +205,13 @@ class Convert:
                 "add --to-official."
             )
         holds = any(self.target.iterdir()) if self.target.is_dir() else self.target.exists()
-        if self.target.is_dir() and (self.to_official or (holds and not (self.target / "model_index.json").exists())):
-            expected = "a file name ending in .pth" if self.to_official else "a new folder, or a pipeline's"
-            raise ValueError(f"{self.target} is a folder with other things in it; expected {expected}.")
+        if self.target.is_dir() and self.to_official:
+            raise ValueError(f"{self.target} is a folder; expected a file name ending in .pth.")
+        others = foreign_entries(self.target) if self.target.is_dir() else []
+        if others:
+            raise ValueError(
+                f"{self.target} is a folder with other things in it ({others[0]}); expected a new one, or a pipeline's."
+            )
         if self.target.is_file() and not self.to_official:
             raise ValueError(f"{self.target} is a file; expected a folder for the pipeline.")
         if holds and not self.overwrite:

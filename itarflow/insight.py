@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ _PEAK_TFLOPS = {
     "B200": (2250, 1125),
     "H200": (989, 494),
     "H100 PCIe": (756, 378),
+    "H100 NVL": (835, 417),
     "H100": (989, 494),
     "A100": (312, 156),
     "L40S": (362, 183),
@@ -103,7 +105,8 @@ def peak_tflops(device: torch.device, mixed_precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    peaks: Sequence[float] | None = next((peaks for key, peaks in _PEAK_TFLOPS.items() if key in name), None)
+    found = (peaks for key, peaks in _PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
+    peaks = next(found, None)
     return None if peaks is None else peaks[0 if mixed_precision == "bf16" else 1]
 
 

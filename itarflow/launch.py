@@ -76,6 +76,7 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
         args: the command line; None = the process's.
     """
     console = Console()
+    PartialState(cpu=on_cpu())  # from here on the processes know of one another, and say once what concerns all
     try:
         options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
     except ValueError as error:
@@ -131,7 +132,7 @@ def _run(options: Options, console: Console) -> None:
     _check_estimates(options)
     recipe.check()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    main_process = PartialState(cpu=on_cpu()).is_main_process
+    main_process = PartialState().is_main_process
     if main_process:
         console.print(_settings(recipe))
         if launched not in ("no", recipe.train.mixed_precision):

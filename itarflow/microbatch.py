@@ -43,6 +43,8 @@ def find_accumulation(recipe: Recipe, accelerator: Accelerator) -> int:
         if "reached zero" not in str(error):
             raise
         found = 0
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # or metrics would tell the peak of the trials
     everywhere = gather_object([found])
     if 0 in everywhere:
         raise ValueError(

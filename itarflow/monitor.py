@@ -30,6 +30,7 @@ class Monitor:
         self.console = Console(quiet=not accelerator.is_main_process)
         self.broken: frozenset[str] = frozenset()
         """Names, with reasons, of the images that could not be read; those of all processes after `gather_broken`."""
+        self._met: set[str] = set()  # by this process, in this part of the run: what counts towards the limit
         self._warnings = Console(stderr=True)  # of every process: a broken image is met by one of them
         self._usual_norm, self._norms_seen, self._quiet_until = 0.0, 0, 0
         accelerator.init_trackers("logs", config=_scalars(to_json(recipe)))
@@ -56,16 +57,13 @@ class Monitor:
                 f"[yellow]Unreadable image, replaced by the next one: {escape(name)}", soft_wrap=True, highlight=False
             )
         self.broken |= frozenset(new)
-        self.check_broken()
+        self._met |= set(names)
+        if len(self._met) > self.recipe.data.max_broken:
+            raise too_many_broken(sorted(self._met), self.recipe.data.max_broken)
 
     def gather_broken(self) -> None:
         """Make `broken` the same on all processes, which all call this."""
         self.broken = frozenset(gather_object(sorted(self.broken)))
-
-    def check_broken(self) -> None:
-        """Refuse to go on with more unreadable images than allowed."""
-        if len(self.broken) > self.recipe.data.max_broken:
-            raise too_many_broken(sorted(self.broken), self.recipe.data.max_broken)
 
     # -- gradients ----------------------------------------------------------------------------------------------
 
@@ -77,7 +75,10 @@ class Monitor:
         return self._norms_seen > _USUAL_AFTER and grad_norm > _EXPLOSION * usual
 
     def report_explosion(self, step: int, grad_norm: float, level: float, nll: float) -> None:
-        """Say where a large gradient came from; not more often than every hundred steps."""
+        """Say where a large gradient came from; not more often than every hundred steps.
+
+        The image is of the main process's: asking the others would need all to come to the same verdict.
+        """
         if step < self._quiet_until:
             return
         self._quiet_until = step + 100

@@ -36,16 +36,32 @@ def on_cpu() -> bool:
 
 
 def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
-    """Act on the main process alone; all wait for it, and its refusal reaches them all."""
+    """Act on the main process alone; all wait for it, and its failure reaches them all, as a RunError.
+
+    On the main process an error that is no refusal (RunError, OSError, ValueError) stays what it is.
+    """
     refusal: list[str | None] = [None]
+    unforeseen: Exception | None = None
     if accelerator.is_main_process:
         try:
             action()
         except (RunError, OSError, ValueError) as error:
             refusal = [str(error)]
+        except Exception as error:
+            refusal, unforeseen = [f"the main process failed: {error}"], error
     broadcast_object_list(refusal)
+    if unforeseen is not None:
+        raise unforeseen
     if refusal[0] is not None:
         raise RunError(refusal[0])
+
+
+def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
+    """The largest of each value over all processes, which all call this."""
+    if accelerator.num_processes == 1:
+        return values
+    everywhere = accelerator.gather(torch.tensor([values], device=accelerator.device))
+    return tuple(everywhere.max(dim=0).values.tolist())
 
 
 def first_to_say(text: str) -> bool:

@@ -50,8 +50,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: far less memory for a second forward pass."""
     shard: bool = False
-    """Split weights, gradients, optimiser state and averages over the processes (FSDP2), for models that do not fit
-    one device. An Accelerate config with `distributed_type: FSDP` asks for the same."""
+    """Split weights, gradients, optimiser state and averages over the processes (FSDP2), for models whose training
+    does not fit one device; evaluation and samples still gather the weights on each. An Accelerate config with
+    `distributed_type: FSDP` asks for the same."""
     compile: bool = False
     """Compile the transformer layers with torch.compile; needs a C++ compiler, pays off on long runs."""
     seed: int = 0

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from filelock import FileLock, Timeout
 
 from itarflow.recipe import Recipe, differences, write_recipe
@@ -98,8 +99,6 @@ def check(path: Path, recipe: Recipe, start: Start, allow_changes: bool = False)
             f"{path} already holds a run ({what}). Go on with it by --resume, begin anew by --restart (the old run "
             "is kept beside it), or choose another folder by --run-dir."
         )
-    if run.lock.exists():
-        hold(run).release()
     if start == "resume":
         _check_resumable(run, recipe, allow_changes)
 
@@ -146,6 +145,16 @@ def hold(run: RunDir) -> FileLock:
     return lock
 
 
+def check_free(run: RunDir) -> None:
+    """Refuse a run that another training writes.
+
+    Raises:
+        RunError: as `hold`.
+    """
+    if run.lock.exists():
+        hold(run).release()
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that can't be written or made, by trying; nothing is left behind.
 
@@ -183,11 +192,23 @@ def _move_aside(path: Path) -> None:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside `target`, then put it in its place, so that a failed write leaves the old one."""
+    """Write a folder beside `target`, then put it in its place, so that a failed write leaves the old one.
+
+    Raises:
+        RunError: it can't be written; the old one is whole.
+    """
     partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".old-{target.name}")
+    if old.exists() and not target.exists():  # killed between two renames
+        os.replace(old, target)
     for folder in (partial, old):
         shutil.rmtree(folder, ignore_errors=True)
-    write(partial)
+    try:
+        write(partial)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{target} can't be written: {error}. What was there before is whole; make room.") from error
     if target.exists():
         os.replace(target, old)
     os.replace(partial, target)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,13 @@ from accelerate import Accelerator
 from accelerate.utils import parse_flag_from_env
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -50,7 +56,7 @@ def distribute(flow: TARFlow, accelerator: Accelerator, sharded: bool) -> nn.Mod
     if not sharded:
         return accelerator.prepare(flow)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    flow.to(accelerator.device)
+    # Each unit is moved to the device as it is split: no device ever holds the whole.
     for module in flow.modules():
         if isinstance(module, Layer):
             fully_shard(module, mesh=mesh)
@@ -72,10 +78,19 @@ def clip_grad_norm(model: nn.Module, limit: float) -> float:
 
 
 @contextmanager
-def whole_flow(model: nn.Module, recipe: Recipe, ema: EMAModel | None) -> Iterator[TARFlow]:
+def whole_flow(
+    model: nn.Module, recipe: Recipe, ema: EMAModel | None, device: torch.device, wanted: bool = True
+) -> Iterator[TARFlow]:
     """A flow that can be evaluated, sampled and saved, with averaged weights if there are any. All processes enter.
 
     A sharded flow is gathered into a copy; any other lends its own modules for the while.
+
+    Args:
+        model: from `distribute`.
+        recipe: of the flow.
+        ema: the averages.
+        device: where to gather a sharded flow.
+        wanted: False for a process that only helps to gather: its flow is on the meta device.
     """
     if not isinstance(model, FSDPModule):
         flow = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -84,33 +99,52 @@ def whole_flow(model: nn.Module, recipe: Recipe, ema: EMAModel | None) -> Iterat
         return
     names = [name for name, _ in model.named_parameters()]
     shards = model.parameters() if ema is None else ema.shadow_params
-    tensors = {name: _whole(shard.detach()) for name, shard in zip(names, shards, strict=True)}
-    tensors |= {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.device("meta"):
         flow = recipe.model.build(recipe.noise_range)
-    flow.load_state_dict(tensors, assign=True)
+    tensors = dict(model.named_buffers())
+    for name, shard in zip(names, shards, strict=True):
+        whole = _whole(shard.detach())
+        if wanted:
+            tensors[name] = whole.to(device)
+    if wanted:
+        flow.load_state_dict({name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, assign=True)
     yield flow.eval()
 
 
 def save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
     """Write weights, optimiser state and averages into a state's folder. All processes call this."""
+    # Asked for the state that an optimiser does not have yet, torch would make one, and change the first step.
+    parts = {"optimizer"} if optimizer.state else set()
     with _quiet():
-        dcp.save(_tensors(model, optimizer, ema), checkpoint_id=folder / _FOLDER, no_dist=_alone())
+        dcp.save(_tensors(model, optimizer, ema, parts | {"ema"}), checkpoint_id=folder / _FOLDER, no_dist=_alone())
 
 
 def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
-    """Bring everything back to where `save_tensors` left it, on any number of processes, sharded or not."""
-    tensors = _tensors(model, optimizer, ema)
+    """Bring everything back to where `save_tensors` left it, on any number of processes, sharded or not.
+
+    Averages that were not kept then begin with the weights. The optimiser's settings come back, too.
+    """
+    stored = FileSystemReader(folder / _FOLDER).read_metadata().state_dict_metadata
+    parts = {name.split(".")[0] for name in stored}
+    tensors = _tensors(model, optimizer, ema, parts)
     with _quiet():
         dcp.load(tensors, checkpoint_id=folder / _FOLDER, no_dist=_alone())
-    # The averages have been read in place.
-    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    set_model_state_dict(model, tensors["model"])
+    if "optimizer" in tensors:
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+    if ema is not None and "ema" not in tensors:  # else they have been read in place
+        for average, parameter in zip(ema.shadow_params, model.parameters(), strict=True):
+            average.copy_(parameter.detach())
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> dict[str, Any]:
-    weights, optimizer_state = get_state_dict(model, optimizer)
-    tensors: dict[str, Any] = {"model": weights, "optimizer": optimizer_state}
-    if ema is not None:
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None, parts: Collection[str]
+) -> dict[str, Any]:
+    """Weights, and of `parts` "optimizer" and "ema" those that there are, by name."""
+    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
+    if "optimizer" in parts:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    if ema is not None and "ema" in parts:
         names = (name.removeprefix("module.") for name, _ in model.named_parameters())
         tensors["ema"] = dict(zip(names, ema.shadow_params, strict=True))
     return tensors

@@ -9,15 +9,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from itarflow.run import RunDir, RunError
 
-MANIFEST = "manifest.json"
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _CHUNK = 2**22
 
 OnMain = Callable[[Callable[[], object]], None]
@@ -29,7 +31,14 @@ def alone(action: Callable[[], object]) -> None:
     action()
 
 
-def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None], on_main: OnMain = alone) -> Path:
+def save_state(
+    run: RunDir,
+    step: int,
+    keep: int,
+    write: Callable[[Path], None],
+    progress: Mapping[str, Any] | None = None,
+    on_main: OnMain = alone,
+) -> Path:
     """Save a state, and remove the oldest of those that are more than `keep`. All processes call this.
 
     Args:
@@ -37,6 +46,7 @@ def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None],
         step: optimiser steps done.
         keep: newest states to keep.
         write: fills an existing folder; called by all processes.
+        progress: plain values, stored beside what is written as `PROGRESS`.
         on_main: see `OnMain`.
 
     Raises:
@@ -47,7 +57,9 @@ def save_state(run: RunDir, step: int, keep: int, write: Callable[[Path], None],
     try:
         on_main(lambda: _make_empty(partial))
         write(partial)
-        on_main(lambda: _seal(run, partial, final, keep))
+        on_main(lambda: _seal(run, partial, final, keep, progress or {}))
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, CheckpointException) as error:  # torch has types of its own for a failed write
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
@@ -61,10 +73,16 @@ def fault(state: Path) -> str | None:
     """Why a saved state is not whole, or None if every file has the size and the SHA-256 of its manifest."""
     try:
         files = json.loads((state / MANIFEST).read_text())["files"]
+        return _difference(state, files)
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        return f"it can't be read ({error})"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} can't be read ({type(error).__name__})"
+
+
+def _difference(state: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
     for name, expected in files.items():
         file = state / name
         if not file.is_file():
@@ -90,7 +108,9 @@ def set_aside_newer(run: RunDir, state: Path) -> None:
     """Rename the states after `state`, so that they count no longer among those to keep."""
     for other in run.states():
         if other.name > state.name:
-            other.rename(other.with_name(f"torn-{other.name}"))
+            torn = other.with_name(f"torn-{other.name}")
+            shutil.rmtree(torn, ignore_errors=True)  # of an earlier time
+            other.rename(torn)
 
 
 def first_cause(error: BaseException) -> str:
@@ -106,16 +126,18 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _seal(run: RunDir, partial: Path, final: Path, keep: int) -> None:
+def _seal(run: RunDir, partial: Path, final: Path, keep: int, progress: Mapping[str, Any]) -> None:
+    (partial / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
     names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
     digests = _digests(partial, names)
     files = {name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]} for name in names}
     (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
     for path in (*partial.rglob("*"), partial):
         _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # renamed before it is removed, lest a kill leave half of it
+        os.replace(final, final.with_name(f".partial-old-{final.name}"))
     os.replace(partial, final)
+    shutil.rmtree(final.with_name(f".partial-old-{final.name}"), ignore_errors=True)
     _flush(final.parent)
     for old in run.states()[:-keep]:
         shutil.rmtree(old)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +45,7 @@ from itarflow.interrupt import Interrupted, StopSignal
 from itarflow.microbatch import find_accumulation
 from itarflow.monitor import Monitor, bits_per_dim
 from itarflow.objective import Draws, Evaluation, Losses, draw, evaluate, training_losses
-from itarflow.processes import make_accelerator, on_main
+from itarflow.processes import agreed, make_accelerator, on_main
 from itarflow.progress import training_progress
 from itarflow.recipe import Recipe, learning_rate_factor
 from itarflow.run import RunDir, RunError, Start, hold, replace_folder
@@ -59,7 +59,7 @@ from itarflow.sharding import (
     save_tensors,
     whole_flow,
 )
-from itarflow.states import first_cause, newest_whole, save_state, set_aside_newer
+from itarflow.states import PROGRESS, first_cause, newest_whole, save_state, set_aside_newer
 
 
 class TrainingError(RuntimeError):
@@ -85,6 +85,9 @@ class Summary:
     grid: Path
 
 
+_ANOTHER = "another process can't read its images; its message says why"
+
+
 class _State(NamedTuple):
     """Where a training is, besides its tensors."""
 
@@ -103,7 +106,6 @@ class _Step(NamedTuple):
     """Of all processes; not finite if the step was skipped."""
     moments: Tensor
     """As `watch_blocks` collects them; zeros unless the step is logged."""
-    broken: tuple[str, ...]
 
 
 def train(
@@ -148,38 +150,55 @@ def train(
         recipe = replace(recipe, train=replace(recipe.train, accumulation=found))
         accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
+    run = RunDir(run_path)
     on_main(accelerator, lambda: runs.check(run_path, recipe, start, allow_changes))
+    on_main(accelerator, lambda: runs.check_free(run))
     data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
     check_classes(recipe, data)
     if recipe.data.in_memory:
         data = data.decoded()
-    on_main(accelerator, lambda: runs.prepare(run_path, recipe, start, allow_changes))
-    run = RunDir(run_path)
-    with _only_writer(run, accelerator):
-        training = _Training(recipe, run, data, accelerator, sharded=sharded, resume=start == "resume")
+    with ExitStack() as locks, StopSignal() as stop:
+        on_main(accelerator, lambda: _claim(run, recipe, start, allow_changes, locks))
+        training = _Training(recipe, run, data, accelerator, sharded=sharded, resume=start == "resume", stop=stop)
         try:
-            return training.run_to(max_steps)
-        finally:
-            training.release()
-            accelerator.end_training()
+            summary = training.run_to(max_steps)
+        except Interrupted:
+            training.close()  # all processes have agreed to stop
+            raise
+        except BaseException:
+            training.finish_trackers()  # others may be waiting for this one: the connection is not closed in order
+            raise
+        training.close()
+        return summary
 
 
-@contextmanager
-def _only_writer(run: RunDir, accelerator: Accelerator) -> Iterator[None]:
-    """Hold the run's folder, on the main process, for all of them."""
-    with ExitStack() as stack:
-        on_main(accelerator, lambda: stack.enter_context(hold(run)))
-        yield
+def _claim(run: RunDir, recipe: Recipe, start: Start, allow_changes: bool, locks: ExitStack) -> None:
+    """Hold the run's folder, so that no other training writes into it or moves it, and make it ready."""
+    existed = run.path.exists()
+    if existed:
+        locks.enter_context(hold(run))
+    runs.prepare(run.path, recipe, start, allow_changes)
+    if not existed or start == "restart":  # it is another folder now
+        locks.enter_context(hold(run))
 
 
 class _Training:
     """The objects of one training, and the loop over them."""
 
     def __init__(
-        self, recipe: Recipe, run: RunDir, data: ImageData, accelerator: Accelerator, *, sharded: bool, resume: bool
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        data: ImageData,
+        accelerator: Accelerator,
+        *,
+        sharded: bool,
+        resume: bool,
+        stop: StopSignal,
     ) -> None:
         self.recipe, self.run, self.data, self.accelerator = recipe, run, data, accelerator
-        self.sharded = sharded
+        self.sharded, self.stop = sharded, stop
+        self.saved_at = 0  # the step whose state is on the disk; of step 0 there is nothing to save
         self.monitor = Monitor(recipe, run, accelerator)
         self.held_out, self.measured_at = Evaluation({}, None), -1
         self.total_steps = recipe.num_steps(len(data.train))
@@ -192,16 +211,18 @@ class _Training:
         self.model = distribute(self.flow, accelerator, sharded)
         if recipe.train.compile:
             compile_layers(self.flow)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=recipe.train.learning_rate,
-            betas=recipe.train.betas,
-            weight_decay=recipe.train.weight_decay,
-            fused=accelerator.device.type == "cuda",
-        )
+        settings = {
+            "lr": recipe.train.learning_rate,
+            "betas": recipe.train.betas,
+            "weight_decay": recipe.train.weight_decay,
+            "fused": accelerator.device.type == "cuda",
+        }
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), **settings)
         decay = recipe.train.ema_decay
         self.ema = None if decay is None else EMAModel(self.model.parameters(), decay)
         self.state = self._load_newest() if resume and run.states() else _State()
+        for group in self.optimizer.param_groups:
+            group.update(settings)  # a state brings those of the run that saved it
         if resume and not run.states():
             on_main(accelerator, lambda: run.rewrite_metrics([]))
             self.monitor.say(f"{run.path} was stopped before its first saved state: beginning anew.")
@@ -215,15 +236,12 @@ class _Training:
         self.monitor.name_broken(decoded, aloud=self.accelerator.is_main_process)
         if self.state.step >= last_step:
             self.monitor.say(f"Nothing is left to train: step {self.state.step} has been reached.")
-        try:
-            speed = self._loop(last_step)
-        except DataError:
-            if self.accelerator.num_processes == 1:  # else the others are not at the same step
-                self._save()
-            raise
+        speed = self._loop(last_step)
         self._save()  # before anything else can go wrong
         if self.measured_at != self.state.step:
+            self._stop_if_asked()
             self._evaluate()
+        self._stop_if_asked()
         grid = self._sample()
         self._export()
         return Summary(
@@ -239,28 +257,34 @@ class _Training:
             grid=grid,
         )
 
-    def release(self) -> None:
-        """Let go of the model, before Accelerate closes the connection to the other processes.
+    def close(self) -> None:
+        """End together: all processes call this, and none before the main one has finished its trackers.
 
-        The other way round, DDP would close it while holding the interpreter's lock, which gloo's threads may be
-        waiting for: a process in some hundreds would then never end.
+        The model is let go first. The other way round, DDP would close the connection to the others while holding the
+        interpreter's lock, which gloo's threads may be waiting for: a process in some hundreds would never end.
         """
+        self.finish_trackers()
+        self.accelerator.wait_for_everyone()
         del self.model, self.flow, self.optimizer, self.ema
         self.accelerator.free_memory()
+        self.accelerator.state.destroy_process_group()
+
+    def finish_trackers(self) -> None:
+        """Let what was logged reach its place."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
     def _loop(self, last_step: int) -> float:
         """Train up to last_step; returns images a second."""
         first_step, loader = self.state.step, self._batches()
         bad_in_a_row, step_seconds, speed = 0, 0.0, 0.0
         log_every = self.recipe.train.log_every
-        with (
-            StopSignal() as stop,
-            training_progress(self.monitor.console, self.recipe.name, self.total_steps, first_step) as show,
-        ):
+        console, name = self.monitor.console, self.recipe.name
+        with training_progress(console, name, self.total_steps, first_step) as show:
             while self.state.step < last_step:
                 began = time.perf_counter()
-                step = self._step(self.state.step, loader, watched=(self.state.step + 1) % log_every == 0)
-                self.monitor.name_broken(step.broken)
+                micro_batches = self._fetch(loader)
+                step = self._step(self.state.step, micro_batches, watched=(self.state.step + 1) % log_every == 0)
                 bad = not math.isfinite(step.grad_norm)
                 bad_in_a_row = bad_in_a_row + 1 if bad else 0
                 step_seconds += time.perf_counter() - began
@@ -271,9 +295,6 @@ class _Training:
                 show(self.state.step, float(step.losses.loss) if self.state.step % 5 == 0 else None, speed)
                 if self._due(log_every):
                     self._log(step, speed)
-                if self._stopped(stop):
-                    self._save()
-                    raise Interrupted(stop.signal_number or 0, self.run.path, self.state.step)
                 self._chores(last_step)
         return speed
 
@@ -282,7 +303,6 @@ class _Training:
         evaluate_every, sample_every = self._intervals()
         if self._due(self.recipe.train.save_every) and self.state.step < last_step:
             self._save()
-            self.monitor.check_broken()
         if self._due(evaluate_every) and self.state.step + evaluate_every // 2 < last_step:
             self._evaluate()
         if self._due(sample_every) and self.state.step + sample_every // 2 < last_step:
@@ -328,7 +348,32 @@ class _Training:
         )
         return batches(self.data.train, sampler, self.recipe.data.num_workers)
 
-    def _step(self, step: int, loader: Iterator[Batch], watched: bool) -> _Step:
+    def _fetch(self, loader: Iterator[Batch]) -> list[Batch]:
+        """The next step's micro-batches; but if any process was told to stop, or has no images, all save and end here.
+
+        This is the one place between two steps where the processes agree, and where nothing is half done.
+
+        Raises:
+            Interrupted: a signal has arrived.
+            DataError: images can't be read, here or at another process.
+        """
+        refusal: DataError | None = None
+        batches: list[Batch] = []
+        try:
+            batches = [next(loader) for _ in range(self.recipe.train.accumulation)]
+            self.monitor.name_broken([name for batch in batches for name in batch.broken])
+        except DataError as error:
+            refusal = error
+        signal_number, refused = agreed(self.accelerator, self.stop.signal_number or 0, int(refusal is not None))
+        if signal_number or refused:
+            self._save()
+        if signal_number:  # which may have killed the processes that decode
+            raise Interrupted(signal_number, self.run.path, self.state.step)
+        if refused:
+            raise refusal or DataError(_ANOTHER)
+        return batches
+
+    def _step(self, step: int, micro_batches: Sequence[Batch], watched: bool) -> _Step:
         """One optimiser step, on this process's share of the global batch."""
         train, accelerator = self.recipe.train, self.accelerator
         self.model.train()
@@ -336,12 +381,9 @@ class _Training:
         draws = draw(self.recipe, step, accelerator.device)
         parts: list[Losses] = []
         levels: list[Tensor] = []
-        broken: list[str] = []
         grad_norm = math.nan
         with watch_blocks(self.flow, watched) as moments:
-            for micro in range(train.accumulation):
-                batch = next(loader)
-                broken += batch.broken
+            for micro, batch in enumerate(micro_batches):
                 size = len(batch.images)
                 start = (micro * accelerator.num_processes + accelerator.process_index) * size
                 part = Draws(*(values[start : start + size] for values in draws))
@@ -362,7 +404,7 @@ class _Training:
         together = Losses.together(parts)
         if math.isfinite(grad_norm):
             self._after_update(together)
-        return _Step(together, torch.cat(levels), grad_norm, moments, tuple(broken))
+        return _Step(together, torch.cat(levels), grad_norm, moments)
 
     def _after_update(self, losses: Losses) -> None:
         if self.ema is not None:
@@ -381,14 +423,14 @@ class _Training:
 
     def _look_at_gradient(self, step: _Step, bad: bool, in_a_row: int) -> None:
         """Report a gradient that is not finite or far too large, with its noise level; give up after too many."""
-        if not bad and not self.monitor.exploded(step.grad_norm):
-            return
-        # All processes have the same norm, so all come here.
-        found = gather_object([worst_level(step.losses.nll, step.noise_level)])
-        level, nll = max(found, key=lambda pair: (not math.isfinite(pair[1]), pair[1]))
+        worst = worst_level(step.losses.nll, step.noise_level)
         if not bad:
-            self.monitor.report_explosion(self.state.step, step.grad_norm, level, nll)
+            if self.monitor.exploded(step.grad_norm):
+                self.monitor.report_explosion(self.state.step, step.grad_norm, *worst)
             return
+        # What is not finite at one process is not finite at any, so all come here.
+        found = gather_object([worst])
+        level, nll = max(found, key=lambda pair: (not math.isfinite(pair[1]), pair[1]))
         self.monitor.report_bad(self.state.step, in_a_row, self.state.bad_steps, level, nll)
         if in_a_row >= self.recipe.train.max_bad_steps:
             self._save()  # these steps changed nothing: the weights are those of the last good one
@@ -457,34 +499,37 @@ class _Training:
     @contextmanager
     def _sampling_flow(self) -> Iterator[TARFlow]:
         """Averaged weights, and no compilation: sampling has other shapes at each token."""
-        with whole_flow(self.model, self.recipe, self.ema) as flow, torch.compiler.set_stance("force_eager"):
+        whole = whole_flow(self.model, self.recipe, self.ema, self.accelerator.device)
+        with whole as flow, torch.compiler.set_stance("force_eager"):
             yield flow
 
-    def _stopped(self, stop: StopSignal) -> bool:
-        """Whether any process was asked to stop; all must agree, or they would wait for one another."""
-        if self.accelerator.num_processes == 1:
-            return stop.requested
-        flag = torch.tensor([float(stop.requested)], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+    def _stop_if_asked(self) -> None:
+        """Between the chores after the last step, whose state has been saved."""
+        (signal_number,) = agreed(self.accelerator, self.stop.signal_number or 0)
+        if signal_number:
+            raise Interrupted(signal_number, self.run.path, self.state.step)
 
     # -- states and the pipeline --------------------------------------------------------------------------------
 
     def _save(self) -> None:
+        """Save the state, unless it is on the disk already, and the pipeline."""
+        if self.saved_at == self.state.step:
+            return
         self.monitor.gather_broken()
-        keep = self.recipe.train.keep_states
         save_state(
-            self.run, self.state.step, keep, self._write_state, lambda action: on_main(self.accelerator, action)
+            self.run,
+            self.state.step,
+            self.recipe.train.keep_states,
+            lambda folder: save_tensors(folder, self.model, self.optimizer, self.ema),
+            {**self.state._asdict(), "broken": sorted(self.monitor.broken)},
+            lambda action: on_main(self.accelerator, action),
         )
+        self.saved_at = self.state.step
         self._export()
 
-    def _write_state(self, folder: Path) -> None:
-        save_tensors(folder, self.model, self.optimizer, self.ema)
-        if self.accelerator.is_main_process:
-            progress = {**self.state._asdict(), "broken": sorted(self.monitor.broken)}
-            (folder / "progress.json").write_text(json.dumps(progress, indent=2) + "\n")
-
     def _export(self) -> None:
-        with self._sampling_flow() as flow:
+        main = self.accelerator.is_main_process
+        with whole_flow(self.model, self.recipe, self.ema, torch.device("cpu"), wanted=main) as flow:
             record = training_record(self.recipe, self.held_out, self._facts())
             pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record)
             on_main(self.accelerator, lambda: replace_folder(self.run.pipeline, pipeline.save_pretrained))
@@ -503,7 +548,7 @@ class _Training:
     def _load_newest(self) -> _State:
         folder = self._newest_whole()
         try:
-            progress = json.loads((folder / "progress.json").read_text())
+            progress = json.loads((folder / PROGRESS).read_text())
             load_tensors(folder, self.model, self.optimizer, self.ema)
         except torch.OutOfMemoryError:
             raise
@@ -511,11 +556,12 @@ class _Training:
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise RunError(
-                f"The state {folder} is whole, but can't be read: {first_cause(error)}. It may be of another version "
-                "or another model; remove it to resume from an older one."
+                f"The state {folder} is whole, but can't be read: {first_cause(error)}. It is of another model, or of "
+                "another version of this program: use the settings of its recipe.json, or begin anew by --restart."
             ) from error
         self.monitor.broken = frozenset(progress.pop("broken"))
         state = _State(**progress)
+        self.saved_at = state.step
         if self.ema is not None:
             self.ema.optimization_step = state.step - state.bad_steps
         kept = [line for line in self.run.logged() if line["step"] <= state.step]

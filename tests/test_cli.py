@@ -289,8 +289,15 @@ def test_a_folder_with_other_things_is_never_replaced(refused):
     Path("photos/cat.png").write_text("")
     source = GOLDEN / "itarflow_cond" / "weights.pth"
     for words in ((), ("--overwrite",)):
-        assert "photos is a folder with other things in it" in refused("convert", source, "photos", *words)
+        assert "photos is a folder with other things in it (cat.png)" in refused("convert", source, "photos", *words)
     assert Path("photos/cat.png").exists()
+
+
+def test_notes_in_a_pipelines_folder_are_not_overwritten(run, refused):
+    source = GOLDEN / "itarflow_cond" / "weights.pth"
+    run("convert", source, "ours", "--t-max", 0.3)
+    Path("ours/notes.md").write_text("mine")
+    assert "other things in it (notes.md)" in refused("convert", source, "ours", "--t-max", 0.3, "--overwrite")
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------

@@ -90,7 +90,9 @@ def test_the_device_is_known_as_far_as_it_can_be():
         ("NVIDIA H200", "bf16", 989),
         ("NVIDIA H100 PCIe", "no", 378),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312),
-        ("X", "no", None),
+        ("NVIDIA L40", "bf16", None),
+        ("NVIDIA A10G", "bf16", None),
+        ("NVIDIA RTX A1000", "bf16", None),
     ],
 )
 def test_peaks_follow_the_name_of_the_gpu(monkeypatch, name, precision, expected):

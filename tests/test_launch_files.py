@@ -105,7 +105,8 @@ def test_a_job_that_is_told_to_stop_queues_itself_again(cluster, tmp_path, numbe
     out, _ = job.communicate(timeout=20)
     assert job.returncode == 0
     assert "queues itself again" in out
-    assert "pkill -TERM -f -- -u recipes/x.py" in calls(tmp_path)
+    assert "pkill -TERM -P" in calls(tmp_path)
+    assert "stop recipes/x.py" in calls(tmp_path)
     assert calls(tmp_path).endswith("scontrol requeue 123\n")
 
 

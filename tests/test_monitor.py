@@ -26,6 +26,14 @@ def test_each_unreadable_image_is_named_once_and_too_many_end_the_run(monitor, c
         monitor.name_broken(["c.png: empty"])
 
 
+def test_what_an_earlier_part_of_the_run_met_is_not_repeated_and_does_not_count(monitor, capsys):
+    monitor.broken = frozenset({"a.png: cut short", "b.png: empty"})
+    monitor.name_broken(["a.png: cut short", "c.png: empty"])
+    printed = capsys.readouterr().err
+    assert ("a.png" in printed, "c.png" in printed) == (False, True)
+    assert len(monitor.broken) == 3
+
+
 def test_what_another_process_says_is_only_counted(monitor, capsys):
     monitor.name_broken(["a.png: cut short"], aloud=False)
     assert capsys.readouterr().err == ""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits.py"
@@ -66,6 +67,25 @@ def test_a_training_killed_at_random_instants_ends_with_the_weights_of_an_undist
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Weights identical: True. All 30 losses identical: True." in done.stdout
+
+
+def test_what_one_process_can_not_read_stops_both_in_order(tmp_path):
+    (tmp_path / "images").mkdir()
+    for index in range(64):
+        Image.new("L", (8, 8), index).save(tmp_path / "images" / f"{index:02d}.png")
+    (tmp_path / "images" / "40.png").write_bytes(b"not a picture")
+    words = [*SMALL[:-1], "16", "--data.path", str(tmp_path / "images"), "--data.no-in-memory", "--data.num-workers",
+             "1", "--data.held-out-images", "0", "--model.num-classes", "0", "--train.label-drop", "0",
+             "--train.batch-size", "4", "--sampling.guidance.weight", "0"]  # fmt: skip
+    done = run(tmp_path / "run", *words, "--data.max-broken", "0", processes=2)
+    assert done.returncode != 0
+    assert done.stderr.count("1 images could not be read, and data.max_broken is 0") == 1
+    assert "Connection closed" not in done.stderr
+    (state,) = (tmp_path / "run" / "state").glob("step-*")
+    assert int(state.name[-8:]) > 0
+    done = run(tmp_path / "run", *words, "--resume", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "unreadable images" in done.stdout
 
 
 def test_a_refusal_is_said_once(two):

@@ -21,9 +21,21 @@ def test_a_failed_export_leaves_the_older_pipeline(tmp_path):
 
     target = tmp_path / "pipeline"
     replace_folder(target, lambda folder: (folder.mkdir(), write_step(folder)))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match=r"can't be written: disk full.*make room"):
         replace_folder(target, fails)
     assert (target / "weights").read_text() == "whole"
+    assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
+
+
+def test_a_pipeline_lost_between_two_renames_is_brought_back_before_anything_else(tmp_path):
+    def fails(folder):
+        raise OSError("disk full")
+
+    (tmp_path / ".old-pipeline").mkdir()
+    write_step(tmp_path / ".old-pipeline")
+    with pytest.raises(RunError):
+        replace_folder(tmp_path / "pipeline", fails)
+    assert (tmp_path / "pipeline" / "weights").read_text() == "whole"
 
 
 def test_an_export_replaces_the_older_pipeline(tmp_path):

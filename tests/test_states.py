@@ -96,6 +96,31 @@ def test_the_newest_whole_state_is_found_and_the_others_are_named(tmp_path):
     assert [state.name for state in run.states()] == ["step-00000002", "step-00000003"]
 
 
+def test_a_state_can_be_found_torn_more_than_once(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    older = save_state(run, 1, keep=3, write=write_step)
+    for _ in range(2):
+        save_state(run, 2, keep=3, write=write_step)
+        set_aside_newer(run, older)
+    assert run.states() == [older]
+
+
+def test_a_read_error_is_a_fault_and_not_the_end(state, monkeypatch):
+    def fails(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("itarflow.states._digest", fails)
+    assert "Input/output error" in fault(state)
+
+
+def test_saving_a_step_again_replaces_it_whole(state, tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "resume")
+    save_state(run, 5, keep=1, write=write_step, progress={"step": 5})
+    assert fault(state) is None
+    assert json.loads((state / "progress.json").read_text()) == {"step": 5}
+    assert [path.name for path in state.parent.iterdir()] == ["step-00000005"]
+
+
 def test_without_a_whole_state_there_is_none(state, tmp_path):
     os.remove(state / MANIFEST)
     found, passed_over = newest_whole(prepare(tmp_path / "run", tiny_recipe(), "resume"))

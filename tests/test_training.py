@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import shutil
@@ -267,6 +268,94 @@ def test_metrics_tell_likelihood_by_noise_level_and_z_by_block(finished):
     assert last["tflops"] > 0
     assert last["utilisation"] is None
     assert last["memory_gib"] > 0.05
+
+
+@pytest.fixture
+def images_with_a_broken_one(tmp_path):
+    """A folder of forty images, one of which can't be read, and a recipe to train on them."""
+    (tmp_path / "images").mkdir()
+    for index in range(40):
+        pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{index:02d}.png")
+    (tmp_path / "images" / "33.png").write_bytes(b"not a picture")
+    return tiny_recipe(
+        path=str(tmp_path / "images"), num_classes=0, label_drop=0.0, guidance=Guidance(), in_memory=False,
+        num_workers=0, held_out_images=0, batch_size=4, accumulation=2, seed=5,
+    )  # fmt: skip
+
+
+def test_a_run_that_too_many_broken_images_stopped_goes_on_as_if_they_had_been_allowed(
+    images_with_a_broken_one, tmp_path
+):
+    recipe = images_with_a_broken_one
+    train(recipe, tmp_path / "whole")
+    stricter = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_broken=0))
+    with pytest.raises(DataError, match=r"33\.png"):
+        train(stricter, tmp_path / "stopped")
+    (state,) = (tmp_path / "stopped" / "state").glob("step-*")
+    assert int(state.name[-8:]) == max(losses(tmp_path / "stopped")) > 0
+    train(recipe, tmp_path / "stopped", start="resume")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    resumed, expected = shared_weights(tmp_path / "stopped"), shared_weights(tmp_path / "whole")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_repaired_images_count_no_longer(images_with_a_broken_one, tmp_path):
+    recipe = images_with_a_broken_one
+    stricter = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_broken=0))
+    with pytest.raises(DataError, match="Repair or remove them"):
+        train(stricter, tmp_path / "run")
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "33.png")
+    assert train(stricter, tmp_path / "run", start="resume").steps == 20
+
+
+def test_settings_of_the_optimiser_may_be_changed_on_resuming(tmp_path):
+    weights = []
+    for changes in ({}, {"weight_decay": 5.0}, {"betas": (0.5, 0.6)}):
+        run = tmp_path / str(len(weights))
+        train(tiny_recipe(), run, max_steps=2)
+        train(tiny_recipe(**changes), run, start="resume", max_steps=4, allow_changes=True)
+        weights.append(shared_weights(run)["blocks.0.proj_in.weight"])
+    assert not torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_an_average_may_begin_in_the_middle_of_a_run(tmp_path):
+    train(tiny_recipe(ema_decay=None), tmp_path, max_steps=2)
+    before = shared_weights(tmp_path)["blocks.0.proj_in.weight"]
+    train(tiny_recipe(ema_decay=0.999999), tmp_path, start="resume", max_steps=3, allow_changes=True)
+    torch.testing.assert_close(shared_weights(tmp_path)["blocks.0.proj_in.weight"], before, atol=1e-2, rtol=0)
+    train(tiny_recipe(ema_decay=None), tmp_path, start="resume", max_steps=4, allow_changes=True)
+
+
+def test_steps_that_were_all_bad_leave_the_optimiser_as_it_was(finished, tmp_path, monkeypatch):
+    whole, _ = finished
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "clip_grad_norm", lambda model, limit: math.nan)
+        train(tiny_recipe(save_every=1), tmp_path / "bad", max_steps=2)
+    (reference,) = train(tiny_recipe(), tmp_path / "good", max_steps=1).run.states()
+    train(tiny_recipe(), tmp_path / "bad", start="resume", max_steps=3)
+    assert reference.exists()
+    assert losses(tmp_path / "bad")[1] == losses(whole)[1]
+
+
+def test_a_signal_after_the_last_step_loses_nothing(finished, tmp_path, monkeypatch):
+    whole, _ = finished
+    original = training._Training._evaluate
+
+    def evaluate_and_signal(self):
+        if self.state.step == 27:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "_evaluate", evaluate_and_signal)
+        with pytest.raises(Interrupted) as stop:
+            train(tiny_recipe(), tmp_path / "run")
+    assert stop.value.exit_code == 143
+    summary = train(tiny_recipe(), tmp_path / "run", start="resume")
+    assert summary.grid.exists()
+    assert losses(tmp_path / "run") == losses(whole)
 
 
 def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypatch):

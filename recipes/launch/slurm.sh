@@ -25,12 +25,15 @@ resume=()
 if [[ -e $run_dir/recipe.json ]]; then resume=(--resume); fi
 address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
-# To the training processes themselves, which torchrun starts as "python -u RECIPE ...": were the launcher told, it would
-# give them thirty seconds and then kill them.
+# To the training processes themselves, the children of the launcher: were the launcher told, it would give them thirty
+# seconds and then kill them. Where that can't be done, it has to do.
 stopping=false
 stop() {
     stopping=true
-    srun --overlap --nodes="$SLURM_NNODES" --ntasks-per-node=1 pkill -TERM -f -- "-u $recipe" || true
+    # shellcheck disable=SC2016
+    srun --overlap --nodes="$SLURM_NNODES" --ntasks-per-node=1 bash -c '
+        pkill -TERM -P "$(pgrep -d , -f "^[^ ]*python[^ ]* [^ ]*accelerate launch .*$1")"
+    ' stop "$recipe" || kill -TERM "$training"
 }
 trap stop USR1 TERM
 
