@@ -210,7 +210,7 @@ class Convert:
         others = foreign_entries(self.target) if self.target.is_dir() else []
         if others:
             raise ValueError(
-                f"{self.target} is a folder with other things in it ({others[0]}); expected a new one, or a pipeline's."
+                f"{self.target} is a folder with other things in it ({others[0]}); expected a new one or a pipeline's."
             )
         if self.target.is_file() and not self.to_official:
             raise ValueError(f"{self.target} is a file; expected a folder for the pipeline.")
