@@ -19,7 +19,16 @@ def make_accelerator(recipe: Recipe, run_path: Path) -> Accelerator:
     """The Accelerator of a training: devices, processes and trackers are its business, the rest is ours.
 
     Precision is the loop's own autocast, so that evaluation and samples are float32, and sharding is torch's own.
+
+    Raises:
+        ValueError: the launcher asks for an engine that brings an optimiser and states of its own.
     """
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise ValueError(
+                f"the Accelerate config asks for {engine}, which keeps optimiser and states in ways of its own; use "
+                "recipes/launch/fsdp2.yaml or --train.shard, which split a model over devices as well."
+            )
     with patch_environment(accelerate_use_fsdp="false"):
         return Accelerator(
             cpu=on_cpu(),

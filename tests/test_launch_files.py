@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from test_training import tiny_recipe
 
 from itarflow.sharding import launcher_asks_for_checkpointing, launcher_asks_for_sharding
+from itarflow.training import train
 
 LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
 FILES = {"cpu": ("MULTI_GPU", 2), "gpu": ("NO", 1), "gpus8": ("MULTI_GPU", 8), "nodes": ("MULTI_GPU", 16),
@@ -47,6 +49,13 @@ def test_sharding_and_checkpointing_are_asked_of_every_process(tmp_path):
     ]
     subprocess.run(command, check=True, capture_output=True)
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 true true"] * 2
+
+
+def test_engines_that_are_not_ours_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"asks for DEEPSPEED.*fsdp2\.yaml or --train\.shard"):
+        train(tiny_recipe(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_the_launcher_asks_for_is_read_from_its_variables(monkeypatch):
