@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from itarflow.flow import TARFlow
+from itarflow.objective import Losses
 from itarflow.recipe import Recipe
 
 NUM_BUCKETS = 4
@@ -98,6 +100,43 @@ def worst_level(nll: Tensor, noise_level: Tensor) -> tuple[float, float]:
     finite = nll.isfinite()
     index = int((~finite).int().argmax()) if not finite.all() else int(nll.argmax())
     return float(noise_level[index]), float(nll[index])
+
+
+def step_sums(losses: Losses, noise_level: Tensor, moments: Tensor, edges: Tensor | None) -> dict[str, Tensor]:
+    """What of a process's images is added to that of the others' before `step_metrics`.
+
+    Args:
+        losses: of its images.
+        noise_level: (b,) of them.
+        moments: from `watch_blocks`.
+        edges: from `bucket_edges`.
+    """
+    nll = losses.nll
+    sums = {"loss": losses.loss, "nll": torch.stack([nll.sum(), torch.full_like(nll.sum(), len(nll))])}
+    if edges is not None:
+        sums["levels"] = bucket_sums(nll, noise_level, edges)
+    return sums | {"moments": moments}
+
+
+def step_metrics(sums: Mapping[str, Tensor], num_processes: int, edges: Tensor | None) -> dict[str, Any]:
+    """Loss, likelihoods in nats and bits a dim, and z after each block, from the `step_sums` of all processes."""
+    nll = (sums["nll"][0] / sums["nll"][1]).item()
+    by_level = {} if edges is None else bucket_means(sums["levels"], edges)
+    z_mean, z_std = mean_and_spread(sums["moments"])
+    return {
+        "loss": sums["loss"].item() / num_processes,
+        "nll": nll,
+        "bpd": bits_per_dim(nll),
+        "nll_by_level": by_level,
+        "bpd_by_level": {level: bits_per_dim(value) for level, value in by_level.items()},
+        "z_mean": rounded(z_mean),
+        "z_std": rounded(z_std),
+    }
+
+
+def bits_per_dim(nll: float) -> float:
+    """Of nats a dim of values in [-1, 1], in bits, counting in steps of 8-bit images: log2 of 128 is added."""
+    return (nll + math.log(128)) / math.log(2)
 
 
 def peak_tflops(device: torch.device, mixed_precision: str) -> float | None:

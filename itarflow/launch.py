@@ -34,9 +34,9 @@ from itarflow.interrupt import Interrupted
 from itarflow.objective import describe
 from itarflow.presets import SIZES
 from itarflow.processes import first_to_say, on_cpu
-from itarflow.recipe import Recipe, to_json
+from itarflow.recipe import Recipe, check_classes, to_json
 from itarflow.run import RunError, Start
-from itarflow.training import Summary, TrainingError, check_classes, train
+from itarflow.training import Summary, TrainingError, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -114,11 +113,6 @@ class Monitor:
             flat["held_out/bpd"] = held_out.bpd
         self.accelerator.log(flat, step=step)
         self.say(f"step {step}  held-out {describe(held_out)}")
-
-
-def bits_per_dim(nll: float) -> float:
-    """Of nats a dim of values in [-1, 1], in bits, counting in steps of 8-bit images: log2 of 128 is added."""
-    return (nll + math.log(128)) / math.log(2)
 
 
 def _named(values: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_environment
 
 from itarflow.recipe import Recipe
-from itarflow.run import RunError
+from itarflow.run import RunDir, RunError
+from itarflow.states import newest_whole, set_aside_newer
 
 
 def make_accelerator(recipe: Recipe, run_path: Path) -> Accelerator:
@@ -71,6 +73,30 @@ def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
         return values
     everywhere = accelerator.gather(torch.tensor([values], device=accelerator.device))
     return tuple(everywhere.max(dim=0).values.tolist())
+
+
+def agreed_state(run: RunDir, accelerator: Accelerator, say: Callable[[str], None]) -> Path:
+    """The newest whole state, as the main process finds it; newer ones are set aside, and named.
+
+    Raises:
+        RunError: there is none.
+    """
+    found: list[Any] = [None]
+
+    def look() -> None:
+        state, passed_over = newest_whole(run)
+        if state is None:
+            raise RunError(
+                f"{run.path} has no whole state to resume from:\n  " + "\n  ".join(passed_over) + "\nBegin anew by "
+                "--restart, or bring the files back."
+            )
+        for reason in passed_over:
+            say(f"Passed over {reason}. It is set aside as torn-{reason.split(':')[0]}.")
+        set_aside_newer(run, state)
+        found[0] = str(state)
+
+    on_main(accelerator, look)
+    return Path(broadcast_object_list(found)[0])
 
 
 def first_to_say(text: str) -> bool:

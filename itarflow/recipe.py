@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 
-from itarflow.data import DataConfig
+from itarflow.data import DataConfig, ImageData
 from itarflow.denoise import DenoiseScheduler, Method
 from itarflow.guidance import Guidance
+from itarflow.images import DataError
 from itarflow.noise import NoiseConfig
 from itarflow.presets import ModelConfig
 
@@ -216,6 +217,26 @@ class Recipe:
     def num_steps(self, num_images: int) -> int:
         """Optimiser steps of the whole training."""
         return max(1, math.ceil(self.train.epochs * self.steps_per_epoch(num_images)))
+
+
+def check_classes(recipe: Recipe, data: ImageData) -> None:
+    """Refuse a data set whose labels are not the model's.
+
+    Raises:
+        DataError: naming both numbers.
+    """
+    num_classes, found = recipe.model.num_classes, len(data.class_names)
+    if num_classes and not found:
+        raise DataError(
+            f"The images in {recipe.data.path} have no labels, but model.num_classes is {num_classes}. Put each class "
+            "in a folder of its own, name the column by data.label_column, or train without labels "
+            "by --model.num-classes 0."
+        )
+    if num_classes and found != num_classes:
+        raise DataError(
+            f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
+            f"set --model.num-classes {found}, or 0 to ignore the labels."
+        )
 
 
 def learning_rate_factor(step: int, warmup: int, total: int, lowest: float) -> float:

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from itarflow import run as runs
 from itarflow.batches import Batch, batches, training_sampler
@@ -32,22 +33,20 @@ from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.images import DataError
 from itarflow.insight import (
     bucket_edges,
-    bucket_means,
-    bucket_sums,
-    mean_and_spread,
     memory_gib,
     peak_tflops,
-    rounded,
+    step_metrics,
+    step_sums,
     watch_blocks,
     worst_level,
 )
 from itarflow.interrupt import Interrupted, StopSignal
 from itarflow.microbatch import find_accumulation
-from itarflow.monitor import Monitor, bits_per_dim
+from itarflow.monitor import Monitor
 from itarflow.objective import Draws, Evaluation, Losses, draw, evaluate, training_losses
-from itarflow.processes import agreed, make_accelerator, on_main
+from itarflow.processes import agreed, agreed_state, make_accelerator, on_main
 from itarflow.progress import training_progress
-from itarflow.recipe import Recipe, learning_rate_factor
+from itarflow.recipe import Recipe, check_classes, learning_rate_factor
 from itarflow.run import RunDir, RunError, Start, hold, replace_folder
 from itarflow.sharding import (
     clip_grad_norm,
@@ -59,7 +58,7 @@ from itarflow.sharding import (
     save_tensors,
     whole_flow,
 )
-from itarflow.states import PROGRESS, first_cause, newest_whole, save_state, set_aside_newer
+from itarflow.states import PROGRESS, first_cause, save_state
 
 
 class TrainingError(RuntimeError):
@@ -445,32 +444,16 @@ class _Training:
 
     def _log(self, step: _Step, speed: float) -> None:
         """One line of metrics, of the images of all processes."""
-        nll = step.losses.nll
-        sums = {
-            "loss": step.losses.loss,
-            "nll": torch.stack([nll.sum(), torch.full_like(nll.sum(), len(nll))]),
-            "moments": step.moments,
-        }
-        if self.edges is not None:
-            sums["levels"] = bucket_sums(nll, step.noise_level, self.edges)
-        sums = self.accelerator.reduce(sums, "sum")
-        mean_nll = (sums["nll"][0] / sums["nll"][1]).item()
-        by_level = {} if self.edges is None else bucket_means(sums["levels"], self.edges)
-        z_mean, z_std = mean_and_spread(sums["moments"])
+        sums = self.accelerator.reduce(step_sums(step.losses, step.noise_level, step.moments, self.edges), "sum")
         device, processes = self.accelerator.device, self.accelerator.num_processes
+        # Of one forward and one backward pass: what is computed a second time is no achievement.
         tflops = speed / processes * 3 * self.forward_flops / 1e12
         peak = peak_tflops(device, self.recipe.train.mixed_precision)
         self.monitor.log({
             "step": self.state.step,
             "epoch": self.state.step / self.recipe.steps_per_epoch(len(self.data.train)),
-            "loss": sums["loss"].item() / processes,
-            "nll": mean_nll,
-            "bpd": bits_per_dim(mean_nll),
-            "nll_by_level": by_level,
-            "bpd_by_level": {level: bits_per_dim(value) for level, value in by_level.items()},
+            **step_metrics(sums, processes, self.edges),
             "grad_norm": step.grad_norm,
-            "z_mean": rounded(z_mean),
-            "z_std": rounded(z_std),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": speed,
             "tflops": tflops,
@@ -546,15 +529,14 @@ class _Training:
         }
 
     def _load_newest(self) -> _State:
-        folder = self._newest_whole()
+        say = self.monitor.say
+        folder = agreed_state(self.run, self.accelerator, say)
         try:
             progress = json.loads((folder / PROGRESS).read_text())
             load_tensors(folder, self.model, self.optimizer, self.ema)
         except torch.OutOfMemoryError:
             raise
-        except BaseException as error:  # of torch's checkpoints, which has bases of its own
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
+        except (Exception, CheckpointException) as error:  # of many libraries, and all mean the same
             raise RunError(
                 f"The state {folder} is whole, but can't be read: {first_cause(error)}. It is of another model, or of "
                 "another version of this program: use the settings of its recipe.json, or begin anew by --restart."
@@ -571,44 +553,5 @@ class _Training:
         # All have read before one writes.
         self.accelerator.wait_for_everyone()
         on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
-        self.monitor.say(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
+        say(f"Resuming from {folder} at step {state.step} of {self.total_steps}.")
         return state
-
-    def _newest_whole(self) -> Path:
-        """The newest whole state, as the main process finds it; newer ones are set aside, with the reason."""
-        found: list[Any] = [None]
-
-        def look() -> None:
-            state, passed_over = newest_whole(self.run)
-            if state is None:
-                raise RunError(
-                    f"{self.run.path} has no whole state to resume from:\n  " + "\n  ".join(passed_over) + "\nBegin "
-                    "anew by --restart, or bring the files back."
-                )
-            for reason in passed_over:
-                self.monitor.say(f"Passed over {reason}. It is set aside as torn-{reason.split(':')[0]}.", "yellow")
-            set_aside_newer(self.run, state)
-            found[0] = str(state)
-
-        on_main(self.accelerator, look)
-        return Path(broadcast_object_list(found)[0])
-
-
-def check_classes(recipe: Recipe, data: ImageData) -> None:
-    """Refuse a data set whose labels are not the model's.
-
-    Raises:
-        DataError: naming both numbers.
-    """
-    num_classes, found = recipe.model.num_classes, len(data.class_names)
-    if num_classes and not found:
-        raise DataError(
-            f"The images in {recipe.data.path} have no labels, but model.num_classes is {num_classes}. Put each class "
-            "in a folder of its own, name the column by data.label_column, or train without labels "
-            "by --model.num-classes 0."
-        )
-    if num_classes and found != num_classes:
-        raise DataError(
-            f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
-            f"set --model.num-classes {found}, or 0 to ignore the labels."
-        )

@@ -7,7 +7,8 @@ from accelerate import Accelerator
 from test_training import tiny_recipe
 
 from itarflow.images import DataError
-from itarflow.monitor import Monitor, bits_per_dim
+from itarflow.insight import bits_per_dim
+from itarflow.monitor import Monitor
 from itarflow.run import prepare
 
 
