@@ -199,11 +199,11 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
             batch = next(stream)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two, if it died with a batch in hand
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise DataError(
-                f"a process that decodes images has died: {error} Often the system was out of memory; lower "
+                f"a process that decodes images has died ({error}). Often the system was out of memory; lower "
                 "data.num_workers, and go on by --resume"
             ) from error
         if isinstance(batch, DataError):
