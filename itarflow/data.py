@@ -378,7 +378,8 @@ def _check(config: DataConfig, image_size: int, in_channels: int) -> None:
             raise DataError(f"{name} is {getattr(config, name)}; expected 0 or more")
     if config.streaming and config.in_memory:
         raise DataError(
-            "streaming and in_memory are both set; expected one: streaming if the images exceed the memory"
+            "streaming and in_memory are both set; expected one: for images that exceed the memory add "
+            "--data.no-in-memory, for others leave streaming out"
         )
     if config.shuffle_buffer < 1:
         raise DataError(f"shuffle_buffer is {config.shuffle_buffer}; expected 1 or more, such as 8192")

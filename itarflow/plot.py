@@ -57,11 +57,13 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    names = _names(list(logged))
     for axis, panel in zip(axes, panels, strict=False):
-        _draw(axis, panel, {path.name: panel.find(lines) for path, lines in logged.items()})
+        _draw(axis, panel, {names[path]: panel.find(lines) for path, lines in logged.items()})
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.suptitle(", ".join(path.name for path in runs))
+    figure.suptitle(", ".join(f"{name} ({_STYLES[i % len(_STYLES)]})" for i, name in enumerate(names.values()))
+                    if len(names) > 1 else next(iter(names.values())))  # fmt: skip
     figure.savefig(output, dpi=110)
 
 
@@ -76,11 +78,18 @@ def _logged(path: Path) -> list[dict[str, Any]]:
 
 
 def _draw(axis: Axes, panel: Panel, runs: Mapping[str, Lines]) -> None:
-    for name, lines in runs.items():
+    # A style a run, and a colour a line, which the legend then has once; runs of a single line have their own colours.
+    colours = {
+        line: f"C{index}"
+        for index, line in enumerate(dict.fromkeys(line for found in runs.values() for line in found))
+    }
+    for number, lines in enumerate(runs.values()):
         for line, (steps, values) in lines.items():
-            label = " ".join(filter(None, (name if len(runs) > 1 else "", line)))
-            smooth = _smoothed(values)
-            (drawn,) = axis.plot(steps, smooth, linewidth=1.2, label=label)
+            smooth, style = _smoothed(values), _STYLES[number % len(_STYLES)]
+            label = line if number == 0 else None
+            (drawn,) = axis.plot(
+                steps, smooth, style, linewidth=1.2, label=label, color=colours[line] if line else f"C{number}"
+            )
             if smooth is not values:
                 axis.plot(steps, values, linewidth=0.5, alpha=0.25, color=drawn.get_color())
             if len(steps) < 3:
@@ -95,6 +104,15 @@ def _draw(axis: Axes, panel: Panel, runs: Mapping[str, Lines]) -> None:
     axis.grid(linewidth=0.3)
     if any(line.get_label() and not str(line.get_label()).startswith("_") for line in axis.get_lines()):
         axis.legend(fontsize=7)
+
+
+_STYLES = ("-", "--", ":", "-.")
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The names of the runs, or their paths where names are not enough to tell them apart."""
+    unique = len({path.name for path in paths}) == len(paths)
+    return {path: path.name if unique else str(path) for path in paths}
 
 
 def _smoothed(values: Sequence[float]) -> Sequence[float]:

@@ -91,7 +91,7 @@ def agreed_state(run: RunDir, accelerator: Accelerator, say: Callable[[str], Non
                 "--restart, or bring the files back."
             )
         for reason in passed_over:
-            say(f"Passed over {reason}. It is set aside as torn-{reason.split(':')[0]}.")
+            say(f"Passed over {reason}. It is set aside as torn-{reason.split(':')[0]}, to be deleted.")
         set_aside_newer(run, state)
         found[0] = str(state)
 

@@ -146,6 +146,8 @@ def train(
                 "out, and see what fits by --dry-run --devices N --memory GIB."
             )
         found = find_accumulation(recipe, accelerator)
+        micro_batch = recipe.train.batch_size // accelerator.num_processes // found
+        accelerator.print(f"Micro-batches of {micro_batch} images fit the memory: train.accumulation is {found}.")
         recipe = replace(recipe, train=replace(recipe.train, accumulation=found))
         accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
@@ -320,7 +322,10 @@ class _Training:
     def _describe_plan(self) -> None:
         train, processes = self.recipe.train, self.accelerator.num_processes
         evaluate_every, sample_every = self._intervals()
-        spread = "" if processes == 1 else ", the model sharded over them" if self.sharded else ", each a whole model"
+        alone = " (there is nothing to shard over)" if train.shard else ""
+        spread = (
+            alone if processes == 1 else ", the model sharded over them" if self.sharded else ", each a whole model"
+        )
         micro = train.batch_size // processes // train.accumulation
         self.monitor.say(
             f"{len(self.data.train):,} training images, {len(self.data.held_out):,} held out. An epoch has "

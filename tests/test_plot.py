@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from test_training import tiny_recipe
 
-from itarflow.plot import PANELS, _smoothed, plot_runs
+from itarflow.plot import PANELS, _names, _smoothed, plot_runs
 from itarflow.run import RunError, prepare
 
 
@@ -65,6 +65,12 @@ def test_a_likelihood_run_has_its_own_panels(make_run, tmp_path):
     assert panel("held-out bits").find(lines)[""][1] == [3.5] * 3
     plot_runs([tmp_path / "run"], tmp_path / "bpd.svg")
     assert (tmp_path / "bpd.svg").read_text().startswith("<?xml")
+
+
+def test_runs_of_one_name_are_told_apart(make_run):
+    paths = [make_run("a/digits"), make_run("b/digits"), make_run("other")]
+    assert list(_names(paths).values()) == [str(path) for path in paths]
+    assert list(_names(paths[1:]).values()) == ["digits", "other"]
 
 
 def test_values_that_are_not_finite_leave_gaps():
