@@ -1,6 +1,6 @@
 """Images a second that one core reads: from image files as they come, and from parquet files of the right size.
 
-python benchmarks/loader.py --data shared/data/caltech101_128 --sizes 64 128 256
+python benchmarks/loader.py --data images/ --sizes 64 128 256
 """
 
 from __future__ import annotations
