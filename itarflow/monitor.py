@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from itarflow.data import too_many_broken
 from itarflow.objective import Evaluation, describe
-from itarflow.recipe import Recipe, to_json
+from itarflow.recipe import Recipe, flat, to_json
 from itarflow.run import RunDir
 
 _EXPLOSION = 10.0
@@ -128,12 +128,7 @@ def _named(values: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _scalars(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
     """Flat and plain, as trackers want them."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _scalars(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, int | float | bool | str) else str(value)
-    return flat
+    plain = int | float | bool | str
+    return {key: value if isinstance(value, plain) else str(value) for key, value in flat(values).items()}

@@ -272,7 +272,7 @@ _FREE = {
 
 def differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
     """The settings on which a stored recipe and `recipe` disagree so that a run can't go on, "name: old -> new"."""
-    old, new = _flat(stored), _flat(to_json(recipe))
+    old, new = flat(stored), flat(to_json(recipe))
     names = sorted((old.keys() | new.keys()) - _FREE)
     return [
         f"{name}: {old.get(name)} -> {new.get(name)}"
@@ -281,8 +281,9 @@ def differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
     ]
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level, named like "train.epochs"."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -101,13 +101,13 @@ def whole_flow(
     shards = model.parameters() if ema is None else ema.shadow_params
     with torch.device("meta"):
         flow = recipe.model.build(recipe.noise_range)
-    tensors = dict(model.named_buffers())
+    tensors = {name: buffer.to(device, copy=True) for name, buffer in model.named_buffers()}
     for name, shard in zip(names, shards, strict=True):
         whole = _whole(shard.detach())
         if wanted:
             tensors[name] = whole.to(device)
     if wanted:
-        flow.load_state_dict({name: tensor.to(device, copy=True) for name, tensor in tensors.items()}, assign=True)
+        flow.load_state_dict(tensors, assign=True)
     yield flow.eval()
 
 
