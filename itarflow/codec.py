@@ -1,9 +1,41 @@
-"""Between 8-bit pixels and the values that a flow models. In pixel space that is a scaling, written once."""
+"""Between 8-bit pixels and the values that a flow models: pixels in [-1, 1], or the codes of an autoencoder.
+
+Codes are the latents of a VAE, shifted and scaled to about unit variance as its config says, with the noise level in
+their units. Pixel space is the codec that changes nothing.
+"""
 
 from __future__ import annotations
 
+import copy
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
+
+Vae = AutoencoderKL | AutoencoderTiny
+_KINDS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    """What the flow models: pixels, or the codes of an autoencoder."""
+
+    vae: str | None = None
+    """An autoencoder in diffusers' format, AutoencoderKL or AutoencoderTiny: a folder, or a name on the Hub such as
+    stabilityai/sd-vae-ft-ema. The flow then trains on codes that vae/encode_dataset.py has made with it.
+    None = the flow models pixels."""
+    revision: str | None = None
+    """Branch, tag or commit of a VAE on the Hub."""
+    scaling_factor: float | None = None
+    """Codes are (latents - shift_factor) * scaling_factor. None = as the VAE's config says."""
+    shift_factor: float | None = None
+    """See scaling_factor. None = as the VAE's config says."""
+    sample_posterior: bool = True
+    """Draw the code anew from the VAE's posterior each time that an image is seen; off = its mean."""
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -23,3 +55,248 @@ def to_uint8(images: Tensor) -> Tensor:
     It is the only rounding in the project, so that pictures, metrics and training agree; `to_pixels` undoes it.
     """
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+
+class Posterior(NamedTuple):
+    """Where the codes of images lie: a Gaussian for each value, or a point."""
+
+    mean: Tensor
+    """(B, C, H, W) float32, in the units of codes."""
+    log_variance: Tensor | None
+    """The same shape and units; None = the autoencoder gives no variance."""
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Codes (B, C, H, W) from standard normal noise of that shape; the mean if there is no variance."""
+        return self.mean if self.log_variance is None else self.mean + (0.5 * self.log_variance).exp() * noise
+
+
+class Codec(Protocol):
+    """Images to codes and back."""
+
+    def encode(self, images: Tensor) -> Posterior:
+        """Images (B, C, H, W) in [-1, 1] -> their codes."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes -> images (B, C, H, W), in about [-1, 1], float32."""
+
+
+class PixelCodec:
+    """Pixel space: images are their own codes."""
+
+    def encode(self, images: Tensor) -> Posterior:
+        """The images themselves."""
+        return Posterior(images.float(), None)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The codes themselves."""
+        return codes.float()
+
+
+class VaeCodec:
+    """The codes of an autoencoder of diffusers.
+
+    The module is only read, and computes in its own precision; one in float16 whose config asks for more
+    (`force_upcast`, as of the SD-VAEs, which overflow) is copied to float32. Gradients flow through both directions
+    unless the caller switches them off.
+
+    Args:
+        vae: AutoencoderKL or AutoencoderTiny.
+        slice_size: images that are encoded or decoded at a time, which bounds the memory; None = all.
+        tiled: encode and decode large images in overlapping tiles, for images that don't fit otherwise. Those larger
+            than a tile (the VAE's sample_size, 512 for an AutoencoderTiny) come out slightly different.
+
+    Raises:
+        ValueError: slice_size < 1, or tiles for an AutoencoderTiny whose stride is not 8, which diffusers can't do.
+    """
+
+    def __init__(self, vae: Vae, *, slice_size: int | None = None, tiled: bool = False) -> None:
+        if slice_size is not None and slice_size < 1:
+            raise ValueError(f"slice_size is {slice_size}; expected a number of images >= 1, or None for all.")
+        if tiled and isinstance(vae, AutoencoderTiny) and vae_stride(vae) != 8:
+            raise ValueError(f"this AutoencoderTiny has stride {vae_stride(vae)}; tiles are only for stride 8.")
+        if vae.dtype == torch.float16 and vae.config.force_upcast:
+            vae = copy.deepcopy(vae).float()
+        if tiled:
+            vae = copy.copy(vae)  # shares the weights; tiling is switched on for this one alone
+            vae.enable_tiling()
+        self.vae, self.slice_size = vae, slice_size
+
+    def encode(self, images: Tensor) -> Posterior:
+        """Images (B, C, H, W) in [-1, 1] -> the posterior of their codes, in float32.
+
+        Raises:
+            ValueError: the VAE's stride does not divide height or width, or the number of channels is not the VAE's.
+        """
+        code_shape(self.vae, tuple(images.shape[1:]))
+        parts = [self._encode(part) for part in self._slices(images)]
+        means, log_variances = zip(*parts, strict=True)
+        return Posterior(torch.cat(means), None if log_variances[0] is None else torch.cat(log_variances))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, C, H, W) -> images in about [-1, 1], in float32.
+
+        Raises:
+            ValueError: the number of channels is not that of the VAE's codes.
+        """
+        channels = self.vae.config.latent_channels
+        if codes.ndim != 4 or codes.shape[1] != channels:
+            raise ValueError(f"codes have shape {tuple(codes.shape)}; this VAE expects (B, {channels}, H, W).")
+        shift, factor = _affine(self.vae, codes.device)
+        latents = (codes.float() / factor + shift).to(self.vae.dtype)
+        return torch.cat([self.vae.decode(part).sample.float() for part in self._slices(latents)])
+
+    def _encode(self, images: Tensor) -> Posterior:
+        shift, factor = _affine(self.vae, images.device)
+        encoded = self.vae.encode(images.to(self.vae.dtype))
+        if isinstance(self.vae, AutoencoderTiny):
+            return Posterior((encoded.latents.float() - shift) * factor, None)
+        gaussian = encoded.latent_dist
+        return Posterior((gaussian.mean.float() - shift) * factor, gaussian.logvar.float() + 2 * factor.log())
+
+    def _slices(self, batch: Tensor) -> tuple[Tensor, ...]:
+        return batch.split(self.slice_size or max(len(batch), 1))
+
+
+def codec_of(vae: Vae | None, *, slice_size: int | None = None, tiled: bool = False) -> Codec:
+    """The codec of a VAE, arguments as of `VaeCodec`; without one, pixel space, which needs neither."""
+    return PixelCodec() if vae is None else VaeCodec(vae, slice_size=slice_size, tiled=tiled)
+
+
+def stored_codes(stored: Tensor, flip: Tensor, noise: Tensor | None) -> Tensor:
+    """Codes (B, C, H, W) in float32 from what a data set of codes holds of each image.
+
+    Args:
+        stored: (B, V, P, C, H, W); V = 1, or 2 with the mirrored image second; P = 1 for the posterior's mean, or 2
+            with its log-variance second.
+        flip: (B,) bool, which images are mirrored; none if V = 1.
+        noise: (B, C, H, W), standard normal, to draw from the posterior; None = its mean.
+    """
+    views = stored.shape[1]
+    chosen = stored[torch.arange(len(stored), device=stored.device), flip.long() if views > 1 else 0].float()
+    log_variance = chosen[:, 1] if chosen.shape[1] > 1 else None
+    posterior = Posterior(chosen[:, 0], log_variance)
+    return posterior.mean if noise is None else posterior.sample(noise)
+
+
+@dataclass(frozen=True)
+class VaeIdentity:
+    """What makes codes what they are: two VAEs with equal ones encode alike, whatever their decoders."""
+
+    kind: str
+    """Class of diffusers."""
+    encoder: str
+    """SHA-256 of the encoder's weights, as float32."""
+    stride: int
+    """Pixels a code, in each direction."""
+    channels: int
+    """Of the codes."""
+    scaling_factor: float
+    shift_factor: float
+
+
+def vae_identity(vae: Vae) -> VaeIdentity:
+    """The identity of a VAE; reads all weights of the encoder, a second for the SD-VAEs."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    for statistic in ("latents_mean", "latents_std"):  # of single channels, where a VAE has them
+        digest.update(repr(vae.config.get(statistic)).encode())
+    return VaeIdentity(
+        kind=type(vae).__name__,
+        encoder=digest.hexdigest(),
+        stride=vae_stride(vae),
+        channels=vae.config.latent_channels,
+        scaling_factor=float(vae.config.scaling_factor),
+        shift_factor=float(vae.config.shift_factor or 0.0),
+    )
+
+
+def differing(stored: VaeIdentity, wanted: VaeIdentity) -> list[str]:
+    """Lines "name: stored -> wanted" of what differs."""
+    old, new = asdict(stored), asdict(wanted)
+    return [f"{name}: {old[name]} -> {value}" for name, value in new.items() if old[name] != value]
+
+
+def vae_stride(vae: Vae) -> int:
+    """Pixels a code, in each direction."""
+    blocks = (
+        vae.config.encoder_block_out_channels if isinstance(vae, AutoencoderTiny) else vae.config.block_out_channels
+    )
+    return int(2 ** (len(blocks) - 1))
+
+
+def code_shape(vae: Vae, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(C, H, W) of the codes of images (C, H, W).
+
+    Raises:
+        ValueError: the stride does not divide the size, or the number of channels is not the VAE's.
+    """
+    channels, height, width = image_shape
+    stride, wanted = vae_stride(vae), vae.config.in_channels
+    if channels != wanted:
+        raise ValueError(f"images have {channels} channels; this VAE encodes images of {wanted}.")
+    if height % stride or width % stride:
+        raise ValueError(
+            f"images are {height} x {width} pixels, which the VAE's stride of {stride} does not divide; use a multiple "
+            f"of {stride}, such as {max(stride, height // stride * stride)} or {(height // stride + 1) * stride}."
+        )
+    return vae.config.latent_channels, height // stride, width // stride
+
+
+def load_vae(config: CodecConfig) -> Vae:
+    """The VAE that a config names, in float32 on the CPU, with the config's scaling in its own config.
+
+    A folder or repository of a whole pipeline gives the VAE in it. Only safetensors are read.
+
+    Raises:
+        OSError: there is no such VAE, or it is of another kind, or damaged.
+        ValueError: the config names none, or has a scaling factor that is not a number > 0.
+    """
+    if config.vae is None:
+        raise ValueError("codec.vae is None; expected a folder or a Hub name of a VAE.")
+    if config.scaling_factor is not None and not 0 < config.scaling_factor < float("inf"):
+        raise ValueError(f"codec.scaling_factor is {config.scaling_factor}; expected a number > 0, or None.")
+    place = Path(config.vae).expanduser()
+    options: dict[str, Any] = {"revision": config.revision} if config.revision and not place.is_dir() else {}
+    name = str(place) if place.is_dir() else config.vae
+    if place.is_dir() and not (place / "config.json").is_file() and (place / "vae" / "config.json").is_file():
+        options["subfolder"] = "vae"
+    try:
+        loaded = _config_of(name, options)
+        kind = _KINDS.get(loaded.get("_class_name", ""))
+        if kind is None:
+            raise OSError(f"it is a {loaded.get('_class_name', 'model of unknown kind')}")
+        vae = kind.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of diffusers, the Hub's client and safetensors
+        raise OSError(
+            f"the VAE {config.vae!r} can't be loaded: {error}\nExpected a folder or a Hub name (NAME/MODEL) of an "
+            f"{' or '.join(_KINDS)} in diffusers' format, with safetensors; check the name, the network and the files."
+        ) from error
+    changes = {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
+    vae.register_to_config(**{key: value for key, value in changes.items() if value is not None})
+    return vae.eval().requires_grad_(False)
+
+
+def _config_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The VAE's config.json; of a repository with a whole pipeline, that of the VAE in it, which `options` then names."""
+    try:
+        return dict(AutoencoderKL.load_config(name, **options))
+    except OSError:
+        if "subfolder" in options or Path(name).is_dir():
+            raise
+        found = dict(AutoencoderKL.load_config(name, **options, subfolder="vae"))
+        options["subfolder"] = "vae"
+        return found
+
+
+def _affine(vae: Vae, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Shift and factor (C or 1, 1, 1) of codes = (latents - shift) * factor."""
+    config = vae.config
+    means, stds = config.get("latents_mean"), config.get("latents_std")
+    shift = torch.tensor(means if means is not None else [config.shift_factor or 0.0], device=device)
+    spread = torch.tensor(stds if stds is not None else [1.0], device=device)
+    return shift.float()[:, None, None], (config.scaling_factor / spread.float())[:, None, None]
