@@ -239,8 +239,8 @@ def code_shape(vae: Vae, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
         raise ValueError(f"images have {channels} channels; this VAE encodes images of {wanted}.")
     if height % stride or width % stride:
         raise ValueError(
-            f"images are {height} x {width} pixels, which the VAE's stride of {stride} does not divide; use a multiple "
-            f"of {stride}, such as {max(stride, height // stride * stride)} or {(height // stride + 1) * stride}."
+            f"images are {height} x {width} pixels, which the VAE's stride of {stride} does not divide; crop or resize "
+            f"them to a multiple of {stride}."
         )
     return vae.config.latent_channels, height // stride, width // stride
 
@@ -261,14 +261,13 @@ def load_vae(config: CodecConfig) -> Vae:
     place = Path(config.vae).expanduser()
     options: dict[str, Any] = {"revision": config.revision} if config.revision and not place.is_dir() else {}
     name = str(place) if place.is_dir() else config.vae
-    if place.is_dir() and not (place / "config.json").is_file() and (place / "vae" / "config.json").is_file():
-        options["subfolder"] = "vae"
     try:
-        loaded = _config_of(name, options)
+        loaded, subfolder = _find_config(name, options)
         kind = _KINDS.get(loaded.get("_class_name", ""))
         if kind is None:
             raise OSError(f"it is a {loaded.get('_class_name', 'model of unknown kind')}")
-        vae = kind.from_pretrained(name, use_safetensors=True, low_cpu_mem_usage=False, **options)
+        # Whole tensors at once, because parts of an AutoencoderKL have changed their names over the years.
+        vae = kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of diffusers, the Hub's client and safetensors
@@ -281,16 +280,15 @@ def load_vae(config: CodecConfig) -> Vae:
     return vae.eval().requires_grad_(False)
 
 
-def _config_of(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The VAE's config.json; of a repository with a whole pipeline, that of the VAE in it, which `options` then names."""
+def _find_config(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The VAE's config.json, and the sub-folder that it is in: that of a whole pipeline is in vae/."""
     try:
-        return dict(AutoencoderKL.load_config(name, **options))
-    except OSError:
-        if "subfolder" in options or Path(name).is_dir():
-            raise
-        found = dict(AutoencoderKL.load_config(name, **options, subfolder="vae"))
-        options["subfolder"] = "vae"
-        return found
+        return dict(AutoencoderKL.load_config(name, **options)), None
+    except OSError as error:
+        try:
+            return dict(AutoencoderKL.load_config(name, subfolder="vae", **options)), "vae"
+        except OSError:
+            raise error from None
 
 
 def _affine(vae: Vae, device: torch.device) -> tuple[Tensor, Tensor]:
