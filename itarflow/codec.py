@@ -10,10 +10,11 @@ import copy
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 Vae = AutoencoderKL | AutoencoderTiny
@@ -239,8 +240,8 @@ def code_shape(vae: Vae, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
         raise ValueError(f"images have {channels} channels; this VAE encodes images of {wanted}.")
     if height % stride or width % stride:
         raise ValueError(
-            f"images are {height} x {width} pixels, which the VAE's stride of {stride} does not divide; crop or resize "
-            f"them to a multiple of {stride}."
+            f"images are {height} x {width} pixels, which the VAE's stride of {stride} does not divide; crop or "
+            f"resize them to a multiple of {stride}."
         )
     return vae.config.latent_channels, height // stride, width // stride
 
@@ -258,16 +259,13 @@ def load_vae(config: CodecConfig) -> Vae:
         raise ValueError("codec.vae is None; expected a folder or a Hub name of a VAE.")
     if config.scaling_factor is not None and not 0 < config.scaling_factor < float("inf"):
         raise ValueError(f"codec.scaling_factor is {config.scaling_factor}; expected a number > 0, or None.")
-    place = Path(config.vae).expanduser()
-    options: dict[str, Any] = {"revision": config.revision} if config.revision and not place.is_dir() else {}
-    name = str(place) if place.is_dir() else config.vae
     try:
-        loaded, subfolder = _find_config(name, options)
-        kind = _KINDS.get(loaded.get("_class_name", ""))
-        if kind is None:
-            raise OSError(f"it is a {loaded.get('_class_name', 'model of unknown kind')}")
-        # Whole tensors at once, because parts of an AutoencoderKL have changed their names over the years.
-        vae = kind.from_pretrained(name, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False, **options)
+        folder = _folder_of(config.vae, config.revision)
+        kind = AutoencoderKL.load_config(folder).get("_class_name", "a model of unknown kind")
+        if kind not in _KINDS:
+            raise OSError(f"it is {kind}")
+        # Not filled in piece by piece, because parts of an AutoencoderKL have changed their names over the years.
+        vae = _KINDS[kind].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of diffusers, the Hub's client and safetensors
@@ -280,15 +278,14 @@ def load_vae(config: CodecConfig) -> Vae:
     return vae.eval().requires_grad_(False)
 
 
-def _find_config(name: str, options: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The VAE's config.json, and the sub-folder that it is in: that of a whole pipeline is in vae/."""
-    try:
-        return dict(AutoencoderKL.load_config(name, **options)), None
-    except OSError as error:
-        try:
-            return dict(AutoencoderKL.load_config(name, subfolder="vae", **options)), "vae"
-        except OSError:
-            raise error from None
+def _folder_of(name: str, revision: str | None) -> Path:
+    """The folder with a VAE's config and weights, downloaded if need be; that of a whole pipeline has it in vae/."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        files = ("config.json", "diffusion_pytorch_model.safetensors")
+        patterns = [*files, *(f"vae/{file}" for file in files)]
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    return folder if (folder / "config.json").is_file() else folder / "vae"
 
 
 def _affine(vae: Vae, device: torch.device) -> tuple[Tensor, Tensor]:
