@@ -10,14 +10,14 @@ import copy
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-Vae = AutoencoderKL | AutoencoderTiny
+Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
 _KINDS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
 
 
@@ -285,7 +285,10 @@ def _folder_of(name: str, revision: str | None) -> Path:
         files = ("config.json", "diffusion_pytorch_model.safetensors")
         patterns = [*files, *(f"vae/{file}" for file in files)]
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    return folder if (folder / "config.json").is_file() else folder / "vae"
+    found = next((place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None)
+    if found is None:
+        raise OSError(f"{folder} holds no config.json, nor does a folder vae in it")
+    return found
 
 
 def _affine(vae: Vae, device: torch.device) -> tuple[Tensor, Tensor]:
