@@ -15,7 +15,7 @@ from torch import Tensor
 from itarflow import noise as noises
 from itarflow.batches import in_order
 from itarflow.codec import to_pixels
-from itarflow.data import ImageDataset
+from itarflow.dataset import ImageDataset
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import LOG_2PI, TARFlow, nll_per_dim
 from itarflow.recipe import Recipe
