@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from itarflow.data import Example, ImageDataset
+from itarflow.dataset import Example, ImageDataset
 from itarflow.images import DataError
 from itarflow.streaming import StreamedEpoch, num_streams, permutation, window_size
 

@@ -1,35 +1,28 @@
-"""Image data sets: what to train on, what to measure on, and the classes.
+"""Data sets of images or of their codes: what to train on, what to measure on, and the classes.
 
-An image is a uint8 (C, H, W) tensor. `sources` opens the data set, `images` makes an image square; here one that
-can't be read is replaced, named and counted.
+An image is a uint8 (C, H, W) tensor, a stored code a float16 one (see `codes.CodeDecoder`).
 """
 
 from __future__ import annotations
 
-import copy
-import io
-import math
-import os
 import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import torch
-from datasets.utils.file_utils import xopen
-from PIL import Image, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from itarflow.images import Crop, DataError, check_crop, convert_image, crop_image, pillow_mode, to_array
+from itarflow.codec import VaeIdentity
+from itarflow.codes import CodeDecoder, check_card, find_card
+from itarflow.dataset import Decoder, ImageDataset, PictureDecoder
+from itarflow.images import Crop, DataError, check_picture
 from itarflow.sources import Rows, open_splits, open_tables
-from itarflow.streaming import DamagedRowError, ParquetRows
+from itarflow.streaming import ParquetRows
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 _NO_PATH = 'path is missing; give "digits", a folder of images, parquet files or a Hub name'
@@ -82,157 +75,6 @@ class DataConfig:
     """Unreadable images are replaced by their neighbours and named; stop at more than this many."""
 
 
-class Example(NamedTuple):
-    """uint8 image (C, H, W), its label (-1 = none), and "name: reason" if another image had to replace it."""
-
-    image: Tensor
-    label: int
-    broken: str | None
-
-
-class ImageDataset(Dataset[Example]):
-    """Map-style set of square uint8 images, decoded on access or (see `decoded`) once for all.
-
-    An image that cannot be read is replaced by the next readable one, so that batches keep their size; its
-    example then says so in `broken`. The same image is reported at every visit: count names, not reports.
-
-    Args:
-        rows: table with a column of encoded images; of `ParquetRows`, few row groups are in memory at a time.
-        image_column: name of that column.
-        indices: (N,) rows that make up the set, ascending.
-        labels: (N,) int64 class of each, -1 = none.
-        image_size: height and width of the examples in pixels.
-        in_channels: 3 for RGB, 1 for grey.
-        crop: how images become square.
-        max_broken: give up when more images than this, one after another, cannot be read.
-    """
-
-    def __init__(
-        self,
-        rows: Rows,
-        *,
-        image_column: str,
-        indices: Tensor,
-        labels: Tensor,
-        image_size: int,
-        in_channels: int,
-        crop: Crop = "center",
-        max_broken: int = 100,
-    ) -> None:
-        column = rows.select_columns([image_column])
-        if isinstance(column, datasets.Dataset):
-            # Undecoded, because in the hands of `datasets` one broken file would end the run.
-            column = column.cast_column(image_column, datasets.Image(decode=False))
-        self._rows: Rows = column
-        self._column = image_column
-        self._indices, self._labels = indices, labels
-        self._size, self._in_channels, self._crop = image_size, in_channels, crop
-        self._max_broken = max_broken
-        self._images: Tensor | None = None
-        self._broken: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    @property
-    def labels(self) -> Tensor:
-        """(N,) int64 labels, -1 = none; reading them decodes nothing."""
-        return self._labels
-
-    @property
-    def images(self) -> Tensor | None:
-        """uint8 (N, C, H, W) of a set that was decoded into memory, else None."""
-        return self._images
-
-    @property
-    def broken(self) -> tuple[str, ...]:
-        """Of each image that was replaced when the set was decoded into memory, its "name: reason"; else ()."""
-        return self._broken
-
-    @property
-    def row_groups(self) -> Tensor | None:
-        """(G,) int64 how many images lie in each row group, one after another; None if any image is as near."""
-        if self._images is not None or not isinstance(self._rows, ParquetRows):
-            return None
-        begins = torch.searchsorted(self._indices, torch.from_numpy(self._rows.group_starts))
-        return begins.diff()
-
-    def keeping(self, windows: int, size: int) -> ImageDataset:
-        """The same set for a reader that is busy in so many windows of `row_groups`, each of `size` images.
-
-        It keeps their row groups in memory. Sets without row groups need nothing, and are returned as they are.
-        """
-        if not isinstance(self._rows, ParquetRows):
-            return self
-        rows = math.ceil(size * len(self._rows) / max(len(self), 1)) + 2 * self._rows.largest_group
-        result = copy.copy(self)
-        result._rows = self._rows.keeping(windows * rows)
-        return result
-
-    def __getitem__(self, index: int) -> Example:
-        """Example at `index` in 0..N-1.
-
-        Raises:
-            IndexError: the index is out of range.
-            DataError: more than `max_broken` images one after another, or all of them, could not be read.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"image {index} of a data set with {len(self)} images")
-        if self._images is not None:
-            return Example(self._images[index], int(self._labels[index]), None)
-        failures: list[str] = []
-        for step in range(min(len(self), self._max_broken + 1)):
-            candidate = (index + step) % len(self)
-            image = self.read(candidate)
-            if isinstance(image, Tensor):
-                return Example(image, int(self._labels[candidate]), failures[0] if failures else None)
-            failures.append(image)
-        if len(failures) == len(self):
-            raise DataError(
-                f"none of {len(self)} images can be read; expected pictures: look at the first ones:\n  "
-                + "\n  ".join(failures[:5])
-            )
-        raise too_many_broken(failures, self._max_broken)
-
-    def decoded(self) -> ImageDataset:
-        """The same set, replacements included, held as one uint8 tensor; `broken` then names the replaced images.
-
-        Raises:
-            DataError: more than `max_broken` images could not be read.
-        """
-        images = torch.empty((len(self), self._in_channels, self._size, self._size), dtype=torch.uint8)
-        labels, broken = self._labels.clone(), list[str]()
-        megabytes = images.numel() / 1e6
-        title = f"decoding {len(self):,} images" + (f" into {megabytes:,.0f} MB" if megabytes >= 1 else "")
-        # One bar a machine, not one a process.
-        silent = len(self) == 0 or os.environ.get("LOCAL_RANK", "0") != "0"
-        for index in track(range(len(self)), title, console=Console(stderr=True), disable=silent):
-            images[index], labels[index], failure = self[index]
-            broken += [failure] if failure else []
-            if len(broken) > self._max_broken:
-                raise too_many_broken(broken, self._max_broken)
-        result = copy.copy(self)
-        result._images, result._labels, result._broken = images, labels, tuple(broken)
-        return result
-
-    def read(self, index: int) -> Tensor | str:
-        """Decode the uint8 (C, H, W) image at `index` itself, or say "name: reason" why there is none."""
-        row = int(self._indices[index])
-        value: dict[str, Any] = {}
-        try:
-            value = self._rows[row][self._column] or {}
-            with Image.open(io.BytesIO(_encoded(value))) as image:
-                square = crop_image(convert_image(image, self._in_channels), self._size, self._crop)
-            return torch.from_numpy(to_array(square, self._in_channels))
-        except UnidentifiedImageError:  # whose own words name a buffer in memory
-            return f"{value.get('path') or f'row {row}'}: it is no picture of a known format, or its head is damaged"
-        except DamagedRowError as error:  # which names file and row
-            return str(error)
-        # Damaged files make Pillow raise nearly anything. Nothing is hidden: the reason is reported.
-        except Exception as error:
-            return f"{value.get('path') or f'row {row}'}: {str(error) or type(error).__name__}"
-
-
 @dataclass(frozen=True)
 class ImageData:
     """What a run needs of a data set: images to train on, images to measure on, and the names of the classes.
@@ -249,34 +91,24 @@ class ImageData:
         return replace(self, train=self.train.decoded(), held_out=self.held_out.decoded())
 
 
-def _encoded(value: dict[str, Any]) -> bytes:
-    path = value.get("path")
-    if value.get("bytes") is not None:
-        return value["bytes"]
-    if not path:
-        raise DataError("there is no image in this row")
-    # The archives of Hub data sets stay packed: "zip://cat.png::/cache/train.zip".
-    with xopen(path, "rb") as file:
-        return file.read()
-
-
-def too_many_broken(failures: Sequence[str], limit: int) -> DataError:
-    """The error that ends a run whose images can't be read; `failures` are "name: reason"."""
-    return DataError(
-        f"{len(failures)} images could not be read, and data.max_broken is {limit}. Repair or remove them, or raise "
-        "data.max_broken to train without them. The first ones:\n  " + "\n  ".join(failures[:5])
-    )
-
-
-def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> ImageData:
+def load_data(
+    config: DataConfig,
+    *,
+    image_size: int,
+    in_channels: int,
+    vae: VaeIdentity | None = None,
+    variance: bool = True,
+) -> ImageData:
     """Open the data set that `config` names, choose images to measure on, and try to read one image of each.
 
     Nothing else is decoded: `in_memory` is for the caller to follow, by `ImageData.decoded`.
 
     Args:
         config: what to open, and how to read it.
-        image_size: height and width of the images in pixels.
-        in_channels: 3 for RGB, 1 for grey.
+        image_size: height and width of the images in pixels, or of the codes.
+        in_channels: 3 for RGB, 1 for grey; or the channels of the codes.
+        vae: None = images; else codes that this VAE has made.
+        variance: of codes, whether to read the posterior's log-variance, if it is there.
 
     Returns:
         Training images, held-out images, class names.
@@ -284,9 +116,25 @@ def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> Image
     Raises:
         DataError: the configuration or the data cannot be used; the message says what to change.
     """
-    _check(config, image_size, in_channels)
+    _check(config)
     if config.path is None:
         raise DataError(_NO_PATH)
+    card = find_card(config.path)
+    if vae is None:
+        check_picture(image_size, in_channels, config.crop)
+        if card is not None:
+            raise DataError(
+                f"{config.path} holds codes of the VAE {card.vae}, not images; train on them by --codec.vae and a "
+                "recipe for codes, or name the images"
+            )
+    elif card is None:
+        raise DataError(
+            f"{config.path} holds no codes (codes.json is missing), but codec.vae is set; make them by "
+            f"`accelerate launch vae/encode_dataset.py {config.path} OUT --vae VAE --size {image_size * vae.stride}`, "
+            "and set data.path to OUT"
+        )
+    else:
+        check_card(card, config.path, vae, (in_channels, image_size, image_size), config.horizontal_flip)
     train, held_out = open_splits(
         config.path,
         name=config.name,
@@ -294,19 +142,17 @@ def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> Image
         held_out_split=config.held_out_split,
         streaming=config.streaming,
     )
-    image_column = _find_image_column(train.features, config.image_column)
+    decoders: tuple[Decoder, Decoder]
+    if card is None:
+        column = _find_image_column(train.features, config.image_column)
+        decoders = (PictureDecoder(column, image_size, in_channels, config.crop),) * 2
+    else:
+        decoders = (CodeDecoder(card, config.horizontal_flip, variance), CodeDecoder(card, False, variance))
     label_column = _find_label_column(train.features, config.label_column)
 
-    def images(rows: Rows, indices: Tensor, labels: Tensor) -> ImageDataset:
+    def images(rows: Rows, indices: Tensor, labels: Tensor, decoder: Decoder) -> ImageDataset:
         dataset = ImageDataset(
-            rows,
-            image_column=image_column,
-            indices=indices,
-            labels=labels[indices],
-            image_size=image_size,
-            in_channels=in_channels,
-            crop=config.crop,
-            max_broken=config.max_broken,
+            rows, decoder=decoder, indices=indices, labels=labels[indices], max_broken=config.max_broken
         )
         if len(dataset) > 0:
             dataset[0]  # what is wrong with the column or the files shows now, not once the model is built
@@ -317,12 +163,18 @@ def load_data(config: DataConfig, *, image_size: int, in_channels: int) -> Image
         chosen = torch.zeros(len(train), dtype=torch.bool)
         chosen[_spread(labels, _set_aside(len(train), config.held_out_images))] = True
         names = _class_names(train.features, label_column, labels)
-        parts = [images(train, mask.nonzero().flatten(), labels) for mask in (~chosen, chosen)]
+        parts = [
+            images(train, (~chosen).nonzero().flatten(), labels, decoders[0]),
+            images(train, chosen.nonzero().flatten(), labels, decoders[1]),
+        ]
     else:
         held_out_labels = _labels(held_out, label_column)
         names = _class_names(train.features, label_column, torch.cat([labels, held_out_labels]))
         measured = _spread(held_out_labels, min(config.held_out_images or len(held_out), len(held_out)))
-        parts = [images(train, torch.arange(len(train)), labels), images(held_out, measured, held_out_labels)]
+        parts = [
+            images(train, torch.arange(len(train)), labels, decoders[0]),
+            images(held_out, measured, held_out_labels, decoders[1]),
+        ]
     return ImageData(train=parts[0], held_out=parts[1], class_names=names)
 
 
@@ -343,7 +195,8 @@ def load_splits(
     Raises:
         DataError: the configuration or the data cannot be used; the message says what to change.
     """
-    _check(config, image_size, in_channels)
+    _check(config)
+    check_picture(image_size, in_channels, config.crop)
     if config.path is None:
         raise DataError(_NO_PATH)
     opened = open_tables(config.path, config.name, splits)
@@ -355,12 +208,9 @@ def load_splits(
     sets = {
         split: ImageDataset(
             table,
-            image_column=image_column,
+            decoder=PictureDecoder(image_column, image_size, in_channels, config.crop),
             indices=torch.arange(len(table)),
             labels=labels[split],
-            image_size=image_size,
-            in_channels=in_channels,
-            crop=config.crop,
             max_broken=config.max_broken,
         )
         for split, table in tables.items()
@@ -368,11 +218,7 @@ def load_splits(
     return sets, _class_names(features, label_column, torch.cat(list(labels.values())))
 
 
-def _check(config: DataConfig, image_size: int, in_channels: int) -> None:
-    pillow_mode(in_channels)
-    check_crop(config.crop)
-    if image_size < 1:
-        raise DataError(f"image_size is {image_size}; expected a positive number of pixels")
+def _check(config: DataConfig) -> None:
     for name in ("held_out_images", "num_workers", "max_broken"):
         if getattr(config, name) < 0:
             raise DataError(f"{name} is {getattr(config, name)}; expected 0 or more")

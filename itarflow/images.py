@@ -90,6 +90,18 @@ def check_crop(protocol: str) -> None:
         raise DataError(f"crop {protocol!r} is unknown; use one of {', '.join(get_args(Crop))}")
 
 
+def check_picture(image_size: int, in_channels: int, protocol: str) -> None:
+    """Refuse what no picture can become.
+
+    Raises:
+        DataError: a size < 1, channels that are neither 1 nor 3, or an unknown crop.
+    """
+    pillow_mode(in_channels)
+    check_crop(protocol)
+    if image_size < 1:
+        raise DataError(f"image_size is {image_size}; expected a positive number of pixels")
+
+
 def _sixteen_to_eight_bit(array: np.ndarray) -> np.ndarray:
     low, high = array.min(), array.max()
     if low < 0 or high > 65535:

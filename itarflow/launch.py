@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.data import load_data
 from itarflow.estimate import (
     USABLE,
     Activations,
@@ -34,7 +33,7 @@ from itarflow.interrupt import Interrupted
 from itarflow.objective import describe
 from itarflow.presets import SIZES
 from itarflow.processes import first_to_say, on_cpu
-from itarflow.recipe import Recipe, check_classes, to_json
+from itarflow.recipe import Recipe, open_data, open_vae, to_json
 from itarflow.run import RunError, Start
 from itarflow.training import Summary, TrainingError, train
 
@@ -270,20 +269,32 @@ def _data_row(recipe: Recipe) -> str:
     """A line about the data set; one on the Hub may be out of reach, which a dry run only reports."""
     path = recipe.data.path
     if path is None:
-        return "[yellow]none yet: give a folder, parquet files or a Hub name by --data.path"
+        what = (
+            "a folder, parquet files or a Hub name" if recipe.codec.vae is None else "codes of vae/encode_dataset.py"
+        )
+        return f"[yellow]none yet: give {what} by --data.path"
     try:
-        data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
-    except DataError as error:
-        on_hub = path != "digits" and path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-        if not on_hub or Path(path).exists():
+        vae = open_vae(recipe)
+    except OSError as error:
+        if not _on_hub(str(recipe.codec.vae)):
             raise
         return f"[yellow]not checked: {escape(str(error))}"
-    check_classes(recipe, data)
+    try:
+        data = open_data(recipe, vae)
+    except DataError as error:
+        if path == "digits" or not _on_hub(path):
+            raise
+        return f"[yellow]not checked: {escape(str(error))}"
     steps = recipe.num_steps(len(data.train))
     return (
         f"{escape(path)}: {len(data.train):,} training and {len(data.held_out):,} held-out images, "
         f"{len(data.class_names) or 'no'} classes; {steps:,} steps in {recipe.train.epochs:g} epochs"
     )
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name can only be one on the Hub, which may be out of reach."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _paper_note(recipe: Recipe) -> str:

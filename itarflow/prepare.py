@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from itarflow import __version__
 from itarflow.batches import ignore_interrupts
-from itarflow.data import DataConfig, ImageDataset, load_splits
+from itarflow.data import DataConfig, load_splits
+from itarflow.dataset import ImageDataset
 from itarflow.images import Crop, DataError
 from itarflow.progress import image_progress
 

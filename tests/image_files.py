@@ -11,7 +11,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
-from itarflow.data import DataConfig, ImageData, ImageDataset, load_data
+from itarflow.data import DataConfig, ImageData, load_data
+from itarflow.dataset import ImageDataset
 
 datasets.disable_progress_bars()
 

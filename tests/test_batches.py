@@ -22,7 +22,8 @@ from itarflow.batches import (
     in_order,
     training_sampler,
 )
-from itarflow.data import DataConfig, ImageDataset, load_data
+from itarflow.data import DataConfig, load_data
+from itarflow.dataset import ImageDataset
 from itarflow.images import DataError
 
 

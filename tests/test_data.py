@@ -30,7 +30,8 @@ from image_files import (
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from itarflow.data import DataConfig, ImageDataset, load_data
+from itarflow.data import DataConfig, load_data
+from itarflow.dataset import ImageDataset, PictureDecoder
 from itarflow.images import DataError
 
 
@@ -311,10 +312,8 @@ def test_images_in_archives_are_read(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict(paths, datasets.Features({"image": datasets.Image()}))
     dataset = ImageDataset(
         rows,
-        image_column="image",
+        decoder=PictureDecoder("image", image_size=8, in_channels=1),
         indices=torch.tensor([0]),
         labels=torch.tensor([-1]),
-        image_size=8,
-        in_channels=1,
     )
     assert values(dataset) == [5]

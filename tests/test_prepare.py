@@ -18,7 +18,7 @@ from image_files import TYPED, damage, load, typed_columns, write_classes, write
 from PIL import Image
 from torch import Tensor
 
-from itarflow.data import ImageDataset
+from itarflow.dataset import ImageDataset
 from itarflow.images import DataError
 from itarflow.prepare import PrepareConfig, Prepared, prepare
 

@@ -1,0 +1,240 @@
+"""A set of images, or of their codes, decoded on access. One that can't be read is replaced, named and counted."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import datasets
+import torch
+from datasets.utils.file_utils import xopen
+from PIL import Image, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from itarflow.images import Crop, DataError, convert_image, crop_image, to_array
+from itarflow.sources import Rows
+from itarflow.streaming import DamagedRowError, ParquetRows
+
+
+class Example(NamedTuple):
+    """uint8 image (C, H, W), its label (-1 = none), and "name: reason" if another image had to replace it."""
+
+    image: Tensor
+    label: int
+    broken: str | None
+
+
+class Decoder(Protocol):
+    """Makes a tensor of a row."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that it reads."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its tensors."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its tensors."""
+
+    def __call__(self, row: Mapping[str, Any]) -> Tensor:
+        """The tensor; raises nearly anything if the row is damaged."""
+
+
+@dataclass(frozen=True)
+class PictureDecoder:
+    """Makes a square uint8 (C, H, W) tensor of an encoded picture.
+
+    Attributes:
+        column: name of the column with pictures.
+        image_size: height and width of the tensors in pixels.
+        in_channels: 3 for RGB, 1 for grey.
+        crop: how images become square.
+    """
+
+    column: str
+    image_size: int
+    in_channels: int
+    crop: Crop = "center"
+    dtype = torch.uint8
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The one with pictures."""
+        return (self.column,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W)."""
+        return self.in_channels, self.image_size, self.image_size
+
+    def __call__(self, row: Mapping[str, Any]) -> Tensor:
+        """The image of a row; damaged files make Pillow raise nearly anything."""
+        try:
+            with Image.open(io.BytesIO(_encoded(row[self.column] or {}))) as image:
+                square = crop_image(convert_image(image, self.in_channels), self.image_size, self.crop)
+            return torch.from_numpy(to_array(square, self.in_channels))
+        except UnidentifiedImageError as error:  # whose own words name a buffer in memory
+            raise DataError("it is no picture of a known format, or its head is damaged") from error
+
+
+class ImageDataset(Dataset[Example]):
+    """Map-style set of images or stored codes, decoded on access or (see `decoded`) once for all.
+
+    An image that cannot be read is replaced by the next readable one, so that batches keep their size; its
+    example then says so in `broken`. The same image is reported at every visit: count names, not reports.
+
+    Args:
+        rows: table with the decoder's columns; of `ParquetRows`, few row groups are in memory at a time.
+        decoder: makes a tensor of a row.
+        indices: (N,) rows that make up the set, ascending.
+        labels: (N,) int64 class of each, -1 = none.
+        max_broken: give up when more images than this, one after another, cannot be read.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        decoder: Decoder,
+        indices: Tensor,
+        labels: Tensor,
+        max_broken: int = 100,
+    ) -> None:
+        columns = rows.select_columns(list(decoder.columns))
+        if isinstance(columns, datasets.Dataset) and isinstance(decoder, PictureDecoder):
+            # Undecoded, because in the hands of `datasets` one broken file would end the run.
+            columns = columns.cast_column(decoder.column, datasets.Image(decode=False))
+        self._rows: Rows = columns
+        self._decoder = decoder
+        self._indices, self._labels = indices, labels
+        self._max_broken = max_broken
+        self._images: Tensor | None = None
+        self._broken: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @property
+    def labels(self) -> Tensor:
+        """(N,) int64 labels, -1 = none; reading them decodes nothing."""
+        return self._labels
+
+    @property
+    def images(self) -> Tensor | None:
+        """The examples (N, ...) of a set that was decoded into memory, else None."""
+        return self._images
+
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Of each image that was replaced when the set was decoded into memory, its "name: reason"; else ()."""
+        return self._broken
+
+    @property
+    def row_groups(self) -> Tensor | None:
+        """(G,) int64 how many images lie in each row group, one after another; None if any image is as near."""
+        if self._images is not None or not isinstance(self._rows, ParquetRows):
+            return None
+        begins = torch.searchsorted(self._indices, torch.from_numpy(self._rows.group_starts))
+        return begins.diff()
+
+    def keeping(self, windows: int, size: int) -> ImageDataset:
+        """The same set for a reader that is busy in so many windows of `row_groups`, each of `size` images.
+
+        It keeps their row groups in memory. Sets without row groups need nothing, and are returned as they are.
+        """
+        if not isinstance(self._rows, ParquetRows):
+            return self
+        rows = math.ceil(size * len(self._rows) / max(len(self), 1)) + 2 * self._rows.largest_group
+        result = copy.copy(self)
+        result._rows = self._rows.keeping(windows * rows)
+        return result
+
+    def __getitem__(self, index: int) -> Example:
+        """Example at `index` in 0..N-1.
+
+        Raises:
+            IndexError: the index is out of range.
+            DataError: more than `max_broken` images one after another, or all of them, could not be read.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"image {index} of a data set with {len(self)} images")
+        if self._images is not None:
+            return Example(self._images[index], int(self._labels[index]), None)
+        failures: list[str] = []
+        for step in range(min(len(self), self._max_broken + 1)):
+            candidate = (index + step) % len(self)
+            image = self.read(candidate)
+            if isinstance(image, Tensor):
+                return Example(image, int(self._labels[candidate]), failures[0] if failures else None)
+            failures.append(image)
+        if len(failures) == len(self):
+            raise DataError(
+                f"none of {len(self)} images can be read; expected pictures: look at the first ones:\n  "
+                + "\n  ".join(failures[:5])
+            )
+        raise too_many_broken(failures, self._max_broken)
+
+    def decoded(self) -> ImageDataset:
+        """The same set, replacements included, held as one uint8 tensor; `broken` then names the replaced images.
+
+        Raises:
+            DataError: more than `max_broken` images could not be read.
+        """
+        images = torch.empty((len(self), *self._decoder.shape), dtype=self._decoder.dtype)
+        labels, broken = self._labels.clone(), list[str]()
+        megabytes = images.nbytes / 1e6
+        title = f"decoding {len(self):,} images" + (f" into {megabytes:,.0f} MB" if megabytes >= 1 else "")
+        # One bar a machine, not one a process.
+        silent = len(self) == 0 or os.environ.get("LOCAL_RANK", "0") != "0"
+        for index in track(range(len(self)), title, console=Console(stderr=True), disable=silent):
+            images[index], labels[index], failure = self[index]
+            broken += [failure] if failure else []
+            if len(broken) > self._max_broken:
+                raise too_many_broken(broken, self._max_broken)
+        result = copy.copy(self)
+        result._images, result._labels, result._broken = images, labels, tuple(broken)
+        return result
+
+    def read(self, index: int) -> Tensor | str:
+        """Decode the image at `index` itself, or say "name: reason" why there is none."""
+        row = int(self._indices[index])
+        values: dict[str, Any] = {}
+        try:
+            values = self._rows[row]
+            return self._decoder(values)
+        except DamagedRowError as error:  # which names file and row
+            return str(error)
+        except Exception as error:  # nothing is hidden: the reason is reported
+            value = values.get(self._decoder.columns[0])
+            name = (value.get("path") if isinstance(value, dict) else None) or f"row {row}"
+            return f"{name}: {str(error) or type(error).__name__}"
+
+
+def _encoded(value: dict[str, Any]) -> bytes:
+    path = value.get("path")
+    if value.get("bytes") is not None:
+        return value["bytes"]
+    if not path:
+        raise DataError("there is no image in this row")
+    # The archives of Hub data sets stay packed: "zip://cat.png::/cache/train.zip".
+    with xopen(path, "rb") as file:
+        return file.read()
+
+
+def too_many_broken(failures: Sequence[str], limit: int) -> DataError:
+    """The error that ends a run whose images can't be read; `failures` are "name: reason"."""
+    return DataError(
+        f"{len(failures)} images could not be read, and data.max_broken is {limit}. Repair or remove them, or raise "
+        "data.max_broken to train without them. The first ones:\n  " + "\n  ".join(failures[:5])
+    )
