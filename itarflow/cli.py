@@ -20,7 +20,8 @@ from rich.table import Table
 
 from itarflow.checkpoint import foreign_entries
 from itarflow.convert import export_official, load_official
-from itarflow.denoise import DenoiseScheduler, Method
+from itarflow.denoise import Denoiser, DenoiseScheduler, Method
+from itarflow.denoisers import load_denoiser
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
 from itarflow.official_file import CheckpointError
@@ -57,6 +58,11 @@ class Sample:
     """Score evaluations, 1 or more. None = the checkpoint's."""
     method: Method | None = None
     """Solver of the denoising ODE; skip shows the noisy images. None = the checkpoint's."""
+    denoiser: str | None = None
+    """What cleans the images, instead of the checkpoint itself: a folder or Hub id of another flow's pipeline, or of
+    a DiT or UNet in diffusers' format (facebook/DiT-XL-2-256, once converted to safetensors), for images or codes of
+    the same size. One trained on a single noise level, a TARFlow, needs --num-denoise-steps 1; the others know a
+    range of levels, and do best with 10 steps or so."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
@@ -71,16 +77,21 @@ class Sample:
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
         pipe.to(device)
         labels = self._labels(pipe)
+        denoiser = None
+        if self.denoiser is not None:
+            denoiser = load_denoiser(self.denoiser, slice_size=self.denoise_batch_size, device=device)
         if self.output.suffix:
             columns = _columns(len(set(labels)), len(labels))
-            image_grid(list(self._images(pipe, labels)), columns).save(self.output)
+            image_grid(list(self._images(pipe, labels, denoiser)), columns).save(self.output)
         else:
             self.output.mkdir(parents=True, exist_ok=True)
-            for index, image in enumerate(self._images(pipe, labels)):
+            for index, image in enumerate(self._images(pipe, labels, denoiser)):
                 image.save(self.output / f"{index:06d}.png")
         _say(f"{len(labels)} {'image' if len(labels) == 1 else 'images'} in {self.output}")
 
-    def _images(self, pipe: ITARFlowPipeline, labels: list[int | None]) -> Iterator[Image.Image]:
+    def _images(
+        self, pipe: ITARFlowPipeline, labels: list[int | None], denoiser: Denoiser | None
+    ) -> Iterator[Image.Image]:
         """The images in order, batch by batch, so that what is done can be saved before the next begins."""
         generators = image_generators(torch.Generator().manual_seed(self.seed), len(labels))
         if self.batch_size < 1:
@@ -92,6 +103,7 @@ class Sample:
                 guidance_weight=self.guidance_weight,
                 num_denoise_steps=self.num_denoise_steps,
                 method=self.method,
+                denoiser=denoiser,
                 generator=generators[part],
                 denoise_batch_size=self.denoise_batch_size,
             ).images
