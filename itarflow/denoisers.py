@@ -47,10 +47,11 @@ def load_denoiser(
     part = next((part for part in _MODELS if _class_of(index, part) == _MODELS[part].__name__), None)
     if part is None or _class_of(index, "scheduler") is None:
         found = [f"{part}: {_class_of(index, part)}" for part in (*_MODELS, "scheduler") if _class_of(index, part)]
+        kind = index.get("_class_name", "pipeline of unknown kind")
         raise OSError(
-            f"{name} holds a {index.get('_class_name', 'pipeline of unknown kind')} ({', '.join(found) or 'neither'}); "
-            "expected a transformer (DiTTransformer2DModel) or a unet (UNet2DModel), and a scheduler of diffusers, as "
-            "of a DiTPipeline or DDPMPipeline; or a pipeline of itarflow."
+            f"{name} holds a {kind} ({', '.join(found) or 'neither'}); expected a transformer "
+            "(DiTTransformer2DModel) or a unet (UNet2DModel), and a scheduler of diffusers, as of a DiTPipeline or "
+            "DDPMPipeline; or a pipeline of itarflow."
         )
     try:
         scheduler = _scheduler(folder, str(_class_of(index, "scheduler")))
@@ -110,7 +111,7 @@ def _place(folder: Path, part: str) -> Path:
 
 
 def _scheduler(folder: Path, kind: str) -> SchedulerMixin:
-    known = getattr(diffusers, kind, None)
+    known: Any = getattr(diffusers, kind, None)
     if not isinstance(known, type) or not issubclass(known, SchedulerMixin):
         raise OSError(f"{kind} is no scheduler of the installed diffusers {diffusers.__version__}")
     return known.from_pretrained(_place(folder, "scheduler"))
@@ -125,4 +126,7 @@ def _model(folder: Path, part: str, name: str) -> DiTTransformer2DModel | UNet2D
             f"  python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('{name}', "
             "use_safetensors=False).save_pretrained('converted')\""
         )
-    return _MODELS[part].from_pretrained(place, use_safetensors=True)
+    model, report = _MODELS[part].from_pretrained(place, use_safetensors=True, output_loading_info=True)
+    if report["missing_keys"]:  # which diffusers fills up at random
+        raise OSError(f"{len(report['missing_keys'])} tensors of its {part} are missing: {report['missing_keys'][0]}")
+    return model

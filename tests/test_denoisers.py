@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from safetensors.torch import load_file, save_file
 from test_diffusion import DIT, UNET
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, denoisers
@@ -122,6 +123,15 @@ def test_what_is_no_denoiser_is_refused(folder, tmp_path):
             load_denoiser(str(folder))
     (folder / "model_index.json").write_text("[")
     with pytest.raises(OSError, match=r"model_index\.json is damaged"):
+        load_denoiser(str(folder))
+
+
+def test_missing_tensors_are_not_filled_up_at_random(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["conv_in.weight"]
+    save_file(tensors, weights)
+    with pytest.raises(OSError, match=r"1 tensors of its unet are missing: conv_in\.weight"):
         load_denoiser(str(folder))
 
 
