@@ -34,6 +34,7 @@ from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.images import DataError
 from itarflow.insight import (
     bucket_edges,
+    in_bits,
     memory_gib,
     peak_tflops,
     step_metrics,
@@ -459,11 +460,13 @@ class _Training:
         device, processes = self.accelerator.device, self.accelerator.num_processes
         # Of one forward and one backward pass: what is computed a second time is no achievement.
         tflops = speed / processes * 3 * self.forward_flops / 1e12
+        metrics = step_metrics(sums, processes, self.edges)
         peak = peak_tflops(device, self.recipe.train.mixed_precision)
         self.monitor.log({
             "step": self.state.step,
             "epoch": self.state.step / self.recipe.steps_per_epoch(len(self.data.train)),
-            **step_metrics(sums, processes, self.edges),
+            **metrics,
+            **(in_bits(metrics) if self.vae is None else {}),
             "grad_norm": step.grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": speed,
