@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -111,10 +112,11 @@ def _place(folder: Path, part: str) -> Path:
 
 
 def _scheduler(folder: Path, kind: str) -> SchedulerMixin:
-    known: Any = getattr(diffusers, kind, None)
-    if not isinstance(known, type) or not issubclass(known, SchedulerMixin):
+    known = getattr(diffusers, kind, None)
+    if not inspect.isclass(known) or not issubclass(known, SchedulerMixin):
         raise OSError(f"{kind} is no scheduler of the installed diffusers {diffusers.__version__}")
-    return known.from_pretrained(_place(folder, "scheduler"))
+    scheduler: Any = known
+    return scheduler.from_pretrained(_place(folder, "scheduler"))
 
 
 def _model(folder: Path, part: str, name: str) -> DiTTransformer2DModel | UNet2DModel:
