@@ -471,7 +471,8 @@ def _comparison_table(comparison: Comparison) -> Table:
             table.add_section()
         values = (result.values[title] for title in comparison.metrics)
         figures = ("-" if value is None else f"{value:.4g}" for value in values)
-        table.add_row(escape(result.generator), escape(result.method), *figures)
+        broken = f" ({result.broken} not finite)" if result.broken else ""
+        table.add_row(escape(result.generator), escape(result.method) + broken, *figures)
         before = result.generator
     if comparison.real is not None:
         table.add_section()

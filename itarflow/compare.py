@@ -46,7 +46,9 @@ class Result:
     grid: str
     """The picture of all images, in the folder of the comparison."""
     values: Mapping[str, float | None]
-    """By the titles of the metrics."""
+    """By the titles of the metrics; None = there is no such figure, or it is not finite."""
+    broken: int
+    """Images with values that are not finite: the flow's inverse or the cleaning diverged."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ def compare(
                 grid = f"{name}/{_file_name(column.title)}.png"
                 _save_grid(cleaned.images, output / grid)
                 values = {metric.title: _finite(metric.measure(cleaned)) for metric in metrics}
-                result = Result(name, column.title, grid, values)
+                broken = int((~cleaned.images.isfinite().flatten(1).all(dim=1)).sum())
+                result = Result(name, column.title, grid, values, broken)
                 comparison = replace(comparison, results=(*comparison.results, result))
                 (output / "compare.json").write_text(json.dumps(asdict(comparison), indent=2) + "\n")
                 pictures[name, column.title] = cleaned.images[:picture_rows]

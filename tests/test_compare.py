@@ -72,6 +72,12 @@ def never_generates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TARFlow, "inverse", None)  # its call would raise a TypeError
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves compare.png out, which takes longer than all the rest."""
+    monkeypatch.setattr("itarflow.compare._draw", lambda *_: None)
+
+
 def methods(comparison: Comparison, generator: str) -> list[str]:
     return [result.method for result in comparison.results if result.generator == generator]
 
@@ -81,6 +87,7 @@ def cleaned_by(seen: dict[str, dict[str, Any]], comparison: Comparison, generato
     return seen[str(keys.index((generator, method)))]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_columns_are_what_applies_to_each_generator(pipelines, tmp_path):
     comparison = compare(pipelines, [0], output=tmp_path)
     assert methods(comparison, "tarflow") == ["noisy", "self", "iterative: wide", "iterative: narrow"]
@@ -88,6 +95,7 @@ def test_columns_are_what_applies_to_each_generator(pipelines, tmp_path):
     assert methods(comparison, "narrow") == ["noisy", "self", "own iterative", "iterative: wide"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_each_column_cleans_the_same_noisy_images_in_its_way(pipelines, tmp_path, seen):
     comparison = compare(pipelines, LABELS, output=tmp_path, seed=3, batch_size=2)
     narrow, wide = pipelines["narrow"], pipelines["wide"]
@@ -107,6 +115,7 @@ def test_each_column_cleans_the_same_noisy_images_in_its_way(pipelines, tmp_path
         torch.testing.assert_close(column["cleaned"].images, images, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("method", ["euler", "sde"])
 def test_own_iterative_is_what_the_pipeline_makes(make_pipe, tmp_path, seen, method):
     pipe = make_pipe(method=method)
@@ -117,6 +126,7 @@ def test_own_iterative_is_what_the_pipeline_makes(make_pipe, tmp_path, seen, met
     torch.testing.assert_close(codes, images, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_images_do_not_depend_on_their_number_or_the_batch_size(make_pipe, tmp_path, seen):
     for count, batch_size in ((5, 5), (3, 2)):
         compare({"pets": make_pipe()}, LABELS[:count], output=tmp_path, batch_size=batch_size)
@@ -128,23 +138,25 @@ def test_images_do_not_depend_on_their_number_or_the_batch_size(make_pipe, tmp_p
 def test_files_and_figures(pipelines, tmp_path):
     write_classes(tmp_path / "data", {"a": 3, "b": 2})
     output = tmp_path / "new" / "compare"
-    comparison = compare(pipelines, LABELS, output=output, data=str(tmp_path / "data"), picture_rows=9)
+    comparison = compare(pipelines, LABELS, output=output, data=str(tmp_path / "data"), picture_rows=2)
     written = json.loads((output / "compare.json").read_text())
     assert written["real"] == {"residual noise": 0.0, "images": 5}  # plain squares
     assert list(written["metrics"]) == ["residual noise", "seconds an image", "nats/dim, wide", "nats/dim, narrow"]
     assert len(written["results"]) == len(comparison.results) == 11
     for result in written["results"]:
-        assert all(isinstance(result["values"][title], float) for title in written["metrics"])
+        if result["broken"] == 0:
+            assert all(isinstance(result["values"][title], float) for title in written["metrics"]), result
         assert Image.open(output / result["grid"]).size == (3 * 48 + 2 * 2, 2 * 48 + 2)
     assert len({result["grid"] for result in written["results"]}) == 11
     assert written["settings"]["columns"]["tarflow"]["iterative: wide"]["t_max"] == 0.4
     values = {(r["generator"], r["method"]): r["values"]["nats/dim, wide"] for r in written["results"]}
     assert values["wide", "noisy"] != values["wide", "self"]
     picture = np.asarray(Image.open(output / "compare.png").convert("L"))
-    assert picture.shape[0] > picture.shape[1]  # 15 rows, 5 columns
+    assert picture.shape[0] > picture.shape[1]  # 6 rows, 5 columns
     assert picture.std() > 10
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_diffusion_model_cleans_by_its_ode_where_it_knows_the_level(make_pipe, tmp_path, seen):
     unet = DiffusionDenoiser(Recorder(channels=3), DDPMScheduler(prediction_type="sample"))
     comparison = compare({"pets": make_pipe()}, [0, 1], output=tmp_path, diffusion={"unet": unet})
@@ -156,7 +168,7 @@ def test_a_diffusion_model_cleans_by_its_ode_where_it_knows_the_level(make_pipe,
     compare({"pets": make_pipe()}, [0], output=tmp_path, diffusion={"unet": unet}, num_denoise_steps=3)
     assert len(unet.model.seen) == 13
 
-    loud = DDPMScheduler(beta_start=0.2, beta_end=0.3)  # begins at 0.5
+    loud = DDPMScheduler(10, beta_start=0.2, beta_end=0.3)  # begins at 0.5
     both = {"pets": make_pipe(), "quiet": make_pipe(t_max=0.3)}
     high = DiffusionDenoiser(Recorder(channels=3), loud)
     comparison = compare(both, [0], output=tmp_path, diffusion={"high": high}, num_denoise_steps=1)
@@ -164,6 +176,7 @@ def test_a_diffusion_model_cleans_by_its_ode_where_it_knows_the_level(make_pipe,
     assert "diffusion: high" not in methods(comparison, "quiet")
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_codes_are_decoded_and_a_decoder_may_clean(make_pipe, tmp_path, seen):
     vae = tiny_vae(latent_channels=2)
     decoder = tiny_vae(latent_channels=2)
@@ -213,7 +226,7 @@ def test_checkpoints_that_do_not_agree_are_refused(make_pipe, tmp_path):
             "diffusion: dit can clean the images of no checkpoint here: images of 4 x 4 .* 32 x 32",
         ),
         (
-            {"diffusion": {"dit": DiffusionDenoiser(Recorder(), DDIMScheduler(beta_start=0.3, beta_end=0.4))}},
+            {"diffusion": {"dit": DiffusionDenoiser(Recorder(), DDIMScheduler(10, beta_start=0.3, beta_end=0.4))}},
             r"dit can clean the images of no checkpoint here: .*t_max",
         ),
     ],
@@ -238,10 +251,9 @@ def test_what_can_not_be_shown_written_or_cleaned_is_refused(make_pipe, tmp_path
         compare({"pets": make_pipe(t_max=0.9)}, [0], output=tmp_path)
     with pytest.raises(ValueError, match=r"pets can't clean its own images: t_min: .* outside \[0\.02, 0\.6\]"):
         compare({"pets": make_pipe(t_min=0.001)}, [0], output=tmp_path)
+    coded = make_pipe({"in_channels": 2}, vae=tiny_vae(latent_channels=2))
     with pytest.raises(ValueError, match=r"(?s)decoder robust is for other codes.*encoder: "):
-        vaes = [tiny_vae(latent_channels=2, seed=seed) for seed in (0, 1)]
-        pipe = make_pipe({"in_channels": 2}, vae=vaes[0])
-        compare({"pets": pipe}, [0], output=tmp_path, decoders={"robust": vaes[1]})
+        compare({"pets": coded}, [0], output=tmp_path, decoders={"robust": tiny_vae(latent_channels=2, seed=1)})
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="is a file"):
         compare({"pets": make_pipe()}, [0], output=tmp_path / "file")
@@ -266,7 +278,22 @@ def test_the_command(pipelines, tmp_path, monkeypatch, capsys, randomise):
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unet")
     monkeypatch.setattr(cli, "_console", Console(width=200))
     monkeypatch.chdir(tmp_path)
-    cli.main(["compare", "wide", "tarflow", "--diffusion", "unet", "--num-images", "3", "--class-labels", "1", "2"])
+    cli.main(
+        [
+            "compare",
+            "wide",
+            "tarflow",
+            "--diffusion",
+            "unet",
+            "--num-images",
+            "3",
+            "--class-labels",
+            "1",
+            "2",
+            "--picture-rows",
+            "1",
+        ]
+    )
     printed = capsys.readouterr()
     for words in ("wide", "tarflow", "own iterative", "diffusion: unet", "nats/dim, wide", "compare/compare.png"):
         assert words in printed.out
