@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -320,15 +320,24 @@ def differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
 
     A setting that was not there yet when the run began had its default.
     """
-    factories = {section.name: section.default_factory for section in fields(Recipe)}
-    defaults = {name: asdict(make()) for name, make in factories.items() if make is not MISSING}
-    old, new = flat(json.loads(json.dumps(defaults))) | flat(stored), flat(to_json(recipe))
+    old, new = _defaults(recipe) | flat(stored), flat(to_json(recipe))
     names = sorted((old.keys() | new.keys()) - _FREE)
     return [
         f"{name}: {old.get(name)} -> {new.get(name)}"
         for name in names
         if not name.startswith("sampling.") and old.get(name) != new.get(name)
     ]
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    """The defaults of all settings that have one, as `flat` of a stored recipe would give them."""
+    sections = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    values = {
+        name: {field.name: field.default for field in fields(section) if field.default is not MISSING}
+        for name, section in sections.items()
+        if is_dataclass(section)
+    }
+    return flat(json.loads(json.dumps(values)))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
