@@ -288,7 +288,7 @@ def _save_grid(images: Tensor, path: Path) -> None:
 def _draw(pictures: Mapping[tuple[str, str], Tensor], path: Path) -> None:
     """Rows are the first images of each generator, columns the ways of cleaning them; some don't apply."""
     generators = list(dict.fromkeys(generator for generator, _ in pictures))
-    methods = list(dict.fromkeys(method for _, method in pictures))
+    methods = sorted(dict.fromkeys(method for _, method in pictures), key=_kind)
     rows = [(generator, index) for generator in generators for index in range(len(pictures[generator, "noisy"]))]
     figure = blank_figure(1.6 * len(methods) + 0.6, 1.6 * len(rows) + 0.6)
     axes = figure.subplots(len(rows), len(methods), squeeze=False)
@@ -306,6 +306,14 @@ def _draw(pictures: Mapping[tuple[str, str], Tensor], path: Path) -> None:
     for (generator, _), line in zip(rows, axes, strict=True):
         line[0].set_ylabel(generator, fontsize=8)
     figure.savefig(path, dpi=150)
+
+
+_KINDS = ("noisy", "self", "own iterative", "iterative", "diffusion", "decoder")
+
+
+def _kind(method: str) -> int:
+    """The place of a method's kind; one generator may have kinds that another lacks."""
+    return _KINDS.index(method.partition(":")[0])
 
 
 def _file_name(text: str) -> str:
