@@ -29,14 +29,16 @@ _MODULES = {
 def finish_folder(folder: Path) -> None:
     """Make a folder that diffusers has written loadable by its generic loader too, and free of private paths."""
     _rewrite_json(folder / _INDEX, _IN_REPOSITORY)
-    _rewrite_json(folder / "flow" / "config.json", {})
+    for component in ("flow", "vae"):
+        if (folder / component).is_dir():
+            _rewrite_json(folder / component / "config.json", {})
     for name, source in _MODULES.items():
         (folder / name).write_text(source)
 
 
 def foreign_entries(folder: Path) -> list[str]:
     """Names in a folder that are not of a pipeline, in order."""
-    ours = {_INDEX, "README.md", ".gitattributes", *(Path(name).parts[0] for name in (*_MODULES, *_INSTALLED))}
+    ours = {_INDEX, "README.md", ".gitattributes", "vae", *(Path(name).parts[0] for name in (*_MODULES, *_INSTALLED))}
     return sorted(path.name for path in folder.iterdir() if path.name not in ours)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from itarflow.codec import VaeIdentity, differing
@@ -145,11 +145,10 @@ def find_card(path: str) -> CodesCard | None:
     if place.exists() or path == "digits" or path.count("/") != 1:
         return None
     try:
-        return read_card(Path(hf_hub_download(path, CARD, repo_type="dataset")))
-    except (OSError, ValueError) as error:  # no such file, no such data set, no network: whoever opens it will say
-        if isinstance(error, DataError):
-            raise
+        file = Path(snapshot_download(path, repo_type="dataset", allow_patterns=[CARD])) / CARD
+    except (OSError, ValueError):  # no such data set, or no network: whoever opens it will say
         return None
+    return read_card(file) if file.is_file() else None
 
 
 def read_card(file: Path) -> CodesCard:

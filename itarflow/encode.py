@@ -300,8 +300,8 @@ def encode_share(
     if not missing:
         return
     device, vae = torch.device(device), copy.deepcopy(plan.vae)
-    # The base class's, because that of diffusers warns of every cast. The format is twice as fast on CPUs.
-    torch.nn.Module.to(vae, device, _DTYPES[config.dtype], memory_format=torch.channels_last)
+    torch.nn.Module.to(vae, device, _DTYPES[config.dtype])  # the one of diffusers warns of every cast
+    vae.to(memory_format=torch.channels_last)  # less time and memory traffic, above all on CPUs
     slice_size = max(_CPU_PIXELS // config.size**2, 1) if device.type == "cpu" else None
     codec = VaeCodec(vae, slice_size=slice_size, tiled=config.tiled)
     cores = min(max(usable_cores() // processes_here(), 1), _MOST_WORKERS)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
+from itarflow.codec import Vae
 from itarflow.flow import TARFlow
 from itarflow.objective import Evaluation
 from itarflow.pipeline import ITARFlowPipeline, image_generators
@@ -20,15 +21,16 @@ from itarflow.recipe import Recipe, to_json
 
 
 def make_pipeline(
-    flow: TARFlow, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any] | None
+    flow: TARFlow, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any] | None, vae: Vae | None = None
 ) -> ITARFlowPipeline:
-    """The pipeline that samples during training and is shared afterwards."""
+    """The pipeline that samples during training and is shared afterwards, with its VAE if the flow models codes."""
     pipeline = ITARFlowPipeline(
         flow,
         recipe.scheduler(),
         guidance=asdict(recipe.sampling.guidance),
         class_names=list(class_names) if recipe.model.num_classes and class_names else None,
         training=record,
+        vae=vae,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -49,6 +51,7 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
             generator=[generators[index] for index in mine],
             batch_size=recipe.sampling.batch_size,
             denoise_batch_size=recipe.sampling.denoise_batch_size,
+            decode_batch_size=recipe.sampling.decode_batch_size,
         ).images
     made = dict(gather_object(list(zip(mine, images, strict=True))))
     if accelerator.is_main_process:
@@ -60,14 +63,15 @@ def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, An
     """What the pipeline, its model card and `itarflow info` tell about its training.
 
     Args:
-        recipe: resolved. Of a data set that is a folder on this machine, only the folder's name is told.
+        recipe: resolved. Of a data set or VAE that is a folder on this machine, only the folder's name is told.
         held_out: as `objective.evaluate` returns it.
         facts: such as steps, seconds and numbers of images.
     """
     settings = to_json(recipe)
-    path = settings["data"]["path"]
-    if path is not None and Path(path).exists():
-        settings["data"]["path"] = Path(path).name
+    for section, name in (("data", "path"), ("codec", "vae")):
+        path = settings[section][name]
+        if path is not None and Path(path).exists():
+            settings[section][name] = Path(path).resolve().name
     metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in held_out.nll.items()}
     if held_out.bpd is not None:
         metrics["held-out bits/dim"] = held_out.bpd

@@ -21,7 +21,7 @@ NUM_BUCKETS = 4
 """Noise levels are told apart in so many buckets of equal width."""
 
 # Dense peak of the tensor cores in TFLOP/s, bfloat16 and TF32, as NVIDIA's data sheets give them without sparsity.
-_PEAK_TFLOPS = {
+PEAK_TFLOPS = {
     "B200": (2250, 1125),
     "H200": (989, 494),
     "H100 PCIe": (756, 378),
@@ -119,19 +119,23 @@ def step_sums(losses: Losses, noise_level: Tensor, moments: Tensor, edges: Tenso
 
 
 def step_metrics(sums: Mapping[str, Tensor], num_processes: int, edges: Tensor | None) -> dict[str, Any]:
-    """Loss, likelihoods in nats and bits a dim, and z after each block, from the `step_sums` of all processes."""
+    """Loss, likelihoods in nats a dim, and z after each block, from the `step_sums` of all processes."""
     nll = (sums["nll"][0] / sums["nll"][1]).item()
     by_level = {} if edges is None else bucket_means(sums["levels"], edges)
     z_mean, z_std = mean_and_spread(sums["moments"])
     return {
         "loss": sums["loss"].item() / num_processes,
         "nll": nll,
-        "bpd": bits_per_dim(nll),
         "nll_by_level": by_level,
-        "bpd_by_level": {level: bits_per_dim(value) for level, value in by_level.items()},
         "z_mean": rounded(z_mean),
         "z_std": rounded(z_std),
     }
+
+
+def in_bits(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The likelihoods of `step_metrics` in bits a dim; of pixels, for codes are not counted in grey levels."""
+    by_level = {level: bits_per_dim(value) for level, value in metrics["nll_by_level"].items()}
+    return {"bpd": bits_per_dim(metrics["nll"]), "bpd_by_level": by_level}
 
 
 def bits_per_dim(nll: float) -> float:
@@ -144,7 +148,7 @@ def peak_tflops(device: torch.device, mixed_precision: str) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    found = (peaks for key, peaks in _PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
+    found = (peaks for key, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
     peaks = next(found, None)
     return None if peaks is None else peaks[0 if mixed_precision == "bf16" else 1]
 

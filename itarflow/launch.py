@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.data import load_data
 from itarflow.estimate import (
     USABLE,
     Activations,
@@ -29,11 +28,12 @@ from itarflow.estimate import (
     human_number,
 )
 from itarflow.images import DataError
+from itarflow.insight import PEAK_TFLOPS
 from itarflow.interrupt import Interrupted
 from itarflow.objective import describe
 from itarflow.presets import SIZES
 from itarflow.processes import crash, on_cpu, refuse
-from itarflow.recipe import Recipe, check_classes, to_json
+from itarflow.recipe import Recipe, open_data, open_vae, to_json
 from itarflow.run import RunError, Start
 from itarflow.training import Summary, TrainingError, train
 
@@ -188,7 +188,9 @@ def _dry_run(recipe: Recipe, console: Console, devices: int, memory: float | Non
     scores = 0 if recipe.sampling.method == "skip" else recipe.sampling.num_denoise_steps
     table.add_row("sampling", f"{costs.sampling_tokens} sequential token steps, {scores} scores")
     table.add_row("sampling cache", f"{human_bytes(costs.cache_bytes)} an image in float32")
-    table.add_row("data", _data_row(recipe))
+    data, num_images = _data_row(recipe)
+    table.add_row("data", data)
+    table.add_row("time on one H200", _time_row(recipe, costs.training_flops, num_images))
     console.print(table)
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -226,6 +228,7 @@ def _memory_table(recipe: Recipe, devices: int, memory: float | None) -> Table:
     return table
 
 
+_UTILISATION = 0.4
 _PARTS = {
     "weights": "weights",
     "gradients": "gradients",
@@ -247,24 +250,47 @@ def _what_fits(recipe: Recipe, device: DeviceMemory, needed: Activations, device
     return f"{largest:,} images; --train.accumulation {accumulation} for {at_a_time} at a time"
 
 
-def _data_row(recipe: Recipe) -> str:
-    """A line about the data set; one on the Hub may be out of reach, which a dry run only reports."""
+def _time_row(recipe: Recipe, training_flops: int, num_images: int | None) -> str:
+    """An epoch's time at a utilisation that large models often reach; of a million images, if there are none yet."""
+    bf16 = recipe.train.mixed_precision == "bf16"
+    tflops = PEAK_TFLOPS["H200"][0 if bf16 else 1]
+    seconds = (num_images or 10**6) * training_flops / (_UTILISATION * tflops * 1e12)
+    time = f"{seconds / 3600:.3g} h" if seconds > 3600 else f"{seconds / 60:.3g} min"
+    what = "a million images" if num_images is None else f"an epoch of {num_images:,} images"
+    peak = f"{tflops} TFLOP/s in {'bf16' if bf16 else 'TF32'}"
+    return f"about {time} for {what}, if {_UTILISATION:.0%} of its {peak} are reached"
+
+
+def _data_row(recipe: Recipe) -> tuple[str, int | None]:
+    """A line about the data set, and its training images; one on the Hub may be out of reach, which is only told."""
     path = recipe.data.path
     if path is None:
-        return "[yellow]none yet: give a folder, parquet files or a Hub name by --data.path"
+        what = (
+            "a folder, parquet files or a Hub name" if recipe.codec.vae is None else "codes of vae/encode_dataset.py"
+        )
+        return f"[yellow]none yet: give {what} by --data.path", None
     try:
-        data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
-    except DataError as error:
-        on_hub = path != "digits" and path.count("/") <= 1 and not path.startswith((".", "/", "~"))
-        if not on_hub or Path(path).exists():
+        vae = open_vae(recipe)
+    except OSError as error:
+        if not _on_hub(str(recipe.codec.vae)):
             raise
-        return f"[yellow]not checked: {escape(str(error))}"
-    check_classes(recipe, data)
+        return f"[yellow]not checked: {escape(str(error))}", None
+    try:
+        data = open_data(recipe, vae)
+    except DataError as error:
+        if path == "digits" or not _on_hub(path):
+            raise
+        return f"[yellow]not checked: {escape(str(error))}", None
     steps = recipe.num_steps(len(data.train))
     return (
         f"{escape(path)}: {len(data.train):,} training and {len(data.held_out):,} held-out images, "
         f"{len(data.class_names) or 'no'} classes; {steps:,} steps in {recipe.train.epochs:g} epochs"
-    )
+    ), len(data.train)
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name can only be one on the Hub, which may be out of reach."""
+    return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
 def _paper_note(recipe: Recipe) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from itarflow import noise as noises
 from itarflow.batches import in_order
-from itarflow.codec import to_pixels
+from itarflow.codec import stored_codes, to_pixels
 from itarflow.dataset import ImageDataset
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import LOG_2PI, TARFlow, nll_per_dim
@@ -35,6 +35,14 @@ class Draws(NamedTuple):
     """(B,) bool, images to mirror."""
     drop: Tensor
     """(B,) bool, images that lose their label."""
+    posterior: Tensor | None
+    """(B, C, H, W), standard normal, which draws codes from their posteriors; None in pixel space, or for the mean."""
+
+    def part(self, start: int, stop: int) -> Draws:
+        """Those of images start .. stop - 1 of the batch."""
+        whole = slice(start, stop)
+        posterior = None if self.posterior is None else self.posterior[whole]
+        return Draws(self.noise_level[whole], self.noise[whole], self.flip[whole], self.drop[whole], posterior)
 
 
 def draw(recipe: Recipe, step: int, device: torch.device) -> Draws:
@@ -46,7 +54,28 @@ def draw(recipe: Recipe, step: int, device: torch.device) -> Draws:
     drop = torch.rand(size, generator=generator, device=device) < recipe.train.label_drop
     shape = (size, model.in_channels, model.image_size, model.image_size)
     sample = torch.rand if recipe.noise.distribution == "dequantise" else torch.randn
-    return Draws(noise_level, sample(shape, generator=generator, device=device), flip, drop)
+    noise = sample(shape, generator=generator, device=device)
+    drawn = recipe.codec.vae is not None and recipe.codec.sample_posterior
+    posterior = torch.randn(shape, generator=generator, device=device) if drawn else None
+    return Draws(noise_level, noise, flip, drop, posterior)
+
+
+def clean_images(recipe: Recipe, stored: Tensor, flip: Tensor, posterior: Tensor | None) -> Tensor:
+    """What the flow models, from what the data set holds.
+
+    Args:
+        recipe: says whether that is pixels or codes.
+        stored: uint8 images (b, C, H, W), or codes as `codec.stored_codes` takes them.
+        flip: (b,) bool, images to mirror.
+        posterior: as in `Draws`.
+
+    Returns:
+        (b, C, H, W) in float32: pixels in [-1, 1], or codes.
+    """
+    if recipe.codec.vae is not None:
+        return stored_codes(stored, flip, posterior)
+    images = to_pixels(stored)
+    return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -86,9 +115,9 @@ class Losses(NamedTuple):
         )
 
 
-def training_losses(flow: torch.nn.Module, recipe: Recipe, images: Tensor, labels: Tensor, draws: Draws) -> Losses:
-    """Loss of clean images (b, C, H, W) in [-1, 1] with labels (b,), and their part of the step's draws."""
-    images = torch.where(draws.flip[:, None, None, None], images.flip(3), images)
+def training_losses(flow: torch.nn.Module, recipe: Recipe, stored: Tensor, labels: Tensor, draws: Draws) -> Losses:
+    """Loss of b images as the data set holds them, with labels (b,), and their part of the step's draws."""
+    images = clean_images(recipe, stored, draws.flip, draws.posterior)
     if recipe.noise.distribution == "dequantise":
         noisy = noises.dequantise(images, draws.noise)
     else:
@@ -120,7 +149,7 @@ def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: 
     for number, batch in enumerate(in_order(dataset, EVALUATION_BATCH, recipe.data.num_workers, **share)):
         index = number * accelerator.num_processes + accelerator.process_index
         broken += batch.broken
-        images = to_pixels(batch.images.to(flow.device))
+        images = _held_out_images(recipe, batch.images.to(flow.device), index)
         labels = batch.labels if recipe.model.num_classes else None
         count += len(images)
         for column, level in enumerate(levels or [0.0]):
@@ -140,6 +169,16 @@ def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: 
         # From a density over [-1, 1], of which a grey level owns 1/128, to a probability of the level, in bits.
         return Evaluation({}, (means[0] + math.log(128)) / math.log(2), tuple(broken))
     return Evaluation({f"{level:g}": mean for level, mean in zip(levels, means, strict=True)}, None, tuple(broken))
+
+
+def _held_out_images(recipe: Recipe, stored: Tensor, batch: int) -> Tensor:
+    """What the flow models, of batch number `batch`: codes are drawn from their posteriors with fixed noise."""
+    posterior = None
+    if recipe.codec.vae is not None and recipe.codec.sample_posterior:
+        generator = torch.Generator(stored.device).manual_seed(mixed_seed(recipe.train.seed, batch, 0, 2))
+        shape = (len(stored), *stored.shape[-3:])
+        posterior = torch.randn(shape, generator=generator, device=stored.device)
+    return clean_images(recipe, stored, torch.zeros(len(stored), dtype=torch.bool, device=stored.device), posterior)
 
 
 def evaluation_levels(recipe: Recipe) -> list[float]:

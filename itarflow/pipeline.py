@@ -1,4 +1,4 @@
-"""The diffusers pipeline: noise -> inverse of the flow -> denoising -> images, and how it is stored and shared."""
+"""The diffusers pipeline: noise -> flow's inverse -> denoising -> decoding -> images; how it is stored and shared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from itarflow.card import model_card
 from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes
-from itarflow.codec import to_uint8
+from itarflow.codec import Vae, codec_of, to_uint8, vae_stride
 from itarflow.denoise import Denoiser, DenoiseScheduler, FlowDenoiser, Method, denoise, noise_levels
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
@@ -40,6 +40,10 @@ class ITARFlowPipeline(DiffusionPipeline):
         guidance: the guidance defaults, as fields of `Guidance`; None = unguided.
         class_names: the name of each label; None = labels have no names.
         training: a record of how the flow was trained, for the model card and `itarflow info`.
+        vae: the autoencoder whose codes the flow models; None = it models pixels.
+
+    Raises:
+        ValueError: names, guidance or VAE that do not fit the flow.
 
     Example:
         >>> flow = TARFlow(image_size=8, in_channels=1, channels=64, num_layers=(1, 1), num_classes=2)
@@ -49,6 +53,9 @@ class ITARFlowPipeline(DiffusionPipeline):
         (8, 8)
     """
 
+    _optional_components: ClassVar = ["vae"]
+    model_cpu_offload_seq = "flow->vae"
+
     def __init__(
         self,
         flow: TARFlow,
@@ -56,6 +63,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         guidance: dict[str, Any] | None = None,
         class_names: list[str] | None = None,
         training: dict[str, Any] | None = None,
+        vae: Vae | None = None,
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != flow.config.num_classes:
@@ -63,7 +71,12 @@ class ITARFlowPipeline(DiffusionPipeline):
                 f"class_names has {len(class_names)} names for a flow with {flow.config.num_classes} classes."
             )
         Guidance(**(guidance or {}))  # refuses what is wrong
-        self.register_modules(flow=flow, scheduler=scheduler)
+        if vae is not None and vae.config.latent_channels != flow.config.in_channels:
+            raise ValueError(
+                f"the VAE's codes have {vae.config.latent_channels} channels, but the flow models "
+                f"{flow.config.in_channels}; expected the VAE that the flow was trained with."
+            )
+        self.register_modules(flow=flow, scheduler=scheduler, vae=vae)
         self.register_to_config(guidance=guidance, class_names=class_names, training=training)
 
     @torch.no_grad()
@@ -83,6 +96,8 @@ class ITARFlowPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         denoise_batch_size: int | None = None,
+        decode_batch_size: int | None = None,
+        tiled_decode: bool = False,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """Make images. What is left out is taken from the checkpoint.
@@ -97,12 +112,15 @@ class ITARFlowPipeline(DiffusionPipeline):
             method: "euler", "heun", "multistep" or "sde", or "skip" for the noisy images.
             t_max: noise level at which the flow is sampled, inside its noise_range.
             t_min: smallest level at which the denoiser is asked.
-            clip: clamp the clean estimates to [-1, 1].
+            clip: clamp the clean estimates to [-1, 1]; not for codes.
             denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
             generator: one for all images (image i then depends on its seed and on i alone), or one an image.
             batch_size: images that are generated at a time, to bound memory; None = all.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated.
-            output_type: "pil", "np" (B, H, W, C) in [0, 1], or "pt" (B, C, H, W) in [0, 1].
+            decode_batch_size: images that the VAE decodes at a time; None = as many as are generated.
+            tiled_decode: decode large images in tiles, see `VaeCodec`.
+            output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "codes": what the flow
+                models, (B, C, H, W) in float32, not decoded; in pixel space that is pixels in about [-1, 1].
 
         Returns:
             An object whose `images` are of `output_type`.
@@ -110,13 +128,15 @@ class ITARFlowPipeline(DiffusionPipeline):
         Raises:
             ValueError: labels, counts, noise levels or settings out of range. Nothing has been computed then.
         """
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np' or 'pt'.")
-        if output_type == "pil" and self.flow.config.in_channels not in (1, 3):
+        if output_type not in ("pil", "np", "pt", "codes"):
+            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'codes'.")
+        channels = self.flow.config.in_channels if self.vae is None else self.vae.config.out_channels
+        if output_type == "pil" and channels not in (1, 3):
             raise ValueError(
-                f"output_type 'pil' makes pictures of 1 or 3 channels, but this flow has "
-                f"{self.flow.config.in_channels}; use 'pt' or 'np'."
+                f"output_type 'pil' makes pictures of 1 or 3 channels, but this pipeline's images have {channels}; "
+                "use 'pt', 'np' or, if they are codes of a VAE that is not in it, 'codes'."
             )
+        codec = codec_of(self.vae, slice_size=_positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
         scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, clip)
@@ -155,7 +175,7 @@ class ITARFlowPipeline(DiffusionPipeline):
                     clip=scheduler.config.clip,
                     generator=generators[chunk],
                 )
-                images.append(clean)
+                images.append(clean if output_type == "codes" else codec.decode(clean))
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=_converted(torch.cat(images), output_type))
 
@@ -240,6 +260,8 @@ class ITARFlowPipeline(DiffusionPipeline):
             method=stored.method if method is None else method,
             clip=stored.clip if clip is None else clip,
         )
+        if scheduler.config.clip and self.vae is not None:
+            raise ValueError("clip is on, but codes are not limited to [-1, 1]; leave it out.")
         _check_level(self.flow, "t_max", scheduler.config.t_max)
         return scheduler
 
@@ -270,7 +292,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         """The card of this pipeline, a `huggingface_hub.ModelCard`."""
         parameters = sum(parameter.numel() for parameter in self.flow.parameters())
         return model_card(
-            architecture={"parameters": f"{parameters:,}", **self.flow.config},
+            architecture={"parameters": f"{parameters:,}", **self.flow.config, **self.vae_facts()},
             sampling={
                 **self.scheduler.config,
                 **{f"guidance {k}": v for k, v in asdict(self.default_guidance).items()},
@@ -278,6 +300,17 @@ class ITARFlowPipeline(DiffusionPipeline):
             training=self.config.training,
             class_names=self.config.class_names,
         )
+
+    def vae_facts(self) -> dict[str, Any]:
+        """What people want to know of the VAE; {} in pixel space."""
+        if self.vae is None:
+            return {}
+        side, config = self.flow.config.image_size * vae_stride(self.vae), self.vae.config
+        return {
+            "codes of": f"{type(self.vae).__name__}, for images of {side} x {side} pixels",
+            "scaling factor of the codes": config.scaling_factor,
+            "shift factor of the codes": config.shift_factor or 0.0,
+        }
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
@@ -390,6 +423,8 @@ def _converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[I
             f"Images {broken} contain NaN or infinite values: the flow's inverse or the denoising diverged. Less "
             "guidance or float32 weights often help."
         )
+    if output_type == "codes":
+        return images
     if output_type == "pt":
         return (images.clamp(-1, 1) + 1) / 2
     if output_type == "np":

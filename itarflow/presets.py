@@ -1,13 +1,13 @@
 """The papers' model sizes and set-ups, as data.
 
-Figures are from iTARFlow (arXiv 2604.20041, tables 2 to 5, and the published commands) and from
-TARFlow (arXiv 2412.06329, table 7, and the published commands).
+Figures are from iTARFlow (arXiv 2604.20041, tables 2 to 5, and the published commands), from
+TARFlow (arXiv 2412.06329, table 7, and the published commands), and from STARFlow (arXiv 2506.06276).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from itarflow.flow import TARFlow
 
@@ -17,9 +17,10 @@ class ModelConfig:
     """The architecture. Values that differ between blocks are lists, image side first and noise side last."""
 
     image_size: int
-    """Side of the square images in pixels; other images are cropped and resized to it."""
+    """Side of the square images in pixels; other images are cropped and resized to it. With codec.vae: of their
+    codes, which the VAE's stride has made smaller, such as 32 for images of 256 pixels."""
     in_channels: int = 3
-    """1 = greyscale, 3 = colour."""
+    """1 = greyscale, 3 = colour; with codec.vae the channels of the codes, such as 4."""
     num_classes: int = 0
     """Number of labels; 0 = a model without labels."""
     patch_size: int | tuple[int, ...] = 2
@@ -73,7 +74,11 @@ SIZES: dict[str, Size] = {
 
 T_MIN = 0.01
 T_MAX = {64: 0.3, 128: 0.5, 256: 0.7}
-"""iTARFlow's largest noise level at each resolution."""
+"""iTARFlow's largest noise level at each resolution in pixels."""
+T_MAX_CODES = 0.5
+"""iTARFlow's largest noise level on SD-VAE codes of images of 256 pixels."""
+SD_VAE = "stabilityai/sd-vae-ft-ema"
+"""The VAE of the latent models: codes of 4 channels, each for 8 x 8 pixels."""
 
 
 def itarflow_model(size: str, resolution: int, num_classes: int = 1000) -> ModelConfig:
@@ -98,6 +103,29 @@ def itarflow_model(size: str, resolution: int, num_classes: int = 1000) -> Model
         patch_size=resolution // 32,
         channels=row.channels,
         num_layers=row.num_layers,
+    )
+
+
+def latent_itarflow_model(size: str, resolution: int = 256, num_classes: int = 1000) -> ModelConfig:
+    """ITARFlow on SD-VAE codes: a token a code; arguments as `itarflow_model`."""
+    row = itarflow_model(size, resolution, num_classes)
+    return replace(row, image_size=resolution // 8, in_channels=4, patch_size=1)
+
+
+def starflow_model(num_classes: int = 1000) -> ModelConfig:
+    """STARFlow's class-conditional model on SD-VAE codes of images of 256 pixels, 1.4B parameters.
+
+    Width and the number of layers follow from the paper's size; how they are divided between the deep block and the
+    shallow ones (two layers each, as in its text model) is ours.
+    """
+    return ModelConfig(
+        image_size=32,
+        in_channels=4,
+        num_classes=num_classes,
+        patch_size=1,
+        channels=2048,
+        num_layers=(2, 2, 2, 2, 2, 18),
+        noise_conditioned=False,
     )
 
 

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from itarflow.data import DataConfig, ImageData
+from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity
+from itarflow.data import DataConfig, ImageData, load_data
 from itarflow.denoise import DenoiseScheduler, Method
 from itarflow.guidance import Guidance
 from itarflow.images import DataError
@@ -121,6 +122,8 @@ class SamplingConfig:
     """Images that are sampled at a time; their key-value cache is the largest use of memory."""
     denoise_batch_size: int | None = None
     """Images that are denoised at a time; None = as many as are sampled."""
+    decode_batch_size: int | None = 8
+    """Images that the VAE decodes at a time; None = as many as are sampled. Not used in pixel space."""
 
     def __post_init__(self) -> None:
         for name in ("num_denoise_steps", "num_images", "batch_size"):
@@ -137,7 +140,9 @@ class Recipe:
     model: ModelConfig
     """The flow."""
     data: DataConfig
-    """The images."""
+    """The images, or their codes."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """Whether the flow models pixels, or the codes of a VAE."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """The noise that is added in training."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -200,6 +205,10 @@ class Recipe:
                 f"sampling.method is {self.sampling.method!r}, but likelihood training adds no Gaussian noise that "
                 "could be removed; set it to 'skip'."
             )
+        if self.codec.vae is not None and self.noise.distribution == "dequantise":
+            raise ValueError("noise.distribution is 'dequantise', which is for 8-bit pixels; leave codec.vae out.")
+        if self.codec.vae is not None and self.sampling.clip:
+            raise ValueError("sampling.clip is on, but codes are not limited to [-1, 1]; switch it off.")
         share = num_processes * self.train.accumulation
         if self.train.batch_size % share:
             raise ValueError(
@@ -217,6 +226,41 @@ class Recipe:
     def num_steps(self, num_images: int) -> int:
         """Optimiser steps of the whole training."""
         return max(1, math.ceil(self.train.epochs * self.steps_per_epoch(num_images)))
+
+
+def open_vae(recipe: Recipe) -> Vae | None:
+    """The VAE that the recipe names, on the CPU; None in pixel space.
+
+    Raises:
+        OSError: it can't be loaded.
+        ValueError: its codes have other channels than the model.
+    """
+    if recipe.codec.vae is None:
+        return None
+    vae = load_vae(recipe.codec)
+    if vae.config.latent_channels != recipe.model.in_channels:
+        raise ValueError(
+            f"the codes of {recipe.codec.vae} have {vae.config.latent_channels} channels, but model.in_channels is "
+            f"{recipe.model.in_channels}; set --model.in-channels {vae.config.latent_channels}, or name another VAE."
+        )
+    return vae
+
+
+def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
+    """The recipe's data set, of images or of codes that its VAE has made, with the labels that the model knows.
+
+    Raises:
+        DataError: as `load_data` and `check_classes`.
+    """
+    data = load_data(
+        recipe.data,
+        image_size=recipe.model.image_size,
+        in_channels=recipe.model.in_channels,
+        vae=None if vae is None else vae_identity(vae),
+        variance=recipe.codec.sample_posterior,
+    )
+    check_classes(recipe, data)
+    return data
 
 
 def check_classes(recipe: Recipe, data: ImageData) -> None:
@@ -264,6 +308,7 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
 
 # Settings that change neither weights nor losses, so that a run may go on with other values.
 _FREE = {
+    "codec.vae", "codec.revision",  # another decoder, at most: an encoder must be that of the codes
     "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
     "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.shard",
     "train.compile", "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",
@@ -271,14 +316,28 @@ _FREE = {
 
 
 def differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
-    """The settings on which a stored recipe and `recipe` disagree so that a run can't go on, "name: old -> new"."""
-    old, new = flat(stored), flat(to_json(recipe))
+    """The settings on which a stored recipe and `recipe` disagree so that a run can't go on, "name: old -> new".
+
+    A setting that was not there yet when the run began had its default.
+    """
+    old, new = _defaults(recipe) | flat(stored), flat(to_json(recipe))
     names = sorted((old.keys() | new.keys()) - _FREE)
     return [
         f"{name}: {old.get(name)} -> {new.get(name)}"
         for name in names
         if not name.startswith("sampling.") and old.get(name) != new.get(name)
     ]
+
+
+def _defaults(recipe: Recipe) -> dict[str, Any]:
+    """The defaults of all settings that have one, as `flat` of a stored recipe would give them."""
+    sections = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    values = {
+        name: {field.name: field.default for field in fields(section) if field.default is not MISSING}
+        for name, section in sections.items()
+        if is_dataclass(section)
+    }
+    return flat(json.loads(json.dumps(values)))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ and step need be stored for a resumed run to be the same run, and the number of 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -25,14 +26,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from itarflow import run as runs
 from itarflow.batches import Batch, batches, training_sampler
-from itarflow.codec import to_pixels
-from itarflow.data import ImageData, load_data
+from itarflow.codec import Vae
+from itarflow.data import ImageData
 from itarflow.estimate import estimate
 from itarflow.export import make_pipeline, sample_grid, training_record
 from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.images import DataError
 from itarflow.insight import (
     bucket_edges,
+    in_bits,
     memory_gib,
     peak_tflops,
     step_metrics,
@@ -43,10 +45,10 @@ from itarflow.insight import (
 from itarflow.interrupt import Interrupted, StopSignal
 from itarflow.microbatch import find_accumulation
 from itarflow.monitor import Monitor
-from itarflow.objective import Draws, Evaluation, Losses, draw, evaluate, training_losses
+from itarflow.objective import Evaluation, Losses, draw, evaluate, training_losses
 from itarflow.processes import agreed, agreed_state, make_accelerator, on_main
 from itarflow.progress import training_progress
-from itarflow.recipe import Recipe, check_classes, learning_rate_factor
+from itarflow.recipe import Recipe, learning_rate_factor, open_data, open_vae
 from itarflow.run import RunDir, RunError, Start, hold, replace_folder
 from itarflow.sharding import (
     clip_grad_norm,
@@ -154,13 +156,16 @@ def train(
     run = RunDir(run_path)
     on_main(accelerator, lambda: runs.check(run_path, recipe, start, allow_changes))
     on_main(accelerator, lambda: runs.check_free(run))
-    data = load_data(recipe.data, image_size=recipe.model.image_size, in_channels=recipe.model.in_channels)
-    check_classes(recipe, data)
+    opened: list[Vae | None] = []
+    on_main(accelerator, lambda: opened.append(open_vae(recipe)))  # which downloads, or refuses, for all
+    vae = opened[0] if opened else open_vae(recipe)
+    data = open_data(recipe, vae)
     if recipe.data.in_memory:
         data = data.decoded()
     with ExitStack() as locks, StopSignal() as stop:
         on_main(accelerator, lambda: _claim(run, recipe, start, allow_changes, locks))
-        training = _Training(recipe, run, data, accelerator, sharded=sharded, resume=start == "resume", stop=stop)
+        resume = start == "resume"
+        training = _Training(recipe, run, data, vae, accelerator, sharded=sharded, resume=resume, stop=stop)
         try:
             summary = training.run_to(max_steps)
         except Interrupted:
@@ -191,6 +196,7 @@ class _Training:
         recipe: Recipe,
         run: RunDir,
         data: ImageData,
+        vae: Vae | None,
         accelerator: Accelerator,
         *,
         sharded: bool,
@@ -198,6 +204,7 @@ class _Training:
         stop: StopSignal,
     ) -> None:
         self.recipe, self.run, self.data, self.accelerator = recipe, run, data, accelerator
+        self.vae = vae  # on the CPU; steps do without it, only sample grids are decoded and pipelines shared
         self.sharded, self.stop = sharded, stop
         self.saved_at = 0  # the step whose state is on the disk; of step 0 there is nothing to save
         self.monitor = Monitor(recipe, run, accelerator)
@@ -390,8 +397,8 @@ class _Training:
             for micro, batch in enumerate(micro_batches):
                 size = len(batch.images)
                 start = (micro * accelerator.num_processes + accelerator.process_index) * size
-                part = Draws(*(values[start : start + size] for values in draws))
-                images = to_pixels(batch.images.to(accelerator.device, non_blocking=True))
+                part = draws.part(start, start + size)
+                images = batch.images.to(accelerator.device, non_blocking=True)
                 labels = batch.labels.to(accelerator.device, non_blocking=True)
                 with accelerator.accumulate(self.model):
                     bf16 = train.mixed_precision == "bf16"
@@ -453,11 +460,13 @@ class _Training:
         device, processes = self.accelerator.device, self.accelerator.num_processes
         # Of one forward and one backward pass: what is computed a second time is no achievement.
         tflops = speed / processes * 3 * self.forward_flops / 1e12
+        metrics = step_metrics(sums, processes, self.edges)
         peak = peak_tflops(device, self.recipe.train.mixed_precision)
         self.monitor.log({
             "step": self.state.step,
             "epoch": self.state.step / self.recipe.steps_per_epoch(len(self.data.train)),
-            **step_metrics(sums, processes, self.edges),
+            **metrics,
+            **(in_bits(metrics) if self.vae is None else {}),
             "grad_norm": step.grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": speed,
@@ -479,7 +488,8 @@ class _Training:
     def _sample(self) -> Path:
         path = self.run.grid(self.state.step)
         with self._sampling_flow() as flow:
-            pipeline = make_pipeline(flow, self.recipe, self.data.class_names, None)
+            vae = copy.deepcopy(self.vae)  # for the device: gone with the pipeline
+            pipeline = make_pipeline(flow, self.recipe, self.data.class_names, None, vae).to(self.accelerator.device)
             sample_grid(pipeline, self.recipe, path, self.accelerator)
         self.accelerator.wait_for_everyone()
         return path
@@ -519,7 +529,7 @@ class _Training:
         main = self.accelerator.is_main_process
         with whole_flow(self.model, self.recipe, self.ema, torch.device("cpu"), wanted=main) as flow:
             record = training_record(self.recipe, self.held_out, self._facts())
-            pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record)
+            pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record, self.vae)
             on_main(self.accelerator, lambda: replace_folder(self.run.pipeline, pipeline.save_pretrained))
 
     def _facts(self) -> dict[str, Any]:

@@ -9,10 +9,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 
+from itarflow.codec import Vae
 from itarflow.flow import TARFlow
 
 torch.set_num_threads(1)  # on tensors this small, threads only cost time
@@ -107,6 +109,20 @@ def make_inputs() -> Callable[..., Inputs]:
         return Inputs(images, labels, levels)
 
     return make
+
+
+def tiny_vae(kind: str = "AutoencoderKL", seed: int = 0, **config: Any) -> Vae:
+    """An autoencoder of stride 2 with random weights, for grey images unless told otherwise."""
+    sizes: dict[str, Any] = {"in_channels": 1, "out_channels": 1}
+    if kind == "AutoencoderKL":
+        sizes |= {"block_out_channels": (8, 8), "norm_num_groups": 4, "scaling_factor": 0.4, "shift_factor": 0.1}
+        sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    else:
+        sizes |= {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
+        sizes |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return getattr(diffusers, kind)(**sizes | config).eval().requires_grad_(False)
 
 
 @pytest.fixture(params=list(VARIANTS.values()), ids=list(VARIANTS))

@@ -1,14 +1,37 @@
-"""8-bit pixels survive the way to the flow's values and back."""
+"""8-bit pixels and back; codes of an autoencoder and back; which autoencoder made them."""
 
-from __future__ import annotations
+import copy
+import json
 
 import pytest
 import torch
+from conftest import randomise, tiny_vae
+from diffusers import UNet2DModel
 
-from itarflow.codec import to_pixels, to_uint8
+from itarflow.codec import (
+    CodecConfig,
+    PixelCodec,
+    Posterior,
+    VaeCodec,
+    code_shape,
+    codec_of,
+    differing,
+    load_vae,
+    stored_codes,
+    to_pixels,
+    to_uint8,
+    vae_identity,
+    vae_stride,
+)
+
+KINDS = ("AutoencoderKL", "AutoencoderTiny")
 
 
-def test_pixels_round_trip_for_all_values() -> None:
+def images(count=3, size=8, channels=1, seed=0):
+    return torch.rand((count, channels, size, size), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_pixels_round_trip_for_all_values():
     images = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     pixels = to_pixels(images)
     assert pixels.dtype == torch.float32
@@ -18,11 +41,179 @@ def test_pixels_round_trip_for_all_values() -> None:
     assert torch.equal(to_uint8(pixels + 0.0038), images)  # half a grey level is 0.00392
 
 
-def test_to_uint8_clamps_and_takes_half_precision() -> None:
+def test_to_uint8_clamps_and_takes_half_precision():
     assert to_uint8(torch.tensor([-3.0, 3.0, 0.0])).tolist() == [0, 255, 128]
     assert to_uint8(torch.tensor([-1.0, 1.0], dtype=torch.bfloat16)).tolist() == [0, 255]
 
 
-def test_pixels_are_not_converted_twice() -> None:
+def test_pixels_are_not_converted_twice():
     with pytest.raises(ValueError, match="uint8"):
         to_pixels(torch.zeros(1))
+
+
+def test_pixel_space_is_the_codec_that_changes_nothing():
+    codec = codec_of(None)
+    assert isinstance(codec, PixelCodec)
+    posterior = codec.encode(images())
+    assert posterior.sample(torch.randn(3, 1, 8, 8)).equal(images())
+    assert codec.decode(posterior.mean).equal(images())
+
+
+def test_codes_of_a_kl_autoencoder_are_its_latents_shifted_and_scaled():
+    vae = tiny_vae(scaling_factor=0.4, shift_factor=0.1)
+    posterior = VaeCodec(vae).encode(images())
+    expected = vae.encode(images()).latent_dist
+    torch.testing.assert_close(posterior.mean, (expected.mean - 0.1) * 0.4)
+    torch.testing.assert_close((0.5 * posterior.log_variance).exp(), expected.std * 0.4)
+    torch.testing.assert_close(VaeCodec(vae).decode(posterior.mean), vae.decode(expected.mean).sample)
+
+
+def test_codes_of_a_tiny_autoencoder_have_no_variance():
+    vae = tiny_vae("AutoencoderTiny", scaling_factor=2.0, shift_factor=0.25)
+    posterior = VaeCodec(vae).encode(images())
+    latents = vae.encode(images()).latents
+    assert posterior.log_variance is None
+    torch.testing.assert_close(posterior.mean, (latents - 0.25) * 2)
+    torch.testing.assert_close(VaeCodec(vae).decode(posterior.mean), vae.decode(latents).sample)
+
+
+def test_statistics_of_single_channels_take_part():
+    vae = tiny_vae(latents_mean=(1.0, 2.0, 3.0, 4.0), latents_std=(0.5, 1.0, 2.0, 4.0), scaling_factor=3.0)
+    latents = vae.encode(images()).latent_dist.mean
+    channel = torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None, None], torch.tensor([0.5, 1.0, 2.0, 4.0])[:, None, None]
+    codes = VaeCodec(vae).encode(images()).mean
+    torch.testing.assert_close(codes, (latents - channel[0]) / channel[1] * 3.0)
+    torch.testing.assert_close(VaeCodec(vae).decode(codes), vae.decode(latents).sample)
+
+
+def test_a_posterior_is_sampled_with_its_own_spread():
+    mean, log_variance = torch.full((20000,), 3.0), torch.full((20000,), 2 * torch.tensor(0.5).log().item())
+    drawn = Posterior(mean, log_variance).sample(torch.randn(20000, generator=torch.Generator().manual_seed(0)))
+    assert drawn.mean().item() == pytest.approx(3.0, abs=0.02)
+    assert drawn.std().item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_change_nothing(kind):
+    vae = tiny_vae(kind)
+    whole, sliced = VaeCodec(vae), VaeCodec(vae, slice_size=2)
+    codes = whole.encode(images(5)).mean
+    torch.testing.assert_close(sliced.encode(images(5)).mean, codes)
+    torch.testing.assert_close(sliced.decode(codes), whole.decode(codes))
+
+
+def test_tiles_are_for_large_images_and_leave_the_vae_as_it_is():
+    vae = tiny_vae(sample_size=16)
+    whole, tiled = VaeCodec(vae), VaeCodec(vae, tiled=True)
+    small, large = whole.encode(images(1, 16)).mean, whole.encode(images(1, 40)).mean
+    torch.testing.assert_close(tiled.decode(small), whole.decode(small))
+    seen = tiled.decode(large)
+    assert seen.shape == (1, 1, 40, 40)
+    assert not torch.equal(seen, whole.decode(large))
+    assert not vae.use_tiling
+    vae.enable_tiling()
+    torch.testing.assert_close(VaeCodec(vae).decode(large), seen)
+
+
+def test_a_vae_that_overflows_in_half_precision_computes_in_float32():
+    vae = tiny_vae(force_upcast=True)
+    half = copy.deepcopy(vae).half()
+    torch.testing.assert_close(
+        VaeCodec(half).encode(images()).mean, VaeCodec(vae).encode(images()).mean, atol=5e-3, rtol=0
+    )
+    assert half.dtype == torch.float16
+    low = VaeCodec(copy.deepcopy(vae).bfloat16())
+    assert low.vae.dtype == torch.bfloat16
+    assert low.decode(low.encode(images()).mean).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda vae: VaeCodec(vae).encode(images(1, 9)), "9 x 9 pixels, which the VAE's stride of 2 does not divide"),
+        (lambda vae: VaeCodec(vae).encode(images(1, 8, 3)), "3 channels; this VAE encodes images of 1"),
+        (
+            lambda vae: VaeCodec(vae).decode(torch.zeros(1, 3, 4, 4)),
+            r"\(1, 3, 4, 4\); this VAE expects \(B, 4, H, W\)",
+        ),
+        (lambda vae: VaeCodec(vae, slice_size=0), "slice_size is 0"),
+        (lambda _: VaeCodec(tiny_vae("AutoencoderTiny"), tiled=True), "stride 2; tiles are only for stride 8"),
+    ],
+)
+def test_what_does_not_fit_a_vae_is_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call(tiny_vae())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_shape_of_codes(kind):
+    vae = tiny_vae(kind)
+    assert vae_stride(vae) == 2
+    assert (
+        code_shape(vae, (1, 8, 12))
+        == (4, 4, 6)
+        == tuple(VaeCodec(vae).encode(torch.zeros(1, 1, 8, 12)).mean.shape[1:])
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_identity_of_a_vae_is_that_of_its_encoder_and_scaling(kind):
+    vae = tiny_vae(kind)
+    identity = vae_identity(vae)
+    other_decoder, other_encoder = copy.deepcopy(vae), copy.deepcopy(vae)
+    randomise(other_decoder.decoder)
+    randomise(other_encoder.encoder)
+    assert vae_identity(other_decoder) == identity
+    assert [line.split(":")[0] for line in differing(identity, vae_identity(other_encoder))] == ["encoder"]
+    rescaled = tiny_vae(kind, scaling_factor=0.9)
+    assert differing(identity, vae_identity(rescaled)) == [f"scaling_factor: {identity.scaling_factor} -> 0.9"]
+    low = copy.deepcopy(vae).bfloat16()
+    assert vae_identity(low) == vae_identity(copy.deepcopy(low).float())  # the same values, stored differently
+
+
+def test_a_vae_is_found_in_its_folder_or_in_that_of_a_pipeline(tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "pipeline" / "vae")
+    for place in (tmp_path / "pipeline" / "vae", tmp_path / "pipeline"):
+        loaded = load_vae(CodecConfig(vae=str(place)))
+        assert vae_identity(loaded) == vae_identity(vae)
+        assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    rescaled = load_vae(CodecConfig(vae=str(tmp_path / "pipeline"), scaling_factor=2.0, shift_factor=-1.0))
+    torch.testing.assert_close(
+        VaeCodec(rescaled).encode(images()).mean, (vae.encode(images()).latent_dist.mean + 1) * 2
+    )
+    rescaled.save_pretrained(tmp_path / "rescaled")
+    assert json.loads((tmp_path / "rescaled" / "config.json").read_text())["scaling_factor"] == 2.0
+
+
+def test_what_is_no_vae_is_refused(tmp_path):
+    UNet2DModel(
+        block_out_channels=(4,), norm_num_groups=2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+    ).save_pretrained(tmp_path / "unet")
+    tiny_vae().save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "empty").mkdir()
+    for name, words in {
+        "unet": "it is UNet2DModel",
+        "cut": "can't be loaded",
+        "empty": "holds no config.json",
+    }.items():
+        with pytest.raises(OSError, match=words):
+            load_vae(CodecConfig(vae=str(tmp_path / name)))
+    with pytest.raises(OSError, match="'someone/vae' can't be loaded"):
+        load_vae(CodecConfig(vae="someone/vae"))
+    with pytest.raises(ValueError, match=r"scaling_factor is 0\.0; expected a number > 0"):
+        load_vae(CodecConfig(vae=str(tmp_path / "cut"), scaling_factor=0.0))
+
+
+def test_stored_codes_are_drawn_from_the_view_that_is_wanted():
+    stored = torch.randn((3, 2, 2, 4, 5, 5), generator=torch.Generator().manual_seed(0)).half()
+    flip, noise = torch.tensor([False, True, True]), torch.randn(3, 4, 5, 5)
+    view = torch.stack([stored[0, 0], stored[1, 1], stored[2, 1]]).float()
+    torch.testing.assert_close(stored_codes(stored, flip, None), view[:, 0])
+    torch.testing.assert_close(stored_codes(stored, flip, noise), view[:, 0] + (view[:, 1] / 2).exp() * noise)
+    only_means = stored[:, :1, :1]
+    torch.testing.assert_close(
+        stored_codes(only_means, torch.zeros(3, dtype=torch.bool), noise), stored[:, 0, 0].float()
+    )

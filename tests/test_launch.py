@@ -246,7 +246,7 @@ def test_a_command_that_makes_no_sense_is_refused(refused, trained, words, messa
 
 
 def test_settings_are_refused_before_data_are_read_or_a_run_is_begun(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr("itarflow.training.load_data", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr("itarflow.training.open_data", lambda *_, **__: pytest.fail("data were read"))
     assert "patch_size 3 does not divide" in refused("--model.patch-size", "3")
     assert list(tmp_path.iterdir()) == []
 

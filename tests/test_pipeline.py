@@ -390,7 +390,7 @@ def test_bfloat16_weights_give_finite_images(pipe):
         ({"num_denoise_steps": 0}, "num_denoise_steps is 0; expected"),
         ({"num_denoise_steps": -1}, "num_denoise_steps is -1; expected"),
         ({"method": "dpm"}, "method is 'dpm'; expected one of euler"),
-        ({"output_type": "jpg"}, "output_type is 'jpg'; expected 'pil', 'np' or 'pt'"),
+        ({"output_type": "jpg"}, "output_type is 'jpg'; expected 'pil', 'np', 'pt' or 'codes'"),
         ({"num_images": 0}, "num_images is 0"),
         ({"num_images": 3, "class_labels": [0, 1]}, "num_images is 3 for 2 class_labels"),
         ({"batch_size": 0}, "batch_size is 0"),

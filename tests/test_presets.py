@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from itarflow.flow import TARFlow
-from itarflow.presets import SIZES, T_MAX, T_MIN, TARFLOW, ModelConfig, itarflow_model
+from itarflow.presets import (
+    SIZES,
+    T_MAX,
+    T_MIN,
+    TARFLOW,
+    ModelConfig,
+    itarflow_model,
+    latent_itarflow_model,
+    starflow_model,
+)
 
 RESOLUTIONS = (64, 128, 256)
 
@@ -51,6 +60,16 @@ def test_itarflow_has_1024_tokens_at_every_resolution(size, resolution):
     assert flow.z_shape == (1024, 3 * (resolution // 32) ** 2)
     assert flow.image_shape == (3, resolution, resolution)
     assert flow.config.noise_conditioned
+
+
+def test_latent_models_have_a_token_a_code_and_the_parameters_of_their_papers():
+    itar, star = on_meta(latent_itarflow_model("B")), on_meta(starflow_model())
+    for flow, printed in ((itar, 770e6), (star, 1.4e9)):
+        assert flow.image_shape == (4, 32, 32)
+        assert flow.z_shape == (1024, 4)
+        assert count(flow) == pytest.approx(printed, rel=0.03)
+    assert itar.config.noise_conditioned
+    assert not star.config.noise_conditioned
 
 
 def test_the_deep_block_is_at_the_noise_side():

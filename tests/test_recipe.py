@@ -26,7 +26,7 @@ from itarflow.recipe import (
 )
 
 GOLDEN = Path(__file__).parent / "golden"
-SECTIONS = ("model", "data", "noise", "train", "sampling")
+SECTIONS = ("model", "data", "codec", "noise", "train", "sampling")
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -259,7 +259,8 @@ def test_differences_are_listed_in_order_of_name():
     assert names == ["model.input_scale", "noise.t_max", "train.seed"]
 
 
-def test_a_setting_that_an_older_version_did_not_have_is_a_difference():
+def test_a_setting_that_an_older_version_did_not_have_had_its_default():
     stored = to_json(recipe())
     del stored["model"]["input_scale"]
-    assert differences(stored, recipe()) == ["model.input_scale: None -> 1.0"]
+    assert differences(stored, recipe()) == []
+    assert differences(stored, recipe(model__input_scale=2.0)) == ["model.input_scale: 1.0 -> 2.0"]

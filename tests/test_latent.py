@@ -1,0 +1,177 @@
+"""Latent space from end to end: training on codes without the VAE, and a pipeline that decodes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_vae
+from PIL import Image
+from safetensors.torch import load_file
+from test_codes import make_card, write_codes
+from test_training import losses, shared_weights, tiny_recipe
+
+from itarflow import DenoiseScheduler, ITARFlowPipeline, objective
+from itarflow.codec import CodecConfig, VaeCodec, to_pixels, vae_identity
+from itarflow.data import DataConfig, load_data
+from itarflow.images import DataError
+from itarflow.run import RunError
+from itarflow.training import train
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae") / "tiny"
+    tiny_vae().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codes_folder(tmp_path_factory):
+    """Posteriors of a hundred digits, as they are and mirrored."""
+    digits = load_data(DataConfig(path="digits"), image_size=8, in_channels=1).held_out
+    images = to_pixels(torch.stack([digits[index].image for index in range(100)]))
+    codec = VaeCodec(tiny_vae())
+    straight, mirrored = codec.encode(images), codec.encode(images.flip(3))
+    card = make_card(identity=vae_identity(tiny_vae()), class_names=tuple("0123456789"))
+    rows = torch.stack([*straight, *mirrored], dim=1).half()
+    return write_codes(tmp_path_factory.mktemp("codes") / "digits", card, rows, digits.labels[:100].tolist())
+
+
+@pytest.fixture
+def recipe(vae_folder, codes_folder):
+    return latent_recipe(vae_folder, codes_folder)
+
+
+def latent_recipe(vae_folder, codes_folder, **changes):
+    settings = {"image_size": 4, "in_channels": 4, "patch_size": 2, "path": str(codes_folder), "batch_size": 20}
+    settings |= {"held_out_images": 10, "in_memory": False, "num_workers": 0, "save_every": 2, "epochs": 20}
+    settings |= {"evaluate_every_epochs": 20, "sample_every_epochs": 20}
+    codec = CodecConfig(vae=str(vae_folder), sample_posterior=changes.pop("sample_posterior", True))
+    return dataclasses.replace(tiny_recipe(**settings | changes), codec=codec)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, vae_folder, codes_folder):
+    run_dir = tmp_path_factory.mktemp("latent") / "run"
+    return run_dir, train(latent_recipe(vae_folder, codes_folder), run_dir, max_steps=STEPS)
+
+
+def test_steps_and_evaluation_never_touch_the_vae(finished, recipe, monkeypatch, tmp_path):
+    def touched(*args, **kwargs):
+        raise AssertionError("the VAE was used")
+
+    for name in ("encode", "decode"):
+        monkeypatch.setattr(VaeCodec, name, touched)
+    with pytest.raises(AssertionError, match="the VAE was used"):  # by the grid, after all steps
+        train(recipe, tmp_path / "run", max_steps=STEPS)
+    assert losses(tmp_path / "run") == losses(finished[0])
+    assert any("held_out" in line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+
+
+def test_a_run_resumed_with_another_decoder_is_the_uninterrupted_one(finished, recipe, codes_folder, tmp_path):
+    fine_tuned = tiny_vae()
+    fine_tuned.decoder.conv_out.bias.data += 1
+    fine_tuned.save_pretrained(tmp_path / "fine-tuned")
+    train(recipe, tmp_path / "run", max_steps=3)
+    other = latent_recipe(tmp_path / "fine-tuned", codes_folder)
+    summary = train(other, tmp_path / "run", max_steps=STEPS, start="resume")
+    assert losses(tmp_path / "run") == losses(finished[0])
+    resumed, expected = shared_weights(tmp_path / "run"), shared_weights(finished[0])
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert not np.array_equal(np.asarray(Image.open(summary.grid)), np.asarray(Image.open(finished[1].grid)))
+
+
+def test_the_grid_shows_images_and_the_pipeline_carries_the_vae(finished, vae_folder):
+    run_dir, summary = finished
+    grid = Image.open(summary.grid)
+    assert grid.size == (10 * 50 - 2, 48)  # ten images of eight pixels, six times as large
+    weights = "diffusion_pytorch_model.safetensors"
+    shared = load_file(run_dir / "pipeline" / "vae" / weights)
+    assert all(torch.equal(value, shared[name]) for name, value in load_file(vae_folder / weights).items())
+    text = (run_dir / "pipeline" / "README.md").read_text()
+    assert "AutoencoderKL, for images of 8 x 8 pixels" in text
+    assert str(vae_folder.parent) not in text
+
+
+def test_a_loaded_pipeline_decodes_the_codes_that_it_makes(finished):
+    pipe = ITARFlowPipeline.from_pretrained(finished[0] / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+
+    def made(**options):
+        return pipe(class_labels=[3, 1, 4], generator=torch.Generator().manual_seed(0), **options).images
+
+    codes = made(output_type="codes")
+    assert codes.shape == (3, 4, 4, 4)
+    assert codes.dtype == torch.float32
+    decoded = VaeCodec(tiny_vae()).decode(codes)
+    torch.testing.assert_close(made(output_type="pt"), (decoded.clamp(-1, 1) + 1) / 2)
+    torch.testing.assert_close(made(output_type="pt", decode_batch_size=2), made(output_type="pt"))
+    assert [image.size for image in made()] == [(8, 8)] * 3
+    with pytest.raises(ValueError, match="clip is on, but codes are not limited"):
+        made(clip=True)
+    with pytest.raises(ValueError, match="decode_batch_size is 0"):
+        made(decode_batch_size=0)
+
+
+def test_a_pipeline_without_its_vae_gives_codes(make_flow):
+    flow = make_flow(in_channels=4)
+    pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2))
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="if they are codes of a VAE that is not in it, 'codes'"):
+        pipe(class_labels=[0])
+    assert pipe(class_labels=[0], output_type="codes").images.shape == (1, 4, 4, 4)
+
+
+def test_a_vae_of_other_codes_is_refused_by_the_pipeline(make_flow):
+    with pytest.raises(ValueError, match="codes have 4 channels, but the flow models 2"):
+        ITARFlowPipeline(make_flow(), DenoiseScheduler(t_max=0.5, t_min=0.05), vae=tiny_vae())
+
+
+def test_each_visit_of_an_image_draws_its_code_anew(recipe):
+    device = torch.device("cpu")
+    first, again, second = (objective.draw(recipe, step, device).posterior for step in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    mean = dataclasses.replace(recipe, codec=dataclasses.replace(recipe.codec, sample_posterior=False))
+    assert objective.draw(mean, 0, device).posterior is None
+    drawn, without = objective.draw(recipe, 0, device), objective.draw(mean, 0, device)
+    assert torch.equal(drawn.noise, without.noise)  # the noise does not depend on it
+
+
+def test_training_on_the_means_is_another_training(finished, vae_folder, codes_folder, tmp_path):
+    train(latent_recipe(vae_folder, codes_folder, sample_posterior=False), tmp_path / "run", max_steps=2)
+    assert losses(tmp_path / "run")[1] != losses(finished[0])[1]
+
+
+def test_codes_in_memory_or_streamed_train_alike(finished, vae_folder, codes_folder, tmp_path):
+    train(latent_recipe(vae_folder, codes_folder, in_memory=True), tmp_path / "memory", max_steps=STEPS)
+    assert losses(tmp_path / "memory") == losses(finished[0])
+    summary = train(latent_recipe(vae_folder, codes_folder, streaming=True), tmp_path / "stream", max_steps=2)
+    assert summary.steps == 2
+
+
+def test_metrics_of_codes_are_in_nats_alone(finished):
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert all("bpd" not in line for line in lines if "loss" in line)
+    assert np.isfinite([line["nll"] for line in lines if "loss" in line]).all()
+
+
+def test_another_vae_or_model_is_refused_before_any_work(vae_folder, codes_folder, tmp_path):
+    tiny_vae(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="were made by another VAE"):
+        train(latent_recipe(tmp_path / "other", codes_folder), tmp_path / "run")
+    with pytest.raises(RunError, match=r"codes of .* have 4 channels, but model\.in_channels is 3"):
+        train(latent_recipe(vae_folder, codes_folder, in_channels=3), tmp_path / "run")
+    with pytest.raises(RunError, match="'nowhere' can't be loaded"):
+        train(latent_recipe("nowhere", codes_folder), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"sampling\.clip is on"):
+        latent_recipe(vae_folder, codes_folder, clip=True).check()
+    with pytest.raises(ValueError, match="which is for 8-bit pixels"):
+        latent_recipe(
+            vae_folder, codes_folder, distribution="dequantise", noise_conditioned=False, weight="one", method="skip"
+        ).check()
+    assert not (tmp_path / "run").exists()
