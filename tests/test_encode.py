@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from conftest import tiny_vae
 from huggingface_hub import DatasetCard
 from image_files import damage, write_classes, write_row_groups
 from PIL import Image
@@ -36,33 +36,18 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def _save(folder: Path, vae: AutoencoderKL | AutoencoderTiny) -> Path:
-    vae.save_pretrained(folder)
-    return folder
-
-
-def _tiny(channels: int) -> AutoencoderTiny:
-    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    blocks = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
-    return AutoencoderTiny(in_channels=channels, out_channels=channels, **sizes, **blocks)
-
-
 @pytest.fixture(scope="module")
 def vaes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of VAEs of random weights, with stride 2."""
     folder = tmp_path_factory.mktemp("vaes")
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        kl = AutoencoderKL(
-            block_out_channels=(8, 8), norm_num_groups=4, scaling_factor=0.4, shift_factor=0.1, **blocks
-        )
-        return {
-            "kl": _save(folder / "kl", kl),
-            "tiny": _save(folder / "tiny", _tiny(3)),
-            "grey": _save(folder / "grey", _tiny(1)),
-            "two": _save(folder / "two", _tiny(2)),
-        }
+    for name, kind, channels in (
+        ("kl", "AutoencoderKL", 3),
+        ("tiny", "AutoencoderTiny", 3),
+        ("grey", "AutoencoderTiny", 1),
+        ("two", "AutoencoderTiny", 2),
+    ):
+        tiny_vae(kind, in_channels=channels, out_channels=channels).save_pretrained(folder / name)
+    return {path.name: path for path in folder.iterdir()}
 
 
 def write_noise(folder: Path, classes: dict[str, int]) -> Path:
