@@ -19,8 +19,9 @@ from rich.table import Table
 from itarflow.codes_card import training_command
 from itarflow.encode import EncodeConfig, Encoded, begin, encode_share, finish, plan_encoding
 from itarflow.estimate import human_bytes
-from itarflow.processes import crash, first_to_say, on_cpu, refuse, shared_counter
+from itarflow.processes import crash, first_to_say, on_cpu, on_main, refuse, shared_counter
 from itarflow.progress import image_progress
+from itarflow.run import RunError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
                 "same command goes on."
             )
         )
-    except (OSError, ValueError) as error:
+    except (OSError, RunError, ValueError) as error:
         refuse(error)
     except Exception as error:
         crash(error)
@@ -84,12 +85,17 @@ def encode(config: EncodeConfig, *, console: Console | None = None) -> tuple[Enc
             `config.max_broken` images cannot be read. Files that are whole stay.
         OSError: there is no such VAE, the disk has too little room, or the folder cannot be written.
         ValueError: the VAE does not suit the images.
+        RunError: one of these has met another process.
     """
-    state = join()
-    with state.local_main_process_first():  # which downloads what the others then find
+    state, plan, missing = join(), None, 0
+
+    def first() -> None:
+        nonlocal plan, missing
         plan = plan_encoding(config)
-    missing = begin(plan) if state.is_main_process else 0
-    state.wait_for_everyone()
+        missing = begin(plan)
+
+    on_main(state, first)  # it downloads what the others then find, and its refusal reaches them all
+    plan = plan or plan_encoding(config)
     start, counted = time.monotonic(), shared_counter("images encoded")
     bar = image_progress(
         console if state.is_main_process else None, "encoding", plan.num_images, plan.num_images - missing
@@ -110,7 +116,10 @@ def encode(config: EncodeConfig, *, console: Console | None = None) -> tuple[Enc
             num_processes=state.num_processes,
             count=count,
         )
-        state.wait_for_everyone()
+        try:
+            state.wait_for_everyone()
+        except RuntimeError as error:
+            raise RunError("another process has stopped; see what it said. The same command goes on.") from error
         count(0)
     if not state.is_main_process:
         return None

@@ -51,7 +51,7 @@ def on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object]) -> None:
     """Act on the main process alone; all wait for it, and its failure reaches them all, as a RunError.
 
     On the main process an error that is no refusal (RunError, OSError, ValueError) stays what it is.
