@@ -1,4 +1,4 @@
-"""The command `itarflow`: sample from a checkpoint, look into one, convert it, and prepare images to train on."""
+"""The command `itarflow`: sample from checkpoints, compare, look into and convert them, and prepare images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.checkpoint import foreign_entries
+from itarflow.codec import CodecConfig, load_vae
+from itarflow.compare import Comparison, compare, short_names
 from itarflow.convert import export_official, load_official
-from itarflow.denoise import DenoiseScheduler, Method
+from itarflow.denoise import Denoiser, DenoiseScheduler, Method
+from itarflow.denoisers import load_denoiser
+from itarflow.diffusion import DiffusionDenoiser
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
 from itarflow.official_file import CheckpointError
@@ -57,6 +61,11 @@ class Sample:
     """Score evaluations, 1 or more. None = the checkpoint's."""
     method: Method | None = None
     """Solver of the denoising ODE; skip shows the noisy images. None = the checkpoint's."""
+    denoiser: str | None = None
+    """What cleans the images, instead of the checkpoint itself: a folder or Hub id of another flow's pipeline, or of
+    a DiT or UNet in diffusers' format (facebook/DiT-XL-2-256, once converted to safetensors), for images or codes of
+    the same size. One trained on a single noise level, a TARFlow, needs --num-denoise-steps 1; the others know a
+    range of levels, and do best with 10 steps or so."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
@@ -70,17 +79,22 @@ class Sample:
         device = _usable(self.device) if self.device else _best_device()
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
         pipe.to(device)
-        labels = self._labels(pipe)
+        labels = _chosen_labels(pipe, self.class_labels, self.num_images)
+        denoiser = None
+        if self.denoiser is not None:
+            denoiser = load_denoiser(self.denoiser, slice_size=self.denoise_batch_size, device=device)
         if self.output.suffix:
             columns = _columns(len(set(labels)), len(labels))
-            image_grid(list(self._images(pipe, labels)), columns).save(self.output)
+            image_grid(list(self._images(pipe, labels, denoiser)), columns).save(self.output)
         else:
             self.output.mkdir(parents=True, exist_ok=True)
-            for index, image in enumerate(self._images(pipe, labels)):
+            for index, image in enumerate(self._images(pipe, labels, denoiser)):
                 image.save(self.output / f"{index:06d}.png")
         _say(f"{len(labels)} {'image' if len(labels) == 1 else 'images'} in {self.output}")
 
-    def _images(self, pipe: ITARFlowPipeline, labels: list[int | None]) -> Iterator[Image.Image]:
+    def _images(
+        self, pipe: ITARFlowPipeline, labels: list[int | None], denoiser: Denoiser | None
+    ) -> Iterator[Image.Image]:
         """The images in order, batch by batch, so that what is done can be saved before the next begins."""
         generators = image_generators(torch.Generator().manual_seed(self.seed), len(labels))
         if self.batch_size < 1:
@@ -92,21 +106,10 @@ class Sample:
                 guidance_weight=self.guidance_weight,
                 num_denoise_steps=self.num_denoise_steps,
                 method=self.method,
+                denoiser=denoiser,
                 generator=generators[part],
                 denoise_batch_size=self.denoise_batch_size,
             ).images
-
-    def _labels(self, pipe: ITARFlowPipeline) -> list[int | None]:
-        num_classes = pipe.flow.config.num_classes
-        given: Sequence[int | None]
-        if self.class_labels:
-            given = [_label(pipe, text) for text in self.class_labels]
-        else:
-            given = list(range(num_classes)) if num_classes else [None]
-        count = self.num_images if self.num_images is not None else len(given) if num_classes else 16
-        if count < 1:
-            raise ValueError(f"--num-images is {count}; expected a number >= 1.")
-        return [given[index % len(given)] for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -314,12 +317,97 @@ class Plot:
         _say(f"curves in {self.output}")
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Make noisy images with several checkpoints, clean them in every way that applies, and put all side by side.
+
+    Example: itarflow compare runs/tarflow/pipeline runs/itarflow/pipeline --data digits --output compare
+
+    Each checkpoint generates once, from the same seeds and labels. Its noisy images are then cleaned: by one step of
+    its own (self), by its own ODE (own iterative), by those of the other noise-conditioned checkpoints (iterative), by
+    diffusion models, and by decoders. What does not apply is left out.
+    """
+
+    checkpoints: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folders with pipelines, or Hugging Face Hub ids, of one image size, VAE and number of classes."""
+    output: Path = Path("compare")
+    """Folder for compare.png, compare.json, and a grid for each checkpoint and way of cleaning."""
+    diffusion: tuple[str, ...] = ()
+    """Diffusion models in diffusers' format that clean too: folders or Hub ids of a DiT or UNet with its scheduler."""
+    decoder: tuple[str, ...] = ()
+    """VAEs fine-tuned to decode noisy codes: folders or Hub ids. Only for checkpoints that model a VAE's codes."""
+    data: str | None = None
+    """Real images whose residual noise is given for reference: as --data.path in training."""
+    class_labels: tuple[str, ...] | None = None
+    """Labels, by name or number. None = every class in turn, or no labels if the models have none."""
+    num_images: int = 16
+    """How many images each checkpoint makes; labels are repeated in turn."""
+    picture_rows: int = 2
+    """How many of them compare.png shows."""
+    seed: int = 0
+    """Image number i depends on the seed, on i and on its label."""
+    guidance_weight: float | None = None
+    """w in (1 + w) * conditional - w * unconditional, in generating; 0 = off. None = each checkpoint's."""
+    num_denoise_steps: int | None = None
+    """Evaluations in each iterative column. None = as the checkpoint says that denoises; 10 for a diffusion model."""
+    batch_size: int = 16
+    """Images that are made, and cleaned, at a time; lower it if memory runs out."""
+    denoise_batch_size: int | None = None
+    """Images that a denoiser sees at a time. None = as many as are made."""
+    device: str | None = None
+    """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        check_writable(self.output)
+        device = _usable(self.device) if self.device else _best_device()
+        size = self.denoise_batch_size or self.batch_size
+        pipelines = {
+            name: ITARFlowPipeline.from_pretrained(path).to(device)
+            for name, path in zip(short_names(self.checkpoints), self.checkpoints, strict=True)
+        }
+        if not pipelines:
+            raise ValueError("no checkpoint is named; expected folders such as runs/NAME/pipeline.")
+        diffusion = {}
+        for name, path in zip(short_names(self.diffusion), self.diffusion, strict=True):
+            denoiser = load_denoiser(path, slice_size=size, device=device)
+            if not isinstance(denoiser, DiffusionDenoiser):
+                raise ValueError(
+                    f"--diffusion {path} is a flow; name it as a CHECKPOINT, and it cleans the others' too."
+                )
+            diffusion[name] = denoiser
+        decoders = {
+            name: load_vae(CodecConfig(vae=path)).to(device)
+            for name, path in zip(short_names(self.decoder), self.decoder, strict=True)
+        }
+        comparison = compare(
+            pipelines,
+            _chosen_labels(next(iter(pipelines.values())), self.class_labels, self.num_images),
+            output=self.output,
+            diffusion=diffusion,
+            decoders=decoders,
+            data=self.data,
+            seed=self.seed,
+            guidance_weight=self.guidance_weight,
+            num_denoise_steps=self.num_denoise_steps,
+            batch_size=self.batch_size,
+            denoise_batch_size=self.denoise_batch_size,
+            picture_rows=self.picture_rows,
+            console=Console(stderr=True),
+        )
+        _console.print(_comparison_table(comparison))
+        for title, meaning in comparison.metrics.items():
+            _say(f"{title}: {meaning}.")
+        _say(f"pictures and figures in {self.output}/; see {self.output / 'compare.png'}")
+
+
 Command = (
     Annotated[Sample, tyro.conf.subcommand("sample")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
 )
 
 
@@ -352,6 +440,46 @@ def _label(pipe: ITARFlowPipeline, text: str) -> int | None:
         return pipe.label_id(text)
     number = int(text)
     return None if number == NULL_LABEL else pipe.label_id(number)
+
+
+def _chosen_labels(
+    pipe: ITARFlowPipeline, class_labels: Sequence[str] | None, num_images: int | None
+) -> list[int | None]:
+    """A label an image, as the options of a command say; None = no label."""
+    num_classes = pipe.flow.config.num_classes
+    given: list[int | None]
+    if class_labels:
+        given = [_label(pipe, text) for text in class_labels]
+    else:
+        given = list(range(num_classes)) if num_classes else [None]
+    count = num_images if num_images is not None else len(given) if num_classes else 16
+    if count < 1:
+        raise ValueError(f"--num-images is {count}; expected a number >= 1.")
+    return [given[index % len(given)] for index in range(count)]
+
+
+def _comparison_table(comparison: Comparison) -> Table:
+    """A row for each generator and method, a column for each metric."""
+    table = Table(title="Images of each checkpoint, cleaned in each way", title_justify="left")
+    table.add_column("images of")
+    table.add_column("cleaned by")
+    for title in comparison.metrics:
+        table.add_column(escape(title), justify="right")
+    before = None
+    for result in comparison.results:
+        if before not in (None, result.generator):
+            table.add_section()
+        values = (result.values[title] for title in comparison.metrics)
+        figures = ("-" if value is None else f"{value:.4g}" for value in values)
+        broken = f" ({result.broken} not finite)" if result.broken else ""
+        table.add_row(escape(result.generator), escape(result.method) + broken, *figures)
+        before = result.generator
+    if comparison.real is not None:
+        table.add_section()
+        noise = comparison.real["residual noise"]
+        others = [""] * (len(comparison.metrics) - 1)
+        table.add_row(f"{comparison.real['images']} real images", "", f"{noise:.4g}", *others)
+    return table
 
 
 def _check_output(output: Path) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -23,12 +23,30 @@ from itarflow.flow import TARFlow
 Method = Literal["euler", "heun", "multistep", "sde", "skip"]
 _METHODS = get_args(Method)
 Generators = torch.Generator | list[torch.Generator] | None
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Denoiser(Protocol):
     """noisy (B, C, H, W), labels (B,) or None, noise_level (B,) -> an estimate of the clean images, same shape."""
 
     def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor: ...  # noqa: D102
+
+
+@runtime_checkable
+class CheckedDenoiser(Denoiser, Protocol):
+    """A denoiser that knows what it can't denoise, so that it is refused before anything is generated for it."""
+
+    def check(self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float]) -> None:
+        """Refuse what will not go.
+
+        Args:
+            image_shape: (C, H, W) of the images to come.
+            num_classes: how many classes their labels are of; 0 = no labels will come.
+            levels: the noise levels to come, from t_max down to t_min.
+
+        Raises:
+            ValueError: naming what is asked for and what the denoiser is for.
+        """
 
 
 Callback = Callable[[int, float, Tensor, Tensor], None]
@@ -49,8 +67,23 @@ class FlowDenoiser:
     def __init__(self, flow: TARFlow, slice_size: int | None = None) -> None:
         if slice_size is not None and slice_size < 1:
             raise ValueError(f"slice_size is {slice_size}; expected a number of images >= 1, or None for all.")
-        self.flow = _frozen_view(flow)
+        self.flow = frozen_view(flow)
         self.slice_size = slice_size
+
+    def check(self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float]) -> None:
+        """See `CheckedDenoiser`: the flow's image shape, number of classes and noise_range decide."""
+        if image_shape != self.flow.image_shape:
+            raise ValueError(
+                f"images of shape {image_shape} are to be denoised by a flow for {self.flow.image_shape}; choose a "
+                "flow of the same channels and size."
+            )
+        if num_classes and num_classes != self.flow.config.num_classes:
+            raise ValueError(
+                f"labels of {num_classes} classes are to be given to a denoising flow with "
+                f"{self.flow.config.num_classes}; choose a flow of the same classes, or leave the labels out."
+            )
+        for name, level in named_ends(levels):
+            check_level(self.flow, name, level)
 
     def score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
         """The gradient of log p(noisy, t | labels) with respect to noisy, (B, C, H, W), in float32.
@@ -101,6 +134,23 @@ def noise_levels(t_max: float, t_min: float, num_steps: int) -> list[float]:
     if num_steps > 1 and not 0 < t_min < t_max:
         raise ValueError(f"t_min={t_min}, t_max={t_max}; expected 0 < t_min < t_max for {num_steps} steps.")
     return [*torch.linspace(t_max, t_min, num_steps, dtype=torch.float64).tolist(), 0.0]
+
+
+def named_ends(levels: Sequence[float]) -> list[tuple[str, float]]:
+    """The largest and the smallest of falling levels, by the names that they have in `denoise`."""
+    return list(zip(("t_max", "t_min"), (*levels[:1], *levels[1:][-1:]), strict=False))
+
+
+def check_level(flow: TARFlow, name: str, level: float) -> None:
+    """Refuse a level that the flow was not trained on, by its name.
+
+    Raises:
+        ValueError: it lies outside the flow's noise_range.
+    """
+    try:
+        flow.check_noise_range(level)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 @torch.no_grad()
@@ -240,15 +290,15 @@ def _sde(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, g
     return x
 
 
-def _frozen_view(flow: TARFlow) -> TARFlow:
-    """A second module over the same weights that no gradient reaches.
+def frozen_view(module: Module) -> Module:
+    """A second module over the same weights that no gradient reaches, and that is not in training.
 
     Autograd then neither computes weight gradients nor keeps the activations they would need, and the caller's
     module is left as it is, also for other threads.
     """
-    shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in flow.parameters()}
-    shared |= {id(buffer): buffer for buffer in flow.buffers()}
-    return copy.deepcopy(flow, shared).eval()
+    shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
+    shared |= {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, shared).eval()
 
 
 class DenoiseScheduler(SchedulerMixin, ConfigMixin):

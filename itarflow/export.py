@@ -13,6 +13,8 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from itarflow.codec import Vae
+from itarflow.denoise import CheckedDenoiser, noise_levels
+from itarflow.denoisers import load_denoiser
 from itarflow.flow import TARFlow
 from itarflow.objective import Evaluation
 from itarflow.pipeline import ITARFlowPipeline, image_generators
@@ -36,11 +38,28 @@ def make_pipeline(
     return pipeline
 
 
+def open_denoiser(recipe: Recipe, device: torch.device | str = "cpu") -> CheckedDenoiser | None:
+    """What denoises the recipe's grids, on the device; None = the flow itself.
+
+    Raises:
+        OSError: it can't be loaded.
+        ValueError: it is for other images, labels or noise levels.
+    """
+    name, scheduler = recipe.sampling.denoiser, recipe.scheduler().config
+    if name is None:
+        return None
+    denoiser = load_denoiser(name, slice_size=recipe.sampling.denoise_batch_size, device=device)
+    model, levels = recipe.model, noise_levels(scheduler.t_max, scheduler.t_min, recipe.sampling.num_denoise_steps)
+    denoiser.check((model.in_channels, model.image_size, model.image_size), model.num_classes, levels[:-1])
+    return denoiser
+
+
 def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelerator: Accelerator) -> None:
     """Write a grid of images from fixed noise and labels, classes in turn; the processes share the work.
 
     Which process makes an image does not change it: see `pipeline.image_generators`.
     """
+    denoiser = open_denoiser(recipe, pipeline.device)
     count, num_classes = recipe.sampling.num_images, recipe.model.num_classes
     generators = image_generators(torch.Generator().manual_seed(recipe.train.seed), count)
     mine = range(accelerator.process_index, count, accelerator.num_processes)
@@ -49,6 +68,8 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
         images = pipeline(
             class_labels=[index % num_classes if num_classes else None for index in mine],
             generator=[generators[index] for index in mine],
+            num_denoise_steps=recipe.sampling.num_denoise_steps,
+            denoiser=denoiser,
             batch_size=recipe.sampling.batch_size,
             denoise_batch_size=recipe.sampling.denoise_batch_size,
             decode_batch_size=recipe.sampling.decode_batch_size,
@@ -63,12 +84,12 @@ def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, An
     """What the pipeline, its model card and `itarflow info` tell about its training.
 
     Args:
-        recipe: resolved. Of a data set or VAE that is a folder on this machine, only the folder's name is told.
+        recipe: resolved. Of data, VAE or denoiser in a folder on this machine, only the folder's name is told.
         held_out: as `objective.evaluate` returns it.
         facts: such as steps, seconds and numbers of images.
     """
     settings = to_json(recipe)
-    for section, name in (("data", "path"), ("codec", "vae")):
+    for section, name in (("data", "path"), ("codec", "vae"), ("sampling", "denoiser")):
         path = settings[section][name]
         if path is not None and Path(path).exists():
             settings[section][name] = Path(path).resolve().name

@@ -21,7 +21,16 @@ from torch import Tensor
 from itarflow.card import model_card
 from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes
 from itarflow.codec import Vae, codec_of, to_uint8, vae_stride
-from itarflow.denoise import Denoiser, DenoiseScheduler, FlowDenoiser, Method, denoise, noise_levels
+from itarflow.denoise import (
+    CheckedDenoiser,
+    Denoiser,
+    DenoiseScheduler,
+    FlowDenoiser,
+    Method,
+    check_level,
+    denoise,
+    noise_levels,
+)
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
@@ -144,7 +153,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         size = _positive("batch_size", batch_size) or count
         slice_size = _positive("denoise_batch_size", denoise_batch_size)
         denoiser = FlowDenoiser(self.flow, slice_size) if denoiser is None else denoiser
-        _check_range(denoiser, scheduler)
+        _check_denoiser(denoiser, scheduler, self.flow, labels)
         steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
         chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         images = []
@@ -262,7 +271,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         )
         if scheduler.config.clip and self.vae is not None:
             raise ValueError("clip is on, but codes are not limited to [-1, 1]; leave it out.")
-        _check_level(self.flow, "t_max", scheduler.config.t_max)
+        check_level(self.flow, "t_max", scheduler.config.t_max)
         return scheduler
 
     # -- storing and sharing ------------------------------------------------------------------------------------
@@ -393,20 +402,12 @@ def image_generators(
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-def _check_level(flow: TARFlow, name: str, level: float) -> None:
-    try:
-        flow.check_noise_range(level)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def _check_range(denoiser: Denoiser, scheduler: DenoiseScheduler) -> None:
-    """Refuse noise levels that the flow which denoises does not know, before one is generated with."""
+def _check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
+    """Refuse what the denoiser does not know, before anything is generated for it."""
     config = scheduler.config
-    if isinstance(denoiser, FlowDenoiser) and config.method != "skip":
-        levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps)
-        _check_level(denoiser.flow, "t_max", levels[0])
-        _check_level(denoiser.flow, "t_min", levels[-2])
+    if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
+        levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps)[:-1]
+        denoiser.check(flow.image_shape, 0 if labels is None else flow.config.num_classes, levels)
 
 
 def _positive(name: str, value: int | None) -> int | None:

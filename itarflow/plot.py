@@ -14,6 +14,7 @@ from itarflow.run import RunDir, RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name of a line -> steps and values; "" if the panel has one line a run."""
@@ -45,17 +46,11 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: matplotlib can't write such a file.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('drawing curves needs matplotlib: pip install "itarflow[plot]"') from error
     logged = {path: _logged(path) for path in runs}
     panels = [panel for panel in PANELS if any(panel.find(lines) for lines in logged.values())]
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.1 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(4.6 * columns, 3.1 * rows)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     names = _names(list(logged))
     for axis, panel in zip(axes, panels, strict=False):
@@ -65,6 +60,22 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     figure.suptitle(", ".join(f"{name} ({_STYLES[i % len(_STYLES)]})" for i, name in enumerate(names.values()))
                     if len(names) > 1 else next(iter(names.values())))  # fmt: skip
     figure.savefig(output, dpi=110)
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """A figure of so many inches that is drawn into files only, whatever else the process draws.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "itarflow[plot]"') from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _logged(path: Path) -> list[dict[str, Any]]:

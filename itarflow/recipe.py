@@ -14,7 +14,7 @@ import torch
 
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity
 from itarflow.data import DataConfig, ImageData, load_data
-from itarflow.denoise import DenoiseScheduler, Method
+from itarflow.denoise import DenoiseScheduler, Method, noise_levels
 from itarflow.guidance import Guidance
 from itarflow.images import DataError
 from itarflow.noise import NoiseConfig
@@ -116,6 +116,10 @@ class SamplingConfig:
     """Solver of the denoising ODE."""
     clip: bool = False
     """Clamp the estimates of the clean image to [-1, 1]."""
+    denoiser: str | None = None
+    """What denoises the grids instead of the flow itself: a folder or Hub name of another flow's pipeline, or of a
+    DiT or UNet in diffusers' format. A flow of one noise level may then take several steps, down to noise.t_min.
+    The shared pipeline denoises by itself unless a call names a denoiser."""
     num_images: int = 64
     """Images of a grid."""
     batch_size: int = 64
@@ -168,10 +172,11 @@ class Recipe:
 
     def scheduler(self) -> DenoiseScheduler:
         """The denoising defaults of the pipeline."""
+        alone = self.noise.distribution == "constant"  # one level, one step, unless another denoiser is named
         return DenoiseScheduler(
             t_max=self.noise.t_max,
             t_min=self.noise.t_min,
-            num_denoise_steps=self.sampling.num_denoise_steps,
+            num_denoise_steps=1 if alone else self.sampling.num_denoise_steps,
             method=self.sampling.method,
             clip=self.sampling.clip,
         )
@@ -193,11 +198,14 @@ class Recipe:
                 f"noise.distribution is {self.noise.distribution!r}, a range of noise levels, but "
                 "model.noise_conditioned is off; switch it on, or use noise.distribution constant."
             )
-        if self.sampling.num_denoise_steps > 1 and self.noise.distribution == "constant":
+        several = self.sampling.num_denoise_steps > 1
+        if several and self.noise.distribution == "constant" and self.sampling.denoiser is None:
             raise ValueError(
                 f"sampling.num_denoise_steps is {self.sampling.num_denoise_steps}, but a flow of one noise level "
-                "has only one step; set it to 1, or train a range of levels."
+                "has only one step; set it to 1, name a sampling.denoiser, or train a range of levels."
             )
+        if several and self.sampling.denoiser is not None:
+            noise_levels(self.noise.t_max, self.noise.t_min, self.sampling.num_denoise_steps)
         if self.noise.distribution == "dequantise" and self.noise.weight != "one":
             raise ValueError(f"noise.weight is {self.noise.weight!r}; likelihood training needs 'one'.")
         if self.noise.distribution == "dequantise" and self.sampling.method != "skip":

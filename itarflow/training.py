@@ -29,7 +29,7 @@ from itarflow.batches import Batch, batches, training_sampler
 from itarflow.codec import Vae
 from itarflow.data import ImageData
 from itarflow.estimate import estimate
-from itarflow.export import make_pipeline, sample_grid, training_record
+from itarflow.export import make_pipeline, open_denoiser, sample_grid, training_record
 from itarflow.flow import TARFlow, updated_prior_variance
 from itarflow.images import DataError
 from itarflow.insight import (
@@ -156,6 +156,7 @@ def train(
     run = RunDir(run_path)
     on_main(accelerator, lambda: runs.check(run_path, recipe, start, allow_changes))
     on_main(accelerator, lambda: runs.check_free(run))
+    on_main(accelerator, lambda: open_denoiser(recipe))
     opened: list[Vae | None] = []
     on_main(accelerator, lambda: opened.append(open_vae(recipe)))  # which downloads, or refuses, for all
     vae = opened[0] if opened else open_vae(recipe)

@@ -169,6 +169,22 @@ def test_images_do_not_depend_on_the_batch_size(run, save):
     assert np.abs(pixels("all.png").astype(int) - pixels("single.png")).max() <= 1  # rounding
 
 
+def test_another_flow_may_denoise(run, save, tmp_path):
+    save().rename(tmp_path / "dogs")
+    other = save({"seed": 1, "num_layers": (1, 1)})
+    run("sample", tmp_path / "dogs", "--output", "own.png")
+    run("sample", tmp_path / "dogs", "--output", "other.png", "--denoiser", other, "--num-denoise-steps", 1)
+    run("sample", tmp_path / "dogs", "--output", "again.png", "--denoiser", tmp_path / "dogs")
+    assert not np.array_equal(pixels("own.png"), pixels("other.png"))
+    np.testing.assert_array_equal(pixels("own.png"), pixels("again.png"))
+
+
+def test_a_denoiser_for_other_images_is_refused(refused, save, tmp_path):
+    save().rename(tmp_path / "dogs")
+    assert "flow for (3, 8, 8)" in refused("sample", tmp_path / "dogs", "--denoiser", save({"image_size": 8}))
+    assert not Path("samples.png").exists()
+
+
 # -- info -------------------------------------------------------------------------------------------------------
 
 

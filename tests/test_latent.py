@@ -175,3 +175,24 @@ def test_another_vae_or_model_is_refused_before_any_work(vae_folder, codes_folde
             vae_folder, codes_folder, distribution="dequantise", noise_conditioned=False, weight="one", method="skip"
         ).check()
     assert not (tmp_path / "run").exists()
+
+
+def test_another_flow_may_denoise_the_grids(finished, vae_folder, codes_folder, tmp_path):
+    one_level = {"noise_conditioned": False, "distribution": "constant", "weight": "one"}
+    pipeline = str(finished[0] / "pipeline")
+    cleaned = latent_recipe(vae_folder, codes_folder, **one_level, denoiser=pipeline)
+    grid = train(cleaned, tmp_path / "run", max_steps=1).grid
+    alone = latent_recipe(vae_folder, codes_folder, **one_level, num_denoise_steps=1)
+    own = train(alone, tmp_path / "own", max_steps=1).grid
+    assert not np.array_equal(np.asarray(Image.open(grid)), np.asarray(Image.open(own)))
+    pipe = ITARFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    assert pipe.scheduler.config.num_denoise_steps == 1  # it has no other denoiser with it
+    assert pipe.config.training["recipe"]["sampling"]["denoiser"] == "pipeline"
+
+
+def test_a_denoiser_of_other_images_is_refused_before_any_work(finished, tmp_path):
+    with pytest.raises(RunError, match=r"other|expected|shape|channels"):
+        train(tiny_recipe(denoiser=str(finished[0] / "pipeline")), tmp_path / "run")
+    with pytest.raises(RunError, match="'nowhere' is neither a folder"):
+        train(tiny_recipe(denoiser="nowhere"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

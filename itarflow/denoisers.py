@@ -1,0 +1,134 @@
+"""Denoisers by name: another flow, or a diffusion model in diffusers' format."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiTTransformer2DModel, SchedulerMixin, UNet2DModel
+from huggingface_hub import snapshot_download
+
+from itarflow.denoise import FlowDenoiser
+from itarflow.diffusion import DiffusionDenoiser
+from itarflow.pipeline import ITARFlowPipeline
+
+_INDEX = "model_index.json"
+_MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
+    "transformer": DiTTransformer2DModel,
+    "unet": UNet2DModel,
+}
+
+
+def load_denoiser(
+    name: str, *, slice_size: int | None = None, device: torch.device | str = "cpu"
+) -> FlowDenoiser | DiffusionDenoiser:
+    """The denoiser in a folder or a repository of the Hugging Face Hub.
+
+    Args:
+        name: a folder, or a Hub id (NAME/MODEL), of a pipeline of ours, whose flow then denoises; or of a diffusers
+            pipeline with a DiTTransformer2DModel or a UNet2DModel and its scheduler, as of DiTPipeline, DDPMPipeline
+            or DDIMPipeline. Of such a one only these two are read, and of their weights only safetensors.
+        slice_size: images that are denoised at a time, which bounds the memory; None = all.
+        device: where it computes.
+
+    Raises:
+        OSError: there is no such folder or repository, it holds neither, or its weights are damaged or pickles.
+        ValueError: slice_size < 1, or a diffusion model of a kind that `DiffusionDenoiser` refuses.
+    """
+    given = Path(name).expanduser()
+    folder = given if given.is_dir() else _download(name)
+    index = _read_index(folder)
+    if "flow" in index:
+        pipeline = ITARFlowPipeline.from_pretrained(given if given.is_dir() else name)
+        return FlowDenoiser(pipeline.flow.to(device), slice_size)
+    part = next((part for part in _MODELS if _class_of(index, part) == _MODELS[part].__name__), None)
+    if part is None or _class_of(index, "scheduler") is None:
+        found = [f"{part}: {_class_of(index, part)}" for part in (*_MODELS, "scheduler") if _class_of(index, part)]
+        kind = index.get("_class_name", "pipeline of unknown kind")
+        raise OSError(
+            f"{name} holds a {kind} ({', '.join(found) or 'neither'}); expected a transformer "
+            "(DiTTransformer2DModel) or a unet (UNet2DModel), and a scheduler of diffusers, as of a DiTPipeline or "
+            "DDPMPipeline; or a pipeline of itarflow."
+        )
+    try:
+        scheduler = _scheduler(folder, str(_class_of(index, "scheduler")))
+        model = _model(folder, part, name)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of diffusers and safetensors
+        raise OSError(
+            f"the diffusion model {name!r} can't be loaded: {error}\nIf a file is truncated or missing, copy or "
+            "download the folder again."
+        ) from error
+    return DiffusionDenoiser(model.to(device), scheduler, slice_size=slice_size)
+
+
+def _download(name: str) -> Path:
+    """Bring what may be needed of a repository here: settings, and a diffusion model's safetensors."""
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise OSError(
+            f"the denoiser {name!r} is neither a folder here nor a Hub id (NAME/MODEL); expected a pipeline such as "
+            "runs/NAME/pipeline, or a diffusion model in diffusers' format such as facebook/DiT-XL-2-256."
+        )
+    weights = "diffusion_pytorch_model*.safetensors"
+    patterns = ["*.json", weights, *(f"{part}/{weights}" for part in _MODELS)]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16*", "vae/*"]))
+    except Exception as error:  # of the Hub's client and of the network
+        raise OSError(
+            f"the denoiser {name!r} is not a folder here, and could not be downloaded from the Hub: {error}\n"
+            "Check the spelling and the network."
+        ) from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not (folder / _INDEX).is_file():
+        raise OSError(
+            f"{folder} holds no pipeline: {_INDEX} is missing. Expected a folder such as runs/NAME/pipeline, or one "
+            "that save_pretrained of a diffusers pipeline has written."
+        )
+    try:
+        index = json.loads((folder / _INDEX).read_text())
+        if not isinstance(index, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise OSError(f"{folder / _INDEX} is damaged: {error}. Copy or download the folder again.") from error
+    return index
+
+
+def _class_of(index: dict[str, Any], part: str) -> str | None:
+    """The class of diffusers that a part of a pipeline is of; None if there is no such part, or of another library."""
+    library, kind = index.get(part) or (None, None)
+    return kind if library == "diffusers" else None
+
+
+def _place(folder: Path, part: str) -> Path:
+    """Where a part's files are; in repositories of the first years, beside the index."""
+    return folder / part if (folder / part).is_dir() else folder
+
+
+def _scheduler(folder: Path, kind: str) -> SchedulerMixin:
+    known = getattr(diffusers, kind, None)
+    if not inspect.isclass(known) or not issubclass(known, SchedulerMixin):
+        raise OSError(f"{kind} is no scheduler of the installed diffusers {diffusers.__version__}")
+    scheduler: Any = known
+    return scheduler.from_pretrained(_place(folder, "scheduler"))
+
+
+def _model(folder: Path, part: str, name: str) -> DiTTransformer2DModel | UNet2DModel:
+    place = _place(folder, part)
+    if not any(place.glob("*.safetensors")):
+        raise OSError(
+            f"there are no safetensors in its {part}, only, perhaps, a pickle (.bin), which could run code and is "
+            "never read here. Convert it once, if you trust it, and name the new folder:\n"
+            f"  python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('{name}', "
+            "use_safetensors=False).save_pretrained('converted')\""
+        )
+    model, report = _MODELS[part].from_pretrained(place, use_safetensors=True, output_loading_info=True)
+    if report["missing_keys"]:  # which diffusers fills up at random
+        raise OSError(f"{len(report['missing_keys'])} tensors of its {part} are missing: {report['missing_keys'][0]}")
+    return model

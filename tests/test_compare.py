@@ -1,0 +1,303 @@
+"""The comparison: what each column is made of, what is left out, written and refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_vae
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from image_files import write_classes
+from PIL import Image
+from rich.console import Console
+from test_diffusion import UNET, Recorder
+from torch import Tensor
+
+from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, cleaning, cli, denoise
+from itarflow.codec import VaeCodec
+from itarflow.compare import Comparison, compare, short_names
+from itarflow.diffusion import DiffusionDenoiser
+from itarflow.pipeline import image_generators
+
+LABELS = [0, 2, None, 1, 0]
+MakePipe = Callable[..., ITARFlowPipeline]
+
+
+@pytest.fixture
+def make_pipe(make_flow: Callable[..., TARFlow]) -> MakePipe:
+    """make_pipe(): colour, three classes, sampled at 0.5; `flow` are the flow's arguments, `changes` the rest."""
+
+    def make(flow: dict[str, Any] | None = None, vae: Any = None, **changes: Any) -> ITARFlowPipeline:
+        built = make_flow(**{"in_channels": 3, "noise_range": (0.02, 0.6)} | (flow or {}))
+        scheduler = DenoiseScheduler(**{"t_max": 0.5, "t_min": 0.05, "num_denoise_steps": 2} | changes)
+        return ITARFlowPipeline(built, scheduler, guidance={"weight": 1.0}, vae=vae)
+
+    return make
+
+
+@pytest.fixture
+def pipelines(make_pipe: MakePipe) -> dict[str, ITARFlowPipeline]:
+    """A TARFlow of one noise level and two iTARFlows, one of which does not know 0.5."""
+    tarflow = {"noise_conditioned": False, "noise_range": (0.4, 0.4), "seed": 1}
+    return {
+        "tarflow": make_pipe(tarflow, t_max=0.4, num_denoise_steps=1),
+        "wide": make_pipe(),
+        "narrow": make_pipe({"noise_range": (0.02, 0.4), "seed": 2}, t_max=0.3),
+    }
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    """What each column cleaned and what came out, by the generator's t_max (which tells them apart) and title."""
+    found: dict[str, dict[str, Any]] = {}
+    clean = cleaning.clean
+
+    def remember(column: Any, noisy: Tensor, *rest: Any) -> Any:
+        cleaned = clean(column, noisy, *rest)
+        found.setdefault(str(len(found)), {}).update(title=column.title, noisy=noisy, cleaned=cleaned)
+        return cleaned
+
+    monkeypatch.setattr("itarflow.compare.clean", remember)
+    return found
+
+
+@pytest.fixture
+def never_generates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TARFlow, "inverse", None)  # its call would raise a TypeError
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves compare.png out, which takes longer than all the rest."""
+    monkeypatch.setattr("itarflow.compare._draw", lambda *_: None)
+
+
+def methods(comparison: Comparison, generator: str) -> list[str]:
+    return [result.method for result in comparison.results if result.generator == generator]
+
+
+def cleaned_by(seen: dict[str, dict[str, Any]], comparison: Comparison, generator: str, method: str) -> dict[str, Any]:
+    keys = [(result.generator, result.method) for result in comparison.results]
+    return seen[str(keys.index((generator, method)))]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_columns_are_what_applies_to_each_generator(pipelines, tmp_path):
+    comparison = compare(pipelines, [0], output=tmp_path)
+    assert methods(comparison, "tarflow") == ["noisy", "self", "iterative: wide", "iterative: narrow"]
+    assert methods(comparison, "wide") == ["noisy", "self", "own iterative"]
+    assert methods(comparison, "narrow") == ["noisy", "self", "own iterative", "iterative: wide"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_each_column_cleans_the_same_noisy_images_in_its_way(pipelines, tmp_path, seen):
+    comparison = compare(pipelines, LABELS, output=tmp_path, seed=3, batch_size=2)
+    narrow, wide = pipelines["narrow"], pipelines["wide"]
+    labels = torch.tensor([0, 2, -1, 1, 0])
+    seeds = image_generators(torch.Generator().manual_seed(3), 5)
+    z = narrow.flow.sample_prior(5, seeds)
+    noisy = narrow.flow.inverse(z, labels, 0.3, guidance=narrow.default_guidance)
+    expected = {
+        "noisy": noisy,
+        "self": FlowDenoiser(narrow.flow)(noisy, labels, 0.3),
+        "own iterative": denoise(FlowDenoiser(narrow.flow), noisy, labels, t_max=0.3, t_min=0.05, num_steps=2),
+        "iterative: wide": denoise(FlowDenoiser(wide.flow), noisy, labels, t_max=0.3, t_min=0.05, num_steps=2),
+    }
+    for method, images in expected.items():
+        column = cleaned_by(seen, comparison, "narrow", method)
+        torch.testing.assert_close(column["noisy"], noisy, rtol=0, atol=1e-4)
+        torch.testing.assert_close(column["cleaned"].images, images, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("method", ["euler", "sde"])
+def test_own_iterative_is_what_the_pipeline_makes(make_pipe, tmp_path, seen, method):
+    pipe = make_pipe(method=method)
+    pipe.set_progress_bar_config(disable=True)
+    comparison = compare({"pets": pipe}, LABELS, output=tmp_path, seed=7)
+    images = pipe(LABELS, generator=torch.Generator().manual_seed(7), output_type="codes").images
+    codes = cleaned_by(seen, comparison, "pets", "own iterative")["cleaned"].codes
+    torch.testing.assert_close(codes, images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_images_do_not_depend_on_their_number_or_the_batch_size(make_pipe, tmp_path, seen):
+    for count, batch_size in ((5, 5), (3, 2)):
+        compare({"pets": make_pipe()}, LABELS[:count], output=tmp_path, batch_size=batch_size)
+    many, few = ([entry["cleaned"].images for entry in list(seen.values())[i : i + 3]] for i in (0, 3))
+    for images, others in zip(many, few, strict=True):
+        torch.testing.assert_close(images[:3], others, rtol=0, atol=1e-4)
+
+
+def test_files_and_figures(pipelines, tmp_path):
+    write_classes(tmp_path / "data", {"a": 3, "b": 2})
+    output = tmp_path / "new" / "compare"
+    comparison = compare(pipelines, LABELS, output=output, data=str(tmp_path / "data"), picture_rows=2)
+    written = json.loads((output / "compare.json").read_text())
+    assert written["real"] == {"residual noise": 0.0, "images": 5}  # plain squares
+    assert list(written["metrics"]) == ["residual noise", "seconds an image", "nats/dim, wide", "nats/dim, narrow"]
+    assert len(written["results"]) == len(comparison.results) == 11
+    for result in written["results"]:
+        if result["broken"] == 0:
+            assert all(isinstance(result["values"][title], float) for title in written["metrics"]), result
+        assert Image.open(output / result["grid"]).size == (3 * 48 + 2 * 2, 2 * 48 + 2)
+    assert len({result["grid"] for result in written["results"]}) == 11
+    assert written["settings"]["columns"]["tarflow"]["iterative: wide"]["t_max"] == 0.4
+    values = {(r["generator"], r["method"]): r["values"]["nats/dim, wide"] for r in written["results"]}
+    assert values["wide", "noisy"] != values["wide", "self"]
+    picture = np.asarray(Image.open(output / "compare.png").convert("L"))
+    assert picture.shape[0] > picture.shape[1]  # 6 rows, 5 columns
+    assert picture.std() > 10
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_diffusion_model_cleans_by_its_ode_where_it_knows_the_level(make_pipe, tmp_path, seen):
+    unet = DiffusionDenoiser(Recorder(channels=3), DDPMScheduler(prediction_type="sample"))
+    comparison = compare({"pets": make_pipe()}, [0, 1], output=tmp_path, diffusion={"unet": unet})
+    assert methods(comparison, "pets")[-1] == "diffusion: unet"
+    images = cleaned_by(seen, comparison, "pets", "diffusion: unet")["cleaned"].images
+    torch.testing.assert_close(images, torch.arange(3.0)[None, :, None, None].expand(2, -1, 4, 4))
+    assert len(unet.model.seen) == 10
+    assert [round(float(k[0])) for _, k, _ in unet.model.seen][-1] == 0
+    compare({"pets": make_pipe()}, [0], output=tmp_path, diffusion={"unet": unet}, num_denoise_steps=3)
+    assert len(unet.model.seen) == 13
+
+    loud = DDPMScheduler(10, beta_start=0.2, beta_end=0.3)  # begins at 0.5
+    both = {"pets": make_pipe(), "quiet": make_pipe(t_max=0.3)}
+    high = DiffusionDenoiser(Recorder(channels=3), loud)
+    comparison = compare(both, [0], output=tmp_path, diffusion={"high": high}, num_denoise_steps=1)
+    assert "diffusion: high" in methods(comparison, "pets")
+    assert "diffusion: high" not in methods(comparison, "quiet")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_codes_are_decoded_and_a_decoder_may_clean(make_pipe, tmp_path, seen):
+    vae = tiny_vae(latent_channels=2)
+    decoder = tiny_vae(latent_channels=2)
+    torch.nn.init.normal_(decoder.decoder.conv_out.weight, generator=torch.Generator().manual_seed(1))
+    pipe = make_pipe({"in_channels": 2}, vae=vae)
+    comparison = compare({"codes": pipe}, LABELS, output=tmp_path, decoders={"robust": decoder}, batch_size=3)
+    assert methods(comparison, "codes") == ["noisy", "self", "own iterative", "decoder: robust"]
+    for method, by in (("noisy", vae), ("own iterative", vae), ("decoder: robust", decoder)):
+        column = cleaned_by(seen, comparison, "codes", method)
+        codes = column["noisy"] if method == "decoder: robust" else column["cleaned"].codes
+        torch.testing.assert_close(column["cleaned"].images, VaeCodec(by).decode(codes), rtol=0, atol=1e-4)
+    assert comparison.results[-1].values["nats/dim, codes"] is None
+    assert Image.open(tmp_path / comparison.results[-1].grid).mode == "L"
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("never_generates")
+def test_checkpoints_that_do_not_agree_are_refused(make_pipe, tmp_path):
+    vae, other_vae = tiny_vae(latent_channels=2), tiny_vae(latent_channels=2, seed=1)
+    codes = {"in_channels": 2}
+    for first, second, words in (
+        (make_pipe(), make_pipe({"image_size": 8}), r"image shape \(C, H, W\): a has \(3, 4, 4\), b has \(3, 8, 8\)"),
+        (make_pipe(), make_pipe({"num_classes": 5}), "number of classes: a has 3, b has 5"),
+        (make_pipe(codes, vae=vae), make_pipe(codes), "VAE: a has one, b has none"),
+        (make_pipe(codes, vae=vae), make_pipe(codes, vae=other_vae), r"(?s)codes of different VAEs:.*encoder: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            compare({"a": first, "b": second}, [0], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"class_labels": []}, "there are no images to make"),
+        ({"class_labels": [3]}, "class label 3 is out of range"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"num_denoise_steps": 0}, "num_denoise_steps is 0"),
+        ({"class_labels": [None], "guidance_weight": 2.0}, r"guidance_weight is 2\.0, but there are no labels"),
+        ({"pipelines": {}}, "no checkpoint is named"),
+        ({"decoders": {"robust": None}}, "decoder robust is for codes, but the checkpoints make pixels"),
+        ({"data": "nowhere"}, "nowhere"),
+        (
+            {"diffusion": {"dit": DiffusionDenoiser(Recorder(sample_size=32), DDIMScheduler())}},
+            "diffusion: dit can clean the images of no checkpoint here: images of 4 x 4 .* 32 x 32",
+        ),
+        (
+            {"diffusion": {"dit": DiffusionDenoiser(Recorder(), DDIMScheduler(10, beta_start=0.3, beta_end=0.4))}},
+            r"dit can clean the images of no checkpoint here: .*t_max",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.usefixtures("never_generates")
+def test_settings_out_of_range_are_refused_before_any_work(make_pipe, tmp_path, options, words):
+    arguments: dict[str, Any] = {"pipelines": {"pets": make_pipe()}, "class_labels": [0], "output": tmp_path / "out"}
+    with pytest.raises(Exception, match=words) as error:
+        compare(**arguments | options)
+    assert isinstance(error.value, ValueError)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("never_generates")
+def test_what_can_not_be_shown_written_or_cleaned_is_refused(make_pipe, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="pets makes images of 2 channels, which are no pictures"):
+        compare({"pets": make_pipe({"in_channels": 2})}, [0], output=tmp_path)
+    with pytest.raises(ValueError, match=r"'a/b' is not fit for a file"):
+        compare({"a/b": make_pipe()}, [0], output=tmp_path)
+    with pytest.raises(ValueError, match=r"pets: t_max: .* outside \[0\.02, 0\.6\]"):
+        compare({"pets": make_pipe(t_max=0.9)}, [0], output=tmp_path)
+    with pytest.raises(ValueError, match=r"pets can't clean its own images: t_min: .* outside \[0\.02, 0\.6\]"):
+        compare({"pets": make_pipe(t_min=0.001)}, [0], output=tmp_path)
+    coded = make_pipe({"in_channels": 2}, vae=tiny_vae(latent_channels=2))
+    with pytest.raises(ValueError, match=r"(?s)decoder robust is for other codes.*encoder: "):
+        compare({"pets": coded}, [0], output=tmp_path, decoders={"robust": tiny_vae(latent_channels=2, seed=1)})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="is a file"):
+        compare({"pets": make_pipe()}, [0], output=tmp_path / "file")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r'pip install "itarflow\[plot\]"'):
+        compare({"pets": make_pipe()}, [0], output=tmp_path)
+
+
+# -- names and the command --------------------------------------------------------------------------------------
+
+
+def test_short_names_are_the_last_telling_part_and_differ():
+    paths = ["runs/digits/pipeline", "runs/digits/pipeline/", "me/model", "a b", "../pipeline", "x/digits"]
+    assert short_names(paths) == ["digits", "digits-2", "model", "a-b", "pipeline", "digits-3"]
+
+
+def test_the_command(pipelines, tmp_path, monkeypatch, capsys, randomise):
+    for name, pipe in pipelines.items():
+        pipe.save_pretrained(tmp_path / name)
+    unet = UNet2DModel(**UNET | {"in_channels": 3, "out_channels": 3})
+    randomise(unet)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unet")
+    monkeypatch.setattr(cli, "_console", Console(width=200))
+    monkeypatch.chdir(tmp_path)
+    cli.main(
+        [
+            "compare",
+            "wide",
+            "tarflow",
+            "--diffusion",
+            "unet",
+            "--num-images",
+            "3",
+            "--class-labels",
+            "1",
+            "2",
+            "--picture-rows",
+            "1",
+        ]
+    )
+    printed = capsys.readouterr()
+    for words in ("wide", "tarflow", "own iterative", "diffusion: unet", "nats/dim, wide", "compare/compare.png"):
+        assert words in printed.out
+    assert json.loads(Path("compare/compare.json").read_text())["settings"]["class_labels"] == [1, 2, 1]
+    with pytest.raises(SystemExit):
+        cli.main(["compare", "wide", "--diffusion", "tarflow"])
+    assert "--diffusion tarflow is a flow; name it as a CHECKPOINT" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Denoisers by name: what is loaded, and what is never read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
+from safetensors.torch import load_file, save_file
+from test_diffusion import DIT, UNET
+
+from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, denoisers
+from itarflow.denoisers import load_denoiser
+from itarflow.diffusion import DiffusionDenoiser
+
+NOISY = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def unet(randomise: Callable[..., None]) -> UNet2DModel:
+    model = UNet2DModel(**UNET).eval()
+    randomise(model)
+    return model
+
+
+@pytest.fixture
+def folder(unet: UNet2DModel, tmp_path: Path) -> Path:
+    """A DDPMPipeline on disk."""
+    DDPMPipeline(unet, DDPMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "ddpm")
+    return tmp_path / "ddpm"
+
+
+def test_a_flow_denoises_as_itself(make_flow: Callable[..., TARFlow], tmp_path):
+    flow = make_flow()
+    ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.05)).save_pretrained(tmp_path / "flow")
+    denoiser = load_denoiser(str(tmp_path / "flow"), slice_size=1)
+    assert isinstance(denoiser, FlowDenoiser)
+    assert denoiser.slice_size == 1
+    labels = torch.tensor([0, -1])
+    torch.testing.assert_close(denoiser(NOISY, labels, 0.3), FlowDenoiser(flow)(NOISY, labels, 0.3))
+
+
+def test_a_unet_denoises_by_its_own_schedule(unet, folder):
+    expected = DiffusionDenoiser(unet, DDPMScheduler(prediction_type="v_prediction"))(NOISY, None, 0.3)
+    denoiser = load_denoiser(str(folder), slice_size=1)
+    assert denoiser.slice_size == 1
+    torch.testing.assert_close(denoiser(NOISY, None, 0.3), expected)
+
+
+def test_of_a_dit_only_transformer_and_scheduler_are_read(randomise, tmp_path):
+    model = DiTTransformer2DModel(**DIT, num_embeds_ada_norm=3, norm_num_groups=1, out_channels=4).eval()
+    randomise(model)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=1, latent_channels=2)
+    DiTPipeline(model, vae, DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    for file in (tmp_path / "dit" / "vae").iterdir():
+        file.write_text("damaged")
+    labels = torch.tensor([2, -1])
+    denoiser = load_denoiser(str(tmp_path / "dit"))
+    torch.testing.assert_close(
+        denoiser(NOISY, labels, 0.3), DiffusionDenoiser(model, DDIMScheduler())(NOISY, labels, 0.3)
+    )
+
+
+def test_the_layout_of_the_first_years_loads(folder, unet):
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            file.rename(folder / file.name)
+        (folder / part).rmdir()
+    denoiser = load_denoiser(str(folder))
+    assert isinstance(denoiser, DiffusionDenoiser)
+    assert denoiser.prediction == "v_prediction"
+
+
+def test_pickles_are_never_read_and_the_way_out_is_named(folder, monkeypatch):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(OSError, match=r"(?s)no safetensors in its unet.*never read.*use_safetensors=False") as error:
+        load_denoiser(str(folder))
+    assert str(folder) in str(error.value)
+
+
+def test_only_settings_and_safetensors_are_downloaded(folder, monkeypatch):
+    asked = {}
+
+    def download(name, **options):
+        asked.update({"name": name} | options)
+        return str(folder)
+
+    monkeypatch.setattr(denoisers, "snapshot_download", download)
+    assert isinstance(load_denoiser("someone/ddpm"), DiffusionDenoiser)
+    assert asked["name"] == "someone/ddpm"
+    assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked["allow_patterns"])
+
+
+def test_what_is_no_denoiser_is_refused(folder, tmp_path):
+    with pytest.raises(OSError, match=r"'\./none' is neither a folder here nor a Hub id"):
+        load_denoiser("./none")
+    with pytest.raises(OSError, match=r"(?s)'someone/none' is not a folder here, and could not be downloaded"):
+        load_denoiser("someone/none")
+    with pytest.raises(OSError, match=r"holds no pipeline: model_index\.json is missing"):
+        load_denoiser(str(tmp_path))
+    index = json.loads((folder / "model_index.json").read_text())
+    for changes, words in (
+        ({"unet": ["diffusers", "UNet2DConditionModel"]}, r"DDPMPipeline \(unet: UNet2DConditionModel, scheduler: "),
+        ({"unet": ["mine", "UNet2DModel"]}, r"DDPMPipeline \(scheduler: DDPMScheduler\); expected a transformer"),
+        ({"scheduler": ["diffusers", "UNet2DModel"]}, "UNet2DModel is no scheduler of the installed diffusers"),
+    ):
+        (folder / "model_index.json").write_text(json.dumps(index | changes))
+        with pytest.raises(OSError, match=words):
+            load_denoiser(str(folder))
+    (folder / "model_index.json").write_text("[")
+    with pytest.raises(OSError, match=r"model_index\.json is damaged"):
+        load_denoiser(str(folder))
+
+
+def test_missing_tensors_are_not_filled_up_at_random(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["conv_in.weight"]
+    save_file(tensors, weights)
+    with pytest.raises(OSError, match=r"1 tensors of its unet are missing: conv_in\.weight"):
+        load_denoiser(str(folder))
+
+
+def test_damaged_weights_and_other_schedules_are_refused(folder, unet):
+    DDPMPipeline(unet, FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+    with pytest.raises(ValueError, match="has no alphas_cumprod"):
+        load_denoiser(str(folder))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match="can't be loaded"):
+        load_denoiser(str(folder))
