@@ -193,7 +193,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
-    stream, found = _without_alarm(loader), list[Batch]()
+    stream, found = without_alarm(loader), list[Batch]()
     while True:
         try:
             batch = next(stream)
@@ -232,7 +232,7 @@ def in_order(
     return batches(dataset, lists[process_index::num_processes], num_workers)
 
 
-def _without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
+def without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's iterator, which tells of a dead worker when it is asked for a batch, and not by a signal.
 
     PyTorch's handler of that signal raises wherever the program is: in the middle of an optimiser step, for instance.

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -33,7 +32,7 @@ from itarflow.insight import PEAK_TFLOPS
 from itarflow.interrupt import Interrupted
 from itarflow.objective import describe
 from itarflow.presets import SIZES
-from itarflow.processes import first_to_say, on_cpu
+from itarflow.processes import crash, on_cpu, refuse
 from itarflow.recipe import Recipe, open_data, open_vae, to_json
 from itarflow.run import RunError, Start
 from itarflow.training import Summary, TrainingError, train
@@ -80,13 +79,13 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
     try:
         options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
     except ValueError as error:
-        _refuse(error)
+        refuse(error)
     try:
         _run(options, console)
     except (DataError, OSError, RunError, TrainingError, ValueError) as error:
-        _refuse(error)
+        refuse(error)
     except torch.OutOfMemoryError as error:
-        _refuse(
+        refuse(
             RuntimeError(
                 f"{error}\nTry --train.gradient-checkpointing, --train.mixed-precision bf16, a higher "
                 "--train.accumulation, or a lower --sampling.batch-size. --dry-run estimates the memory."
@@ -100,25 +99,7 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
             console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)
         sys.exit(stop.exit_code)
     except Exception as error:
-        _crash(error)
-
-
-def _refuse(error: Exception) -> NoReturn:
-    """Say once what all processes met, and with its number what one of them met: a broken image, say."""
-    if first_to_say(str(error)):
-        of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
-        Console(stderr=True).print(f"[red]Error{of}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-    sys.exit(1)
-
-
-def _crash(error: Exception) -> NoReturn:
-    """What nobody foresaw, with its traceback: once, with the number of the process that met it first."""
-    if PartialState().num_processes == 1:
-        raise error
-    if first_to_say("".join(traceback.format_tb(error.__traceback__)[-1:]) + type(error).__name__):
-        traceback.print_exception(error)
-        print(f"This happened in process {PartialState().process_index}.", file=sys.stderr)  # noqa: T201
-    sys.exit(1)
+        crash(error)
 
 
 def _run(options: Options, console: Console) -> None:

@@ -1,9 +1,6 @@
 """Crop and resize a data set once: parquet files of small images, which train like their source, only faster.
 
-OUT/prepare.json   train-00000-of-00012.parquet ...   broken.json (if images could not be read)
-
-Rows are dealt to files before any is read, so that a broken image makes its file shorter and moves no other. A file
-has a hidden name (.train-00000-of-00012.parquet) until all are there: nobody trains on a part of them unawares.
+OUT/prepare.json   train-00000-of-00012.parquet ...   broken.json (if images could not be read); see `shards`.
 """
 
 from __future__ import annotations
@@ -11,37 +8,46 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
-import re
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
-import torch
 from PIL import Image
 from rich.console import Console
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from itarflow import __version__
-from itarflow.batches import ignore_interrupts
 from itarflow.data import DataConfig, load_splits
 from itarflow.dataset import ImageDataset
 from itarflow.images import Crop, DataError
 from itarflow.progress import image_progress
+from itarflow.shards import (
+    Content,
+    Reader,
+    Shard,
+    broken_by_split,
+    check_at_least,
+    check_broken,
+    check_folder,
+    check_splits,
+    label_features,
+    plan_shards,
+    read_ahead,
+    read_contents,
+    remove_partial,
+    show_shards,
+    usable_cores,
+    write_json,
+    write_shard,
+)
 
 Format = Literal["png", "jpeg", "webp"]
 """Picture formats that images are stored in."""
 
-_ROW_GROUP = 128  # images that are read at a time by those who stream
 _TASK = 16  # images a worker is given at a time: few, so that it soon hears of an interruption
-_BROKEN = b"itarflow.broken"
 
 
 @dataclass(frozen=True)
@@ -101,32 +107,6 @@ class Prepared:
     images_per_second: float | None
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """One file: its final path, and the rows of the source that it is for."""
-
-    path: Path
-    split: str
-    rows: range
-
-    @property
-    def hidden(self) -> Path:
-        """Where it waits for the others."""
-        return self.path.with_name(f".{self.path.name}")
-
-    @property
-    def found(self) -> Path | None:
-        """Where it is, once it is whole."""
-        return next((path for path in (self.path, self.hidden) if path.exists()), None)
-
-
-@dataclass(frozen=True)
-class _Content:
-    images: int
-    broken: tuple[str, ...]
-    num_bytes: int
-
-
 def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepared:
     """Write the images of some splits, cropped and resized, as parquet files; go on where an earlier call stopped.
 
@@ -146,8 +126,8 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         OSError: the folder cannot be written.
     """
     _check(config)
-    settings = _settings(config)
-    _check_folder(config, {"settings": settings})
+    manifest_file, settings = config.out / "prepare.json", _settings(config)
+    check_folder(config.out, config.source, manifest_file, {"settings": settings})
     sets, class_names = load_splits(
         DataConfig(
             path=config.source,
@@ -160,29 +140,26 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         image_size=config.size,
         in_channels=config.in_channels,
     )
-    shards = [shard for split, images in sets.items() for shard in _shards(config, split, len(images))]
+    sizes = {split: len(images) for split, images in sets.items()}
+    shards = plan_shards(config.out, sizes, config.shard_size)
     manifest = {
         "itarflow": __version__,
         "settings": settings,
-        "source_images": {split: len(images) for split, images in sets.items()},
+        "source_images": sizes,
         "classes": list(class_names),
         "shards": len(shards),
     }
-    _check_folder(config, manifest)
-    path = config.out / "prepare.json"
-    if not path.exists():
+    check_folder(config.out, config.source, manifest_file, manifest)
+    if not manifest_file.exists():
         config.out.mkdir(parents=True, exist_ok=True)
-        _write_json(path, manifest | {"finished": False})
+        write_json(manifest_file, manifest | {"finished": False})
     contents, speed = _write_shards(config, sets, class_names, shards, console)
-    broken = _broken(shards, contents)
+    broken = broken_by_split(shards, contents)
     images = {split: sum(contents[shard].images for shard in shards if shard.split == split) for split in sets}
-    for shard in shards:
-        if not shard.path.exists():
-            shard.hidden.rename(shard.path)
+    show_shards(shards)
     counts = {"images": images, "broken": {split: len(reports) for split, reports in broken.items()}}
-    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | counts | {"finished": True})
-    for left in config.out.glob(".partial-*"):  # by a call that was killed
-        left.unlink(missing_ok=True)
+    write_json(manifest_file, json.loads(manifest_file.read_text(encoding="utf-8")) | counts | {"finished": True})
+    remove_partial(config.out)
     return Prepared(
         images=images,
         broken=broken,
@@ -195,23 +172,12 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
 
 def _check(config: PrepareConfig) -> None:
     """Refuse what only this module knows of; `load_splits` refuses the rest."""
-    at_least = {"size": 1, "shard_size": 1, "max_broken": 0, "num_workers": 0}
-    for name, low in at_least.items():
-        value = getattr(config, name)
-        if value is not None and value < low:
-            raise DataError(f"{name} is {value}; expected {low} or more")
+    check_at_least({"size": 1, "shard_size": 1, "max_broken": 0, "num_workers": 0}, config)
     if config.format not in get_args(Format):
         raise DataError(f"format {config.format!r} is unknown; use one of {', '.join(get_args(Format))}")
     if not 1 <= config.quality <= 100:
         raise DataError(f"quality is {config.quality}; expected 1 to 100")
-    if not config.split or len(set(config.split)) < len(config.split):
-        raise DataError(f"split is {config.split}; expected names of splits, each once")
-    for split in config.split:
-        if not re.fullmatch(r"\w+", split):
-            raise DataError(
-                f"split {split!r} is no plain name such as train; prepare whole splits, and take parts of them in "
-                "training, by data.split"
-            )
+    check_splits(config.split)
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -221,210 +187,71 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     return values | {"split": list(config.split), "quality": None if config.format == "png" else config.quality}
 
 
-def _check_folder(config: PrepareConfig, wanted: Mapping[str, Any]) -> None:
-    """Refuse a folder with other things in it than a call with the same manifest has begun."""
-    out, path = config.out, config.out / "prepare.json"
-    source = Path(config.source).expanduser()
-    if source.is_dir() and config.source != "digits" and out.resolve().is_relative_to(source.resolve()):
-        raise DataError(f"{out} lies in {config.source}, and would be taken for a part of it; choose another folder")
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; expected a new folder: choose another name")
-    if not path.exists():
-        if out.exists() and any(not file.name.startswith(".partial-") for file in out.iterdir()):
-            raise DataError(f"{out} is a folder with other things in it; choose a new or empty one")
-        return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        changes = [
-            change for section, values in wanted.items() for change in _changes(section, stored[section], values)
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged, or of another program; choose a new folder") from error
-    if changes:
-        raise DataError(
-            f"{out} was begun with other settings, or the source has changed:\n  "
-            + "\n  ".join(changes)
-            + f"\nRun the command that began it, choose another folder, or delete {out} to begin anew."
-        )
-
-
-def _changes(section: str, stored: Any, wanted: Any) -> list[str]:
-    """Lines that say what differs in a section of the manifest; its version may."""
-    if stored == wanted or section == "itarflow":
-        return []
-    if isinstance(wanted, list):
-        old, new = next(pair for pair in itertools.zip_longest(stored, wanted) if pair[0] != pair[1])
-        return [f"{section}: {len(stored)} there, {len(wanted)} now; the first to differ is {old} there, {new} now"]
-    if not isinstance(wanted, dict):
-        return [f"{section}: {stored} there, {wanted} now"]
-    title = "" if section == "settings" else f"{section} in "
-    return [f"{title}{key}: {stored[key]} there, {value} now" for key, value in wanted.items() if stored[key] != value]
-
-
-def _shards(config: PrepareConfig, split: str, num_images: int) -> Iterator[_Shard]:
-    count = -(-num_images // config.shard_size)
-    for index in range(count):
-        rows = range(index * config.shard_size, min((index + 1) * config.shard_size, num_images))
-        yield _Shard(config.out / f"{split}-{index:05}-of-{count:05}.parquet", split, rows)
-
-
 def _write_shards(
     config: PrepareConfig,
     sets: Mapping[str, ImageDataset],
     class_names: Sequence[str],
-    shards: Sequence[_Shard],
+    shards: Sequence[Shard],
     console: Console | None,
-) -> tuple[dict[_Shard, _Content], float | None]:
+) -> tuple[dict[Shard, Content], float | None]:
     """Write the shards that are missing; return what is in all of them, and the speed in images a second."""
-    contents = {shard: _read_content(shard.found) for shard in shards if shard.found}
-    _check_broken(config, shards, contents)
+    contents = read_contents(shards, {})
+    check_broken(config.out, shards, contents, config.max_broken)
     missing = [shard for shard in shards if shard not in contents]
     done, total = (sum(len(shard.rows) for shard in group) for group in (contents, shards))
-    features = datasets.Features({"image": datasets.Image()})
-    if class_names:
-        features["label"] = datasets.ClassLabel(names=list(class_names))
-    start, results = time.monotonic(), _encoded(config, sets, missing)
+    features = datasets.Features({"image": datasets.Image()} | label_features(class_names))
+    start = time.monotonic()
+    pictures = itertools.chain.from_iterable(
+        read_ahead(
+            _Encoder(config, Reader(sets, config.source)),
+            missing,
+            batch_size=_TASK,
+            num_workers=usable_cores() if config.num_workers is None else config.num_workers,
+        )
+    )
     with image_progress(console, "preparing", total, done) as show:
         for shard in missing:
-            labels = sets[shard.split].labels[shard.rows.start : shard.rows.stop].tolist()
-            try:
-                _write_shard(config, shard, labels, features, results, show)
-            except OSError as error:
-                raise OSError(
-                    f"{config.out} can't be written: {error}. Whole files are kept; the same command goes on."
-                ) from error
-            except RuntimeError as error:
-                raise DataError(
-                    f"a worker process died: {error}. Perhaps memory ran out; whole files are kept, and the same "
-                    "command goes on: run it with fewer num_workers"
-                ) from error
-            contents[shard] = _read_content(shard.hidden)
-            _check_broken(config, shards, contents)
+            rows = _rows(config, shard, sets[shard.split], pictures, show)
+            contents[shard] = write_shard(shard, features, rows)
+            check_broken(config.out, shards, contents, config.max_broken)
     return contents, (total - done) / (time.monotonic() - start) if missing else None
 
 
-def _write_shard(
+def _rows(
     config: PrepareConfig,
-    shard: _Shard,
-    labels: Sequence[int],
-    features: datasets.Features,
-    results: Iterator[bytes | str],
+    shard: Shard,
+    images: ImageDataset,
+    pictures: Iterator[bytes | str],
     show: Callable[[int], None],
-) -> None:
-    """Write the next results as one file, by its hidden name; those that are text say what is broken."""
-    broken: list[str] = []
-    schema = features.arrow_schema
-    with (
-        _atomically(shard.hidden) as partial,
-        # Pictures are compressed already.
-        pq.ParquetWriter(partial, schema, compression="none", use_dictionary=["label"]) as writer,
-    ):
-        for first in range(0, len(labels), _ROW_GROUP):
-            rows, examples = shard.rows[first : first + _ROW_GROUP], []
-            encoded = itertools.islice(results, len(rows))
-            for row, label, result in zip(rows, labels[first : first + _ROW_GROUP], encoded, strict=True):
-                if isinstance(result, str):
-                    broken.append(result)
-                else:
-                    image = {"bytes": result, "path": f"{row:08}.{config.format}"}
-                    examples.append({"image": image, "label": label})
-            if examples:
-                writer.write_table(pa.Table.from_pylist(examples, schema), row_group_size=_ROW_GROUP)
-            show(len(rows))
-        writer.add_key_value_metadata({_BROKEN: json.dumps(broken)})
+) -> Iterator[dict[str, Any] | str]:
+    """The values of each row of a shard, or why it has none."""
+    for row, picture in zip(shard.rows, pictures, strict=False):
+        yield (
+            picture
+            if isinstance(picture, str)
+            else {
+                "image": {"bytes": picture, "path": f"{row:08}.{config.format}"},
+                "label": int(images.labels[row]),
+            }
+        )
+        show(1)
 
 
 class _Encoder(Dataset[bytes | str]):
     """The encoded image at (split, row), or "name: reason" why there is none."""
 
-    def __init__(self, config: PrepareConfig, sets: Mapping[str, ImageDataset]) -> None:
-        self._sets, self._root = sets, f"{Path(config.source).expanduser().absolute()}{os.sep}"
+    def __init__(self, config: PrepareConfig, reader: Reader) -> None:
+        self._reader = reader
         self._format = config.format.upper()
         # Level 1 is a third faster than Pillow's 6 for 2 % more bytes.
         lossy = {"quality": config.quality} | ({"subsampling": 0} if config.format == "jpeg" else {})
         self._options = {"compress_level": 1} if config.format == "png" else lossy
 
     def __getitem__(self, place: tuple[str, int]) -> bytes | str:
-        split, row = place
-        image = self._sets[split].read(row)
+        image = self._reader[place]
         if isinstance(image, str):
-            return image.replace(self._root, "")  # nobody's folders go out with the data
+            return image
         pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
         buffer = io.BytesIO()
         Image.fromarray(pixels.contiguous().numpy()).save(buffer, self._format, **self._options)
         return buffer.getvalue()
-
-
-def _encoded(
-    config: PrepareConfig, sets: Mapping[str, ImageDataset], shards: Sequence[_Shard]
-) -> Iterator[bytes | str]:
-    """What `_Encoder` makes of all rows of the shards, in order; its processes start at once."""
-    workers = _cores() if config.num_workers is None else config.num_workers
-    workers = min(workers, -(-sum(len(shard.rows) for shard in shards) // _TASK))
-    loader = DataLoader(
-        _Encoder(config, sets),
-        sampler=((shard.split, row) for shard in shards for row in shard.rows),
-        batch_size=_TASK,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        collate_fn=list,
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
-    )
-    return itertools.chain.from_iterable(iter(loader))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read_content(path: Path) -> _Content:
-    """What is in a file that is whole."""
-    try:
-        footer = pq.read_metadata(path)
-        broken = json.loads(footer.metadata[_BROKEN])
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged, or not of this command; delete it, and run the command again") from error
-    return _Content(footer.num_rows, tuple(broken), path.stat().st_size)
-
-
-def _broken(shards: Sequence[_Shard], contents: Mapping[_Shard, _Content]) -> dict[str, tuple[str, ...]]:
-    """By split, "name: reason" of each image that was left out so far."""
-    found = [shard for shard in shards if shard in contents]
-    return {
-        split: tuple(report for shard in found if shard.split == split for report in contents[shard].broken)
-        for split in dict.fromkeys(shard.split for shard in shards)
-    }
-
-
-def _check_broken(config: PrepareConfig, shards: Sequence[_Shard], contents: Mapping[_Shard, _Content]) -> None:
-    """List the broken images, and refuse too many."""
-    broken = _broken(shards, contents)
-    reports = [report for reports in broken.values() for report in reports]
-    if reports:
-        _write_json(config.out / "broken.json", broken)
-    if len(reports) > config.max_broken:
-        raise DataError(
-            f"{len(reports)} images could not be read, and max_broken is {config.max_broken}; all of them are listed "
-            f"in {config.out / 'broken.json'}. To leave them out, raise max_broken and run the command again: it goes "
-            f"on from here. To keep them, repair them and delete {config.out} first. The first ones:\n  "
-            + "\n  ".join(reports[:5])
-        )
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    with _atomically(path) as partial:
-        partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _atomically(path: Path) -> Iterator[Path]:
-    """A name to write a file under; if all goes well it comes to the disk and gets its own name, else it goes."""
-    partial = path.with_name(f".partial-{uuid.uuid4().hex[:8]}{path.name}")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,16 +1,21 @@
-"""What Accelerate leaves open about the processes of a training."""
+"""What Accelerate leaves open about the processes of a launch."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_environment
+from rich.console import Console
+from rich.markup import escape
 
 from itarflow.recipe import Recipe
 from itarflow.run import RunDir, RunError
@@ -46,7 +51,7 @@ def on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
+def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object]) -> None:
     """Act on the main process alone; all wait for it, and its failure reaches them all, as a RunError.
 
     On the main process an error that is no refusal (RunError, OSError, ValueError) stays what it is.
@@ -108,3 +113,41 @@ def first_to_say(text: str) -> bool:
         return bool(store.add(f"itarflow {hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
     except (RuntimeError, ValueError):  # whoever keeps the store is gone: better twice than never
         return True
+
+
+def shared_counter(name: str) -> Callable[[int], int]:
+    """A function that adds to a number which all processes share, and returns it; each name is used once."""
+    if not dist.is_initialized():
+        total = 0
+
+        def count(more: int) -> int:
+            nonlocal total
+            total += more
+            return total
+
+        return count
+    store = dist.distributed_c10d._get_default_store()
+    return lambda more: int(store.add(f"itarflow counts {name}", more))
+
+
+def processes_here() -> int:
+    """How many processes of the launch run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def refuse(error: Exception) -> NoReturn:
+    """Say once what all processes met, and with its number what one of them met, a broken image, say; then exit."""
+    if first_to_say(str(error)):
+        of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
+        Console(stderr=True).print(f"[red]Error{of}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    sys.exit(1)
+
+
+def crash(error: Exception) -> NoReturn:
+    """What nobody foresaw, with its traceback: once, with the number of the process that met it first."""
+    if PartialState().num_processes == 1:
+        raise error
+    if first_to_say("".join(traceback.format_tb(error.__traceback__)[-1:]) + type(error).__name__):
+        traceback.print_exception(error)
+        print(f"This happened in process {PartialState().process_index}.", file=sys.stderr)  # noqa: T201
+    sys.exit(1)

@@ -1,0 +1,155 @@
+"""The command vae/encode_dataset.py: its words, its messages and its closing report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import tyro
+from accelerate import PartialState
+from diffusers.utils.logging import disable_progress_bar
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from itarflow.codes_card import training_command
+from itarflow.encode import EncodeConfig, Encoded, begin, encode_share, finish, plan_encoding
+from itarflow.estimate import human_bytes
+from itarflow.processes import crash, first_to_say, on_cpu, on_main, refuse, shared_counter
+from itarflow.progress import image_progress
+from itarflow.run import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(EncodeConfig):
+    """The settings as words of a command line."""
+
+    source: tyro.conf.Positional[str]
+    """Where the images are: digits, a folder, parquet files, or a data set on the Hugging Face Hub."""
+    out: tyro.conf.Positional[Path]
+    """Folder to write: a new or empty one, or one that the same command has begun."""
+
+
+def main(description: str | None = None, args: list[str] | None = None) -> None:
+    """Encode a data set as a command; exits with 1 and a message where something is wrong.
+
+    Args:
+        description: what --help says first; the script's docstring.
+        args: the command line; None = the process's.
+    """
+    disable_progress_bar()  # diffusers' own, for the loading of files
+    join()
+    config = tyro.cli(Command, description=description, args=args)
+    try:
+        done = encode(config, console=Console(stderr=True))
+    except KeyboardInterrupt:
+        if first_to_say("stopped"):
+            Console(stderr=True).print(
+                f"[yellow]Stopped.[/] The same command goes on with {escape(str(config.out))} later.", soft_wrap=True
+            )
+        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        refuse(
+            RuntimeError(
+                f"{error}\nTry a lower --batch-size (it was {config.batch_size}), or --tiled with large images; the "
+                "same command goes on."
+            )
+        )
+    except (OSError, RunError, ValueError) as error:
+        refuse(error)
+    except Exception as error:
+        crash(error)
+    if done is not None:
+        _report(config, *done)
+
+
+def encode(config: EncodeConfig, *, console: Console | None = None) -> tuple[Encoded, float | None] | None:
+    """Encode the images of some splits; go on where an earlier call stopped. All processes of a launch call it.
+
+    `config.out` can be trained on as `data.path` with the same VAE as `codec.vae`.
+
+    Args:
+        config: what to encode, and how.
+        console: where the main process draws a bar, which counts the images of all processes; None = nowhere.
+
+    Returns:
+        On the main process what lies in the folder, including what earlier calls did, and the speed of all processes
+        in images a second (None if nothing was left to do); None on the others.
+
+    Raises:
+        DataError: the configuration or the source cannot be used, the folder holds something else, or more than
+            `config.max_broken` images cannot be read. Files that are whole stay.
+        OSError: there is no such VAE, the disk has too little room, or the folder cannot be written.
+        ValueError: the VAE does not suit the images.
+        RunError: one of these has met another process.
+    """
+    state, plan, missing = join(), None, 0
+
+    def first() -> None:
+        nonlocal plan, missing
+        plan = plan_encoding(config)
+        missing = begin(plan)
+
+    on_main(state, first)  # it downloads what the others then find, and its refusal reaches them all
+    plan = plan or plan_encoding(config)
+    start, counted = time.monotonic(), shared_counter("images encoded")
+    bar = image_progress(
+        console if state.is_main_process else None, "encoding", plan.num_images, plan.num_images - missing
+    )
+    with bar as show:
+        shown = 0
+
+        def count(more: int) -> None:
+            nonlocal shown
+            total = counted(more)
+            show(total - shown)
+            shown = total
+
+        encode_share(
+            plan,
+            device=state.device,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            count=count,
+        )
+        try:
+            state.wait_for_everyone()
+        except RuntimeError as error:
+            raise RunError("another process has stopped; see what it said. The same command goes on.") from error
+        count(0)
+    if not state.is_main_process:
+        return None
+    speed = missing / (time.monotonic() - start) if missing else None
+    return finish(plan), speed
+
+
+def join() -> PartialState:
+    """Make the processes of a launch know of one another."""
+    # A process that is done waits for the others for as long as a file may take them.
+    return PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
+
+
+def _report(config: EncodeConfig, encoded: Encoded, speed: float | None) -> None:
+    card, console = encoded.card, Console()
+    broken = sum(map(len, encoded.broken.values()))
+    channels, height, width = card.shape
+    table = Table(title="Encoded", show_header=False, title_justify="left")
+    for name, value in {
+        **{f"images in {split}": f"{count:,}" for split, count in encoded.images.items()},
+        "broken, left out": f"{broken:,}, see {config.out / 'broken.json'}" if broken else "none",
+        "classes": str(len(card.class_names) or "none: unlabelled"),
+        "codes": f"{channels} channels of {height} x {width}" + (", straight and mirrored" if card.flips else ""),
+        "mean of each channel": " ".join(f"{mean:.3f}" for mean in card.code_mean),
+        "standard deviation": " ".join(f"{std:.3f}" for std in card.code_std),
+        "files": f"{encoded.shards:,} of at most {human_bytes(encoded.shard_bytes)}",
+        "size": human_bytes(encoded.num_bytes),
+        "speed": f"{speed:,.1f} images/s" if speed else "nothing was left to do",
+    }.items():
+        table.add_row(escape(name), escape(value))
+    console.print(table)
+    command = training_command(card, config.codec, str(config.out), config.split)
+    console.print(f"Train on them (NAME is a recipe's): {escape(command)}", highlight=False, soft_wrap=True)

@@ -1,0 +1,381 @@
+"""Parquet files made of the images of a data set: planned beforehand, written one by one, shown when all are whole.
+
+OUT/NAME.json   train-00000-of-00012.parquet ...   broken.json (if images could not be read)
+
+Rows are dealt to files before any is read, so that a broken image makes its file shorter and moves no other. A file
+has a hidden name (.train-00000-of-00012.parquet) until all are there: nobody trains on a part of them unawares. The
+manifest, NAME.json, holds what the files depend on, so that a later call goes on only with the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from itarflow.batches import ignore_interrupts, without_alarm
+from itarflow.dataset import ImageDataset
+from itarflow.images import DataError
+
+ROW_GROUP = 128
+"""Rows that are read at a time by those who stream."""
+
+_BROKEN, _NOTES = b"itarflow.broken", b"itarflow.notes"
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file: its final path, and the rows of the source that it is for."""
+
+    path: Path
+    split: str
+    rows: range
+
+    @property
+    def hidden(self) -> Path:
+        """Where it waits for the others."""
+        return self.path.with_name(f".{self.path.name}")
+
+    @property
+    def found(self) -> Path | None:
+        """Where it is, once it is whole."""
+        return next((path for path in (self.path, self.hidden) if path.exists()), None)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is in a file that is whole.
+
+    Attributes:
+        images: its rows.
+        broken: "name: reason" of each image that was left out.
+        notes: what its writer had to say besides.
+        num_bytes: its size.
+    """
+
+    images: int
+    broken: tuple[str, ...]
+    notes: Mapping[str, Any]
+    num_bytes: int
+
+
+def check_at_least(lowest: Mapping[str, int], values: Any) -> None:
+    """Refuse settings (attributes of `values`, None = unset) below the lowest that they may be.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    for name, low in lowest.items():
+        value = getattr(values, name)
+        if value is not None and value < low:
+            raise DataError(f"{name} is {value}; expected {low} or more")
+
+
+def check_splits(splits: Sequence[str]) -> None:
+    """Refuse splits that are not plain names, each once.
+
+    Raises:
+        DataError: naming them.
+    """
+    if not splits or len(set(splits)) < len(splits):
+        raise DataError(f"split is {splits}; expected names of splits, each once")
+    for split in splits:
+        if not re.fullmatch(r"\w+", split):
+            raise DataError(
+                f"split {split!r} is no plain name such as train; name whole splits, and take parts of them in "
+                "training, by data.split"
+            )
+
+
+def check_folder(out: Path, source: str, manifest: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse a folder with other things in it than a call with the same manifest has begun.
+
+    Args:
+        out: the folder to write.
+        source: what is read; the folder must not lie in it.
+        manifest: the file in `out` that holds the manifest.
+        wanted: sections of this call's manifest, or some of them. The version, "itarflow", may differ.
+
+    Raises:
+        DataError: saying what is there, or what differs.
+    """
+    place = Path(source).expanduser()
+    if place.is_dir() and source != "digits" and out.resolve().is_relative_to(place.resolve()):
+        raise DataError(f"{out} lies in {source}, and would be taken for a part of it; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file; expected a new folder: choose another name")
+    if not manifest.exists():
+        if out.exists() and any(not file.name.startswith(_PARTIAL) for file in out.iterdir()):
+            raise DataError(f"{out} is a folder with other things in it; choose a new or empty one")
+        return
+    try:
+        stored = json.loads(manifest.read_text(encoding="utf-8"))
+        changes = [
+            change for section, values in wanted.items() for change in _changes(section, stored[section], values)
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{manifest} is damaged, or of another program; choose a new folder") from error
+    if changes:
+        raise DataError(
+            f"{out} was begun with other settings, or the source has changed:\n  "
+            + "\n  ".join(changes)
+            + f"\nRun the command that began it, choose another folder, or delete {out} to begin anew."
+        )
+
+
+def _changes(section: str, stored: Any, wanted: Any) -> list[str]:
+    """Lines that say what differs in a section of the manifest; its version may."""
+    if stored == wanted or section == "itarflow":
+        return []
+    if isinstance(wanted, list):
+        old, new = next(pair for pair in itertools.zip_longest(stored, wanted) if pair[0] != pair[1])
+        return [f"{section}: {len(stored)} there, {len(wanted)} now; the first to differ is {old} there, {new} now"]
+    if not isinstance(wanted, dict):
+        return [f"{section}: {stored} there, {wanted} now"]
+    title = "" if section == "settings" else f"{section} in "
+    return [f"{title}{key}: {stored[key]} there, {value} now" for key, value in wanted.items() if stored[key] != value]
+
+
+def plan_shards(out: Path, sizes: Mapping[str, int], shard_size: int) -> list[Shard]:
+    """The files of some splits, of `shard_size` images each; sizes = number of images by split."""
+    shards = []
+    for split, size in sizes.items():
+        count = -(-size // shard_size)
+        for index in range(count):
+            rows = range(index * shard_size, min((index + 1) * shard_size, size))
+            shards.append(Shard(out / f"{split}-{index:05}-of-{count:05}.parquet", split, rows))
+    return shards
+
+
+def label_features(class_names: Sequence[str]) -> datasets.Features:
+    """The column of the labels; none of unlabelled images."""
+    return datasets.Features({"label": datasets.ClassLabel(names=list(class_names))} if class_names else {})
+
+
+class Reader(Dataset[Tensor | str]):
+    """The uint8 (C, H, W) image at (split, row), or "name: reason" why there is none.
+
+    Args:
+        sets: by split.
+        source: the folder that they were read from, which the names leave out: nobody's folders go out with data.
+    """
+
+    def __init__(self, sets: Mapping[str, ImageDataset], source: str) -> None:
+        self._sets, self._root = sets, f"{Path(source).expanduser().absolute()}{os.sep}"
+
+    def __getitem__(self, place: tuple[str, int]) -> Tensor | str:
+        split, row = place
+        image = self._sets[split].read(row)
+        return image.replace(self._root, "") if isinstance(image, str) else image
+
+
+def read_ahead(
+    dataset: Dataset[Any],
+    shards: Sequence[Shard],
+    *,
+    batch_size: int,
+    num_workers: int,
+    collate: Callable[[list[Any]], Any] = list,
+) -> Iterator[Any]:
+    """What a set gives for all (split, row) of some shards, batch by batch; its processes start at once.
+
+    Args:
+        dataset: indexed by (split, row), such as a `Reader`.
+        shards: in this order. No batch has rows of two of them.
+        batch_size: rows at a time.
+        num_workers: processes that read ahead; no more are started than there are batches.
+        collate: makes a batch of a list of results, in the worker.
+
+    Raises:
+        DataError: a worker process died.
+    """
+    batches = sum(-(-len(shard.rows) // batch_size) for shard in shards)
+    workers = min(num_workers, batches)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_places(shards, batch_size),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        collate_fn=collate,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
+    )
+    return _watched(without_alarm(loader))
+
+
+def _places(shards: Sequence[Shard], batch_size: int) -> Iterator[list[tuple[str, int]]]:
+    for shard in shards:
+        for start in range(0, len(shard.rows), batch_size):
+            yield [(shard.split, row) for row in shard.rows[start : start + batch_size]]
+
+
+def _watched(stream: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from stream
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        raise DataError(
+            f"a worker process died: {error}. Perhaps memory ran out; whole files are kept, and the same command "
+            "goes on: run it with fewer num_workers"
+        ) from error
+
+
+def write_shard(
+    shard: Shard,
+    features: datasets.Features,
+    results: Iterable[Mapping[str, Any] | str],
+    notes: Callable[[], Mapping[str, Any]] = dict,
+) -> Content:
+    """Write one file, by its hidden name.
+
+    Args:
+        shard: where.
+        features: its columns.
+        results: of each of its rows in order the values by column (others are left out), or "name: reason" why the
+            image is left out.
+        notes: called once all results are there: what to store besides, as JSON has it.
+
+    Raises:
+        OSError: it can't be written; the message says how to go on.
+    """
+    broken: list[str] = []
+    group: list[Mapping[str, Any]] = []
+    schema = features.arrow_schema
+    try:
+        with (
+            atomically(shard.hidden) as partial,
+            # What pictures and codes hold is dense already, and no one looks for the least of them.
+            pq.ParquetWriter(
+                partial, schema, compression="none", use_dictionary=["label"], write_statistics=["label"]
+            ) as writer,
+        ):
+            for result in results:
+                if isinstance(result, str):
+                    broken.append(result)
+                    continue
+                group.append(result)
+                if len(group) == ROW_GROUP:
+                    writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=ROW_GROUP)
+                    group = []
+            if group:
+                writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=ROW_GROUP)
+            writer.add_key_value_metadata({_BROKEN: json.dumps(broken), _NOTES: json.dumps(notes())})
+    except OSError as error:
+        raise OSError(
+            f"{shard.path.parent} can't be written: {error}. Whole files are kept; the same command goes on."
+        ) from error
+    return read_content(shard.hidden)
+
+
+def read_content(path: Path) -> Content:
+    """What is in a file that is whole.
+
+    Raises:
+        DataError: it is damaged, or `write_shard` has not made it.
+    """
+    try:
+        footer = pq.read_metadata(path)
+        broken, notes = json.loads(footer.metadata[_BROKEN]), json.loads(footer.metadata.get(_NOTES, b"{}"))
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is damaged, or not of this command; delete it, and run the command again") from error
+    return Content(footer.num_rows, tuple(broken), notes, path.stat().st_size)
+
+
+def read_contents(shards: Sequence[Shard], known: Mapping[Shard, Content]) -> dict[Shard, Content]:
+    """What is in all shards that are whole by now, in their order; errors as `read_content`.
+
+    Args:
+        shards: all that are planned.
+        known: read before, and not read again.
+    """
+    contents = {}
+    for shard in shards:
+        if shard in known:
+            contents[shard] = known[shard]
+        elif path := shard.found:
+            contents[shard] = read_content(path)
+    return contents
+
+
+def broken_by_split(shards: Sequence[Shard], contents: Mapping[Shard, Content]) -> dict[str, tuple[str, ...]]:
+    """By split, "name: reason" of each image that was left out so far."""
+    found = [shard for shard in shards if shard in contents]
+    return {
+        split: tuple(report for shard in found if shard.split == split for report in contents[shard].broken)
+        for split in dict.fromkeys(shard.split for shard in shards)
+    }
+
+
+def check_broken(out: Path, shards: Sequence[Shard], contents: Mapping[Shard, Content], max_broken: int) -> None:
+    """List the broken images in broken.json, and refuse too many.
+
+    Raises:
+        DataError: more than `max_broken`; the message names the first.
+    """
+    broken = broken_by_split(shards, contents)
+    reports = [report for reports in broken.values() for report in reports]
+    if reports:
+        write_json(out / "broken.json", broken)
+    if len(reports) > max_broken:
+        raise DataError(
+            f"{len(reports)} images could not be read, and max_broken is {max_broken}; all of them are listed "
+            f"in {out / 'broken.json'}. To leave them out, raise max_broken and run the command again: it goes "
+            f"on from here. To keep them, repair them and delete {out} first. The first ones:\n  "
+            + "\n  ".join(reports[:5])
+        )
+
+
+def show_shards(shards: Sequence[Shard]) -> None:
+    """Give all their final names."""
+    for shard in shards:
+        if not shard.path.exists():
+            shard.hidden.rename(shard.path)
+
+
+def remove_partial(out: Path) -> None:
+    """Remove what a call that was killed has left behind."""
+    for left in out.glob(f"{_PARTIAL}*"):
+        left.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomically(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A name to write a file under; if all goes well it comes to the disk and gets its own name, else it goes."""
+    partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex[:8]}{path.name}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

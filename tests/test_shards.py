@@ -1,0 +1,80 @@
+"""Files of rows: full row groups, what was left out, and notes; whole or not there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from itarflow.images import DataError
+from itarflow.shards import Shard, plan_shards, read_ahead, read_content, read_contents, show_shards, write_shard
+
+FEATURES = datasets.Features({"value": datasets.Value("int64")})
+
+
+def shard(folder: Path, count: int) -> Shard:
+    return plan_shards(folder, {"train": count}, count)[0]
+
+
+def test_each_row_lies_in_one_file(tmp_path: Path) -> None:
+    shards = plan_shards(tmp_path, {"train": 7, "test": 2, "none": 0}, 3)
+    assert [(one.path.name, list(one.rows)) for one in shards] == [
+        ("train-00000-of-00003.parquet", [0, 1, 2]),
+        ("train-00001-of-00003.parquet", [3, 4, 5]),
+        ("train-00002-of-00003.parquet", [6]),
+        ("test-00000-of-00001.parquet", [0, 1]),
+    ]
+
+
+def test_row_groups_are_full_whatever_is_left_out(tmp_path: Path) -> None:
+    one = shard(tmp_path, 300)
+    rows = [f"row {row}: broken" if row == 5 else {"value": row, "other": 0} for row in one.rows]
+    content = write_shard(one, FEATURES, rows, lambda: {"sums": [0.1, 2]})
+    assert (content.images, content.broken, content.notes) == (299, ("row 5: broken",), {"sums": [0.1, 2]})
+    footer = pq.read_metadata(one.hidden)
+    assert [footer.row_group(index).num_rows for index in range(3)] == [128, 128, 43]
+    assert pq.read_table(one.hidden)["value"].to_pylist() == [row for row in range(300) if row != 5]
+    assert read_content(one.hidden) == content
+    show_shards([one])
+    assert read_contents([one], {}) == {one: content}
+    assert os.listdir(tmp_path) == ["train-00000-of-00001.parquet"]
+
+
+def test_a_file_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+    def rows() -> Any:
+        yield from ({"value": row} for row in range(200))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(shard(tmp_path, 300), FEATURES, rows())
+    assert os.listdir(tmp_path) == []
+
+
+class _Rows(Dataset[tuple[str, int]]):
+    def __getitem__(self, place: tuple[str, int]) -> tuple[str, int]:
+        return place
+
+
+def test_no_batch_lies_in_two_files(tmp_path: Path) -> None:
+    shards = plan_shards(tmp_path, {"train": 5, "test": 1}, 3)
+    state = torch.get_rng_state()
+    batches = read_ahead(_Rows(), shards, batch_size=2, num_workers=0)
+    assert list(batches) == [[("train", 0), ("train", 1)], [("train", 2)], [("train", 3), ("train", 4)], [("test", 0)]]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_worker_that_dies_with_a_batch_in_hand_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(_loader: Any) -> Iterator[Any]:
+        yield []
+        raise ConnectionResetError("Connection reset by peer")
+
+    monkeypatch.setattr("itarflow.shards.without_alarm", dying)
+    with pytest.raises(DataError, match=r"a worker process died: Connection reset.* fewer num_workers"):
+        list(read_ahead(_Rows(), plan_shards(tmp_path, {"train": 5}, 3), batch_size=2, num_workers=0))
