@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,19 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_environment
 
-from itarflow.recipe import Recipe
 from itarflow.run import RunDir, RunError
 from itarflow.states import newest_whole, set_aside_newer
 
 
-def make_accelerator(recipe: Recipe, run_path: Path) -> Accelerator:
+def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[str]) -> Accelerator:
     """The Accelerator of a training: devices, processes and trackers are its business, the rest is ours.
 
     Precision is the loop's own autocast, so that evaluation and samples are float32, and sharding is torch's own.
+
+    Args:
+        run_path: folder of the run, where trackers that write files do so.
+        accumulation: micro-batches of an optimiser step.
+        trackers: names, as Accelerate knows them.
 
     Raises:
         ValueError: the launcher asks for an engine that brings an optimiser and states of its own.
@@ -35,8 +39,8 @@ def make_accelerator(recipe: Recipe, run_path: Path) -> Accelerator:
         return Accelerator(
             cpu=on_cpu(),
             mixed_precision="no",
-            gradient_accumulation_steps=recipe.train.accumulation,
-            log_with=list(recipe.train.trackers) or None,
+            gradient_accumulation_steps=accumulation,
+            log_with=list(trackers) or None,
             project_dir=run_path,
         )
 
