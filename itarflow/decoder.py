@@ -231,6 +231,15 @@ class Decoding(nn.Module):
         return self._codec.decode(codes)
 
 
+def augmented(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """Images (B, C, H, W) mirrored and cropped to so many pixels as the draws say."""
+    images = torch.where(draws.flip[:, None, None, None], images.flip(3), images)
+    if images.shape[-1] > size:
+        parts = zip(images, draws.corner.tolist(), strict=True)
+        images = torch.stack([image[:, top : top + size, left : left + size] for image, (top, left) in parts])
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def codes_of(config: DecoderConfig, codec: VaeCodec, images: Tensor, noise: Tensor) -> Tensor:
     """Codes (B, C, H, W) of images in [-1, 1]; the standard normal noise of that shape draws from the posterior."""
     posterior = codec.encode(images)

@@ -34,6 +34,7 @@ from itarflow.decoder import (
     DecoderConfig,
     Decoding,
     Draws,
+    augmented,
     codes_of,
     comparison,
     decoded_examples,
@@ -326,23 +327,12 @@ class _Tuning:
             count = len(batch.images)
             first = (micro * accelerator.num_processes + accelerator.process_index) * count
             part = Draws(*(values[first : first + count] for values in draws))
-            images = self._cropped(to_pixels(batch.images.to(accelerator.device, non_blocking=True)), part)
+            images = augmented(to_pixels(batch.images.to(accelerator.device, non_blocking=True)), part, size)
             with accelerator.accumulate(*learning):
                 found.append(self._backward(images, part, critical))
                 if accelerator.sync_gradients:
                     grad_norm = self._update(train.max_grad_norm or math.inf, critical)
         return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}, grad_norm
-
-    def _cropped(self, images: Tensor, draws: Draws) -> Tensor:
-        images = torch.where(draws.flip[:, None, None, None], images.flip(3), images)
-        size = self.config.trained_size
-        if size < self.config.size:
-            corners = draws.corner.tolist()
-            images = torch.stack([
-                image[:, top : top + size, left : left + size]
-                for image, (top, left) in zip(images, corners, strict=True)
-            ])  # fmt: skip
-        return images.contiguous(memory_format=torch.channels_last)
 
     def _backward(self, images: Tensor, draws: Draws, critical: bool) -> dict[str, Tensor]:
         """Gradients of a micro-batch, of the decoder and, if it has begun, of the critic; returns the terms."""
@@ -369,12 +359,12 @@ class _Tuning:
         return {name: term.detach() for name, term in ({"loss": total} | terms).items()}
 
     def _update(self, limit: float, critical: bool) -> float:
-        """Step decoder and critic, unless a gradient is not finite; returns the norm of the decoder's."""
-        norm = clip_grad_norm(self.model, limit)
-        norms = [norm]
+        """Step decoder and critic, unless a gradient is not finite; returns the norm of the decoder's, or nan."""
+        norms = [clip_grad_norm(self.model, limit)]
         if critical and self.critic_model is not None:
             norms.append(clip_grad_norm(self.critic_model, limit))
-        if all(map(math.isfinite, norms)):
+        finite = all(map(math.isfinite, norms))
+        if finite:
             self.optimizer.step()
             if critical and self.critic_optimizer is not None:
                 self.critic_optimizer.step()
@@ -383,7 +373,7 @@ class _Tuning:
         self.optimizer.zero_grad()
         if self.critic_optimizer is not None:
             self.critic_optimizer.zero_grad()
-        return sum(norms) if not all(map(math.isfinite, norms)) else norm
+        return norms[0] if finite else math.nan
 
     def _optimizer_settings(self, *, critic: bool) -> dict[str, Any]:
         train = self.config.train

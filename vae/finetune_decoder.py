@@ -72,32 +72,35 @@ def main(args: list[str] | None = None) -> None:
         args: the command line; None = the process's.
     """
     console = Console()
-    advice = "Try --train.accumulation 2 or more, --train.gradient-checkpointing, --train.mixed-precision bf16, or a \
---crop-size."
+    advice = (
+        "Try a higher --train.accumulation, --train.gradient-checkpointing, --train.mixed-precision bf16, or a "
+        "--crop-size."
+    )
     with reporting(console, advice):
         tuned = tyro.cli(Options, description=__doc__, args=args).run()
         if PartialState().is_main_process:
-            console.print(_report(tuned))
+            _report(tuned, console)
 
 
-def _report(tuned: Tuned) -> Table:
-    steps = f"{tuned.steps:,} steps"
+def _report(tuned: Tuned, console: Console) -> None:
+    title = f"PSNR in dB of {tuned.held_out_images:,} held-out images"
+    table = Table("noise of the codes", "before", "after", "gain", title=title, title_justify="left")
+    for level, after in tuned.after.items():
+        before = tuned.before.get(level)
+        earlier = ("", "") if before is None else (f"{before:.2f}", f"{after - before:+.2f}")
+        table.add_row(level, earlier[0], f"{after:.2f}", earlier[1])
+    console.print(table)
+    steps = f"{tuned.steps:,} step{'' if tuned.steps == 1 else 's'}"
     if tuned.steps < tuned.total_steps:
         steps += f" of {tuned.total_steps:,} (--resume goes on)"
     speed = f", {tuned.images_per_second:.0f} images/s" if tuned.images_per_second else ""
-    what = f"PSNR in dB of {tuned.held_out_images:,} held-out images, {steps} in {tuned.seconds:.0f} s{speed}"
-    notes = [f"{tuned.run.path / name}" for name in ("vae", "psnr.json", "comparison.png")]
+    lines = [f"{steps} in {tuned.seconds:.0f} s{speed}"]
     if tuned.bad_steps:
-        notes.append(f"[yellow]{tuned.bad_steps} steps skipped, whose gradient was not finite")
+        lines.append(f"[yellow]{tuned.bad_steps} steps skipped, whose gradient was not finite[/]")
     if tuned.unreadable_images:
-        notes.append(f"[yellow]{tuned.unreadable_images} unreadable images, each replaced by the next one")
-    table = Table("noise of the codes", "before", "after", "gain", title=what, title_justify="left",
-                  caption=escape("\n".join(notes)), caption_justify="left")  # fmt: skip
-    for level, after in tuned.after.items():
-        before = tuned.before.get(level)
-        gain = "" if before is None else f"{after - before:+.2f}"
-        table.add_row(level, "" if before is None else f"{before:.2f}", f"{after:.2f}", gain)
-    return table
+        lines.append(f"[yellow]{tuned.unreadable_images} unreadable images, each replaced by the next one[/]")
+    lines += [escape(str(tuned.run.path / name)) for name in ("vae", "psnr.json", "comparison.png")]
+    console.print("\n".join(lines), soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":
