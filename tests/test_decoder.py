@@ -89,7 +89,7 @@ def test_the_decoder_learns_and_the_encoder_does_not(vaes: dict[str, str], kind:
     config = settings(vaes[kind], steps=40, evaluate_every=20, noise_levels=(0.0, 0.3), crop_size=crop_size)
     tuned = fine_tune(config, tmp_path)
     losses = logged(tmp_path, "loss")
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
     assert tuned.after["0.3"] > tuned.before["0.3"] + 2
     figures = json.loads((tmp_path / "psnr.json").read_text())
     assert (figures["before"], figures["after"]) == (tuned.before, tuned.after)
