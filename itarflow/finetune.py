@@ -163,6 +163,7 @@ class _Tuning:
             self.vae.enable_gradient_checkpointing()
         self.perceptual = None if perceptual is None else perceptual.to(accelerator.device)
         self.codec, self.decoding = VaeCodec(self.vae), Decoding(self.vae)
+        self.measured = VaeCodec(self.vae, slice_size=4)  # whole images in float32 may be larger than those of a step
         self.examples = examples(config, data.held_out)
         self.before_images = self._decoded_examples()
         set_seed(config.train.seed)
@@ -223,7 +224,7 @@ class _Tuning:
         """End together: see `training._Training.close`, whose order this is."""
         self.finish_trackers()
         self.accelerator.wait_for_everyone()
-        del self.model, self.decoding, self.codec, self.vae, self.optimizer, self.ema
+        del self.model, self.decoding, self.codec, self.measured, self.vae, self.optimizer, self.ema
         del self.critic, self.critic_model, self.critic_optimizer
         self.accelerator.free_memory()
         self.accelerator.state.destroy_process_group()
@@ -431,7 +432,7 @@ class _Tuning:
 
     def _evaluate(self) -> None:
         with averaged_weights(self.ema, self.decoding):
-            self.after, broken = measure(self.config, self.codec, self.data.held_out, self.accelerator)
+            self.after, broken = measure(self.config, self.measured, self.data.held_out, self.accelerator)
         self.measured_at = self.state.step
         self.monitor.name_broken(broken)
         self.monitor.log({"step": self.state.step, "psnr": self.after})
@@ -450,7 +451,7 @@ class _Tuning:
         """On the main process, which alone draws the comparison."""
         if not self.accelerator.is_main_process:
             return []
-        return decoded_examples(self.config, self.codec, self.examples, self.accelerator.device)
+        return decoded_examples(self.config, self.measured, self.examples, self.accelerator.device)
 
     def _report(self) -> None:
         """Write comparison.png and psnr.json, each whole or not at all."""
@@ -502,7 +503,8 @@ class _Tuning:
         try:
             progress = json.loads((folder / PROGRESS).read_text())
             load_tensors(folder, self.model, self.optimizer, self.ema)
-            if self.critic_model is not None and self.critic_optimizer is not None:
+            # A critic may join in the middle.
+            if self.critic_model is not None and self.critic_optimizer is not None and (folder / "critic").exists():
                 load_tensors(folder / "critic", self.critic_model, self.critic_optimizer, None)
         except torch.OutOfMemoryError:
             raise

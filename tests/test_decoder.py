@@ -147,6 +147,14 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_last_bit
     assert all(value.equal(expected[name]) for name, value in weights(tmp_path / "cut").items())
 
 
+def test_a_critic_may_join_in_the_middle(vaes: dict[str, str], tmp_path: Path) -> None:
+    config = settings(vaes["tiny"], steps=2)
+    fine_tune(config, tmp_path, max_steps=1)
+    critical = dataclasses.replace(config, loss=LossConfig(adversarial=0.1))
+    assert fine_tune(critical, tmp_path, start="resume", allow_changes=True).steps == 2
+    assert len(logged(tmp_path, "critic")) == 1
+
+
 def test_a_step_s_noise_is_of_seed_and_step_alone(vaes: dict[str, str]) -> None:
     cpu, shape = torch.device("cpu"), (4, 4, 4)
     config = settings(vaes["tiny"], batch_size=256, t_min=0.1, t_max=0.5, crop_size=4)

@@ -1,4 +1,4 @@
-"""Fine-tune the decoder of a VAE on noisy codes, so that a flow's samples need no denoising.
+r"""Fine-tune the decoder of a VAE on noisy codes, so that a flow's samples need no denoising.
 
 A flow of one noise level t models codes + t * noise, and its samples are as noisy. The plain decoder makes spots of
 the noise; one that has learnt to decode noisy codes gives clean images at once. The encoder stays as it is, and so do
