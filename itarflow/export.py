@@ -77,6 +77,7 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
     made = dict(gather_object(list(zip(mine, images, strict=True))))
     if accelerator.is_main_process:
         columns = num_classes if 2 <= num_classes <= 12 else 8
+        path.parent.mkdir(exist_ok=True)
         image_grid([made[index] for index in range(count)], columns).save(path)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -75,22 +77,30 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
         args: the command line; None = the process's.
     """
     console = Console()
+    advice = (
+        "Try --train.gradient-checkpointing, --train.mixed-precision bf16, a higher --train.accumulation, or a lower "
+        "--sampling.batch-size. --dry-run estimates the memory."
+    )
+    with reporting(console, advice):
+        options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
+        _run(options, console)
+
+
+@contextmanager
+def reporting(console: Console, advice: str) -> Iterator[None]:
+    """Around a command of one or several processes: what ends it is said once, and becomes its exit status.
+
+    Args:
+        console: for what is no error.
+        advice: what to try when memory runs out.
+    """
     PartialState(cpu=on_cpu())  # from here on the processes know of one another, and say once what concerns all
     try:
-        options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
-    except ValueError as error:
-        refuse(error)
-    try:
-        _run(options, console)
+        yield
     except (DataError, OSError, RunError, TrainingError, ValueError) as error:
         refuse(error)
     except torch.OutOfMemoryError as error:
-        refuse(
-            RuntimeError(
-                f"{error}\nTry --train.gradient-checkpointing, --train.mixed-precision bf16, a higher "
-                "--train.accumulation, or a lower --sampling.batch-size. --dry-run estimates the memory."
-            )
-        )
+        refuse(RuntimeError(f"{error}\n{advice}"))
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]Stopped at once; nothing was saved beyond what the run's folder holds.")
         sys.exit(130)

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from itarflow.dataset import too_many_broken
 from itarflow.objective import Evaluation, describe
-from itarflow.recipe import Recipe, flat, to_json
+from itarflow.recipe import Settings, flat, to_json
 from itarflow.run import RunDir
 
 _EXPLOSION = 10.0
@@ -24,7 +24,7 @@ _USUAL_AFTER = 20
 class Monitor:
     """Tells people and files what happens. All processes have one; most of it is said by the main one."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, accelerator: Accelerator) -> None:
+    def __init__(self, recipe: Settings, run: RunDir, accelerator: Accelerator) -> None:
         self.recipe, self.run, self.accelerator = recipe, run, accelerator
         self.console = Console(quiet=not accelerator.is_main_process)
         self.broken: frozenset[str] = frozenset()

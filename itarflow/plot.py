@@ -175,6 +175,7 @@ PANELS = (
     Panel("loss (weighted nll)", _values("loss")),
     Panel("held-out nll, nats/dim", _table("held_out", "nll")),
     Panel("held-out bits/dim", _table("held_out", "bpd")),
+    Panel("held-out PSNR by noise level, dB", _table("psnr")),
     Panel("training nll by noise level, nats/dim", _table("nll_by_level")),
     Panel("gradient norm", _values("grad_norm"), logarithmic=True),
     Panel("learning rate", _values("learning_rate")),

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,15 +17,19 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_e
 from rich.console import Console
 from rich.markup import escape
 
-from itarflow.recipe import Recipe
 from itarflow.run import RunDir, RunError
 from itarflow.states import newest_whole, set_aside_newer
 
 
-def make_accelerator(recipe: Recipe, run_path: Path) -> Accelerator:
+def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[str]) -> Accelerator:
     """The Accelerator of a training: devices, processes and trackers are its business, the rest is ours.
 
     Precision is the loop's own autocast, so that evaluation and samples are float32, and sharding is torch's own.
+
+    Args:
+        run_path: folder of the run, where trackers that write files do so.
+        accumulation: micro-batches of an optimiser step.
+        trackers: names, as Accelerate knows them.
 
     Raises:
         ValueError: the launcher asks for an engine that brings an optimiser and states of its own.
@@ -40,8 +44,8 @@ def make_accelerator(recipe: Recipe, run_path: Path) -> Accelerator:
         return Accelerator(
             cpu=on_cpu(),
             mixed_precision="no",
-            gradient_accumulation_steps=recipe.train.accumulation,
-            log_with=list(recipe.train.trackers) or None,
+            gradient_accumulation_steps=accumulation,
+            log_with=list(trackers) or None,
             project_dir=run_path,
         )
 

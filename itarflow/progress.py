@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -107,3 +107,22 @@ def image_grid(images: Sequence[Image.Image], columns: int, smallest: int = 48) 
         enlarged = image.resize((width, height), Image.Resampling.NEAREST)
         grid.paste(enlarged, (column * (width + gap), row * (height + gap)))
     return grid
+
+
+def titled_grid(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
+    """A grid with a title above each column.
+
+    Args:
+        images: all of one size and mode, row by row.
+        titles: one a column, of one line or several; a column is at least 96 pixels wide.
+    """
+    grid = image_grid(images, len(titles), smallest=96)
+    font, lines = ImageFont.load_default(13), max(title.count("\n") + 1 for title in titles)
+    top = 17 * lines + 4
+    page = Image.new(grid.mode, (grid.width, grid.height + top), "white")
+    page.paste(grid, (0, top))
+    draw, width = ImageDraw.Draw(page), (grid.width + 2) / len(titles)
+    for column, title in enumerate(titles):
+        middle = (column + 0.5) * width - 1
+        draw.multiline_text((middle, top / 2), title, "black", font, anchor="mm", align="center", spacing=4)
+    return page

@@ -6,9 +6,9 @@ import json
 import math
 import os
 import re
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -133,6 +133,16 @@ class SamplingConfig:
         for name in ("num_denoise_steps", "num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}; expected a number >= 1.")
+
+
+class Settings(Protocol):
+    """All settings of a run, a dataclass of plain values: a `Recipe`, or what else is trained on images."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def data(self) -> DataConfig:
+        """The images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,12 +312,12 @@ def learning_rate_factor(step: int, warmup: int, total: int, lowest: float) -> f
     return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def to_json(recipe: Recipe) -> dict[str, Any]:
+def to_json(recipe: Settings) -> dict[str, Any]:
     """Plain values, tuples as lists: what recipe.json holds."""
     return json.loads(json.dumps(asdict(recipe)))
 
 
-def write_recipe(recipe: Recipe, path: Path) -> None:
+def write_recipe(recipe: Settings, path: Path) -> None:
     """Store the resolved recipe as JSON, whole or not at all."""
     partial = path.with_name(f".partial-{path.name}")
     partial.write_text(json.dumps(to_json(recipe), indent=2) + "\n")
@@ -320,10 +330,11 @@ _FREE = {
     "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
     "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.shard",
     "train.compile", "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",
+    "train.evaluate_every",
 }  # fmt: skip
 
 
-def differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
+def differences(stored: dict[str, Any], recipe: Settings) -> list[str]:
     """The settings on which a stored recipe and `recipe` disagree so that a run can't go on, "name: old -> new".
 
     A setting that was not there yet when the run began had its default.
@@ -337,7 +348,7 @@ def differences(stored: dict[str, Any], recipe: Recipe) -> list[str]:
     ]
 
 
-def _defaults(recipe: Recipe) -> dict[str, Any]:
+def _defaults(recipe: Settings) -> dict[str, Any]:
     """The defaults of all settings that have one, as `flat` of a stored recipe would give them."""
     sections = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     values = {

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock, Timeout
 
-from itarflow.recipe import Recipe, differences, write_recipe
+from itarflow.recipe import Settings, differences, write_recipe
 
 Start = Literal["fresh", "resume", "restart"]
 
@@ -31,6 +32,8 @@ class RunDir:
     """The folder of a run, and where things lie in it."""
 
     path: Path
+    option: str = "--run-dir"
+    """How the command line names it, for messages."""
 
     @property
     def recipe(self) -> Path:
@@ -78,32 +81,36 @@ class RunDir:
         os.replace(partial, self.metrics)
 
 
-def check(path: Path, recipe: Recipe, start: Start, allow_changes: bool = False) -> None:
+def check(
+    path: Path, recipe: Settings, start: Start, allow_changes: bool = False, option: str = RunDir.option
+) -> None:
     """Refuse a folder that `prepare` would refuse, without touching anything.
 
     Raises:
         RunError: the folder can't be written, holds a run already, holds none to resume, or one of another recipe.
     """
-    run = RunDir(path)
+    run = RunDir(path, option)
     if recipe.data.path is not None and path.resolve() == Path(recipe.data.path).expanduser().resolve():
         raise RunError(
-            f"{path} is the folder of the images, where a run would mix with them; choose another --run-dir."
+            f"{path} is the folder of the images, where a run would mix with them; choose another {option}."
         )
     try:
         check_writable(path)
     except OSError as error:
-        raise RunError(f"{error} Choose another folder by --run-dir.") from error
+        raise RunError(f"{error} Choose another folder by {option}.") from error
     if start == "fresh" and run.recipe.exists():
         what = f"step {_step(run.states()[-1])}" if run.states() else "no saved state yet"
         raise RunError(
             f"{path} already holds a run ({what}). Go on with it by --resume, begin anew by --restart (the old run "
-            "is kept beside it), or choose another folder by --run-dir."
+            f"is kept beside it), or choose another folder by {option}."
         )
     if start == "resume":
         _check_resumable(run, recipe, allow_changes)
 
 
-def prepare(path: Path, recipe: Recipe, start: Start, allow_changes: bool = False) -> RunDir:
+def prepare(
+    path: Path, recipe: Settings, start: Start, allow_changes: bool = False, option: str = RunDir.option
+) -> RunDir:
     """Make the folder of a run ready to be written, and store the recipe in it.
 
     Args:
@@ -112,20 +119,20 @@ def prepare(path: Path, recipe: Recipe, start: Start, allow_changes: bool = Fals
         start: "fresh" refuses a folder that has a run, "resume" goes on from its newest state (from its beginning,
             if it has been stopped before there was one), "restart" moves it aside and begins anew.
         allow_changes: resume although settings that change losses or weights differ from the stored ones.
+        option: how the command line names the folder.
 
     Raises:
         RunError: as `check`, or the folder can't be written.
     """
-    check(path, recipe, start, allow_changes)
+    check(path, recipe, start, allow_changes, option)
     if start == "restart" and path.exists():
         _move_aside(path)
-    run = RunDir(path)
+    run = RunDir(path, option)
     try:
-        for folder in ("samples", "state"):
-            (path / folder).mkdir(parents=True, exist_ok=True)
+        (path / "state").mkdir(parents=True, exist_ok=True)
         write_recipe(recipe, run.recipe)
     except OSError as error:
-        raise RunError(f"{path} can't be written: {error}. Choose another folder by --run-dir.") from error
+        raise RunError(f"{path} can't be written: {error}. Choose another folder by {option}.") from error
     return run
 
 
@@ -140,9 +147,30 @@ def hold(run: RunDir) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise RunError(
-            f"{run.path} is being written by another training; wait for its end, or choose another --run-dir."
+            f"{run.path} is being written by another training; wait for its end, or choose another {run.option}."
         ) from error
     return lock
+
+
+def claim(run: RunDir, recipe: Settings, start: Start, allow_changes: bool, locks: ExitStack) -> None:
+    """Hold a run's folder, so that no other training writes into it or moves it, and make it ready.
+
+    Args:
+        run: the run.
+        recipe: resolved.
+        start: see `prepare`.
+        allow_changes: see `prepare`.
+        locks: keeps the hold until it closes.
+
+    Raises:
+        RunError: as `hold` and `prepare`.
+    """
+    existed = run.path.exists()
+    if existed:
+        locks.enter_context(hold(run))
+    prepare(run.path, recipe, start, allow_changes, run.option)
+    if not existed or start == "restart":  # it is another folder now
+        locks.enter_context(hold(run))
 
 
 def check_free(run: RunDir) -> None:
@@ -171,7 +199,7 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"{folder} can't be written: nothing can be made in {existing} ({error.strerror}).") from error
 
 
-def _check_resumable(run: RunDir, recipe: Recipe, allow_changes: bool) -> None:
+def _check_resumable(run: RunDir, recipe: Settings, allow_changes: bool) -> None:
     if not run.recipe.exists():
         raise RunError(f"{run.path} holds no run to resume; leave --resume out to begin one there.")
     changed = differences(json.loads(run.recipe.read_text()), recipe)
@@ -180,7 +208,7 @@ def _check_resumable(run: RunDir, recipe: Recipe, allow_changes: bool) -> None:
             f"{run.path} was trained with other settings, so going on would not be the same run:\n  "
             + "\n  ".join(changed)
             + "\nUse the settings of its recipe.json, go on all the same by --allow-changes, or begin anew by "
-            "--restart or in another --run-dir."
+            f"--restart or in another {run.option}."
         )
 
 

@@ -49,7 +49,7 @@ from itarflow.objective import Evaluation, Losses, draw, evaluate, training_loss
 from itarflow.processes import agreed, agreed_state, make_accelerator, on_main
 from itarflow.progress import training_progress
 from itarflow.recipe import Recipe, learning_rate_factor, open_data, open_vae
-from itarflow.run import RunDir, RunError, Start, hold, replace_folder
+from itarflow.run import RunDir, RunError, Start, replace_folder
 from itarflow.sharding import (
     clip_grad_norm,
     compile_layers,
@@ -137,7 +137,7 @@ def train(
     """
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
     recipe.check()
-    accelerator = make_accelerator(recipe, run_path)
+    accelerator = make_accelerator(run_path, accumulation=recipe.train.accumulation, trackers=recipe.train.trackers)
     sharded = (recipe.train.shard or launcher_asks_for_sharding()) and accelerator.num_processes > 1
     if launcher_asks_for_checkpointing():
         recipe = replace(recipe, train=replace(recipe.train, gradient_checkpointing=True))
@@ -164,7 +164,7 @@ def train(
     if recipe.data.in_memory:
         data = data.decoded()
     with ExitStack() as locks, StopSignal() as stop:
-        on_main(accelerator, lambda: _claim(run, recipe, start, allow_changes, locks))
+        on_main(accelerator, lambda: runs.claim(run, recipe, start, allow_changes, locks))
         resume = start == "resume"
         training = _Training(recipe, run, data, vae, accelerator, sharded=sharded, resume=resume, stop=stop)
         try:
@@ -177,16 +177,6 @@ def train(
             raise
         training.close()
         return summary
-
-
-def _claim(run: RunDir, recipe: Recipe, start: Start, allow_changes: bool, locks: ExitStack) -> None:
-    """Hold the run's folder, so that no other training writes into it or moves it, and make it ready."""
-    existed = run.path.exists()
-    if existed:
-        locks.enter_context(hold(run))
-    runs.prepare(run.path, recipe, start, allow_changes)
-    if not existed or start == "restart":  # it is another folder now
-        locks.enter_context(hold(run))
 
 
 class _Training:
