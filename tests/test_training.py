@@ -621,7 +621,11 @@ def test_dropped_labels_are_the_null_label():
 
     training_output = FlowOutput(torch.zeros(4, 1, 1), torch.zeros(4))
     draws = objective.Draws(
-        torch.ones(4), torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=bool), torch.tensor([True, False, True, False])
+        noise_level=torch.ones(4),
+        noise=torch.zeros(4, 1, 8, 8),
+        flip=torch.zeros(4, dtype=bool),
+        drop=torch.tensor([True, False, True, False]),
+        posterior=None,
     )
     recorder = Recorder()
     objective.training_losses(recorder, tiny_recipe(), torch.zeros(4, 1, 8, 8), torch.tensor([5, 6, 7, 8]), draws)
