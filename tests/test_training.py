@@ -628,5 +628,7 @@ def test_dropped_labels_are_the_null_label():
         posterior=None,
     )
     recorder = Recorder()
-    objective.training_losses(recorder, tiny_recipe(), torch.zeros(4, 1, 8, 8), torch.tensor([5, 6, 7, 8]), draws)
+    objective.training_losses(
+        recorder, tiny_recipe(), torch.zeros(4, 1, 8, 8).byte(), torch.tensor([5, 6, 7, 8]), draws
+    )
     assert recorder.labels.tolist() == [-1, 6, -1, 8]
