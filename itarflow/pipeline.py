@@ -63,7 +63,6 @@ class ITARFlowPipeline(DiffusionPipeline):
     """
 
     _optional_components: ClassVar = ["vae"]
-    model_cpu_offload_seq = "flow->vae"
 
     def __init__(
         self,
