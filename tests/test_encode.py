@@ -21,9 +21,10 @@ from image_files import damage, write_classes, write_row_groups
 from PIL import Image
 from torch import Tensor
 
-from itarflow import encode, encode_command
+from itarflow import encode
 from itarflow.codec import CodecConfig, VaeCodec, load_vae, to_pixels, vae_identity
 from itarflow.codes import read_card
+from itarflow.commands import encode_dataset
 from itarflow.data import DataConfig, load_data
 from itarflow.encode import EncodeConfig, Encoded, begin, encode_share, finish, plan_encoding
 from itarflow.images import DataError
@@ -390,15 +391,15 @@ def test_a_folder_is_not_gone_on_with_otherwise(source: Path, tmp_path: Path, va
 
 def test_command(source: Path, tmp_path: Path, vaes: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(source), str(tmp_path / "out"), "--vae", str(vaes["tiny"]), "--size", "8", "--num-workers", "0"]
-    encode_command.main(args=[*words, "--no-flips"])
+    encode_dataset.main(args=[*words, "--no-flips"])
     told = capsys.readouterr().out
     assert "images/s" in told
     assert (f"--data.path {tmp_path / 'out'} --data.split train --codec.vae {vaes['tiny']} --model.image-size 4 "
             "--model.in-channels 4 --model.num-classes 2 --data.no-horizontal-flip") in told  # fmt: skip
-    encode_command.main(args=[*words, "--no-flips"])
+    encode_dataset.main(args=[*words, "--no-flips"])
     assert "nothing was left to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1"):
-        encode_command.main(args=words)
+        encode_dataset.main(args=words)
     assert "flips: False there, True now" in capsys.readouterr().err
 
 
@@ -412,7 +413,7 @@ def test_command_is_stopped(
     words = [str(source), str(tmp_path / "out"), "--vae", str(vaes["tiny"]), "--size", "8", "--num-workers", "0"]
     _stop_at(monkeypatch, 0)
     with pytest.raises(SystemExit, match="130"):
-        encode_command.main(args=words)
+        encode_dataset.main(args=words)
     assert "Stopped. The same command goes on with" in capsys.readouterr().err
 
 
