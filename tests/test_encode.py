@@ -26,7 +26,8 @@ from itarflow.codec import CodecConfig, VaeCodec, load_vae, to_pixels, vae_ident
 from itarflow.codes import read_card
 from itarflow.commands import encode_dataset
 from itarflow.data import DataConfig, load_data
-from itarflow.encode import EncodeConfig, Encoded, begin, encode_share, finish, plan_encoding
+from itarflow.encode import Encoded, begin, encode_share, finish
+from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.images import DataError
 
 SCRIPT = Path(__file__).parents[1] / "vae" / "encode_dataset.py"

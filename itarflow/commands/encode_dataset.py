@@ -16,7 +16,8 @@ from rich.console import Console
 
 from itarflow.codes_card import training_command
 from itarflow.commands.shared import print_table, say, say_goes_on
-from itarflow.encode import EncodeConfig, Encoded, begin, encode_share, finish, plan_encoding
+from itarflow.encode import Encoded, begin, encode_share, finish
+from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.estimate import human_bytes
 from itarflow.processes import crash, first_to_say, on_cpu, on_main, refuse, shared_counter
 from itarflow.progress import image_progress
