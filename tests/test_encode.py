@@ -387,6 +387,33 @@ def test_a_folder_is_not_gone_on_with_otherwise(source: Path, tmp_path: Path, va
     run(source, out, moved, batch_size=1, max_broken=0, num_workers=1)
 
 
+def test_only_the_name_of_a_local_source_is_stored(
+    source: Path, tmp_path: Path, vaes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(source, out, vaes["tiny"])
+    assert json.loads((out / "codes.json").read_text())["settings"]["source"] == "source"
+    for file in out.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    run("source", out, vaes["tiny"])  # the same folder
+    with pytest.raises(DataError, match="source: source there, other now"):
+        run(write_noise(tmp_path / "other", {"a": 4, "b": 3}), out, vaes["tiny"])
+
+
+def test_a_folder_that_has_the_source_as_it_was_typed_goes_on(
+    source: Path, tmp_path: Path, vaes: dict[str, Path]
+) -> None:
+    card = tmp_path / "out" / "codes.json"
+    run(source, card.parent, vaes["tiny"])
+    manifest = json.loads(card.read_text())
+    card.write_text(json.dumps(manifest | {"settings": manifest["settings"] | {"source": str(source)}}))
+    with pytest.raises(DataError, match="source: source there, digits now"):
+        run("digits", card.parent, vaes["tiny"])
+    run(source, card.parent, vaes["tiny"])
+    assert json.loads(card.read_text()) == manifest
+
+
 # The command
 
 
