@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from itarflow import FlowDenoiser, ITARFlowPipeline, denoise
-from itarflow.pipeline import to_pil
+from itarflow.calls import to_pil
 from itarflow.progress import image_grid
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import create_repo, snapshot_download, upload_folder
 
 _INDEX = "model_index.json"
 
@@ -75,6 +75,41 @@ def download(repo_id: str, options: dict[str, Any]) -> Path:
         raise OSError(
             f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}\nCheck the "
             "spelling. A finished training run has its pipeline in runs/NAME/pipeline."
+        ) from error
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a pipeline's folder to the Hub; returns the address of the commit.
+
+    Args:
+        folder: written by `save_pretrained`.
+        repo_id: "name/model"; made if needed.
+        private: whether a new repository is; None = as the account says.
+        token: None = that of `hf auth login`.
+        commit_message: None = a plain one.
+        create_pr: propose the commit instead of making it.
+
+    Raises:
+        OSError: the Hub can't be reached, knows no such user, or refuses the upload.
+    """
+    try:
+        repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        message = commit_message or "Upload an itarflow pipeline"
+        return str(
+            upload_folder(repo_id=repo, folder_path=folder, token=token, commit_message=message, create_pr=create_pr)
+        )
+    except Exception as error:  # of the Hub's client and of the network's
+        raise OSError(
+            f"The pipeline could not be uploaded to {repo_id!r}: {error}\nLog in by `hf auth login` with a "
+            "token that may write there, and check the network and the name (NAME/MODEL)."
         ) from error
 
 

@@ -199,6 +199,8 @@ def check_card(card: CodesCard, path: str, wanted: VaeIdentity, shape: tuple[int
         )
 
 
-def display_name(vae: str) -> str:
-    """The name of a VAE for others to read: of a folder its last part, of the Hub all of it."""
-    return Path(os.path.abspath(vae)).name if Path(vae).expanduser().is_dir() else vae
+def display_name(path: str) -> str:
+    """The name of a VAE or of images for others to read: of what lies here its last part, of the Hub all of it."""
+    place = os.path.expanduser(path)
+    local = path.startswith((".", "/", "~")) or path.endswith(".parquet") or glob.has_magic(path)
+    return os.path.basename(os.path.abspath(place)) if local or os.path.exists(place) else path

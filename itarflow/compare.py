@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from itarflow.calls import image_generators, to_pil
 from itarflow.cleaning import clean, columns_of, decoder_columns, settings_of, solvers_of
 from itarflow.codec import Vae, differing, to_pixels, vae_identity, vae_stride
 from itarflow.data import DataConfig, load_data
@@ -28,7 +29,7 @@ from itarflow.diffusion import DiffusionDenoiser
 from itarflow.embedding import NULL_LABEL
 from itarflow.guidance import Guidance
 from itarflow.measures import METRICS, nats_per_dim, parts, residual_noise
-from itarflow.pipeline import ITARFlowPipeline, image_generators, to_pil
+from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plot import blank_figure
 from itarflow.progress import image_grid, step_progress
 from itarflow.run import check_writable

@@ -10,28 +10,23 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from itarflow import __version__
-from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, to_pixels, vae_identity
-from itarflow.codes import CARD, CodesCard, display_name, find_card, read_card, to_bytes
+from itarflow.codec import VaeCodec, to_pixels
+from itarflow.codes import CARD, CodesCard, display_name, read_card, to_bytes
 from itarflow.codes_card import codes_card, training_command
-from itarflow.data import DataConfig, load_splits
-from itarflow.dataset import ImageDataset
+from itarflow.encode_plan import Plan
 from itarflow.estimate import human_bytes
-from itarflow.images import Crop, DataError
+from itarflow.images import DataError
 from itarflow.processes import processes_here
 from itarflow.run import check_writable
 from itarflow.shards import (
@@ -39,12 +34,8 @@ from itarflow.shards import (
     Reader,
     Shard,
     broken_by_split,
-    check_at_least,
     check_broken,
-    check_folder,
-    check_splits,
     label_features,
-    plan_shards,
     read_ahead,
     read_contents,
     remove_partial,
@@ -55,109 +46,9 @@ from itarflow.shards import (
     write_text,
 )
 
-Precision = Literal["float32", "bf16", "fp16"]
-"""In which a VAE computes."""
-
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU_PIXELS = 2**15  # at a time: with more, CPUs spend their time on getting memory
 _MOST_WORKERS = 8  # a process; more decode no faster than one VAE encodes
-
-
-@dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
-    """What to encode, and how."""
-
-    source: str
-    """Where the images are: digits, a folder, parquet files, or a data set on the Hugging Face Hub."""
-    out: Path
-    """Folder to write: a new or empty one, or one that the same command has begun."""
-    vae: str
-    """An autoencoder in diffusers' format, AutoencoderKL or AutoencoderTiny: a folder, or a name on the Hub such as
-    stabilityai/sd-vae-ft-ema. Images are read as grey or RGB, as it takes them."""
-    revision: str | None = None
-    """Branch, tag or commit of a VAE on the Hub."""
-    scaling_factor: float | None = None
-    """Codes are (latents - shift_factor) * scaling_factor, of about unit variance. None = as the VAE's config says."""
-    shift_factor: float | None = None
-    """See scaling_factor. None = as the VAE's config says."""
-    size: int
-    """Height and width of the images in pixels, a multiple of the VAE's stride (mostly 8). The model's image_size is
-    that of the codes: 256 pixels at stride 8 are codes of 32 x 32."""
-    crop: Crop = "center"
-    """How images become square; those of the right size stay as they are. FID depends on the choice.
-    center = as torchvision and the papers' code do; adm = as for ADM's and EDM's ImageNet; edm = EDM's center-crop."""
-    split: tuple[str, ...] = ("train",)
-    """Splits to encode, such as train validation. They keep their names, and share their classes."""
-    name: str | None = None
-    """Configuration of a Hub data set that has several."""
-    image_column: str | None = None
-    """Column with the images. None finds the first one."""
-    label_column: str | None = None
-    """Column with the class labels. None finds it, if there is one."""
-    flips: bool = True
-    """Encode the mirrored images, too, for training with data.horizontal_flip: a mirrored code is not the code of
-    the mirrored image. Without, half the time and room."""
-    batch_size: int = 32
-    """Images that are encoded at a time in each process; lower it if memory runs out."""
-    dtype: Precision = "float32"
-    """Precision in which the VAE computes; bf16 and fp16 are faster on GPUs, with small errors. In fp16, a VAE whose
-    config says that it overflows (force_upcast) computes in float32 all the same."""
-    tiled: bool = False
-    """Encode large images in overlapping tiles, if they do not fit otherwise; the codes differ slightly."""
-    shard_size: int = 2_560
-    """Images a file; what an interruption loses is less than one file a process. Each process encodes whole files:
-    make it smaller if there are fewer files than processes."""
-    max_broken: int = 100
-    """Unreadable images are left out and listed in broken.json; stop at more than this many."""
-    num_workers: int | None = None
-    """Processes that decode images ahead, beside each that encodes. None = the processor cores shared out, at most
-    8 for each."""
-
-    @property
-    def codec(self) -> CodecConfig:
-        """That of a flow that trains on the codes."""
-        return CodecConfig(
-            vae=self.vae,
-            revision=self.revision,
-            scaling_factor=self.scaling_factor,
-            shift_factor=self.shift_factor,
-        )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a call has to do.
-
-    Attributes:
-        config: as it was called.
-        vae: in float32 on the CPU.
-        card: of the codes, unfinished.
-        sets: images by split.
-        shards: all files, in order.
-        manifest: what codes.json holds from the beginning.
-    """
-
-    config: EncodeConfig
-    vae: Vae
-    card: CodesCard
-    sets: Mapping[str, ImageDataset]
-    shards: tuple[Shard, ...]
-    manifest: Mapping[str, Any]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Those of codes."""
-        return self.card.columns(flips=self.card.flips, variance=self.card.variance)
-
-    @property
-    def num_images(self) -> int:
-        """Of the source."""
-        return sum(len(shard.rows) for shard in self.shards)
-
-    @property
-    def image_bytes(self) -> int:
-        """What the codes of an image take on the disk."""
-        return 2 * len(self.columns) * int(np.prod(self.card.shape))
 
 
 @dataclass(frozen=True)
@@ -179,67 +70,6 @@ class Encoded:
     shards: int
     num_bytes: int
     shard_bytes: int
-
-
-def plan_encoding(config: EncodeConfig) -> Plan:
-    """Check everything, load the VAE and open the source; nothing is written.
-
-    Raises:
-        DataError: the configuration or the source cannot be used, or the folder holds something else.
-        OSError: there is no such VAE.
-        ValueError: the VAE does not suit the images.
-    """
-    _check(config)
-    settings, card_file = _settings(config), config.out / CARD
-    check_folder(config.out, config.source, card_file, {"settings": settings})
-    if find_card(config.source) is not None:
-        raise DataError(f"{config.source} holds codes already; expected images: name the source that they are of")
-    vae = load_vae(config.codec)
-    in_channels = vae.config.in_channels
-    if in_channels not in (1, 3):
-        raise DataError(f"the VAE {config.vae} takes images of {in_channels} channels; expected 1 (grey) or 3 (RGB)")
-    code_shape(vae, (in_channels, config.size, config.size))
-    VaeCodec(vae, tiled=config.tiled)
-    sets, class_names = load_splits(
-        DataConfig(
-            path=config.source,
-            name=config.name,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            crop=config.crop,
-        ),
-        config.split,
-        image_size=config.size,
-        in_channels=in_channels,
-    )
-    sizes = {split: len(images) for split, images in sets.items()}
-    shards = plan_shards(config.out, sizes, config.shard_size)
-    card = CodesCard(
-        vae=display_name(config.vae),
-        revision=_commit(vae) or config.revision,
-        identity=vae_identity(vae),
-        image_size=config.size,
-        crop=config.crop,
-        flips=config.flips,
-        variance=isinstance(vae, AutoencoderKL),
-        class_names=class_names,
-        finished=False,
-    )
-    depends = {
-        "settings": settings,
-        "source_images": sizes,
-        "classes": list(class_names),
-        "shards": len(shards),
-    }
-    check_folder(config.out, config.source, card_file, depends)
-    if card_file.exists() and (changes := differing(read_card(card_file).identity, card.identity)):
-        raise DataError(
-            f"{config.out} was begun with another VAE or scaling:\n  "
-            + "\n  ".join(changes)
-            + f"\nName that VAE, choose another folder, or delete {config.out} to begin anew."
-        )
-    manifest = {"itarflow": __version__} | depends | {"card": card.to_json()}
-    return Plan(config, vae, card, sets, tuple(shards), manifest)
 
 
 def begin(plan: Plan) -> int:
@@ -358,7 +188,7 @@ def finish(plan: Plan) -> Encoded:
     )
     write_text(config.out / "README.md", str(readme))
     counts = {"images": images, "broken": {split: len(reports) for split, reports in broken.items()}}
-    write_json(card_file, stored | counts | {"card": card.to_json()})
+    write_json(card_file, stored | {"settings": plan.manifest["settings"]} | counts | {"card": card.to_json()})
     return Encoded(
         card=card,
         images=images,
@@ -367,27 +197,6 @@ def finish(plan: Plan) -> Encoded:
         num_bytes=sum(sizes),
         shard_bytes=max(sizes),
     )
-
-
-def _check(config: EncodeConfig) -> None:
-    """Refuse what can be seen from the settings alone."""
-    check_at_least({"size": 1, "shard_size": 1, "batch_size": 1, "max_broken": 0, "num_workers": 0}, config)
-    check_splits(config.split)
-    if config.dtype not in get_args(Precision):
-        raise DataError(f"dtype {config.dtype!r} is unknown; use one of {', '.join(get_args(Precision))}")
-
-
-def _settings(config: EncodeConfig) -> dict[str, Any]:
-    """What the codes depend on besides the VAE, which the card tells, as JSON has it."""
-    elsewhere = ("out", "vae", "revision", "scaling_factor", "shift_factor", "batch_size", "max_broken", "num_workers")
-    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in elsewhere}
-    return values | {"split": list(config.split)}
-
-
-def _commit(vae: Vae) -> str | None:
-    """The commit of a VAE that was downloaded: the cache of the Hub names the folder after it."""
-    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)", str(vae.config.get("_name_or_path", "")))
-    return found[1] if found else None
 
 
 def _collate(images: list[Tensor | str]) -> tuple[Tensor, list[str | None]]:

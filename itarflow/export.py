@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
+from itarflow.calls import image_generators
 from itarflow.codec import Vae
 from itarflow.denoise import CheckedDenoiser, noise_levels
 from itarflow.denoisers import load_denoiser
 from itarflow.flow import TARFlow
 from itarflow.objective import Evaluation
-from itarflow.pipeline import ITARFlowPipeline, image_generators
+from itarflow.pipeline import ITARFlowPipeline
 from itarflow.progress import image_grid
 from itarflow.recipe import Recipe, to_json
 
@@ -57,7 +58,7 @@ def open_denoiser(recipe: Recipe, device: torch.device | str = "cpu") -> Checked
 def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelerator: Accelerator) -> None:
     """Write a grid of images from fixed noise and labels, classes in turn; the processes share the work.
 
-    Which process makes an image does not change it: see `pipeline.image_generators`.
+    Which process makes an image does not change it: see `calls.image_generators`.
     """
     denoiser = open_denoiser(recipe, pipeline.device)
     count, num_classes = recipe.sampling.num_images, recipe.model.num_classes

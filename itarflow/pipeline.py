@@ -9,18 +9,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from diffusers.utils import logging
-from huggingface_hub import create_repo, upload_folder
-from PIL import Image
 from torch import Tensor
 
+from itarflow.calls import Label, check_output, converted, image_generators, label_list, label_number, positive
 from itarflow.card import model_card
-from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes
-from itarflow.codec import Vae, codec_of, to_uint8, vae_stride
+from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes, upload
+from itarflow.codec import Vae, codec_of, vae_stride
 from itarflow.denoise import (
     CheckedDenoiser,
     Denoiser,
@@ -31,13 +28,8 @@ from itarflow.denoise import (
     denoise,
     noise_levels,
 )
-from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
-
-logger = logging.get_logger(__name__)
-
-Labels = int | str | None
 
 
 class ITARFlowPipeline(DiffusionPipeline):
@@ -90,7 +82,7 @@ class ITARFlowPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: Labels | Sequence[Labels] = None,
+        class_labels: Label | Sequence[Label] = None,
         num_images: int | None = None,
         *,
         guidance_weight: float | None = None,
@@ -136,21 +128,15 @@ class ITARFlowPipeline(DiffusionPipeline):
         Raises:
             ValueError: labels, counts, noise levels or settings out of range. Nothing has been computed then.
         """
-        if output_type not in ("pil", "np", "pt", "codes"):
-            raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'codes'.")
         channels = self.flow.config.in_channels if self.vae is None else self.vae.config.out_channels
-        if output_type == "pil" and channels not in (1, 3):
-            raise ValueError(
-                f"output_type 'pil' makes pictures of 1 or 3 channels, but this pipeline's images have {channels}; "
-                "use 'pt', 'np' or, if they are codes of a VAE that is not in it, 'codes'."
-            )
-        codec = codec_of(self.vae, slice_size=_positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
+        check_output(output_type, channels)
+        codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
         scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, clip)
         generators = image_generators(generator, count)
-        size = _positive("batch_size", batch_size) or count
-        slice_size = _positive("denoise_batch_size", denoise_batch_size)
+        size = positive("batch_size", batch_size) or count
+        slice_size = positive("denoise_batch_size", denoise_batch_size)
         denoiser = FlowDenoiser(self.flow, slice_size) if denoiser is None else denoiser
         _check_denoiser(denoiser, scheduler, self.flow, labels)
         steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
@@ -185,51 +171,22 @@ class ITARFlowPipeline(DiffusionPipeline):
                 )
                 images.append(clean if output_type == "codes" else codec.decode(clean))
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=_converted(torch.cat(images), output_type))
+        return ImagePipelineOutput(images=converted(torch.cat(images), output_type))
 
-    def _labels(self, class_labels: Labels | Sequence[Labels], num_images: int | None) -> tuple[Tensor | None, int]:
+    def _labels(self, class_labels: Label | Sequence[Label], num_images: int | None) -> tuple[Tensor | None, int]:
         """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""
-        given: list[Labels]
-        if isinstance(class_labels, Tensor | np.ndarray | np.generic):
-            class_labels = class_labels.tolist()
-        if class_labels is None or isinstance(class_labels, int | float | str):
-            given = [class_labels]
-        else:
-            given = [label.item() if isinstance(label, Tensor | np.integer) else label for label in class_labels]
-        if not given:
-            raise ValueError("class_labels is empty; expected at least one label, or None for unlabelled images.")
-        if num_images is not None and (num_images < 1 or len(given) not in (1, num_images)):
-            raise ValueError(
-                f"num_images is {num_images} for {len(given)} class_labels; expected a number >= 1, "
-                "and a single label or as many labels as images."
-            )
-        if num_images is not None and len(given) == 1:
-            given = given * num_images
+        given = label_list(class_labels, num_images)
         if all(label is None for label in given):
             return None, len(given)
         return torch.tensor([self.label_id(label) for label in given], device=self._execution_device), len(given)
 
-    def label_id(self, label: Labels) -> int:
+    def label_id(self, label: Label) -> int:
         """The number of a label given by number or name; None = no label.
 
         Raises:
             ValueError: there is no such label.
         """
-        num_classes, names = self.flow.config.num_classes, self.config.class_names or []
-        if label is None:
-            return NULL_LABEL
-        if num_classes == 0:
-            raise ValueError(f"class label {label!r} was given, but this flow has no classes; leave class_labels out.")
-        if isinstance(label, str):
-            if label in names:
-                return names.index(label)
-            known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
-            raise ValueError(f"class label {label!r} is not known; names of this checkpoint: {known}.")
-        if not isinstance(label, int):
-            raise ValueError(f"class label {label!r} is neither a number nor a name; expected 0 .. {num_classes - 1}.")
-        if not 0 <= label < num_classes:
-            raise ValueError(f"class label {label} is out of range; expected 0 .. {num_classes - 1}, or None.")
-        return label
+        return label_number(label, self.flow.config.num_classes, self.config.class_names or [])
 
     def _guidance(self, guidance: Guidance | None, weight: float | None, labels: Tensor | None) -> Guidance:
         chosen = guidance or self.default_guidance
@@ -365,40 +322,12 @@ class ITARFlowPipeline(DiffusionPipeline):
         Raises:
             OSError: the Hub can't be reached, knows no such user, or refuses the upload.
         """
-        token, private = kwargs.pop("token", None), kwargs.pop("private", None)
-        upload = {
-            "commit_message": kwargs.pop("commit_message", None) or "Upload an itarflow pipeline",
-            "create_pr": kwargs.pop("create_pr", False),
+        options = {
+            name: kwargs.pop(name) for name in ("private", "token", "commit_message", "create_pr") if name in kwargs
         }
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **kwargs)
-            try:
-                repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-                return str(upload_folder(repo_id=repo, folder_path=folder, token=token, **upload))
-            except Exception as error:  # of the Hub's client and of the network's
-                raise OSError(
-                    f"The pipeline could not be uploaded to {repo_id!r}: {error}\nLog in by `hf auth login` with a "
-                    "token that may write there, and check the network and the name (NAME/MODEL)."
-                ) from error
-
-
-def image_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> list[torch.Generator]:
-    """One generator an image, so that image i depends neither on how many are made nor on the batch size.
-
-    Args:
-        generator: one, from which a seed for each image is drawn; or already one an image; None = torch's global one.
-        count: number of images.
-    """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        if len(generator) != count:
-            raise ValueError(f"{len(generator)} generators were given for {count} images; expected one, or one each.")
-        return list(generator)
-    device = "cpu" if generator is None else generator.device
-    # Drawn one by one: a larger draw need not begin with the numbers of a smaller one.
-    seeds = [int(torch.randint(2**62, (), generator=generator, device=device)) for _ in range(count)]
-    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
+            return upload(Path(folder), repo_id, **options)
 
 
 def _check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
@@ -407,32 +336,3 @@ def _check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFl
     if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
         levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps)[:-1]
         denoiser.check(flow.image_shape, 0 if labels is None else flow.config.num_classes, levels)
-
-
-def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}; expected a number >= 1, or None.")
-    return value
-
-
-def _converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
-    """(B, C, H, W) in [-1, 1] -> the output type; says which images are not finite."""
-    broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    if broken:
-        logger.warning(
-            f"Images {broken} contain NaN or infinite values: the flow's inverse or the denoising diverged. Less "
-            "guidance or float32 weights often help."
-        )
-    if output_type == "codes":
-        return images
-    if output_type == "pt":
-        return (images.clamp(-1, 1) + 1) / 2
-    if output_type == "np":
-        return ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy()
-    return to_pil(images)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, C, H, W) in [-1, 1], C = 1 or 3 -> greyscale or RGB pictures."""
-    arrays = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]

@@ -139,6 +139,14 @@ def _values(key: str) -> Callable[[Sequence[Mapping[str, Any]]], Lines]:
     return lambda lines: _collect((line["step"], {"": line.get(key)}) for line in lines)
 
 
+def _losses(of_decoder: bool) -> Callable[[Sequence[Mapping[str, Any]]], Lines]:
+    """Of a flow's training, or of a decoder's fine-tuning, whose lines have a term of `LossConfig` at least."""
+    terms = ("l1", "l2", "lpips")
+    return lambda lines: _collect(
+        (line["step"], {"": line.get("loss")}) for line in lines if any(term in line for term in terms) == of_decoder
+    )
+
+
 def _table(*keys: str) -> Callable[[Sequence[Mapping[str, Any]]], Lines]:
     """Of a dict inside a line, found by one key after another; lists count as dicts of blocks."""
 
@@ -172,7 +180,8 @@ def _collect(found: Any) -> Lines:
 
 
 PANELS = (
-    Panel("loss (weighted nll)", _values("loss")),
+    Panel("loss (weighted nll)", _losses(of_decoder=False)),
+    Panel("loss of the decoder (weighted sum)", _losses(of_decoder=True)),
     Panel("held-out nll, nats/dim", _table("held_out", "nll")),
     Panel("held-out bits/dim", _table("held_out", "bpd")),
     Panel("held-out PSNR by noise level, dB", _table("psnr")),

@@ -10,8 +10,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import datasets
@@ -20,19 +19,16 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 from itarflow import __version__
-from itarflow.data import DataConfig, load_splits
 from itarflow.dataset import ImageDataset
-from itarflow.images import Crop, DataError
+from itarflow.images import DataError
+from itarflow.manifest import SourceConfig, check_folder, check_settings
 from itarflow.progress import image_progress
 from itarflow.shards import (
     Content,
     Reader,
     Shard,
     broken_by_split,
-    check_at_least,
     check_broken,
-    check_folder,
-    check_splits,
     label_features,
     plan_shards,
     read_ahead,
@@ -51,26 +47,9 @@ _TASK = 16  # images a worker is given at a time: few, so that it soon hears of 
 
 
 @dataclass(frozen=True)
-class PrepareConfig:
+class PrepareConfig(SourceConfig):
     """What to prepare, and how."""
 
-    source: str
-    """Where the images are: digits, a folder, parquet files, or a data set on the Hugging Face Hub."""
-    out: Path
-    """Folder to write: a new or empty one, or one that the same command has begun."""
-    size: int
-    """Height and width of the images in pixels: the model's image_size."""
-    crop: Crop = "center"
-    """How images become square, as by --data.crop in training; those of the right size stay as they are.
-    center = as torchvision and the papers' code do; adm = as for ADM's and EDM's ImageNet; edm = EDM's center-crop."""
-    split: tuple[str, ...] = ("train",)
-    """Splits to prepare, such as train test. They keep their names, and share their classes."""
-    name: str | None = None
-    """Configuration of a Hub data set that has several."""
-    image_column: str | None = None
-    """Column with the images. None finds the first one."""
-    label_column: str | None = None
-    """Column with the class labels. None finds it, if there is one."""
     in_channels: int = 3
     """3 = RGB, 1 = grey."""
     format: Format = "png"
@@ -127,19 +106,8 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
     """
     _check(config)
     manifest_file, settings = config.out / "prepare.json", _settings(config)
-    check_folder(config.out, config.source, manifest_file, {"settings": settings})
-    sets, class_names = load_splits(
-        DataConfig(
-            path=config.source,
-            name=config.name,
-            image_column=config.image_column,
-            label_column=config.label_column,
-            crop=config.crop,
-        ),
-        config.split,
-        image_size=config.size,
-        in_channels=config.in_channels,
-    )
+    check_folder(config, manifest_file, {"settings": settings})
+    sets, class_names = config.open(config.in_channels)
     sizes = {split: len(images) for split, images in sets.items()}
     shards = plan_shards(config.out, sizes, config.shard_size)
     manifest = {
@@ -149,7 +117,7 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         "classes": list(class_names),
         "shards": len(shards),
     }
-    check_folder(config.out, config.source, manifest_file, manifest)
+    check_folder(config, manifest_file, manifest)
     if not manifest_file.exists():
         config.out.mkdir(parents=True, exist_ok=True)
         write_json(manifest_file, manifest | {"finished": False})
@@ -158,7 +126,8 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
     images = {split: sum(contents[shard].images for shard in shards if shard.split == split) for split in sets}
     show_shards(shards)
     counts = {"images": images, "broken": {split: len(reports) for split, reports in broken.items()}}
-    write_json(manifest_file, json.loads(manifest_file.read_text(encoding="utf-8")) | counts | {"finished": True})
+    stored = json.loads(manifest_file.read_text(encoding="utf-8"))
+    write_json(manifest_file, stored | {"settings": settings} | counts | {"finished": True})
     remove_partial(config.out)
     return Prepared(
         images=images,
@@ -172,19 +141,17 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
 
 def _check(config: PrepareConfig) -> None:
     """Refuse what only this module knows of; `load_splits` refuses the rest."""
-    check_at_least({"size": 1, "shard_size": 1, "max_broken": 0, "num_workers": 0}, config)
+    check_settings(config, {"size": 1, "shard_size": 1, "max_broken": 0, "num_workers": 0})
     if config.format not in get_args(Format):
         raise DataError(f"format {config.format!r} is unknown; use one of {', '.join(get_args(Format))}")
     if not 1 <= config.quality <= 100:
         raise DataError(f"quality is {config.quality}; expected 1 to 100")
-    check_splits(config.split)
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What the images depend on, as JSON has it."""
-    elsewhere = ("out", "max_broken", "num_workers")
-    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in elsewhere}
-    return values | {"split": list(config.split), "quality": None if config.format == "png" else config.quality}
+    quality = None if config.format == "png" else config.quality
+    return config.settings(without=("max_broken", "num_workers")) | {"quality": quality}
 
 
 def _write_shards(

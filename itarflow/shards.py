@@ -3,16 +3,14 @@
 OUT/NAME.json   train-00000-of-00012.parquet ...   broken.json (if images could not be read)
 
 Rows are dealt to files before any is read, so that a broken image makes its file shorter and moves no other. A file
-has a hidden name (.train-00000-of-00012.parquet) until all are there: nobody trains on a part of them unawares. The
-manifest, NAME.json, holds what the files depend on, so that a later call goes on only with the same.
+has a hidden name (.train-00000-of-00012.parquet) until all are there: nobody trains on a part of them unawares.
+NAME.json is the `manifest`: what the files depend on.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,12 +28,12 @@ from torch.utils.data import DataLoader, Dataset
 from itarflow.batches import ignore_interrupts, without_alarm
 from itarflow.dataset import ImageDataset
 from itarflow.images import DataError
+from itarflow.manifest import PARTIAL
 
 ROW_GROUP = 128
 """Rows that are read at a time by those who stream."""
 
 _BROKEN, _NOTES = b"itarflow.broken", b"itarflow.notes"
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -72,83 +70,6 @@ class Content:
     broken: tuple[str, ...]
     notes: Mapping[str, Any]
     num_bytes: int
-
-
-def check_at_least(lowest: Mapping[str, int], values: Any) -> None:
-    """Refuse settings (attributes of `values`, None = unset) below the lowest that they may be.
-
-    Raises:
-        DataError: naming the first of them.
-    """
-    for name, low in lowest.items():
-        value = getattr(values, name)
-        if value is not None and value < low:
-            raise DataError(f"{name} is {value}; expected {low} or more")
-
-
-def check_splits(splits: Sequence[str]) -> None:
-    """Refuse splits that are not plain names, each once.
-
-    Raises:
-        DataError: naming them.
-    """
-    if not splits or len(set(splits)) < len(splits):
-        raise DataError(f"split is {splits}; expected names of splits, each once")
-    for split in splits:
-        if not re.fullmatch(r"\w+", split):
-            raise DataError(
-                f"split {split!r} is no plain name such as train; name whole splits, and take parts of them in "
-                "training, by data.split"
-            )
-
-
-def check_folder(out: Path, source: str, manifest: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse a folder with other things in it than a call with the same manifest has begun.
-
-    Args:
-        out: the folder to write.
-        source: what is read; the folder must not lie in it.
-        manifest: the file in `out` that holds the manifest.
-        wanted: sections of this call's manifest, or some of them. The version, "itarflow", may differ.
-
-    Raises:
-        DataError: saying what is there, or what differs.
-    """
-    place = Path(source).expanduser()
-    if place.is_dir() and source != "digits" and out.resolve().is_relative_to(place.resolve()):
-        raise DataError(f"{out} lies in {source}, and would be taken for a part of it; choose another folder")
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file; expected a new folder: choose another name")
-    if not manifest.exists():
-        if out.exists() and any(not file.name.startswith(_PARTIAL) for file in out.iterdir()):
-            raise DataError(f"{out} is a folder with other things in it; choose a new or empty one")
-        return
-    try:
-        stored = json.loads(manifest.read_text(encoding="utf-8"))
-        changes = [
-            change for section, values in wanted.items() for change in _changes(section, stored[section], values)
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{manifest} is damaged, or of another program; choose a new folder") from error
-    if changes:
-        raise DataError(
-            f"{out} was begun with other settings, or the source has changed:\n  "
-            + "\n  ".join(changes)
-            + f"\nRun the command that began it, choose another folder, or delete {out} to begin anew."
-        )
-
-
-def _changes(section: str, stored: Any, wanted: Any) -> list[str]:
-    """Lines that say what differs in a section of the manifest; its version may."""
-    if stored == wanted or section == "itarflow":
-        return []
-    if isinstance(wanted, list):
-        old, new = next(pair for pair in itertools.zip_longest(stored, wanted) if pair[0] != pair[1])
-        return [f"{section}: {len(stored)} there, {len(wanted)} now; the first to differ is {old} there, {new} now"]
-    if not isinstance(wanted, dict):
-        return [f"{section}: {stored} there, {wanted} now"]
-    title = "" if section == "settings" else f"{section} in "
-    return [f"{title}{key}: {stored[key]} there, {value} now" for key, value in wanted.items() if stored[key] != value]
 
 
 def plan_shards(out: Path, sizes: Mapping[str, int], shard_size: int) -> list[Shard]:
@@ -348,7 +269,7 @@ def show_shards(shards: Sequence[Shard]) -> None:
 
 def remove_partial(out: Path) -> None:
     """Remove what a call that was killed has left behind."""
-    for left in out.glob(f"{_PARTIAL}*"):
+    for left in out.glob(f"{PARTIAL}*"):
         left.unlink(missing_ok=True)
 
 
@@ -366,7 +287,7 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
     """A name to write a file under; if all goes well it comes to the disk and gets its own name, else it goes."""
-    partial = path.with_name(f"{_PARTIAL}{uuid.uuid4().hex[:8]}{path.name}")
+    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}{path.name}")
     try:
         yield partial
         with partial.open("rb") as file:

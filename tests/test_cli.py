@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow, cli
+from itarflow.commands.convert import Convert
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAINING = {
@@ -30,7 +30,7 @@ Save = Callable[..., Path]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """run("info", folder): what the command prints, in a terminal of 200 columns; the current folder is empty."""
-    monkeypatch.setattr(cli, "_console", Console(width=200))
+    monkeypatch.setenv("COLUMNS", "200")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
 
@@ -283,7 +283,7 @@ def test_an_assumed_noise_level_is_said_aloud(run):
 @pytest.mark.parametrize(("iterative", "t_max"), [(True, 0.5), (False, 0.15)])
 def test_the_assumed_noise_level_is_that_of_the_models_own_paper(iterative, t_max, make_flow):
     flow = make_flow(fresh=True, image_size=128, patch_size=32, in_channels=3, noise_conditioned=iterative)
-    pipe = cli.Convert(source="model.pth", target=Path("ours"))._pipeline(flow)
+    pipe = Convert(source="model.pth", target=Path("ours"))._pipeline(flow)
     assert pipe.scheduler.config.t_max == t_max
 
 
@@ -445,7 +445,7 @@ def test_prepare_that_is_stopped_says_that_it_goes_on(
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "prepare", stop)
+    monkeypatch.setattr("itarflow.commands.prepare.prepare", stop)
     with pytest.raises(SystemExit) as exit_:
         run("prepare", "digits", "out", "--size", 8)
     assert exit_.value.code == 130

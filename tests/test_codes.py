@@ -159,3 +159,7 @@ def test_others_read_the_name_of_a_vae_and_no_path(tmp_path):
     (tmp_path / "my-vae").mkdir()
     assert display_name(str(tmp_path / "my-vae")) == "my-vae"
     assert display_name("stabilityai/sd-vae-ft-ema") == "stabilityai/sd-vae-ft-ema"
+    assert display_name("digits") == "digits"
+    assert display_name(str(tmp_path / "train" / "*.parquet")) == "*.parquet"
+    assert display_name("/home/me/gone/photos/") == "photos"
+    assert display_name("~/photos/all.parquet") == "all.parquet"

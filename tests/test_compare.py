@@ -15,15 +15,14 @@ from conftest import tiny_vae
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from image_files import write_classes
 from PIL import Image
-from rich.console import Console
 from test_diffusion import UNET, Recorder
 from torch import Tensor
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, cleaning, cli, denoise
+from itarflow.calls import image_generators
 from itarflow.codec import VaeCodec
 from itarflow.compare import Comparison, compare, short_names
 from itarflow.diffusion import DiffusionDenoiser
-from itarflow.pipeline import image_generators
 
 LABELS = [0, 2, None, 1, 0]
 MakePipe = Callable[..., ITARFlowPipeline]
@@ -276,7 +275,7 @@ def test_the_command(pipelines, tmp_path, monkeypatch, capsys, randomise):
     unet = UNet2DModel(**UNET | {"in_channels": 3, "out_channels": 3})
     randomise(unet)
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unet")
-    monkeypatch.setattr(cli, "_console", Console(width=200))
+    monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
     cli.main(
         [

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
+import runpy
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 
 from itarflow import decoder, finetune
 from itarflow.codec import CodecConfig, VaeCodec, load_vae, vae_identity
+from itarflow.commands import finetune_decoder
 from itarflow.data import DataConfig, ImageData, load_data
 from itarflow.decoder import DecoderConfig, Draws, TuneConfig, augmented, draw, measure
 from itarflow.finetune import fine_tune
@@ -235,23 +235,13 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_it(
     assert all(value.equal(plain[name]) for name, value in weights(tmp_path).items())
 
 
-def _script() -> Any:
-    spec = importlib.util.spec_from_file_location("finetune_decoder", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["finetune_decoder"] = module  # where tyro looks up the types
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_command_begins_goes_on_begins_anew_and_overwrites_nothing(
     vaes: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main, out = _script().main, tmp_path / "out"
+    out = tmp_path / "out"
     words = ["digits", str(out), "--vae", vaes["tiny"], "--size", "8", "--t-max", "0.3", "--train.steps", "2",
              "--data.num-workers", "0", "--data.held-out-images", "20"]  # fmt: skip
-    main([*words, "--max-steps", "1"])
+    finetune_decoder.main(args=[*words, "--max-steps", "1"])
     printed = capsys.readouterr().out
     assert "1 step of 2 (--resume goes on)" in printed
     assert "noise of the codes" in printed
@@ -262,18 +252,26 @@ def test_the_command_begins_goes_on_begins_anew_and_overwrites_nothing(
         (["--t-min", "0.5"], "t_min is 0.5"),
     ):
         with pytest.raises(SystemExit) as stop:
-            main([*words, *more])
+            finetune_decoder.main(args=[*words, *more])
         assert stop.value.code == 1
         assert message in capsys.readouterr().err
-    main([*words, "--restart", "--train.accumulation", "2", "--max-steps", "1"])
+    finetune_decoder.main(args=[*words, "--restart", "--train.accumulation", "2", "--max-steps", "1"])
     assert logged(out, "step") == logged(tmp_path / "out.1", "step") == [0, 1]
     ours, theirs = weights(out), weights(tmp_path / "out.1")
     assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
 
 
-def test_the_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        _script().main(["--help"])
-    assert stop.value.code == 0
+def test_the_images_are_named_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        finetune_decoder.main(args=["a", "out", "--vae", "v", "--size", "8", "--t-max", "0.3", "--data.path", "b"])
+    assert "--data.path" in capsys.readouterr().err
+
+
+def test_the_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
     printed = " ".join(capsys.readouterr().out.split())
     assert all(words in printed for words in ("accelerate launch vae/finetune_decoder.py", "DATA", "OUT", "--t-min"))
+    assert "--data.split" in printed
+    assert "--data.path" not in printed  # it is the first word

@@ -21,11 +21,13 @@ from image_files import damage, write_classes, write_row_groups
 from PIL import Image
 from torch import Tensor
 
-from itarflow import encode, encode_command
+from itarflow import encode
 from itarflow.codec import CodecConfig, VaeCodec, load_vae, to_pixels, vae_identity
 from itarflow.codes import read_card
+from itarflow.commands import encode_dataset
 from itarflow.data import DataConfig, load_data
-from itarflow.encode import EncodeConfig, Encoded, begin, encode_share, finish, plan_encoding
+from itarflow.encode import Encoded, begin, encode_share, finish
+from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.images import DataError
 
 SCRIPT = Path(__file__).parents[1] / "vae" / "encode_dataset.py"
@@ -385,20 +387,47 @@ def test_a_folder_is_not_gone_on_with_otherwise(source: Path, tmp_path: Path, va
     run(source, out, moved, batch_size=1, max_broken=0, num_workers=1)
 
 
+def test_only_the_name_of_a_local_source_is_stored(
+    source: Path, tmp_path: Path, vaes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(source, out, vaes["tiny"])
+    assert json.loads((out / "codes.json").read_text())["settings"]["source"] == "source"
+    for file in out.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    run("source", out, vaes["tiny"])  # the same folder
+    with pytest.raises(DataError, match="source: source there, other now"):
+        run(write_noise(tmp_path / "other", {"a": 4, "b": 3}), out, vaes["tiny"])
+
+
+def test_a_folder_that_has_the_source_as_it_was_typed_goes_on(
+    source: Path, tmp_path: Path, vaes: dict[str, Path]
+) -> None:
+    card = tmp_path / "out" / "codes.json"
+    run(source, card.parent, vaes["tiny"])
+    manifest = json.loads(card.read_text())
+    card.write_text(json.dumps(manifest | {"settings": manifest["settings"] | {"source": str(source)}}))
+    with pytest.raises(DataError, match="source: source there, digits now"):
+        run("digits", card.parent, vaes["tiny"])
+    run(source, card.parent, vaes["tiny"])
+    assert json.loads(card.read_text()) == manifest
+
+
 # The command
 
 
 def test_command(source: Path, tmp_path: Path, vaes: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(source), str(tmp_path / "out"), "--vae", str(vaes["tiny"]), "--size", "8", "--num-workers", "0"]
-    encode_command.main(args=[*words, "--no-flips"])
+    encode_dataset.main(args=[*words, "--no-flips"])
     told = capsys.readouterr().out
     assert "images/s" in told
     assert (f"--data.path {tmp_path / 'out'} --data.split train --codec.vae {vaes['tiny']} --model.image-size 4 "
             "--model.in-channels 4 --model.num-classes 2 --data.no-horizontal-flip") in told  # fmt: skip
-    encode_command.main(args=[*words, "--no-flips"])
+    encode_dataset.main(args=[*words, "--no-flips"])
     assert "nothing was left to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1"):
-        encode_command.main(args=words)
+        encode_dataset.main(args=words)
     assert "flips: False there, True now" in capsys.readouterr().err
 
 
@@ -412,7 +441,7 @@ def test_command_is_stopped(
     words = [str(source), str(tmp_path / "out"), "--vae", str(vaes["tiny"]), "--size", "8", "--num-workers", "0"]
     _stop_at(monkeypatch, 0)
     with pytest.raises(SystemExit, match="130"):
-        encode_command.main(args=words)
+        encode_dataset.main(args=words)
     assert "Stopped. The same command goes on with" in capsys.readouterr().err
 
 

@@ -20,8 +20,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, ITARFlowPipeline, TARFlow, checkpoint, denoise
-from itarflow import pipeline as pipeline_module
-from itarflow.pipeline import image_generators
+from itarflow.calls import image_generators
 
 NAMES = ["cat", "dog", "bird"]
 TRAINING = {
@@ -642,8 +641,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         asked["upload"] = options
         return "https://hub/someone/pets/commit/1"
 
-    monkeypatch.setattr(pipeline_module, "create_repo", create_repo)
-    monkeypatch.setattr(pipeline_module, "upload_folder", upload_folder)
+    monkeypatch.setattr(checkpoint, "create_repo", create_repo)
+    monkeypatch.setattr(checkpoint, "upload_folder", upload_folder)
     return asked
 
 
@@ -677,6 +676,6 @@ def test_an_upload_that_fails_says_what_to_do(pipe, hub, monkeypatch):
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(pipeline_module, "create_repo", unreachable)
+    monkeypatch.setattr(checkpoint, "create_repo", unreachable)
     with pytest.raises(OSError, match=r"could not be uploaded to 'pets': Name or service(.|\n)*hf auth login"):
         pipe.push_to_hub("pets")

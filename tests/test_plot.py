@@ -6,10 +6,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_training import tiny_recipe
 
 from itarflow.plot import PANELS, _names, _smoothed, plot_runs
+from itarflow.reconstruction import LossConfig, reconstruction_terms
 from itarflow.run import RunError, prepare
 
 
@@ -54,6 +56,7 @@ def test_lines_are_found_by_level_and_by_block(make_run):
     }
     assert panel("spread of z").find(lines).keys() == {"block 0", "block 1"}
     assert panel("loss").find(lines)[""][0] == list(range(1, 121))
+    assert panel("loss of the decoder").find(lines) == {}
     assert panel("held-out bits").find(lines) == {}
     assert panel("memory").find(lines) == {}
 
@@ -65,6 +68,14 @@ def test_a_likelihood_run_has_its_own_panels(make_run, tmp_path):
     assert panel("held-out bits").find(lines)[""][1] == [3.5] * 3
     plot_runs([tmp_path / "run"], tmp_path / "bpd.svg")
     assert (tmp_path / "bpd.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("weights", [{}, {"l2": 0.0}, {"l1": 0.0}])
+def test_the_loss_of_a_decoder_is_no_nll(weights):
+    terms = reconstruction_terms(LossConfig(**weights), torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4), None)
+    lines = [{"step": 7, "loss": 0.5} | {name: float(term) for name, term in terms.items()}]
+    assert panel("loss (weighted nll)").find(lines) == {}
+    assert panel("loss of the decoder").find(lines) == {"": ([7], [0.5])}
 
 
 def test_runs_of_one_name_are_told_apart(make_run):

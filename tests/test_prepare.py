@@ -371,6 +371,33 @@ def test_other_sources_are_refused(source: Path, tmp_path: Path) -> None:
         run(source, out)
 
 
+def test_only_the_name_of_a_local_source_is_stored(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    assert json.loads((out / "prepare.json").read_text())["settings"]["source"] == "source"
+    assert str(tmp_path) not in (out / "prepare.json").read_text()
+    monkeypatch.chdir(tmp_path)
+    run("./source/", out)  # the same folder
+    other = write_classes(tmp_path / "other", {"a": 2, "b": 1})
+    with pytest.raises(DataError, match="source: source there, other now"):
+        run(other, out)
+
+
+def test_a_folder_that_has_the_source_as_it_was_typed_goes_on(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(source, out)
+    manifest = json.loads((out / "prepare.json").read_text())
+    (out / "prepare.json").write_text(
+        json.dumps(manifest | {"settings": manifest["settings"] | {"source": str(source)}})
+    )
+    with pytest.raises(DataError, match="source: source there, digits now"):
+        run("digits", out)
+    assert run(source, out).images_per_second is None
+    assert json.loads((out / "prepare.json").read_text()) == manifest
+
+
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     source = write_classes(tmp_path / "source", {"a": 1})
     other, file = tmp_path / "other", tmp_path / "file"

@@ -10,7 +10,7 @@ by --data.path OUT --codec.vae VAE. An interrupted command goes on where it stop
 One process a GPU encodes its share of the files; plain `python` encodes all of them with one.
 """
 
-from itarflow.encode_command import main
+from itarflow.commands.encode_dataset import main
 
 if __name__ == "__main__":
     main(__doc__)

@@ -13,11 +13,11 @@ import tyro
 from accelerate import PartialState
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from itarflow.codes_card import training_command
-from itarflow.encode import EncodeConfig, Encoded, begin, encode_share, finish, plan_encoding
+from itarflow.commands.shared import print_table, say, say_goes_on
+from itarflow.encode import Encoded, begin, encode_share, finish
+from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.estimate import human_bytes
 from itarflow.processes import crash, first_to_say, on_cpu, on_main, refuse, shared_counter
 from itarflow.progress import image_progress
@@ -48,9 +48,7 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
         done = encode(config, console=Console(stderr=True))
     except KeyboardInterrupt:
         if first_to_say("stopped"):
-            Console(stderr=True).print(
-                f"[yellow]Stopped.[/] The same command goes on with {escape(str(config.out))} later.", soft_wrap=True
-            )
+            say_goes_on(config.out)
         sys.exit(130)
     except torch.OutOfMemoryError as error:
         refuse(
@@ -134,22 +132,17 @@ def join() -> PartialState:
 
 
 def _report(config: EncodeConfig, encoded: Encoded, speed: float | None) -> None:
-    card, console = encoded.card, Console()
-    broken = sum(map(len, encoded.broken.values()))
+    card, broken = encoded.card, sum(map(len, encoded.broken.values()))
     channels, height, width = card.shape
-    table = Table(title="Encoded", show_header=False, title_justify="left")
-    for name, value in {
+    print_table("Encoded", {
         **{f"images in {split}": f"{count:,}" for split, count in encoded.images.items()},
         "broken, left out": f"{broken:,}, see {config.out / 'broken.json'}" if broken else "none",
-        "classes": str(len(card.class_names) or "none: unlabelled"),
+        "classes": len(card.class_names) or "none: unlabelled",
         "codes": f"{channels} channels of {height} x {width}" + (", straight and mirrored" if card.flips else ""),
         "mean of each channel": " ".join(f"{mean:.3f}" for mean in card.code_mean),
         "standard deviation": " ".join(f"{std:.3f}" for std in card.code_std),
         "files": f"{encoded.shards:,} of at most {human_bytes(encoded.shard_bytes)}",
         "size": human_bytes(encoded.num_bytes),
         "speed": f"{speed:,.1f} images/s" if speed else "nothing was left to do",
-    }.items():
-        table.add_row(escape(name), escape(value))
-    console.print(table)
-    command = training_command(card, config.codec, str(config.out), config.split)
-    console.print(f"Train on them (NAME is a recipe's): {escape(command)}", highlight=False, soft_wrap=True)
+    })  # fmt: skip
+    say(f"Train on them (NAME is a recipe's): {training_command(card, config.codec, str(config.out), config.split)}")

@@ -1,0 +1,57 @@
+"""`itarflow info`: what a checkpoint is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
+
+from itarflow.commands.shared import print_table
+from itarflow.pipeline import ITARFlowPipeline
+
+
+@dataclass(frozen=True)
+class Info:
+    """Show what a checkpoint is: architecture, noise levels, sampling defaults, and how it was trained."""
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """A folder with a pipeline, or a Hugging Face Hub id (NAME/MODEL)."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
+        config, parameters = pipe.flow.config, sum(p.numel() for p in pipe.flow.parameters())
+        kind = "iTARFlow, conditioned on the noise level" if config.noise_conditioned else "TARFlow, one noise level"
+        num_tokens, token_dim = pipe.flow.z_shape
+        print_table("Flow", {
+            "kind": kind,
+            "parameters": f"{parameters:,}",
+            "trained on noise levels": _range(config.noise_range),
+            "z": f"{num_tokens} tokens of {token_dim} values",
+            **_public(config, without=("noise_conditioned", "noise_range")),
+        })  # fmt: skip
+        print_table("Sampling defaults", {
+            **_public(pipe.scheduler.config),
+            **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},
+        })  # fmt: skip
+        names = pipe.config.class_names
+        if names and names != [str(index) for index in range(len(names))]:
+            more = {"...": f"{len(names)} in all"} if len(names) > 20 else {}
+            print_table("Labels", {str(index): name for index, name in enumerate(names[:20])} | more)
+        training = pipe.config.training
+        if training:
+            recipe = training.get("recipe", {})
+            facts = {key: value for key, value in training.items() if key not in ("recipe", "metrics")}
+            print_table("Training", facts if facts.keys() != {"name"} else {})
+            print_table("Results", training.get("metrics", {}))
+            print_table("Recipe", {section: values for section, values in recipe.items() if isinstance(values, dict)})
+
+
+def _public(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in without}
+
+
+def _range(noise_range: Sequence[float] | None) -> str:
+    return "not recorded" if noise_range is None else f"{noise_range[0]:g} to {noise_range[1]:g}"

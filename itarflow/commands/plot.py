@@ -1,0 +1,37 @@
+"""`itarflow plot`: the curves of runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from itarflow.commands.shared import say
+from itarflow.plot import plot_runs
+from itarflow.run import check_writable
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the curves of one training, or of several over one another.
+
+    Example: itarflow plot runs/digits --output curves.png
+    """
+
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
+    """Folders of runs, such as runs/digits."""
+    output: Path = Path("curves.png")
+    """Picture file: .png, .svg or .pdf."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        if not self.runs:
+            raise ValueError("no run is named; expected folders such as runs/digits.")
+        if self.output.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--output {self.output} has an unknown picture format; use .png, .svg or .pdf.")
+        check_writable(self.output.parent)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        plot_runs(self.runs, self.output)
+        say(f"curves in {self.output}")

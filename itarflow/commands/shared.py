@@ -1,0 +1,98 @@
+"""What several commands need: labels, devices, and how they speak."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from itarflow.embedding import NULL_LABEL
+from itarflow.pipeline import ITARFlowPipeline
+
+
+def chosen_labels(
+    pipe: ITARFlowPipeline, class_labels: Sequence[str] | None, num_images: int | None
+) -> list[int | None]:
+    """A label an image, as the options of a command say; None = no label.
+
+    Args:
+        pipe: whose labels they are.
+        class_labels: names or numbers, repeated in turn; None = every class in turn.
+        num_images: None = one a label, or 16 if the model has no classes.
+
+    Raises:
+        ValueError: there is no such label, or no image is asked for.
+    """
+    num_classes = pipe.flow.config.num_classes
+    given: list[int | None]
+    if class_labels:
+        given = [_label(pipe, text) for text in class_labels]
+    else:
+        given = list(range(num_classes)) if num_classes else [None]
+    count = num_images if num_images is not None else len(given) if num_classes else 16
+    if count < 1:
+        raise ValueError(f"--num-images is {count}; expected a number >= 1.")
+    return [given[index % len(given)] for index in range(count)]
+
+
+def _label(pipe: ITARFlowPipeline, text: str) -> int | None:
+    """A label from the command line: a name if there is one like it, else a number."""
+    if text in (pipe.config.class_names or []) or not text.lstrip("-").isdigit():
+        return pipe.label_id(text)
+    number = int(text)
+    return None if number == NULL_LABEL else pipe.label_id(number)
+
+
+def usable_device(name: str | None) -> str:
+    """The device of that name, or the best there is.
+
+    Raises:
+        ValueError: PyTorch can't compute on it.
+    """
+    if not name:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise ValueError(f"--device {name} can't be used: {reason}. Try cpu, or leave --device out.") from error
+    return name
+
+
+def say(text: str) -> None:
+    """Print a line as it stands, so that a path in it can be copied."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_goes_on(out: Path) -> None:
+    """Print on the standard error that a command was stopped, and how it goes on."""
+    Console(stderr=True).print(
+        f"[yellow]Stopped.[/] The same command goes on with {escape(str(out))} later.", soft_wrap=True
+    )
+
+
+def print_table(title: str, values: Mapping[str, Any]) -> None:
+    """Print a row for each name and value; nothing if there is none."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for key, value in values.items():
+        table.add_row(escape(key), escape(_short(value)))
+    if values:
+        Console().print(table)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        items = (
+            (name, f"({_short(item)})" if isinstance(item, dict) else _short(item)) for name, item in value.items()
+        )
+        return "  ".join(f"{name}={item}" for name, item in items)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_short, value))
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,173 @@
+"""What encoding a data set with a VAE is told, and the plan that every process makes before anything is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from diffusers import AutoencoderKL
+
+from itarflow import __version__
+from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity
+from itarflow.codes import CARD, CodesCard, display_name, find_card, read_card
+from itarflow.dataset import ImageDataset
+from itarflow.images import DataError
+from itarflow.manifest import SourceConfig, check_folder, check_settings
+from itarflow.shards import Shard, plan_shards
+
+Precision = Literal["float32", "bf16", "fp16"]
+"""In which a VAE computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(SourceConfig):
+    """What to encode, and how."""
+
+    vae: str
+    """An autoencoder in diffusers' format, AutoencoderKL or AutoencoderTiny: a folder, or a name on the Hub such as
+    stabilityai/sd-vae-ft-ema. Images are read as grey or RGB, as it takes them."""
+    revision: str | None = None
+    """Branch, tag or commit of a VAE on the Hub."""
+    scaling_factor: float | None = None
+    """Codes are (latents - shift_factor) * scaling_factor, of about unit variance. None = as the VAE's config says."""
+    shift_factor: float | None = None
+    """See scaling_factor. None = as the VAE's config says."""
+    size: int
+    """Height and width of the images in pixels, a multiple of the VAE's stride (mostly 8). The model's image_size is
+    that of the codes: 256 pixels at stride 8 are codes of 32 x 32."""
+    flips: bool = True
+    """Encode the mirrored images, too, for training with data.horizontal_flip: a mirrored code is not the code of
+    the mirrored image. Without, half the time and room."""
+    batch_size: int = 32
+    """Images that are encoded at a time in each process; lower it if memory runs out."""
+    dtype: Precision = "float32"
+    """Precision in which the VAE computes; bf16 and fp16 are faster on GPUs, with small errors. In fp16, a VAE whose
+    config says that it overflows (force_upcast) computes in float32 all the same."""
+    tiled: bool = False
+    """Encode large images in overlapping tiles, if they do not fit otherwise; the codes differ slightly."""
+    shard_size: int = 2_560
+    """Images a file; what an interruption loses is less than one file a process. Each process encodes whole files:
+    make it smaller if there are fewer files than processes."""
+    max_broken: int = 100
+    """Unreadable images are left out and listed in broken.json; stop at more than this many."""
+    num_workers: int | None = None
+    """Processes that decode images ahead, beside each that encodes. None = the processor cores shared out, at most
+    8 for each."""
+
+    @property
+    def codec(self) -> CodecConfig:
+        """That of a flow that trains on the codes."""
+        return CodecConfig(
+            vae=self.vae,
+            revision=self.revision,
+            scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call has to do.
+
+    Attributes:
+        config: as it was called.
+        vae: in float32 on the CPU.
+        card: of the codes, unfinished.
+        sets: images by split.
+        shards: all files, in order.
+        manifest: what codes.json holds from the beginning.
+    """
+
+    config: EncodeConfig
+    vae: Vae
+    card: CodesCard
+    sets: Mapping[str, ImageDataset]
+    shards: tuple[Shard, ...]
+    manifest: Mapping[str, Any]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of codes."""
+        return self.card.columns(flips=self.card.flips, variance=self.card.variance)
+
+    @property
+    def num_images(self) -> int:
+        """Of the source."""
+        return sum(len(shard.rows) for shard in self.shards)
+
+    @property
+    def image_bytes(self) -> int:
+        """What the codes of an image take on the disk."""
+        return 2 * len(self.columns) * int(np.prod(self.card.shape))
+
+
+def plan_encoding(config: EncodeConfig) -> Plan:
+    """Check everything, load the VAE and open the source; nothing is written.
+
+    Raises:
+        DataError: the configuration or the source cannot be used, or the folder holds something else.
+        OSError: there is no such VAE.
+        ValueError: the VAE does not suit the images.
+    """
+    _check(config)
+    settings, card_file = _settings(config), config.out / CARD
+    check_folder(config, card_file, {"settings": settings})
+    if find_card(config.source) is not None:
+        raise DataError(f"{config.source} holds codes already; expected images: name the source that they are of")
+    vae = load_vae(config.codec)
+    in_channels = vae.config.in_channels
+    if in_channels not in (1, 3):
+        raise DataError(f"the VAE {config.vae} takes images of {in_channels} channels; expected 1 (grey) or 3 (RGB)")
+    code_shape(vae, (in_channels, config.size, config.size))
+    VaeCodec(vae, tiled=config.tiled)
+    sets, class_names = config.open(in_channels)
+    sizes = {split: len(images) for split, images in sets.items()}
+    shards = plan_shards(config.out, sizes, config.shard_size)
+    card = CodesCard(
+        vae=display_name(config.vae),
+        revision=_commit(vae) or config.revision,
+        identity=vae_identity(vae),
+        image_size=config.size,
+        crop=config.crop,
+        flips=config.flips,
+        variance=isinstance(vae, AutoencoderKL),
+        class_names=class_names,
+        finished=False,
+    )
+    depends = {
+        "settings": settings,
+        "source_images": sizes,
+        "classes": list(class_names),
+        "shards": len(shards),
+    }
+    check_folder(config, card_file, depends)
+    if card_file.exists() and (changes := differing(read_card(card_file).identity, card.identity)):
+        raise DataError(
+            f"{config.out} was begun with another VAE or scaling:\n  "
+            + "\n  ".join(changes)
+            + f"\nName that VAE, choose another folder, or delete {config.out} to begin anew."
+        )
+    manifest = {"itarflow": __version__} | depends | {"card": card.to_json()}
+    return Plan(config, vae, card, sets, tuple(shards), manifest)
+
+
+def _check(config: EncodeConfig) -> None:
+    """Refuse what can be seen from the settings alone."""
+    check_settings(config, {"size": 1, "shard_size": 1, "batch_size": 1, "max_broken": 0, "num_workers": 0})
+    if config.dtype not in get_args(Precision):
+        raise DataError(f"dtype {config.dtype!r} is unknown; use one of {', '.join(get_args(Precision))}")
+
+
+def _settings(config: EncodeConfig) -> dict[str, Any]:
+    """What the codes depend on besides the VAE, which the card tells, as JSON has it."""
+    elsewhere = ("vae", "revision", "scaling_factor", "shift_factor", "batch_size", "max_broken", "num_workers")
+    return config.settings(without=elsewhere)
+
+
+def _commit(vae: Vae) -> str | None:
+    """The commit of a VAE that was downloaded: the cache of the Hub names the folder after it."""
+    found = re.search(r"[/\\]snapshots[/\\]([0-9a-f]{40})(?:[/\\]|$)", str(vae.config.get("_name_or_path", "")))
+    return found[1] if found else None

@@ -1,0 +1,54 @@
+"""What a call of the pipeline is given: labels in whatever form, and a generator an image."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from itarflow.calls import image_generators, label_list, to_pil
+
+
+@pytest.mark.parametrize(
+    ("given", "count", "wanted"),
+    [
+        (None, None, [None]),
+        (None, 2, [None, None]),
+        ("cat", 3, ["cat"] * 3),
+        (np.int64(2), 2, [2, 2]),
+        (torch.tensor([1, 0]), None, [1, 0]),
+        (np.array([1, 0]), 2, [1, 0]),
+        (["cat", np.int32(1), torch.tensor(2), None], None, ["cat", 1, 2, None]),
+    ],
+)
+def test_labels_become_a_list_with_one_an_image(given, count, wanted):
+    found = label_list(given, count)
+    assert found == wanted
+    assert all(label is None or type(label) in (int, str) for label in found)
+
+
+def test_a_list_of_labels_is_not_changed():
+    labels = ["cat"]
+    label_list(labels, 3)
+    assert labels == ["cat"]
+
+
+def test_the_generator_of_an_image_does_not_depend_on_how_many_are_made():
+    few, many = (image_generators(torch.Generator().manual_seed(5), count) for count in (2, 7))
+    assert [one.initial_seed() for one in few] == [one.initial_seed() for one in many[:2]]
+    assert len({one.initial_seed() for one in many}) == 7
+
+
+def test_generators_that_are_given_one_an_image_are_kept():
+    given = [torch.Generator(), torch.Generator()]
+    assert image_generators(given, 2) == given
+    with pytest.raises(ValueError, match="2 generators were given for 3 images"):
+        image_generators(given, 3)
+
+
+def test_pictures_are_grey_or_rgb_and_clamped():
+    grey = torch.tensor([-1.0, 1.0, 5.0, float("nan")]).reshape(1, 1, 2, 2)
+    (picture,) = to_pil(grey)
+    assert (picture.mode, np.asarray(picture).flatten()[:3].tolist()) == ("L", [0, 255, 255])
+    (picture,) = to_pil(torch.zeros(1, 3, 2, 4))
+    assert (picture.mode, picture.size) == ("RGB", (4, 2))
