@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itarflow.codec import Codec, Vae, codec_of, differing, vae_identity
+from itarflow.codec import Codec, Vae, check_same_codes, codec_of
 from itarflow.denoise import CheckedDenoiser, Denoiser, DenoiseScheduler, FlowDenoiser, denoise, noise_levels
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.measures import Cleaned, parts
@@ -88,10 +88,8 @@ def decoder_columns(decoders: Mapping[str, Vae], vae: Vae | None, slice_size: in
             f"the decoder {next(iter(decoders))} is for codes, but the checkpoints make pixels: they have no VAE."
         )
     for name, decoder in decoders.items():
-        if vae is not None and (lines := differing(vae_identity(vae), vae_identity(decoder))):
-            raise ValueError(
-                f"the decoder {name} is for other codes than the checkpoints' VAE makes:\n  " + "\n  ".join(lines)
-            )
+        if vae is not None:
+            check_same_codes(name, decoder, vae)
     return [
         Column(f"decoder: {name}", codec_of(decoder, slice_size=slice_size), by_decoder=True)
         for name, decoder in decoders.items()

@@ -220,6 +220,18 @@ def differing(stored: VaeIdentity, wanted: VaeIdentity) -> list[str]:
     return [f"{name}: {old[name]} -> {value}" for name, value in new.items() if old[name] != value]
 
 
+def check_same_codes(name: str, decoder: Vae, vae: Vae) -> None:
+    """Refuse a VAE called `name` whose codes are not those of another VAE.
+
+    Raises:
+        ValueError: saying what differs.
+    """
+    if lines := differing(vae_identity(vae), vae_identity(decoder)):
+        raise ValueError(
+            f"the decoder {name} is for other codes than the checkpoint's VAE makes:\n  " + "\n  ".join(lines)
+        )
+
+
 def vae_stride(vae: Vae) -> int:
     """Pixels a code, in each direction."""
     blocks = (

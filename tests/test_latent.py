@@ -13,6 +13,7 @@ from test_codes import make_card, write_codes
 from test_training import losses, shared_weights, tiny_recipe
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, objective
+from itarflow.cli import main
 from itarflow.codec import CodecConfig, VaeCodec, to_pixels, vae_identity
 from itarflow.data import DataConfig, load_data
 from itarflow.images import DataError
@@ -196,3 +197,23 @@ def test_a_denoiser_of_other_images_is_refused_before_any_work(finished, tmp_pat
     with pytest.raises(RunError, match="'nowhere' is neither a folder"):
         train(tiny_recipe(denoiser="nowhere"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_samples_with_another_decoder_of_the_same_codes(finished, tmp_path, capsys):
+    pipeline, fine_tuned = str(finished[0] / "pipeline"), tiny_vae()
+    fine_tuned.decoder.conv_out.bias.data += 1
+    fine_tuned.save_pretrained(tmp_path / "fine-tuned")
+    tiny_vae(seed=1).save_pretrained(tmp_path / "other")
+
+    def sample(*words):
+        main(["sample", pipeline, "--class-labels", "3", "--method", "skip", "--device", "cpu", *map(str, words)])
+
+    sample("--output", tmp_path / "plain.png")
+    sample("--output", tmp_path / "tuned.png", "--decoder", tmp_path / "fine-tuned")
+    plain, tuned = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("plain", "tuned"))
+    assert (tuned - plain).mean() > 50  # a bias of 1 in [-1, 1] is 127 grey levels
+    with pytest.raises(SystemExit):
+        sample("--output", tmp_path / "no.png", "--decoder", tmp_path / "other")
+    assert "is for other codes than the checkpoint's VAE makes" in capsys.readouterr().err
+    main(["info", pipeline])
+    assert "AutoencoderKL, for images of 8 x 8 pixels" in capsys.readouterr().out

@@ -32,6 +32,7 @@ class Info:
             "z": f"{num_tokens} tokens of {token_dim} values",
             **_public(config, without=("noise_conditioned", "noise_range")),
         })  # fmt: skip
+        print_table("Codes", pipe.vae_facts())
         print_table("Sampling defaults", {
             **_public(pipe.scheduler.config),
             **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},

@@ -13,6 +13,7 @@ import tyro
 from PIL import Image
 
 from itarflow.calls import image_generators
+from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.commands.shared import chosen_labels, say, usable_device
 from itarflow.denoise import Denoiser, Method
 from itarflow.denoisers import load_denoiser
@@ -49,10 +50,15 @@ class Sample:
     a DiT or UNet in diffusers' format (facebook/DiT-XL-2-256, once converted to safetensors), for images or codes of
     the same size. One trained on a single noise level, a TARFlow, needs --num-denoise-steps 1; the others know a
     range of levels, and do best with 10 steps or so."""
+    decoder: str | None = None
+    """Of a checkpoint that models codes: another VAE with the same encoder, such as one whose decoder was fine-tuned
+    on noisy codes, which goes with --method skip. A folder or Hub id. None = the checkpoint's."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
     """Images that are denoised at a time. None = as many as are made."""
+    decode_batch_size: int = 8
+    """Images that a VAE decodes at a time. Not used by checkpoints that model pixels."""
     device: str | None = None
     """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
 
@@ -61,6 +67,8 @@ class Sample:
         _check_output(self.output)
         device = usable_device(self.device)
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
+        if self.decoder is not None:
+            pipe.register_modules(vae=_matching_vae(pipe, self.decoder))
         pipe.to(device)
         labels = chosen_labels(pipe, self.class_labels, self.num_images)
         denoiser = None
@@ -92,7 +100,17 @@ class Sample:
                 denoiser=denoiser,
                 generator=generators[part],
                 denoise_batch_size=self.denoise_batch_size,
+                decode_batch_size=self.decode_batch_size,
             ).images
+
+
+def _matching_vae(pipe: ITARFlowPipeline, name: str) -> Vae:
+    """A VAE by name that decodes the codes of the pipeline."""
+    if pipe.vae is None:
+        raise ValueError(f"--decoder {name} is for codes, but this checkpoint models pixels; leave it out.")
+    vae = load_vae(CodecConfig(vae=name))
+    check_same_codes(name, vae, pipe.vae)
+    return vae
 
 
 def _check_output(output: Path) -> None:
