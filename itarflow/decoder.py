@@ -21,6 +21,7 @@ from itarflow.batches import in_order
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, to_pixels, to_uint8
 from itarflow.data import DataConfig, ImageDataset
 from itarflow.objective import mixed_seed
+from itarflow.optimisation import Optimisation
 from itarflow.progress import titled_grid
 from itarflow.reconstruction import LossConfig, psnr
 
@@ -29,7 +30,7 @@ _EVALUATION_BATCH = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig:
+class TuneConfig(Optimisation):
     """The optimisation."""
 
     steps: int = 20_000
@@ -74,27 +75,7 @@ class TuneConfig:
     """Where Accelerate logs to, besides metrics.jsonl: tensorboard, wandb, mlflow, ..."""
 
     def __post_init__(self) -> None:
-        positive = ("steps", "batch_size", "accumulation", "learning_rate", "log_every", "evaluate_every",
-                    "save_every", "keep_states", "max_bad_steps")  # fmt: skip
-        for name in positive:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number > 0.")
-        for name in ("warmup_steps", "weight_decay", "min_learning_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number >= 0.")
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"train.min_learning_rate {self.min_learning_rate} is above train.learning_rate {self.learning_rate}; "
-                "lower one of them, or raise the other."
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train.betas is {self.betas}; expected two numbers in [0, 1).")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"train.seed is {self.seed}; expected a number from 0 to 2**32 - 1.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay is {self.ema_decay}; expected a number in [0, 1), or None.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; expected a number > 0, or None.")
+        self.check_numbers(positive=("steps", "evaluate_every"), not_negative=("warmup_steps",))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +159,7 @@ class DecoderConfig:
             )
         for size in (self.size, self.trained_size):
             code_shape(vae, (channels, size, size))
-        share = num_processes * self.train.accumulation
-        if self.train.batch_size % share:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} can't be shared evenly by {num_processes} processes with "
-                f"train.accumulation {self.train.accumulation}; expected a multiple of {share}."
-            )
+        self.train.check_share(num_processes)
 
 
 class Draws(NamedTuple):

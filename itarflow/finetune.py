@@ -1,9 +1,6 @@
-"""The loop that fine-tunes an autoencoder's decoder on noisy codes; see decoder.py.
+"""The fine-tuning of an autoencoder's decoder on noisy codes, see decoder.py: what a `Loop` does for it.
 
 OUT/recipe.json   metrics.jsonl   state/step-*/   vae/   psnr.json   comparison.png
-
-What a step does is a function of the settings and the step's number, as in training.py: a resumed run is the same run,
-and the number of processes does not matter.
 """
 
 from __future__ import annotations
@@ -12,9 +9,7 @@ import copy
 import json
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +19,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
-from itarflow import run as runs
-from itarflow.batches import Batch, batches, training_sampler
+from itarflow.batches import Batch
 from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
 from itarflow.data import ImageData, load_data
 from itarflow.decoder import (
@@ -43,18 +36,13 @@ from itarflow.decoder import (
     measure,
 )
 from itarflow.ema import averaged_weights
-from itarflow.images import DataError
-from itarflow.insight import memory_gib
-from itarflow.interrupt import Interrupted, StopSignal
-from itarflow.monitor import Monitor
-from itarflow.processes import agreed, agreed_state, make_accelerator, on_main
-from itarflow.progress import training_progress
+from itarflow.interrupt import StopSignal
+from itarflow.loop import Loop
+from itarflow.processes import check_folder, claimed, make_accelerator, on_main
 from itarflow.recipe import learning_rate_factor
 from itarflow.reconstruction import PatchCritic, adversarial_loss, hinge_loss, load_lpips, reconstruction_terms
-from itarflow.run import RunDir, RunError, Start, replace_folder
+from itarflow.run import RunDir, Start, replace_folder
 from itarflow.sharding import clip_grad_norm, load_tensors, save_tensors
-from itarflow.states import PROGRESS, first_cause, save_state
-from itarflow.training import TrainingError
 
 
 @dataclass(frozen=True)
@@ -104,8 +92,7 @@ def fine_tune(
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
     accelerator = make_accelerator(out, accumulation=config.train.accumulation, trackers=config.train.trackers)
     run = RunDir(out, "OUT")
-    on_main(accelerator, lambda: runs.check(out, config, start, allow_changes, run.option))
-    on_main(accelerator, lambda: runs.check_free(run))
+    check_folder(run, config, accelerator, start, allow_changes)
     vae = load_vae(config.codec)
     config.check(vae, accelerator.num_processes)
     perceptual = load_lpips() if config.loss.lpips else None
@@ -114,33 +101,33 @@ def fine_tune(
         raise ValueError("data.held_out_images is 0: there is nothing to measure the decoder on; expected 1 or more.")
     if config.data.in_memory:
         data = data.decoded()
-    with ExitStack() as locks, StopSignal() as stop:
-        on_main(accelerator, lambda: runs.claim(run, config, start, allow_changes, locks))
-        tuning = _Tuning(config, run, data, accelerator, vae, perceptual, resume=start == "resume", stop=stop)
-        try:
-            tuned = tuning.run_to(max_steps)
-        except Interrupted:
-            tuning.close()  # all processes have agreed to stop
-            raise
-        except BaseException:
-            tuning.finish_trackers()  # others may be waiting for this one: the connection is not closed in order
-            raise
-        tuning.close()
-        return tuned
+    with claimed(run, config, accelerator, start, allow_changes) as stop:
+        tuning = _Tuning(config, run, data, accelerator, stop, vae=vae, perceptual=perceptual)
+        return tuning.run_to(max_steps, resume=start == "resume")
 
 
-class _State(NamedTuple):
-    """Where a fine-tuning is, besides its tensors."""
+class _Step(NamedTuple):
+    """What one optimiser step tells."""
 
-    step: int
-    seconds: float
-    bad_steps: int
-    before: Mapping[str, float]
-    """PSNR of the VAE as it was."""
+    terms: dict[str, Tensor]
+    """() each, of this process's images: "loss", and what it is made of."""
+    grad_norm: float
+    """The decoder's, of all processes; not finite if the step was skipped."""
+
+    @property
+    def loss(self) -> Tensor:
+        """()"""
+        return self.terms["loss"]
 
 
-class _Tuning:
-    """The objects of one fine-tuning, and the loop over them."""
+class _Tuning(Loop[_Step, Tuned]):
+    """A `Loop` whose learner is a VAE's decoder, and beside it perhaps a critic."""
+
+    learner = "VAE"
+    advice = (
+        "Go on by --resume --allow-changes with a lower train.learning_rate or train.mixed_precision no; or begin "
+        "anew by --restart."
+    )
 
     def __init__(
         self,
@@ -148,15 +135,13 @@ class _Tuning:
         run: RunDir,
         data: ImageData,
         accelerator: Accelerator,
+        stop: StopSignal,
+        *,
         vae: Vae,
         perceptual: nn.Module | None,
-        *,
-        resume: bool,
-        stop: StopSignal,
     ) -> None:
-        self.config, self.run, self.data, self.accelerator, self.stop = config, run, data, accelerator, stop
-        self.saved_at = 0  # the step whose state is on the disk; of step 0 there is nothing to save
-        self.monitor = Monitor(config, run, accelerator)
+        super().__init__(config, run, data, accelerator, stop, name="decoder", total_steps=config.train.steps)
+        self.config = config
         # Convolutions are faster with the channels last, on CPUs and GPUs alike.
         self.vae = vae.to(accelerator.device, memory_format=torch.channels_last)
         if config.train.gradient_checkpointing:
@@ -166,161 +151,59 @@ class _Tuning:
         self.measured = VaeCodec(self.vae, slice_size=4)  # whole images in float32 may be larger than those of a step
         self.examples = examples(config, data.held_out)
         self.before_images = self._decoded_examples()
+        self.after: dict[str, float] = {}
         set_seed(config.train.seed)
         self.critic = PatchCritic(vae.config.in_channels) if config.loss.adversarial else None
-        self.model: nn.Module = accelerator.prepare(self.decoding)
+        self.model = accelerator.prepare(self.decoding)
         self.critic_model: nn.Module | None = None if self.critic is None else accelerator.prepare(self.critic)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), **self._optimizer_settings(critic=False))
+        self.optimizer = self._optimizer(self.model, config.train.betas[0], config.train.weight_decay)
         self.critic_optimizer = (
             None
             if self.critic_model is None
-            else torch.optim.AdamW(self.critic_model.parameters(), **self._optimizer_settings(critic=True))
+            else self._optimizer(self.critic_model, min(config.train.betas[0], 0.5), weight_decay=0.0)
         )
         decay = config.train.ema_decay
         self.ema = None if decay is None else EMAModel(self.model.parameters(), decay)
-        self.after: dict[str, float] = {}
-        self.measured_at = -1
-        if resume and run.states():
-            self.state = self._load_newest()
-        else:
-            if resume:
-                on_main(accelerator, lambda: run.rewrite_metrics([]))
-                self.monitor.say(f"{run.path} was stopped before its first saved state: beginning anew.")
-            self.state = _State(0, 0.0, 0, {})
 
-    def run_to(self, max_steps: int | None) -> Tuned:
-        """Train up to max_steps or the end, measure, compare, and export."""
-        last_step = min(self.config.train.steps, max_steps or self.config.train.steps)
-        self._describe_plan()
-        # Each process has decoded all images, and one says which failed.
-        decoded = (*self.data.train.broken, *self.data.held_out.broken)
-        self.monitor.name_broken(decoded, aloud=self.accelerator.is_main_process)
-        if not self.state.before:
-            self._evaluate()
-            self.state = self.state._replace(before=self.after)
-        if self.state.step >= last_step:
-            self.monitor.say(f"Nothing is left to train: step {self.state.step} has been reached.")
-        speed = self._loop(last_step)
-        self._save()  # before anything else can go wrong
-        if self.measured_at != self.state.step:
-            self._stop_if_asked()
-            self._evaluate()
-        self._stop_if_asked()
-        on_main(self.accelerator, self._report)
-        return Tuned(
-            run=self.run,
-            steps=self.state.step,
-            total_steps=self.config.train.steps,
-            seconds=self.state.seconds,
-            images_per_second=speed,
-            before=dict(self.state.before),
-            after=self.after,
-            held_out_images=len(self.data.held_out),
-            bad_steps=self.state.bad_steps,
-            unreadable_images=len(self.monitor.broken),
+    def _optimizer(self, model: nn.Module, first_beta: float, weight_decay: float) -> torch.optim.Optimizer:
+        train = self.config.train
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=train.learning_rate,
+            betas=(first_beta, train.betas[1]),
+            weight_decay=weight_decay,
+            fused=self.accelerator.device.type == "cuda",
         )
 
-    def close(self) -> None:
-        """End together: see `training._Training.close`, whose order this is."""
-        self.finish_trackers()
-        self.accelerator.wait_for_everyone()
-        del self.model, self.decoding, self.codec, self.measured, self.vae, self.optimizer, self.ema
-        del self.critic, self.critic_model, self.critic_optimizer
-        self.accelerator.free_memory()
-        self.accelerator.state.destroy_process_group()
-
-    def finish_trackers(self) -> None:
-        """Let what was logged reach its place."""
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-
-    def _loop(self, last_step: int) -> float:
-        """Train up to last_step; returns images a second."""
-        train, first_step, loader = self.config.train, self.state.step, self._batches()
-        bad_in_a_row, step_seconds, speed = 0, 0.0, 0.0
-        with training_progress(self.monitor.console, "decoder", train.steps, first_step) as show:
-            while self.state.step < last_step:
-                began = time.perf_counter()
-                micro_batches = self._fetch(loader)
-                terms, grad_norm = self._step(self.state.step, micro_batches)
-                bad = not math.isfinite(grad_norm)
-                bad_in_a_row = bad_in_a_row + 1 if bad else 0
-                passed = time.perf_counter() - began
-                step_seconds += passed
-                step, seconds = self.state.step + 1, self.state.seconds + passed
-                self.state = self.state._replace(step=step, seconds=seconds, bad_steps=self.state.bad_steps + bad)
-                self._give_up_after(bad_in_a_row)
-                speed = (step - first_step) * train.batch_size / step_seconds
-                show(step, float(terms["loss"]) if step % 5 == 0 else None, speed)
-                if step % train.log_every == 0:
-                    self._log(terms, grad_norm, speed)
-                if step % train.save_every == 0 and step < last_step:
-                    self._save()
-                if step % train.evaluate_every == 0 and step < last_step:
-                    self._evaluate()
-        return speed
-
-    def _describe_plan(self) -> None:
-        config, train, processes = self.config, self.config.train, self.accelerator.num_processes
+    def plan(self) -> str:
+        """See `Loop.plan`."""
+        config, train = self.config, self.config.train
         level = f"{config.t_max:g}" if config.t_min is None else f"{config.t_min:g} to {config.t_max:g}"
         learning = sum(parameter.numel() for parameter in self.decoding.parameters())
-        micro = train.batch_size // processes // train.accumulation
-        self.monitor.say(
+        return (
             f"{len(self.data.train):,} training images, {len(self.data.held_out):,} held out; "
             f"{train.steps:,} steps of {train.batch_size} images see each "
             f"{train.steps * train.batch_size / len(self.data.train):.3g} times. The decoder's {learning:,} weights "
-            f"learn to decode codes with noise {level}.\n"
-            f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}; "
-            f"{train.accumulation} micro-batch{'es' if train.accumulation > 1 else ''} of {micro} images a step."
+            f"learn to decode codes with noise {level}.\n{self.shares()}"
         )
+
+    def begin(self) -> None:
+        """What `Loop` does, and a measurement of the VAE as it is."""
+        super().begin()
+        if not self.own:
+            self.evaluate()
+            self.own = {"before": self.after}
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def _batches(self) -> Iterator[Batch]:
-        train = self.config.train
-        sampler = training_sampler(
-            self.data.train,
-            train.batch_size,
-            shuffle_buffer=self.config.data.shuffle_buffer,
-            num_processes=self.accelerator.num_processes,
-            process_index=self.accelerator.process_index,
-            accumulation=train.accumulation,
-            seed=train.seed,
-            start_step=self.state.step,
-        )
-        return batches(self.data.train, sampler, self.config.data.num_workers)
-
-    def _fetch(self, loader: Iterator[Batch]) -> list[Batch]:
-        """The next step's micro-batches; but if any process was told to stop, or has no images, all save and end here.
-
-        Raises:
-            Interrupted: a signal has arrived.
-            DataError: images can't be read, here or at another process.
-        """
-        refusal: DataError | None = None
-        found: list[Batch] = []
-        try:
-            found = [next(loader) for _ in range(self.config.train.accumulation)]
-            self.monitor.name_broken([name for batch in found for name in batch.broken])
-        except DataError as error:
-            refusal = error
-        signal_number, refused = agreed(self.accelerator, self.stop.signal_number or 0, int(refusal is not None))
-        if signal_number or refused:
-            self._save()
-        if signal_number:
-            raise Interrupted(signal_number, self.run.path, self.state.step)
-        if refused:
-            raise refusal or DataError("another process can't read its images; its message says why")
-        return found
-
-    def _step(self, step: int, micro_batches: Sequence[Batch]) -> tuple[dict[str, Tensor], float]:
-        """One optimiser step, on this process's share of the global batch: its mean terms, and the gradient's norm."""
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> _Step:
+        """See `Loop.step`."""
         train, accelerator = self.config.train, self.accelerator
-        self._set_learning_rate(step)
+        self._set_learning_rate(number)
         size = self.config.trained_size
         channels = self.vae.config.in_channels
-        draws = draw(self.config, code_shape(self.vae, (channels, size, size)), step, accelerator.device)
-        critical = self.critic_model is not None and step >= self.config.loss.adversarial_start
+        draws = draw(self.config, code_shape(self.vae, (channels, size, size)), number, accelerator.device)
+        critical = self.critic_model is not None and number >= self.config.loss.adversarial_start
         found: list[dict[str, Tensor]] = []
         grad_norm = math.nan
         learning = [self.model] if self.critic_model is None else [self.model, self.critic_model]
@@ -333,7 +216,7 @@ class _Tuning:
                 found.append(self._backward(images, part, critical))
                 if accelerator.sync_gradients:
                     grad_norm = self._update(train.max_grad_norm or math.inf, critical)
-        return {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}, grad_norm
+        return _Step({name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}, grad_norm)
 
     def _backward(self, images: Tensor, draws: Draws, critical: bool) -> dict[str, Tensor]:
         """Gradients of a micro-batch, of the decoder and, if it has begun, of the critic; returns the terms."""
@@ -376,16 +259,6 @@ class _Tuning:
             self.critic_optimizer.zero_grad()
         return norms[0] if finite else math.nan
 
-    def _optimizer_settings(self, *, critic: bool) -> dict[str, Any]:
-        train = self.config.train
-        first, second = train.betas
-        return {
-            "lr": train.learning_rate,
-            "betas": (min(first, 0.5), second) if critic else (first, second),
-            "weight_decay": 0.0 if critic else train.weight_decay,
-            "fused": self.accelerator.device.type == "cuda",
-        }
-
     def _set_learning_rate(self, step: int) -> None:
         train = self.config.train
         lowest = train.min_learning_rate / train.learning_rate
@@ -396,41 +269,24 @@ class _Tuning:
             for group in () if optimizer is None else optimizer.param_groups:
                 group["lr"] = train.learning_rate * factor
 
-    def _give_up_after(self, bad_in_a_row: int) -> None:
-        if bad_in_a_row == 0:
-            return
-        step = self.state.step
-        self.monitor.say(
-            f"Step {step}: the gradient is not finite; the step was skipped ({bad_in_a_row} in a row, "
-            f"{self.state.bad_steps} in all).",
-            "yellow",
-        )
-        if bad_in_a_row >= self.config.train.max_bad_steps:
-            self._save()  # these steps changed nothing: the weights are those of the last good one
-            raise TrainingError(
-                f"{bad_in_a_row} steps in a row had no finite gradient, up to step {step}, whose state is saved. Go "
-                "on by --resume --allow-changes with a lower train.learning_rate or train.mixed_precision no; or "
-                "begin anew by --restart."
-            )
+    def culprit(self, told: _Step) -> str:  # noqa: ARG002
+        """Nothing is known."""
+        return ""
 
     # -- now and then -------------------------------------------------------------------------------------------
 
-    def _log(self, terms: Mapping[str, Tensor], grad_norm: float, speed: float) -> None:
-        """One line of metrics, of the images of all processes."""
-        means = self.accelerator.reduce(torch.stack(list(terms.values())).float(), "mean").tolist()
-        self.monitor.log({
-            "step": self.state.step,
-            **dict(zip(terms, means, strict=True)),
-            "grad_norm": grad_norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "images_per_second": speed,
-            "memory_gib": memory_gib(self.accelerator.device),
-            "seconds": self.state.seconds,
-            "bad_steps": self.state.bad_steps,
-            "unreadable_images": len(self.monitor.broken),
-        })  # fmt: skip
+    def metrics(self, told: _Step) -> dict[str, Any]:
+        """See `Loop.metrics`."""
+        means = self.accelerator.reduce(torch.stack(list(told.terms.values())).float(), "mean").tolist()
+        return dict(zip(told.terms, means, strict=True))
 
-    def _evaluate(self) -> None:
+    def chores(self, last_step: int) -> None:
+        """See `Loop.chores`."""
+        if self.due(self.config.train.evaluate_every) and self.state.step < last_step:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """See `Loop.evaluate`."""
         with averaged_weights(self.ema, self.decoding):
             self.after, broken = measure(self.config, self.measured, self.data.held_out, self.accelerator)
         self.measured_at = self.state.step
@@ -439,11 +295,11 @@ class _Tuning:
         figures = ", ".join(f"{value:.2f} at t={level}" for level, value in self.after.items())
         self.monitor.say(f"step {self.state.step}  held-out PSNR {figures} (dB)")
 
-    def _stop_if_asked(self) -> None:
-        """Between the chores after the last step, whose state has been saved."""
-        (signal_number,) = agreed(self.accelerator, self.stop.signal_number or 0)
-        if signal_number:
-            raise Interrupted(signal_number, self.run.path, self.state.step)
+    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """See `Loop.recall`."""
+        for line in lines:
+            if "psnr" in line:
+                self.after, self.measured_at = line["psnr"], line["step"]
 
     # -- what is left in the folder -----------------------------------------------------------------------------
 
@@ -459,7 +315,7 @@ class _Tuning:
             picture = comparison(self.config, self.examples, self.before_images, self._decoded_examples())
         figures = {
             "unit": "dB, mean over the held-out images",
-            "before": dict(self.state.before),
+            "before": self.own["before"],
             "after": self.after,
             "held_out_images": len(self.data.held_out),
             "steps": self.state.step,
@@ -472,65 +328,40 @@ class _Tuning:
             write(partial)
             os.replace(partial, self.run.path / name)
 
-    def _save(self) -> None:
-        """Save the state, unless it is on the disk already, and the VAE."""
-        if self.saved_at == self.state.step:
-            return
-        self.monitor.gather_broken()
-        save_state(
-            self.run,
-            self.state.step,
-            self.config.train.keep_states,
-            self._write_tensors,
-            {**self.state._asdict(), "broken": sorted(self.monitor.broken)},
-            lambda action: on_main(self.accelerator, action),
-        )
-        self.saved_at = self.state.step
-        on_main(self.accelerator, lambda: replace_folder(self.run.path / "vae", self._write_vae))
-
-    def _write_tensors(self, folder: Path) -> None:
-        save_tensors(folder, self.model, self.optimizer, self.ema)
+    def save_tensors(self, folder: Path) -> None:
+        """What `Loop` writes, and the critic's beside it."""
+        super().save_tensors(folder)
         if self.critic_model is not None and self.critic_optimizer is not None:
             save_tensors(folder / "critic", self.critic_model, self.critic_optimizer, None)
+
+    def load_tensors(self, folder: Path) -> None:
+        """What `Loop` reads, and the critic's."""
+        super().load_tensors(folder)
+        # A critic may join in the middle.
+        if self.critic_model is not None and self.critic_optimizer is not None and (folder / "critic").exists():
+            load_tensors(folder / "critic", self.critic_model, self.critic_optimizer, None)
+
+    def export(self) -> None:
+        """Write the VAE."""
+        on_main(self.accelerator, lambda: replace_folder(self.run.path / "vae", self._write_vae))
 
     def _write_vae(self, folder: Path) -> None:
         with averaged_weights(self.ema, self.decoding):
             vae = copy.deepcopy(self.vae)
         vae.to("cpu", memory_format=torch.contiguous_format).save_pretrained(folder)
 
-    def _load_newest(self) -> _State:
-        folder = agreed_state(self.run, self.accelerator, self.monitor.say)
-        try:
-            progress = json.loads((folder / PROGRESS).read_text())
-            load_tensors(folder, self.model, self.optimizer, self.ema)
-            # A critic may join in the middle.
-            if self.critic_model is not None and self.critic_optimizer is not None and (folder / "critic").exists():
-                load_tensors(folder / "critic", self.critic_model, self.critic_optimizer, None)
-        except torch.OutOfMemoryError:
-            raise
-        except (Exception, CheckpointException) as error:  # of many libraries, and all mean the same
-            raise RunError(
-                f"The state {folder} is whole, but can't be read: {first_cause(error)}. It is of another VAE, or of "
-                "another version of this program: use the settings of its recipe.json, or begin anew by --restart."
-            ) from error
-        self._restore_optimizer_settings()
-        self.monitor.broken = frozenset(progress.pop("broken"))
-        state = _State(**progress)
-        self.saved_at = state.step
-        if self.ema is not None:
-            self.ema.optimization_step = state.step - state.bad_steps
-        kept = [line for line in self.run.logged() if line["step"] <= state.step]
-        for line in kept:
-            if "psnr" in line:
-                self.after, self.measured_at = line["psnr"], line["step"]
-        # All have read before one writes.
-        self.accelerator.wait_for_everyone()
-        on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
-        self.monitor.say(f"Resuming from {folder} at step {state.step} of {self.config.train.steps}.")
-        return state
-
-    def _restore_optimizer_settings(self) -> None:
-        """A state brings the settings of the run that saved it."""
-        for optimizer, critic in ((self.optimizer, False), (self.critic_optimizer, True)):
-            for group in () if optimizer is None else optimizer.param_groups:
-                group.update(self._optimizer_settings(critic=critic))
+    def finish(self) -> Tuned:
+        """Figures and pictures."""
+        on_main(self.accelerator, self._report)
+        return Tuned(
+            run=self.run,
+            steps=self.state.step,
+            total_steps=self.total_steps,
+            seconds=self.state.seconds,
+            images_per_second=self.speed,
+            before=self.own["before"],
+            after=self.after,
+            held_out_images=len(self.data.held_out),
+            bad_steps=self.state.bad_steps,
+            unreadable_images=len(self.monitor.broken),
+        )

@@ -32,12 +32,13 @@ from itarflow.estimate import (
 from itarflow.images import DataError
 from itarflow.insight import PEAK_TFLOPS
 from itarflow.interrupt import Interrupted
+from itarflow.loop import TrainingError
 from itarflow.objective import describe
 from itarflow.presets import SIZES
 from itarflow.processes import crash, on_cpu, refuse
 from itarflow.recipe import Recipe, open_data, open_vae, to_json
 from itarflow.run import RunError, Start
-from itarflow.training import Summary, TrainingError, train
+from itarflow.training import Summary, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,14 +87,6 @@ class Monitor:
             "yellow",
         )
 
-    def report_bad(self, step: int, in_a_row: int, total: int, level: float, nll: float) -> None:
-        """Say that a step was skipped, and which noise level it came from."""
-        self.say(
-            f"Step {step}: the gradient is not finite; the step was skipped ({in_a_row} in a row, {total} in all). "
-            f"The worst image has noise level {level:.3g} (nll {nll:.3g} nats/dim).",
-            "yellow",
-        )
-
     # -- figures ------------------------------------------------------------------------------------------------
 
     def log(self, values: dict[str, Any]) -> None:

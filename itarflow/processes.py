@@ -6,7 +6,8 @@ import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +18,10 @@ from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_e
 from rich.console import Console
 from rich.markup import escape
 
-from itarflow.run import RunDir, RunError
+from itarflow import run as runs
+from itarflow.interrupt import StopSignal
+from itarflow.recipe import Settings
+from itarflow.run import RunDir, RunError, Start
 from itarflow.states import newest_whole, set_aside_newer
 
 
@@ -74,6 +78,33 @@ def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object
         raise unforeseen
     if refusal[0] is not None:
         raise RunError(refusal[0])
+
+
+def check_folder(run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool) -> None:
+    """Refuse a run's folder that can't be used, or is in use, before any work and without touching it.
+
+    Raises:
+        RunError: on all processes; as `run.check` and `run.check_free`.
+    """
+    on_main(accelerator, lambda: runs.check(run.path, settings, start, allow_changes, run.option))
+    on_main(accelerator, lambda: runs.check_free(run))
+
+
+@contextmanager
+def claimed(
+    run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool
+) -> Iterator[StopSignal]:
+    """While inside, the run's folder is ready, and held by the main process, and the first signal is a request.
+
+    Yields:
+        Where that request is seen.
+
+    Raises:
+        RunError: on all processes; as `run.claim`.
+    """
+    with ExitStack() as locks, StopSignal() as stop:
+        on_main(accelerator, lambda: runs.claim(run, settings, start, allow_changes, locks))
+        yield stop
 
 
 def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:

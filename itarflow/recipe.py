@@ -18,11 +18,12 @@ from itarflow.denoise import DenoiseScheduler, Method, noise_levels
 from itarflow.guidance import Guidance
 from itarflow.images import DataError
 from itarflow.noise import NoiseConfig
+from itarflow.optimisation import Optimisation
 from itarflow.presets import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Optimisation):
     """How the flow is trained. The defaults are the papers', who do not limit the gradient's norm."""
 
     epochs: float = 300
@@ -75,33 +76,15 @@ class TrainConfig:
     """Where Accelerate logs to, besides metrics.jsonl: tensorboard, wandb, mlflow, ..."""
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "batch_size", "accumulation", "log_every", "save_every", "keep_states", "max_bad_steps",
-                    "evaluate_every_epochs", "sample_every_epochs", "learning_rate")  # fmt: skip
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number > 0.")
-        for name in ("warmup_epochs", "weight_decay", "min_learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number >= 0.")
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(
-                f"train.min_learning_rate {self.min_learning_rate} is above train.learning_rate {self.learning_rate}; "
-                "lower one of them, or raise the other."
-            )
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"train.betas is {self.betas}; expected two numbers in [0, 1).")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"train.seed is {self.seed}; expected a number from 0 to 2**32 - 1.")
+        self.check_numbers(
+            positive=("epochs", "evaluate_every_epochs", "sample_every_epochs"), not_negative=("warmup_epochs",)
+        )
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"train.label_drop is {self.label_drop}; expected a probability in [0, 1].")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"train.batch_size {self.batch_size} is not a multiple of train.accumulation {self.accumulation}."
             )
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"train.ema_decay is {self.ema_decay}; expected a number in [0, 1), or None.")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"train.max_grad_norm is {self.max_grad_norm}; expected a number > 0, or None.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +126,10 @@ class Settings(Protocol):
     @property
     def data(self) -> DataConfig:
         """The images."""
+
+    @property
+    def train(self) -> Optimisation:
+        """The optimisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,12 +214,7 @@ class Recipe:
             raise ValueError("noise.distribution is 'dequantise', which is for 8-bit pixels; leave codec.vae out.")
         if self.codec.vae is not None and self.sampling.clip:
             raise ValueError("sampling.clip is on, but codes are not limited to [-1, 1]; switch it off.")
-        share = num_processes * self.train.accumulation
-        if self.train.batch_size % share:
-            raise ValueError(
-                f"train.batch_size {self.train.batch_size} can't be shared evenly by {num_processes} processes with "
-                f"train.accumulation {self.train.accumulation}; expected a multiple of {share}."
-            )
+        self.train.check_share(num_processes)
         self.scheduler()
         with torch.device("meta"):  # shapes without memory
             self.model.build(self.noise_range)

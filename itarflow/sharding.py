@@ -122,8 +122,10 @@ def save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
 def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
     """Bring everything back to where `save_tensors` left it, on any number of processes, sharded or not.
 
-    Averages that were not kept then begin with the weights. The optimiser's settings come back, too.
+    Averages that were not kept then begin with the weights. The optimiser keeps the settings that it has, for a
+    resumed run may have changed them.
     """
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     stored = FileSystemReader(folder / _FOLDER).read_metadata().state_dict_metadata
     parts = {name.split(".")[0] for name in stored}
     tensors = _tensors(model, optimizer, ema, parts)
@@ -132,6 +134,8 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     set_model_state_dict(model, tensors["model"])
     if "optimizer" in tensors:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
     if ema is not None and "ema" not in tensors:  # else they have been read in place
         for average, parameter in zip(ema.shadow_params, model.parameters(), strict=True):
             average.copy_(parameter.detach())

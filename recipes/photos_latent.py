@@ -17,23 +17,24 @@ from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 recipe = Recipe(
     name="photos_latent",
     model=ModelConfig(
-        image_size=16, in_channels=4, num_classes=5, patch_size=2, channels=192, num_layers=(1, 1, 1, 4)
+        image_size=16, in_channels=4, num_classes=5, patch_size=2, channels=192, num_layers=(1, 1, 1, 5)
     ),
     data=DataConfig(path="codes/photos", in_memory=True),
     codec=CodecConfig(vae="madebyollin/taesd"),
     noise=NoiseConfig(t_min=0.05, t_max=0.5),
     train=TrainConfig(
-        epochs=20,
-        batch_size=64,
+        epochs=30,
+        batch_size=32,
         learning_rate=1e-3,
         min_learning_rate=1e-5,
         warmup_epochs=1,
         ema_decay=0.99,
-        evaluate_every_epochs=4,
-        sample_every_epochs=10,
+        mixed_precision="bf16",
+        evaluate_every_epochs=6,
+        sample_every_epochs=15,
         save_every=500,
     ),
-    sampling=SamplingConfig(guidance=Guidance(weight=1.5, schedule="linear"), num_images=40, batch_size=40),
+    sampling=SamplingConfig(guidance=Guidance(weight=3.0, schedule="linear"), num_images=40, batch_size=40),
 )
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from itarflow.data import DataConfig, ImageData, load_data
 from itarflow.decoder import DecoderConfig, Draws, TuneConfig, augmented, draw, measure
 from itarflow.finetune import fine_tune
 from itarflow.interrupt import Interrupted
+from itarflow.loop import TrainingError
 from itarflow.reconstruction import LossConfig, PatchCritic
-from itarflow.training import TrainingError
 
 SCRIPT = Path(__file__).parents[1] / "vae" / "finetune_decoder.py"
 

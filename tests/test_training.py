@@ -21,12 +21,13 @@ from itarflow.data import DataConfig, load_data
 from itarflow.guidance import Guidance
 from itarflow.images import DataError
 from itarflow.interrupt import Interrupted
+from itarflow.loop import TrainingError
 from itarflow.noise import NoiseConfig
 from itarflow.prepare import PrepareConfig, prepare
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.run import RunDir, RunError, hold
-from itarflow.training import TrainingError, train
+from itarflow.training import train
 
 
 def tiny_recipe(**changes):
@@ -347,7 +348,7 @@ def test_saving_before_the_first_good_step_changes_nothing_of_it(tmp_path, monke
 
 def test_a_signal_after_the_last_step_loses_nothing(finished, tmp_path, monkeypatch):
     whole, _ = finished
-    original = training._Training._evaluate
+    original = training._Training.evaluate
 
     def evaluate_and_signal(self):
         if self.state.step == 27:
@@ -355,7 +356,7 @@ def test_a_signal_after_the_last_step_loses_nothing(finished, tmp_path, monkeypa
         original(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Training, "_evaluate", evaluate_and_signal)
+        patch.setattr(training._Training, "evaluate", evaluate_and_signal)
         with pytest.raises(Interrupted) as stop:
             train(tiny_recipe(), tmp_path / "run")
     assert stop.value.exit_code == 143

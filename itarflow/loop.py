@@ -1,0 +1,384 @@
+"""The loop of every training on images, on Accelerate: from resuming to closing in order.
+
+What a step does is a function of the settings and the step's number: which images it sees (batches.py), and what a
+subclass draws. So nothing but weights, optimiser and step need be stored for a resumed run to be the same run, and the
+number of processes does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from itarflow.batches import Batch, batches, training_sampler
+from itarflow.data import ImageData
+from itarflow.images import DataError
+from itarflow.insight import memory_gib
+from itarflow.interrupt import Interrupted, StopSignal
+from itarflow.monitor import Monitor
+from itarflow.processes import agreed, agreed_state, on_main
+from itarflow.progress import training_progress
+from itarflow.recipe import Settings
+from itarflow.run import RunDir, RunError
+from itarflow.sharding import load_tensors, save_tensors
+from itarflow.states import PROGRESS, first_cause, save_state
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says why and what to try."""
+
+
+class State(NamedTuple):
+    """Where a training is, besides its tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Of training, over all resumed parts."""
+    bad_steps: int = 0
+
+
+class Told(Protocol):
+    """What an optimiser step tells; a subclass of `Loop` adds what it wants to know."""
+
+    @property
+    def loss(self) -> Tensor:
+        """(), of this process's images."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Of all processes; not finite if the step was skipped."""
+
+
+ToldT = TypeVar("ToldT", bound=Told)
+Result = TypeVar("Result")
+
+
+class Loop(ABC, Generic[ToldT, Result]):
+    """The objects of one training, and the loop over them. All processes have one, and call the same of it.
+
+    A subclass says what is its own: the plan, a step, what is told of it, what is measured and shared. Its constructor
+    sets `model`, `optimizer` and `ema`, after calling this one's.
+    """
+
+    learner: ClassVar[str]
+    """What is trained, for messages: "model"."""
+    advice: ClassVar[str]
+    """How to go on after too many bad steps: a sentence."""
+
+    model: nn.Module
+    """As Accelerate or `sharding.distribute` has prepared it."""
+    optimizer: torch.optim.Optimizer
+    ema: EMAModel | None
+
+    def __init__(
+        self,
+        settings: Settings,
+        run: RunDir,
+        data: ImageData,
+        accelerator: Accelerator,
+        stop: StopSignal,
+        *,
+        name: str,
+        total_steps: int,
+    ) -> None:
+        self.settings, self.run, self.data, self.accelerator, self.stop = settings, run, data, accelerator, stop
+        self.name, self.total_steps = name, total_steps
+        self.monitor = Monitor(settings, run, accelerator)
+        self.state = State()
+        self.speed = 0.0  # images a second, of this part of the run
+        self.saved_at = 0  # the step whose state is on the disk; of step 0 there is nothing to save
+        self.own: dict[str, Any] = {}  # plain values of a subclass, which states keep, too
+        self.measured_at = -1  # the step of the newest evaluation
+
+    # -- what a subclass says -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def plan(self) -> str:
+        """What is going to be done, in lines for the terminal."""
+
+    @abstractmethod
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> ToldT:
+        """Optimiser step `number` = 0, 1, ..., on this process's share of the global batch.
+
+        It changes nothing where the gradient is not finite.
+        """
+
+    @abstractmethod
+    def culprit(self, told: ToldT) -> str:
+        """What is known of the cause of a bad step: a sentence with a space before it, or nothing."""
+
+    @abstractmethod
+    def metrics(self, told: ToldT) -> dict[str, Any]:
+        """What a line of metrics.jsonl tells of a step's images, those of all processes."""
+
+    @abstractmethod
+    def chores(self, last_step: int) -> None:
+        """What is due now and then besides saving; nothing shortly before the end, which does it anyway."""
+
+    @abstractmethod
+    def evaluate(self) -> None:
+        """Measure on the held-out images, log it, and set `measured_at`."""
+
+    @abstractmethod
+    def export(self) -> None:
+        """Write what others will use, as it is now."""
+
+    @abstractmethod
+    def finish(self) -> Result:
+        """What comes after the last step, its state and its evaluation; returns what the training reports."""
+
+    @abstractmethod
+    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the newest evaluation, and `measured_at`, from the lines of metrics.jsonl up to a state."""
+
+    # -- what a subclass may add to -----------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """What comes before the first step: the plan, and the images that could not be decoded."""
+        self.monitor.say(self.plan())
+        # Each process has decoded all images, and one says which failed.
+        decoded = (*self.data.train.broken, *self.data.held_out.broken)
+        self.monitor.name_broken(decoded, aloud=self.accelerator.is_main_process)
+
+    def save_tensors(self, folder: Path) -> None:
+        """Write the tensors of a state. All processes call this."""
+        save_tensors(folder, self.model, self.optimizer, self.ema)
+
+    def load_tensors(self, folder: Path) -> None:
+        """Bring them back. All processes call this."""
+        load_tensors(folder, self.model, self.optimizer, self.ema)
+
+    # -- from the beginning to the end --------------------------------------------------------------------------
+
+    def run_to(self, max_steps: int | None, *, resume: bool) -> Result:
+        """Train up to max_steps or the end, with all that comes before and after, and close.
+
+        Args:
+            max_steps: None = all steps.
+            resume: go on from the newest whole state, if there is one.
+
+        Raises:
+            RunError: there is no whole state among those saved, it is of other settings, or a save failed.
+            DataError: too many images can't be read.
+            TrainingError: too many steps in a row were not finite.
+            Interrupted: a signal has arrived; the state is saved.
+        """
+        try:
+            result = self._run_to(max_steps, resume)
+        except Interrupted:
+            self._close()  # all processes have agreed to stop
+            raise
+        except BaseException:
+            self._finish_trackers()  # others may be waiting for this one: the connection is not closed in order
+            raise
+        self._close()
+        return result
+
+    def _run_to(self, max_steps: int | None, resume: bool) -> Result:
+        last_step = min(self.total_steps, max_steps or self.total_steps)
+        if resume:
+            self._resume()
+        self.begin()
+        if self.state.step >= last_step:
+            self.monitor.say(f"Nothing is left to train: step {self.state.step} has been reached.")
+        self._loop(last_step)
+        self._save()  # before anything else can go wrong
+        if self.measured_at != self.state.step:
+            self._stop_if_asked()
+            self.evaluate()
+        self._stop_if_asked()
+        return self.finish()
+
+    def _loop(self, last_step: int) -> None:
+        """Train up to last_step."""
+        train, first_step, loader = self.settings.train, self.state.step, self._batches()
+        bad_in_a_row, step_seconds = 0, 0.0
+        with training_progress(self.monitor.console, self.name, self.total_steps, first_step) as show:
+            while self.state.step < last_step:
+                began = time.perf_counter()
+                micro_batches = self._fetch(loader)
+                told = self.step(self.state.step, micro_batches)
+                bad = not math.isfinite(told.grad_norm)
+                bad_in_a_row = bad_in_a_row + 1 if bad else 0
+                passed = time.perf_counter() - began
+                step_seconds += passed
+                step, seconds, bad_steps = self.state
+                self.state = State(step + 1, seconds + passed, bad_steps + bad)
+                if bad:
+                    self._report_bad(told, bad_in_a_row)
+                self.speed = (self.state.step - first_step) * train.batch_size / step_seconds
+                show(self.state.step, float(told.loss) if self.due(5) else None, self.speed)
+                if self.due(train.log_every):
+                    self._log(told)
+                if self.due(train.save_every) and self.state.step < last_step:
+                    self._save()  # the first of the chores, because it saves work
+                self.chores(last_step)
+
+    def due(self, every: int) -> bool:
+        """Whether something is, that is done every so many steps."""
+        return self.state.step % every == 0
+
+    def shares(self, spread: str = "") -> str:
+        """A line for the plan, on how processes share a step, and how the model is spread over them."""
+        train, processes = self.settings.train, self.accelerator.num_processes
+        micro = train.batch_size // processes // train.accumulation
+        return (
+            f"{processes} process{'es' if processes > 1 else ''} on {self.accelerator.device.type}{spread}; "
+            f"{train.accumulation} micro-batch{'es' if train.accumulation > 1 else ''} of {micro} images a step."
+        )
+
+    def _close(self) -> None:
+        """End together: all processes call this, and none before the main one has finished its trackers.
+
+        All objects are let go first, the model among them. The other way round, DDP would close the connection to the
+        others while holding the interpreter's lock, which gloo's threads may be waiting for: a process in some
+        hundreds would never end.
+        """
+        accelerator = self.accelerator
+        self._finish_trackers()
+        accelerator.wait_for_everyone()
+        vars(self).clear()
+        accelerator.free_memory()
+        accelerator.state.destroy_process_group()
+
+    def _finish_trackers(self) -> None:
+        """Let what was logged reach its place."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+    # -- around a step ------------------------------------------------------------------------------------------
+
+    def _batches(self) -> Iterator[Batch]:
+        train, data = self.settings.train, self.settings.data
+        sampler = training_sampler(
+            self.data.train,
+            train.batch_size,
+            shuffle_buffer=data.shuffle_buffer,
+            num_processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            accumulation=train.accumulation,
+            seed=train.seed,
+            start_step=self.state.step,
+        )
+        return batches(self.data.train, sampler, data.num_workers)
+
+    def _fetch(self, loader: Iterator[Batch]) -> list[Batch]:
+        """The next step's micro-batches; but if any process was told to stop, or has no images, all save and end here.
+
+        This is the one place between two steps where the processes agree, and where nothing is half done.
+
+        Raises:
+            Interrupted: a signal has arrived.
+            DataError: images can't be read, here or at another process.
+        """
+        refusal: DataError | None = None
+        found: list[Batch] = []
+        try:
+            found = [next(loader) for _ in range(self.settings.train.accumulation)]
+            self.monitor.name_broken([name for batch in found for name in batch.broken])
+        except DataError as error:
+            refusal = error
+        signal_number, refused = agreed(self.accelerator, self.stop.signal_number or 0, int(refusal is not None))
+        if signal_number or refused:
+            self._save()
+        if signal_number:  # which may have killed the processes that decode
+            raise Interrupted(signal_number, self.run.path, self.state.step)
+        if refused:
+            raise refusal or DataError("another process can't read its images; its message says why")
+        return found
+
+    def _report_bad(self, told: ToldT, in_a_row: int) -> None:
+        """Say that a step was skipped, and what is known of the cause; give up after too many."""
+        # What is not finite at one process is not finite at any, so all come here.
+        step, culprit = self.state.step, self.culprit(told)
+        self.monitor.say(
+            f"Step {step}: the gradient is not finite; the step was skipped ({in_a_row} in a row, "
+            f"{self.state.bad_steps} in all).{culprit}",
+            "yellow",
+        )
+        if in_a_row >= self.settings.train.max_bad_steps:
+            self._save()  # these steps changed nothing: the weights are those of the last good one
+            raise TrainingError(
+                f"{in_a_row} steps in a row had no finite gradient, up to step {step}, whose state is saved.{culprit} "
+                f"{self.advice}"
+            )
+
+    def _log(self, told: ToldT) -> None:
+        """One line of metrics."""
+        self.monitor.log({
+            "step": self.state.step,
+            **self.metrics(told),
+            "grad_norm": told.grad_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": self.speed,
+            "memory_gib": memory_gib(self.accelerator.device),
+            "seconds": self.state.seconds,
+            "bad_steps": self.state.bad_steps,
+            "unreadable_images": len(self.monitor.broken),
+        })  # fmt: skip
+
+    def _stop_if_asked(self) -> None:
+        """Between the chores after the last step, whose state has been saved."""
+        (signal_number,) = agreed(self.accelerator, self.stop.signal_number or 0)
+        if signal_number:
+            raise Interrupted(signal_number, self.run.path, self.state.step)
+
+    # -- states -------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Save the state, unless it is on the disk already, and what others will use."""
+        if self.saved_at == self.state.step:
+            return
+        self.monitor.gather_broken()
+        save_state(
+            self.run,
+            self.state.step,
+            self.settings.train.keep_states,
+            self.save_tensors,
+            {**self.state._asdict(), **self.own, "broken": sorted(self.monitor.broken)},
+            lambda action: on_main(self.accelerator, action),
+        )
+        self.saved_at = self.state.step
+        self.export()
+
+    def _resume(self) -> None:
+        """Go on from the newest whole state, or from the beginning, if none has been saved yet."""
+        if not self.run.states():
+            on_main(self.accelerator, lambda: self.run.rewrite_metrics([]))
+            self.monitor.say(f"{self.run.path} was stopped before its first saved state: beginning anew.")
+            return
+        folder = agreed_state(self.run, self.accelerator, self.monitor.say)
+        try:
+            progress = json.loads((folder / PROGRESS).read_text())
+            self.load_tensors(folder)
+        except torch.OutOfMemoryError:
+            raise
+        except (Exception, CheckpointException) as error:  # of many libraries, and all mean the same
+            raise RunError(
+                f"The state {folder} is whole, but can't be read: {first_cause(error)}. It is of another "
+                f"{self.learner}, or of another version of this program: use the settings of its recipe.json, or "
+                "begin anew by --restart."
+            ) from error
+        self.monitor.broken = frozenset(progress.pop("broken"))
+        self.state = State(*(progress.pop(name) for name in State._fields))
+        self.own = progress
+        self.saved_at = self.state.step
+        if self.ema is not None:
+            self.ema.optimization_step = self.state.step - self.state.bad_steps
+        kept = [line for line in self.run.logged() if line["step"] <= self.state.step]
+        self.recall(kept)
+        # All have read before one writes.
+        self.accelerator.wait_for_everyone()
+        on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
+        self.monitor.say(f"Resuming from {folder} at step {self.state.step} of {self.total_steps}.")
