@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,19 @@ _MODULES = {
 def finish_folder(folder: Path) -> None:
     """Make a folder that diffusers has written loadable by its generic loader too, and free of private paths."""
     _rewrite_json(folder / _INDEX, _IN_REPOSITORY)
-    for component in ("flow", "vae"):
-        if (folder / component).is_dir():
-            _rewrite_json(folder / component / "config.json", {})
+    _rewrite_json(folder / "flow" / "config.json", {})
+    if (folder / "vae").is_dir():
+        finish_vae(folder / "vae")
     for name, source in _MODULES.items():
         (folder / name).write_text(source)
+
+
+def finish_vae(folder: Path) -> None:
+    """Free the folder of a VAE, as diffusers has written it, of private paths and of a setting that is none."""
+    config = json.loads((folder / "config.json").read_text())
+    # An AutoencoderTiny writes this, and on loading warns that it does not know it.
+    without = ("block_out_channels",) if config["_class_name"] == "AutoencoderTiny" else ()
+    _rewrite_json(folder / "config.json", {}, without)
 
 
 def foreign_entries(folder: Path) -> list[str]:
@@ -143,8 +151,9 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def _rewrite_json(path: Path, changes: dict[str, Any]) -> None:
+def _rewrite_json(path: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
     """Put `changes` in, and take out the path that diffusers notes on loading: it is nobody else's business."""
     content = {**json.loads(path.read_text()), **changes}
-    content.pop("_name_or_path", None)
+    for name in ("_name_or_path", *without):
+        content.pop(name, None)
     path.write_text(json.dumps(content, indent=2) + "\n")

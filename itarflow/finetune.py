@@ -21,6 +21,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from itarflow.batches import Batch
+from itarflow.checkpoint import finish_vae
 from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
 from itarflow.data import ImageData, load_data
 from itarflow.decoder import (
@@ -349,6 +350,7 @@ class _Tuning(Loop[_Step, Tuned]):
         with averaged_weights(self.ema, self.decoding):
             vae = copy.deepcopy(self.vae)
         vae.to("cpu", memory_format=torch.contiguous_format).save_pretrained(folder)
+        finish_vae(folder)
 
     def finish(self) -> Tuned:
         """Figures and pictures."""
