@@ -52,11 +52,11 @@ class Solver:
         """From t_max down; raises ValueError if there is nothing between it and t_min."""
         return DenoiseScheduler(t_max=t_max, **self.settings)
 
-    def check(self, image_shape: tuple[int, int, int], num_classes: int, t_max: float) -> None:
+    def check(self, image_shape: tuple[int, int, int], num_classes: int, unlabelled: bool, t_max: float) -> None:
         """Raise a ValueError if it can't clean noise of t_max."""
         config = self.schedule(t_max).config
         levels = noise_levels(t_max, config.t_min, config.num_denoise_steps)[:-1]
-        self.denoiser.check(image_shape, num_classes, levels)
+        self.denoiser.check(image_shape, num_classes, levels, unlabelled=unlabelled)
 
 
 def solvers_of(
@@ -101,6 +101,7 @@ def columns_of(
     solvers: Sequence[Solver],
     decoding: Sequence[Column],
     num_classes: int,
+    unlabelled: bool,
     batch_size: int,
     slice_size: int,
 ) -> dict[str, list[Column]]:
@@ -120,7 +121,7 @@ def columns_of(
         ]
         for solver in sorted(solvers, key=lambda solver: solver.owner != name):
             try:
-                solver.check(pipe.flow.image_shape, num_classes, stored.t_max)
+                solver.check(pipe.flow.image_shape, num_classes, unlabelled, stored.t_max)
             except ValueError as error:
                 refusals[solver.title].append(error)
                 if solver.owner == name:

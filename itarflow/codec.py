@@ -35,6 +35,9 @@ class CodecConfig:
     """Codes are (latents - shift_factor) * scaling_factor. None = as the VAE's config says."""
     shift_factor: float | None = None
     """See scaling_factor. None = as the VAE's config says."""
+    encoder: str | None = None
+    """SHA-256 of the VAE's encoder, if another is to be refused. Need not be given: a run writes it down, with scaling
+    and shift, so that it goes on with the same codes or not at all."""
     sample_posterior: bool = True
     """Draw the code anew from the VAE's posterior each time that an image is seen; off = its mean."""
 
@@ -193,6 +196,9 @@ class VaeIdentity:
     """Of the codes."""
     scaling_factor: float
     shift_factor: float
+    latents_mean: tuple[float, ...] = ()
+    """Of single channels, where a VAE has them: codes are (latents - latents_mean) / latents_std * scaling_factor."""
+    latents_std: tuple[float, ...] = ()
 
 
 def vae_identity(vae: Vae) -> VaeIdentity:
@@ -202,8 +208,6 @@ def vae_identity(vae: Vae) -> VaeIdentity:
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(name.encode())
             digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    for statistic in ("latents_mean", "latents_std"):  # of single channels, where a VAE has them
-        digest.update(repr(vae.config.get(statistic)).encode())
     return VaeIdentity(
         kind=type(vae).__name__,
         encoder=digest.hexdigest(),
@@ -211,6 +215,8 @@ def vae_identity(vae: Vae) -> VaeIdentity:
         channels=vae.config.latent_channels,
         scaling_factor=float(vae.config.scaling_factor),
         shift_factor=float(vae.config.shift_factor or 0.0),
+        latents_mean=tuple(vae.config.get("latents_mean") or ()),
+        latents_std=tuple(vae.config.get("latents_std") or ()),
     )
 
 
@@ -220,16 +226,14 @@ def differing(stored: VaeIdentity, wanted: VaeIdentity) -> list[str]:
     return [f"{name}: {old[name]} -> {value}" for name, value in new.items() if old[name] != value]
 
 
-def check_same_codes(name: str, decoder: Vae, vae: Vae) -> None:
-    """Refuse a VAE called `name` whose codes are not those of another VAE.
+def check_same_codes(name: str, other: Vae, vae: Vae) -> None:
+    """Refuse what is called `name` if its VAE, `other`, makes other codes than `vae`.
 
     Raises:
         ValueError: saying what differs.
     """
-    if lines := differing(vae_identity(vae), vae_identity(decoder)):
-        raise ValueError(
-            f"the decoder {name} is for other codes than the checkpoint's VAE makes:\n  " + "\n  ".join(lines)
-        )
+    if lines := differing(vae_identity(vae), vae_identity(other)):
+        raise ValueError(f"{name} is for other codes than the checkpoint's VAE makes:\n  " + "\n  ".join(lines))
 
 
 def vae_stride(vae: Vae) -> int:
@@ -277,7 +281,11 @@ def load_vae(config: CodecConfig) -> Vae:
         if kind not in _KINDS:
             raise OSError(f"it is {kind}")
         # Not filled in piece by piece, because parts of an AutoencoderKL have changed their names over the years.
-        vae = _KINDS[kind].from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+        vae, report = _KINDS[kind].from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        if missing := report["missing_keys"]:  # which diffusers fills with whatever the memory holds
+            raise OSError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of diffusers, the Hub's client and safetensors
@@ -293,6 +301,8 @@ def load_vae(config: CodecConfig) -> Vae:
 def _folder_of(name: str, revision: str | None) -> Path:
     """The folder with a VAE's config and weights, downloaded if need be; that of a whole pipeline has it in vae/."""
     folder = Path(name).expanduser()
+    if not folder.is_dir() and name.startswith((".", "/", "~")):
+        raise OSError("there is no such folder")
     if not folder.is_dir():
         files = ("config.json", "diffusion_pytorch_model.safetensors")
         patterns = [*files, *(f"vae/{file}" for file in files)]

@@ -71,9 +71,10 @@ class CodesCard:
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> CodesCard:
         """The card that `to_json` has made; KeyError or TypeError if something is missing."""
-        lists = {name: tuple(values[name]) for name in ("class_names", "code_mean", "code_std")}
-        known = {name: values[name] for name in CodesCard.__dataclass_fields__}
-        return CodesCard(**known | lists | {"identity": VaeIdentity(**values["identity"])})
+        # Fields that came later have defaults.
+        known = {name: _tuples(values[name]) for name in CodesCard.__dataclass_fields__ if name in values}
+        identity = {name: _tuples(value) for name, value in values["identity"].items()}
+        return CodesCard(**known | {"identity": VaeIdentity(**identity)})
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,11 @@ class CodeDecoder:
         return torch.from_numpy(codes.astype(np.float16, copy=False)).reshape(self.shape)
 
 
+def _tuples(value: Any) -> Any:
+    """A list, which is what JSON makes of a tuple, as one."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def to_bytes(code: Tensor) -> bytes:
     """A code or log-variance (C, H, W) as a data set of codes stores it."""
     return code.cpu().numpy().astype("<f2").tobytes()
@@ -163,7 +169,9 @@ def read_card(file: Path) -> CodesCard:
         raise DataError(f"{file} is damaged, or no card of codes: {error}; encode the images again") from error
 
 
-def check_card(card: CodesCard, path: str, wanted: VaeIdentity, shape: tuple[int, int, int], flips: bool) -> None:
+def check_card(
+    card: CodesCard, path: str, wanted: VaeIdentity, shape: tuple[int, int, int], *, flips: bool, crop: Crop
+) -> None:
     """Refuse codes that are not those that a recipe asks for.
 
     Args:
@@ -172,9 +180,10 @@ def check_card(card: CodesCard, path: str, wanted: VaeIdentity, shape: tuple[int
         wanted: the identity of the recipe's VAE.
         shape: (C, H, W) that the flow models.
         flips: whether training mirrors images.
+        crop: how the recipe says that images became square.
 
     Raises:
-        DataError: unfinished, of another VAE or scaling, of another shape, or without mirrored images.
+        DataError: unfinished, of another VAE or scaling, of another shape or crop, or without mirrored images.
     """
     if not card.finished:
         raise DataError(
@@ -184,13 +193,18 @@ def check_card(card: CodesCard, path: str, wanted: VaeIdentity, shape: tuple[int
         raise DataError(
             f"the codes in {path} were made by another VAE ({card.vae}) or scaling than codec.vae names:\n  "
             + "\n  ".join(changes)
-            + "\nName that VAE, or encode the images again by vae/encode_dataset.py."
+            + "\nName that VAE and scaling, or encode the images again by vae/encode_dataset.py."
         )
     if card.shape != shape:
         raise DataError(
             f"the codes in {path} have shape {card.shape}, of images of {card.image_size} pixels, but the model takes "
             f"{shape}; set --model.in-channels {card.shape[0]} --model.image-size {card.shape[1]}, or encode the "
             f"images at {shape[1] * wanted.stride} pixels"
+        )
+    if card.crop != crop:
+        raise DataError(
+            f"data.crop is {crop!r}, but the images of the codes in {path} were cropped by {card.crop!r}; set "
+            f"--data.crop {card.crop}, so that the record of the run is true, or encode the images again"
         )
     if flips and not card.flips:
         raise DataError(

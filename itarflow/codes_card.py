@@ -23,7 +23,7 @@ The images of {source}, encoded once by the VAE {vae}: what a normalizing flow o
 | --- | --- |
 {facts}
 
-A code is the mean of the VAE's posterior, {formula}, so that its values have about unit variance:
+A code is {what}, {formula}, so that its values have about unit variance:
 
 | channel | mean | standard deviation |
 | --- | --- | --- |
@@ -45,7 +45,7 @@ code = np.frombuffer(table["mean"][0].as_py(), "<f2").reshape{shape}
 
 {columns}
 
-`AutoencoderKL.decode` and `AutoencoderTiny.decode` of diffusers take `code / {scaling!r} + {shift!r}`.
+`AutoencoderKL.decode` and `AutoencoderTiny.decode` of diffusers take `{inverse}`.
 
 ## Training on them
 
@@ -102,6 +102,11 @@ def codes_card(card: CodesCard, *, source: str, images: Mapping[str, int], file:
             }
         ],
     )
+    # Of single channels, in the few VAEs that have them.
+    shift = (
+        f"[{', '.join(map(repr, identity.latents_mean))}]" if identity.latents_mean else repr(identity.shift_factor)
+    )
+    spread = f"[{', '.join(map(repr, identity.latents_std))}]" if identity.latents_std else "1"
     statistics = enumerate(zip(card.code_mean, card.code_std, strict=True))
     shown = [*columns, *(["label"] if card.class_names else [])]
     return DatasetCard(
@@ -110,14 +115,14 @@ def codes_card(card: CodesCard, *, source: str, images: Mapping[str, int], file:
             source=source,
             vae=card.vae,
             facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-            formula=f"(mean - {identity.shift_factor!r}) * {identity.scaling_factor!r}",
+            what="the mean of the VAE's posterior" if card.variance else "the VAE's latent",
+            formula=f"(latent - {shift}) / {spread} * {identity.scaling_factor!r}",
+            inverse=f"code / {identity.scaling_factor!r} * {spread} + {shift}",
             channels="\n".join(f"| {channel} | {mean:.4f} | {std:.4f} |" for channel, (mean, std) in statistics),
             count=channels * height * width,
             file=file,
             shape=card.shape,
             columns="\n".join(f"- `{name}`: {_MEANING[name]}" for name in shown),
-            scaling=identity.scaling_factor,
-            shift=identity.shift_factor,
             command=command,
         )
     )

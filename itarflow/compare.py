@@ -122,8 +122,9 @@ def compare(
     guidance = {name: _guidance(pipe, guidance_weight, labels) for name, pipe in pipelines.items()}
     solvers = solvers_of(pipelines, diffusion or {}, num_denoise_steps, denoise_batch_size or batch_size)
     num_classes = 0 if labels is None else first.flow.config.num_classes
-    decoding = decoder_columns(decoders or {}, first.vae, batch_size)
-    columns = columns_of(pipelines, solvers, decoding, num_classes, batch_size, denoise_batch_size or batch_size)
+    unlabelled = any(label is None for label in class_labels)
+    decoding, slice_size = decoder_columns(decoders or {}, first.vae, batch_size), denoise_batch_size or batch_size
+    columns = columns_of(pipelines, solvers, decoding, num_classes, unlabelled, batch_size, slice_size)
     real = None if data is None else _real_images(first, data)
     judges = {name: pipe for name, pipe in pipelines.items() if pipe.flow.config.noise_conditioned}
     metrics = [*METRICS, *(nats_per_dim(name, pipe, batch_size) for name, pipe in judges.items())]
@@ -158,7 +159,9 @@ def compare(
                 result = Result(name, column.title, grid, values, broken)
                 comparison = replace(comparison, results=(*comparison.results, result))
                 (output / "compare.json").write_text(json.dumps(asdict(comparison), indent=2) + "\n")
-                pictures[name, column.title] = cleaned.images[:picture_rows]
+                pictures[name, column.title] = cleaned.images[
+                    :picture_rows
+                ].clone()  # not a view, which would keep all of them
     _draw(pictures, output / "compare.png")
     return comparison
 

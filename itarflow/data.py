@@ -121,20 +121,28 @@ def load_data(
         raise DataError(_NO_PATH)
     card = find_card(config.path)
     if vae is None:
-        check_picture(image_size, in_channels, config.crop)
         if card is not None:
             raise DataError(
-                f"{config.path} holds codes of the VAE {card.vae}, not images; train on them by --codec.vae and a "
-                "recipe for codes, or name the images"
+                f"{config.path} holds codes of the VAE {card.vae}, not images; to train on them name the VAE by "
+                "codec.vae, for all else name the images that they are of"
             )
+        check_picture(image_size, in_channels, config.crop)
     elif card is None:
         raise DataError(
-            f"{config.path} holds no codes (codes.json is missing), but codec.vae is set; make them by "
+            f"{config.path} holds no codes (there is no codes.json, or the Hub can't be asked), but codec.vae is set; "
+            "make them by "
             f"`accelerate launch vae/encode_dataset.py {config.path} OUT --vae VAE --size {image_size * vae.stride}`, "
             "and set data.path to OUT"
         )
     else:
-        check_card(card, config.path, vae, (in_channels, image_size, image_size), config.horizontal_flip)
+        check_card(
+            card,
+            config.path,
+            vae,
+            (in_channels, image_size, image_size),
+            flips=config.horizontal_flip,
+            crop=config.crop,
+        )
     train, held_out = open_splits(
         config.path,
         name=config.name,

@@ -36,13 +36,20 @@ class Denoiser(Protocol):
 class CheckedDenoiser(Denoiser, Protocol):
     """A denoiser that knows what it can't denoise, so that it is refused before anything is generated for it."""
 
-    def check(self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float]) -> None:
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """Smallest and largest noise level that it knows; None = not recorded."""
+
+    def check(
+        self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float], *, unlabelled: bool = False
+    ) -> None:
         """Refuse what will not go.
 
         Args:
             image_shape: (C, H, W) of the images to come.
             num_classes: how many classes their labels are of; 0 = no labels will come.
             levels: the noise levels to come, from t_max down to t_min.
+            unlabelled: whether some images come without a label.
 
         Raises:
             ValueError: naming what is asked for and what the denoiser is for.
@@ -70,7 +77,20 @@ class FlowDenoiser:
         self.flow = frozen_view(flow)
         self.slice_size = slice_size
 
-    def check(self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float]) -> None:
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """See `CheckedDenoiser`."""
+        known = self.flow.config.noise_range
+        return None if known is None else (known[0], known[1])
+
+    def check(
+        self,
+        image_shape: tuple[int, int, int],
+        num_classes: int,
+        levels: Sequence[float],
+        *,
+        unlabelled: bool = False,  # which every flow knows
+    ) -> None:
         """See `CheckedDenoiser`: the flow's image shape, number of classes and noise_range decide."""
         if image_shape != self.flow.image_shape:
             raise ValueError(
@@ -117,6 +137,16 @@ class FlowDenoiser:
         """E[clean | noisy] = noisy + t^2 * score (Tweedie); arguments as `score`."""
         level = torch.as_tensor(noise_level, device=noisy.device).reshape(-1, 1, 1, 1)
         return noisy + level**2 * self.score(noisy, labels, noise_level)
+
+
+def lowest_level(denoiser: Denoiser, t_max: float) -> float:
+    """Where the steps of a denoiser may end that begin at t_max: at the smallest level that it knows.
+
+    If it doesn't say, at the papers' 0.01; if that is not below t_max, at half of t_max.
+    """
+    known = denoiser.noise_range if isinstance(denoiser, CheckedDenoiser) else None
+    low = known[0] if known else 0.01
+    return low if low < t_max else t_max / 2
 
 
 def noise_levels(t_max: float, t_min: float, num_steps: int) -> list[float]:

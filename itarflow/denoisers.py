@@ -12,6 +12,7 @@ import torch
 from diffusers import DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 from huggingface_hub import snapshot_download
 
+from itarflow.codec import Vae, check_same_codes
 from itarflow.denoise import FlowDenoiser
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.pipeline import ITARFlowPipeline
@@ -24,7 +25,7 @@ _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
 
 
 def load_denoiser(
-    name: str, *, slice_size: int | None = None, device: torch.device | str = "cpu"
+    name: str, *, vae: Vae | None = None, slice_size: int | None = None, device: torch.device | str = "cpu"
 ) -> FlowDenoiser | DiffusionDenoiser:
     """The denoiser in a folder or a repository of the Hugging Face Hub.
 
@@ -32,18 +33,22 @@ def load_denoiser(
         name: a folder, or a Hub id (NAME/MODEL), of a pipeline of ours, whose flow then denoises; or of a diffusers
             pipeline with a DiTTransformer2DModel or a UNet2DModel and its scheduler, as of DiTPipeline, DDPMPipeline
             or DDIMPipeline. Of such a one only these two are read, and of their weights only safetensors.
+        vae: whose codes are to be denoised; a flow of another VAE's is refused. None = pixels, or not known.
         slice_size: images that are denoised at a time, which bounds the memory; None = all.
         device: where it computes.
 
     Raises:
         OSError: there is no such folder or repository, it holds neither, or its weights are damaged or pickles.
-        ValueError: slice_size < 1, or a diffusion model of a kind that `DiffusionDenoiser` refuses.
+        ValueError: slice_size < 1, a flow of another VAE's codes, or a diffusion model of a kind that
+            `DiffusionDenoiser` refuses.
     """
     given = Path(name).expanduser()
     folder = given if given.is_dir() else _download(name)
     index = _read_index(folder)
     if "flow" in index:
         pipeline = ITARFlowPipeline.from_pretrained(given if given.is_dir() else name)
+        if vae is not None and pipeline.vae is not None:
+            check_same_codes(name, pipeline.vae, vae)
         return FlowDenoiser(pipeline.flow.to(device), slice_size)
     part = next((part for part in _MODELS if _class_of(index, part) == _MODELS[part].__name__), None)
     if part is None or _class_of(index, "scheduler") is None:

@@ -73,7 +73,9 @@ class DiffusionDenoiser:
         """Smallest and largest noise level of the schedule: sigma of its first and of its last step."""
         return float(np.exp(self._log_sigmas[0])), float(np.exp(self._log_sigmas[-1]))
 
-    def check(self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float]) -> None:
+    def check(
+        self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float], *, unlabelled: bool = False
+    ) -> None:
         """See `CheckedDenoiser`: the model's in_channels, sample_size, classes and schedule decide."""
         channels, height, width = image_shape
         wanted, size = _setting(self._config, "in_channels"), _setting(self._config, "sample_size")
@@ -94,7 +96,7 @@ class DiffusionDenoiser:
                 f"labels of {num_classes} classes are to be given to a diffusion model with {known.number}; choose "
                 "one of the same classes, or leave the labels out."
             )
-        if known and num_classes == 0 and known.null is None:
+        if known and (num_classes == 0 or unlabelled) and known.null is None:
             raise ValueError(_no_null_label(known.number))
         for name, level in named_ends(levels):
             self._check_levels(f"{name}: ", np.array([level]))
@@ -245,7 +247,7 @@ def _check_model(config: Any) -> None:
 def _no_null_label(classes: int) -> str:
     return (
         f"images without a label are to be denoised by a diffusion model of {classes} classes that has no label for "
-        "them; give every image a label, or null_label if the model's last one means none."
+        "them; give every image a label (or, in Python, DiffusionDenoiser a null_label, if its last one means none)."
     )
 
 

@@ -73,7 +73,7 @@ class Encoded:
 
 
 def begin(plan: Plan) -> int:
-    """Make the folder and the manifest, unless they are there; one process does it, before any encodes.
+    """Write the manifest, unless it is there; one process does it, before any encodes, and `shards.alone`.
 
     Returns:
         How many images are in files that are missing.

@@ -14,7 +14,8 @@ from PIL import Image
 
 from itarflow.calls import image_generators
 from itarflow.codec import Vae
-from itarflow.denoise import CheckedDenoiser, noise_levels
+from itarflow.codes import display_name
+from itarflow.denoise import CheckedDenoiser, lowest_level, noise_levels
 from itarflow.denoisers import load_denoiser
 from itarflow.flow import TARFlow
 from itarflow.objective import Evaluation
@@ -39,18 +40,19 @@ def make_pipeline(
     return pipeline
 
 
-def open_denoiser(recipe: Recipe, device: torch.device | str = "cpu") -> CheckedDenoiser | None:
+def open_denoiser(recipe: Recipe, vae: Vae | None, device: torch.device | str = "cpu") -> CheckedDenoiser | None:
     """What denoises the recipe's grids, on the device; None = the flow itself.
 
     Raises:
         OSError: it can't be loaded.
-        ValueError: it is for other images, labels or noise levels.
+        ValueError: it is for other images, codes of another VAE, labels or noise levels.
     """
     name, scheduler = recipe.sampling.denoiser, recipe.scheduler().config
     if name is None:
         return None
-    denoiser = load_denoiser(name, slice_size=recipe.sampling.denoise_batch_size, device=device)
-    model, levels = recipe.model, noise_levels(scheduler.t_max, scheduler.t_min, recipe.sampling.num_denoise_steps)
+    denoiser = load_denoiser(name, vae=vae, slice_size=recipe.sampling.denoise_batch_size, device=device)
+    low = scheduler.t_min if scheduler.t_min < scheduler.t_max else lowest_level(denoiser, scheduler.t_max)
+    model, levels = recipe.model, noise_levels(scheduler.t_max, low, recipe.sampling.num_denoise_steps)
     denoiser.check((model.in_channels, model.image_size, model.image_size), model.num_classes, levels[:-1])
     return denoiser
 
@@ -60,7 +62,7 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
 
     Which process makes an image does not change it: see `calls.image_generators`.
     """
-    denoiser = open_denoiser(recipe, pipeline.device)
+    denoiser = open_denoiser(recipe, pipeline.vae, pipeline.device)
     count, num_classes = recipe.sampling.num_images, recipe.model.num_classes
     generators = image_generators(torch.Generator().manual_seed(recipe.train.seed), count)
     mine = range(accelerator.process_index, count, accelerator.num_processes)
@@ -92,9 +94,8 @@ def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, An
     """
     settings = to_json(recipe)
     for section, name in (("data", "path"), ("codec", "vae"), ("sampling", "denoiser")):
-        path = settings[section][name]
-        if path is not None and Path(path).exists():
-            settings[section][name] = Path(path).resolve().name
+        if settings[section][name] is not None:
+            settings[section][name] = display_name(settings[section][name])
     metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in held_out.nll.items()}
     if held_out.bpd is not None:
         metrics["held-out bits/dim"] = held_out.bpd

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -95,7 +96,9 @@ def reporting(console: Console, advice: str) -> Iterator[None]:
         console: for what is no error.
         advice: what to try when memory runs out.
     """
-    PartialState(cpu=on_cpu())  # from here on the processes know of one another, and say once what concerns all
+    # Until one has downloaded a model, say, or sampled its share of a grid, the others wait.
+    # From here on they know of one another, and say once what concerns all.
+    PartialState(cpu=on_cpu(), timeout=timedelta(hours=2))
     try:
         yield
     except (DataError, OSError, RunError, TrainingError, ValueError) as error:

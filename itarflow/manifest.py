@@ -18,6 +18,7 @@ from itarflow.data import DataConfig, load_splits
 from itarflow.dataset import ImageDataset
 from itarflow.images import Crop, DataError
 
+LOCK = ".lock"
 PARTIAL = ".partial-"
 """How the names of files begin that a call is writing, or had to leave behind."""
 
@@ -110,7 +111,7 @@ def check_folder(config: SourceConfig, manifest: Path, wanted: Mapping[str, Any]
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a new folder: choose another name")
     if not manifest.exists():
-        if out.exists() and any(not file.name.startswith(PARTIAL) for file in out.iterdir()):
+        if out.exists() and any(not file.name.startswith((LOCK, PARTIAL)) for file in out.iterdir()):
             raise DataError(f"{out} is a folder with other things in it; choose a new or empty one")
         return
     try:

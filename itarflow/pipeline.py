@@ -17,7 +17,7 @@ from torch import Tensor
 from itarflow.calls import Label, check_output, converted, image_generators, label_list, label_number, positive
 from itarflow.card import model_card
 from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes, upload
-from itarflow.codec import Vae, codec_of, vae_stride
+from itarflow.codec import CodecConfig, Vae, codec_of, load_vae, vae_stride
 from itarflow.denoise import (
     CheckedDenoiser,
     Denoiser,
@@ -26,6 +26,7 @@ from itarflow.denoise import (
     Method,
     check_level,
     denoise,
+    lowest_level,
     noise_levels,
 )
 from itarflow.flow import TARFlow
@@ -111,7 +112,8 @@ class ITARFlowPipeline(DiffusionPipeline):
             num_denoise_steps: score evaluations, >= 1; 1 = TARFlow's single step.
             method: "euler", "heun", "multistep" or "sde", or "skip" for the noisy images.
             t_max: noise level at which the flow is sampled, inside its noise_range.
-            t_min: smallest level at which the denoiser is asked.
+            t_min: smallest level at which the denoiser is asked. With a flow of one level and another denoiser, the
+                smallest that the denoiser knows.
             clip: clamp the clean estimates to [-1, 1]; not for codes.
             denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
             generator: one for all images (image i then depends on its seed and on i alone), or one an image.
@@ -133,7 +135,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
-        scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, clip)
+        scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, clip, denoiser)
         generators = image_generators(generator, count)
         size = positive("batch_size", batch_size) or count
         slice_size = positive("denoise_batch_size", denoise_batch_size)
@@ -215,12 +217,17 @@ class ITARFlowPipeline(DiffusionPipeline):
         num_denoise_steps: int | None,
         method: Method | None,
         clip: bool | None,
+        denoiser: Denoiser | None,
     ) -> DenoiseScheduler:
         """The stored scheduler with a call's own values put in, all checked against the flow."""
         stored = self.scheduler.config
+        t_max = stored.t_max if t_max is None else t_max
+        low = stored.t_min if t_min is None else t_min
+        if denoiser is not None and t_min is None and low >= t_max:  # the flow has one level, but the denoiser more
+            low = lowest_level(denoiser, t_max)
         scheduler = DenoiseScheduler(
-            t_max=stored.t_max if t_max is None else t_max,
-            t_min=stored.t_min if t_min is None else t_min,
+            t_max=t_max,
+            t_min=low,
             num_denoise_steps=stored.num_denoise_steps if num_denoise_steps is None else num_denoise_steps,
             method=stored.method if method is None else method,
             clip=stored.clip if clip is None else clip,
@@ -303,6 +310,10 @@ class ITARFlowPipeline(DiffusionPipeline):
             folder = download(str(pretrained_model_name_or_path), options)
         check_folder(folder)
         try:
+            if (folder / "vae").is_dir() and "vae" not in kwargs:
+                # By ourselves, because diffusers would fill up tensors that are missing.
+                vae = load_vae(CodecConfig(vae=str(folder / "vae")))
+                kwargs["vae"] = vae.to(kwargs.get("torch_dtype", kwargs.get("dtype", vae.dtype)))
             return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
         except torch.OutOfMemoryError:
             raise
@@ -335,4 +346,5 @@ def _check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFl
     config = scheduler.config
     if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
         levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps)[:-1]
-        denoiser.check(flow.image_shape, 0 if labels is None else flow.config.num_classes, levels)
+        num_classes, unlabelled = (0, True) if labels is None else (flow.config.num_classes, bool((labels < 0).any()))
+        denoiser.check(flow.image_shape, num_classes, levels, unlabelled=unlabelled)

@@ -27,6 +27,7 @@ from itarflow.shards import (
     Content,
     Reader,
     Shard,
+    alone,
     broken_by_split,
     check_broken,
     label_features,
@@ -118,17 +119,17 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         "shards": len(shards),
     }
     check_folder(config, manifest_file, manifest)
-    if not manifest_file.exists():
-        config.out.mkdir(parents=True, exist_ok=True)
-        write_json(manifest_file, manifest | {"finished": False})
-    contents, speed = _write_shards(config, sets, class_names, shards, console)
-    broken = broken_by_split(shards, contents)
-    images = {split: sum(contents[shard].images for shard in shards if shard.split == split) for split in sets}
-    show_shards(shards)
-    counts = {"images": images, "broken": {split: len(reports) for split, reports in broken.items()}}
-    stored = json.loads(manifest_file.read_text(encoding="utf-8"))
-    write_json(manifest_file, stored | {"settings": settings} | counts | {"finished": True})
-    remove_partial(config.out)
+    with alone(config.out):
+        if not manifest_file.exists():
+            write_json(manifest_file, manifest | {"finished": False})
+        contents, speed = _write_shards(config, sets, class_names, shards, console)
+        broken = broken_by_split(shards, contents)
+        images = {split: sum(contents[shard].images for shard in shards if shard.split == split) for split in sets}
+        show_shards(shards)
+        counts = {"images": images, "broken": {split: len(reports) for split, reports in broken.items()}}
+        stored = json.loads(manifest_file.read_text(encoding="utf-8"))
+        write_json(manifest_file, stored | {"settings": settings} | counts | {"finished": True})
+        remove_partial(config.out)
     return Prepared(
         images=images,
         broken=broken,

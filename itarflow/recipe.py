@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -14,7 +14,7 @@ import torch
 
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity
 from itarflow.data import DataConfig, ImageData, load_data
-from itarflow.denoise import DenoiseScheduler, Method, noise_levels
+from itarflow.denoise import DenoiseScheduler, Method
 from itarflow.guidance import Guidance
 from itarflow.images import DataError
 from itarflow.noise import NoiseConfig
@@ -101,8 +101,8 @@ class SamplingConfig:
     """Clamp the estimates of the clean image to [-1, 1]."""
     denoiser: str | None = None
     """What denoises the grids instead of the flow itself: a folder or Hub name of another flow's pipeline, or of a
-    DiT or UNet in diffusers' format. A flow of one noise level may then take several steps, down to noise.t_min.
-    The shared pipeline denoises by itself unless a call names a denoiser."""
+    DiT or UNet in diffusers' format. A flow of one noise level may then take several steps, down to the denoiser's
+    smallest. The shared pipeline denoises by itself unless a call names a denoiser."""
     num_images: int = 64
     """Images of a grid."""
     batch_size: int = 64
@@ -195,14 +195,12 @@ class Recipe:
                 f"noise.distribution is {self.noise.distribution!r}, a range of noise levels, but "
                 "model.noise_conditioned is off; switch it on, or use noise.distribution constant."
             )
-        several = self.sampling.num_denoise_steps > 1
-        if several and self.noise.distribution == "constant" and self.sampling.denoiser is None:
+        alone = self.noise.distribution == "constant" and self.sampling.denoiser is None
+        if alone and self.sampling.num_denoise_steps > 1:
             raise ValueError(
                 f"sampling.num_denoise_steps is {self.sampling.num_denoise_steps}, but a flow of one noise level "
                 "has only one step; set it to 1, name a sampling.denoiser, or train a range of levels."
             )
-        if several and self.sampling.denoiser is not None:
-            noise_levels(self.noise.t_max, self.noise.t_min, self.sampling.num_denoise_steps)
         if self.noise.distribution == "dequantise" and self.noise.weight != "one":
             raise ValueError(f"noise.weight is {self.noise.weight!r}; likelihood training needs 'one'.")
         if self.noise.distribution == "dequantise" and self.sampling.method != "skip":
@@ -243,7 +241,27 @@ def open_vae(recipe: Recipe) -> Vae | None:
             f"the codes of {recipe.codec.vae} have {vae.config.latent_channels} channels, but model.in_channels is "
             f"{recipe.model.in_channels}; set --model.in-channels {vae.config.latent_channels}, or name another VAE."
         )
+    found = vae_identity(vae).encoder
+    if recipe.codec.encoder not in (None, found):
+        raise ValueError(
+            f"the encoder of {recipe.codec.vae} is {found}, but codec.encoder is {recipe.codec.encoder}; name the VAE "
+            "that it is of, or leave codec.encoder out."
+        )
     return vae
+
+
+def with_identity(recipe: Recipe, vae: Vae | None) -> Recipe:
+    """The recipe that names not only a VAE, but also its encoder and scaling, so that no other takes its place."""
+    if vae is None:
+        return recipe
+    identity = vae_identity(vae)
+    codec = replace(
+        recipe.codec,
+        encoder=identity.encoder,
+        scaling_factor=identity.scaling_factor,
+        shift_factor=identity.shift_factor,
+    )
+    return replace(recipe, codec=codec)
 
 
 def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
@@ -308,7 +326,7 @@ def write_recipe(recipe: Settings, path: Path) -> None:
 
 # Settings that change neither weights nor losses, so that a run may go on with other values.
 _FREE = {
-    "codec.vae", "codec.revision",  # another decoder, at most: an encoder must be that of the codes
+    "codec.vae", "codec.revision",  # another decoder, at most: see `with_identity`
     "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
     "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.shard",
     "train.compile", "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",

@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,14 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itarflow.batches import ignore_interrupts, without_alarm
 from itarflow.dataset import ImageDataset
 from itarflow.images import DataError
-from itarflow.manifest import PARTIAL
+from itarflow.manifest import LOCK, PARTIAL
 
 ROW_GROUP = 128
 """Rows that are read at a time by those who stream."""
@@ -97,12 +98,20 @@ class Reader(Dataset[Tensor | str]):
     """
 
     def __init__(self, sets: Mapping[str, ImageDataset], source: str) -> None:
-        self._sets, self._root = sets, f"{Path(source).expanduser().absolute()}{os.sep}"
+        self._sets, self._root = sets, f"{os.path.abspath(os.path.expanduser(source))}{os.sep}"
 
     def __getitem__(self, place: tuple[str, int]) -> Tensor | str:
         split, row = place
         image = self._sets[split].read(row)
-        return image.replace(self._root, "") if isinstance(image, str) else image
+        return _without_folders(image, self._root) if isinstance(image, str) else image
+
+
+def _without_folders(report: str, root: str) -> str:
+    """A "name: reason" that names no folder of this machine."""
+    name, colon, reason = report.replace(root, "").partition(": ")
+    inner = name.split("::")[0]  # of a file in an archive, which comes second
+    short = os.path.basename(inner) if os.path.isabs(inner) else inner
+    return short + colon + reason.replace(name, short)
 
 
 def read_ahead(
@@ -265,6 +274,30 @@ def show_shards(shards: Sequence[Shard]) -> None:
     for shard in shards:
         if not shard.path.exists():
             shard.hidden.rename(shard.path)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Make a folder, and keep other commands from writing into it meanwhile; nothing of it stays behind.
+
+    Raises:
+        DataError: another command writes into it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(
+            f"{out} is being written by another command; wait for its end, or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # of a folder with something in it
+            out.rmdir()
 
 
 def remove_partial(out: Path) -> None:

@@ -19,7 +19,7 @@ from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 recipe = Recipe(
     name="imagenet256_latent",
     model=latent_itarflow_model("B"),
-    data=DataConfig(path="codes/imagenet256", held_out_split="validation"),
+    data=DataConfig(path="codes/imagenet256", held_out_split="validation", crop="adm"),
     codec=CodecConfig(vae=SD_VAE),
     noise=NoiseConfig(t_min=T_MIN, t_max=T_MAX_CODES),
     train=TrainConfig(epochs=300, batch_size=512, mixed_precision="bf16", gradient_checkpointing=True),

@@ -23,7 +23,7 @@ from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 recipe = Recipe(
     name="starflow_imagenet256",
     model=starflow_model(),
-    data=DataConfig(path="codes/imagenet256", held_out_split="validation"),
+    data=DataConfig(path="codes/imagenet256", held_out_split="validation", crop="adm"),
     codec=CodecConfig(vae=SD_VAE),
     noise=NoiseConfig(t_min=0.3, t_max=0.3, distribution="constant", weight="one"),
     train=TrainConfig(epochs=312, batch_size=512, mixed_precision="bf16", gradient_checkpointing=True),

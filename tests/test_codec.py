@@ -2,11 +2,13 @@
 
 import copy
 import json
+import re
 
 import pytest
 import torch
 from conftest import randomise, tiny_vae
 from diffusers import UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from itarflow.codec import (
     CodecConfig,
@@ -190,7 +192,8 @@ def test_what_is_no_vae_is_refused(tmp_path):
     UNet2DModel(
         block_out_channels=(4,), norm_num_groups=2, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
     ).save_pretrained(tmp_path / "unet")
-    tiny_vae().save_pretrained(tmp_path / "cut")
+    for name in ("cut", "whole"):
+        tiny_vae().save_pretrained(tmp_path / name)
     weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "empty").mkdir()
@@ -201,10 +204,29 @@ def test_what_is_no_vae_is_refused(tmp_path):
     }.items():
         with pytest.raises(OSError, match=words):
             load_vae(CodecConfig(vae=str(tmp_path / name)))
+    incomplete = load_file(tmp_path / "whole" / weights.name)
+    del incomplete["quant_conv.weight"]
+    save_file(incomplete, tmp_path / "whole" / weights.name)
+    with pytest.raises(OSError, match=r"1 tensors are missing, such as quant_conv\.weight"):
+        load_vae(CodecConfig(vae=str(tmp_path / "whole")))
+    with pytest.raises(OSError, match="there is no such folder"):
+        load_vae(CodecConfig(vae="/nowhere/vae"))
     with pytest.raises(OSError, match="'someone/vae' can't be loaded"):
         load_vae(CodecConfig(vae="someone/vae"))
     with pytest.raises(ValueError, match=r"scaling_factor is 0\.0; expected a number > 0"):
         load_vae(CodecConfig(vae=str(tmp_path / "cut"), scaling_factor=0.0))
+
+
+def test_names_of_weights_from_the_first_years_are_understood(tmp_path):
+    vae = tiny_vae()
+    vae.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(file)
+    renamed = {re.sub(r"to_(q|k|v|out\.0)(?=\.)", lambda found: old[found[0]], name): name for name in weights}
+    assert sum(name != other for name, other in renamed.items()) == 16
+    save_file({name: weights[other] for name, other in renamed.items()}, file)
+    assert vae_identity(load_vae(CodecConfig(vae=str(tmp_path / "old")))) == vae_identity(vae)
 
 
 def test_stored_codes_are_drawn_from_the_view_that_is_wanted():

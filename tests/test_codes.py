@@ -134,22 +134,33 @@ def test_a_damaged_row_is_named(column, words):
         ),
         ({"identity": dataclasses.replace(IDENTITY, scaling_factor=0.5)}, r"scaling_factor: 0\.5 -> 0\.4"),
         ({"image_size": 16}, r"shape \(4, 8, 8\), of images of 16 pixels.*--model.in-channels 4 --model.image-size 8"),
+        ({"crop": "adm"}, "data.crop is 'center', but .* cropped by 'adm'; set --data.crop adm"),
         ({"flips": False}, "horizontal_flip is on, but the codes in codes/ have no mirrored images"),
     ],
 )
 def test_codes_that_a_recipe_does_not_ask_for_are_refused(card, words):
     with pytest.raises(DataError, match=words):
-        check_card(make_card(**card), "codes/", IDENTITY, (4, 4, 4), flips=True)
+        check_card(make_card(**card), "codes/", IDENTITY, (4, 4, 4), flips=True, crop="center")
 
 
 def test_codes_that_are_asked_for_pass():
-    check_card(make_card(), "codes/", IDENTITY, (4, 4, 4), flips=True)
-    check_card(make_card(flips=False), "codes/", IDENTITY, (4, 4, 4), flips=False)
+    check_card(make_card(), "codes/", IDENTITY, (4, 4, 4), flips=True, crop="center")
+    check_card(make_card(flips=False), "codes/", IDENTITY, (4, 4, 4), flips=False, crop="center")
+
+
+def test_a_card_of_an_earlier_version_lacks_what_came_later():
+    values = make_card().to_json()
+    for name in ("code_mean", "code_std"):
+        del values[name]
+    del values["identity"]["latents_mean"]
+    assert CodesCard.from_json(values) == make_card(code_mean=(), code_std=())
 
 
 def test_images_and_codes_are_not_mistaken_for_one_another(tmp_path):
     folder = write_codes(tmp_path / "codes", make_card(), posteriors(3), [0, 1, 0])
-    with pytest.raises(DataError, match="holds codes of the VAE tiny, not images"):
+    with pytest.raises(
+        DataError, match=r"holds codes of the VAE tiny, not images; to train on them name the VAE by codec\.vae"
+    ):
         load_data(DataConfig(path=str(folder)), image_size=8, in_channels=3)
     with pytest.raises(DataError, match=r"digits holds no codes.*encode_dataset.py digits OUT --vae VAE --size 8"):
         load_data(DataConfig(path="digits"), image_size=4, in_channels=4, vae=IDENTITY)

@@ -251,7 +251,7 @@ def test_what_can_not_be_shown_written_or_cleaned_is_refused(make_pipe, tmp_path
     with pytest.raises(ValueError, match=r"pets can't clean its own images: t_min: .* outside \[0\.02, 0\.6\]"):
         compare({"pets": make_pipe(t_min=0.001)}, [0], output=tmp_path)
     coded = make_pipe({"in_channels": 2}, vae=tiny_vae(latent_channels=2))
-    with pytest.raises(ValueError, match=r"(?s)decoder robust is for other codes.*encoder: "):
+    with pytest.raises(ValueError, match=r"(?s)robust is for other codes.*encoder: "):
         compare({"pets": coded}, [0], output=tmp_path, decoders={"robust": tiny_vae(latent_channels=2, seed=1)})
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="is a file"):

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_vae
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_codes import make_card, write_codes
 from test_training import losses, shared_weights, tiny_recipe
 
@@ -16,6 +17,8 @@ from itarflow import DenoiseScheduler, ITARFlowPipeline, objective
 from itarflow.cli import main
 from itarflow.codec import CodecConfig, VaeCodec, to_pixels, vae_identity
 from itarflow.data import DataConfig, load_data
+from itarflow.denoisers import load_denoiser
+from itarflow.export import open_denoiser, training_record
 from itarflow.images import DataError
 from itarflow.run import RunError
 from itarflow.training import train
@@ -187,12 +190,27 @@ def test_another_flow_may_denoise_the_grids(finished, vae_folder, codes_folder, 
     own = train(alone, tmp_path / "own", max_steps=1).grid
     assert not np.array_equal(np.asarray(Image.open(grid)), np.asarray(Image.open(own)))
     pipe = ITARFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
     assert pipe.scheduler.config.num_denoise_steps == 1  # it has no other denoiser with it
+    # A flow of one level whose stored t_min is that level takes several steps by another one, down to where that ends.
+    pipe.scheduler = DenoiseScheduler(t_max=0.5, t_min=0.5, num_denoise_steps=1)
+    levels = []
+    other = load_denoiser(pipeline, vae=pipe.vae)
+
+    class Recording:
+        noise_range, check = other.noise_range, staticmethod(other.check)
+
+        def __call__(self, noisy, labels, noise_level):
+            levels.append(noise_level[0].item())
+            return other(noisy, labels, noise_level)
+
+    pipe(class_labels=[3], denoiser=Recording(), num_denoise_steps=4)
+    assert levels == pytest.approx([0.5, 0.34, 0.18, 0.02])
     assert pipe.config.training["recipe"]["sampling"]["denoiser"] == "pipeline"
 
 
 def test_a_denoiser_of_other_images_is_refused_before_any_work(finished, tmp_path):
-    with pytest.raises(RunError, match=r"other|expected|shape|channels"):
+    with pytest.raises(RunError, match=r"are to be denoised by a flow for \(4, 4, 4\)"):
         train(tiny_recipe(denoiser=str(finished[0] / "pipeline")), tmp_path / "run")
     with pytest.raises(RunError, match="'nowhere' is neither a folder"):
         train(tiny_recipe(denoiser="nowhere"), tmp_path / "run")
@@ -217,3 +235,47 @@ def test_the_command_samples_with_another_decoder_of_the_same_codes(finished, tm
     assert "is for other codes than the checkpoint's VAE makes" in capsys.readouterr().err
     main(["info", pipeline])
     assert "AutoencoderKL, for images of 8 x 8 pixels" in capsys.readouterr().out
+
+
+def test_a_run_never_goes_on_with_codes_of_another_vae(recipe, vae_folder, codes_folder, tmp_path):
+    train(recipe, tmp_path / "run", max_steps=2)
+    stored = json.loads((tmp_path / "run" / "recipe.json").read_text())["codec"]
+    assert (stored["encoder"], stored["scaling_factor"]) == (vae_identity(tiny_vae()).encoder, 0.4)
+    other = tiny_vae(seed=1)
+    other.save_pretrained(tmp_path / "other")
+    card = make_card(identity=vae_identity(other), class_names=tuple("0123456789"))
+    rows = torch.zeros(100, 4, 4, 4, 4).half()
+    codes = write_codes(tmp_path / "codes", card, rows, [index % 10 for index in range(100)])
+    with pytest.raises(RunError, match=r"codec\.encoder: "):
+        train(latent_recipe(tmp_path / "other", codes), tmp_path / "run", start="resume")
+    pinned = dataclasses.replace(recipe, codec=dataclasses.replace(recipe.codec, encoder="0"))
+    with pytest.raises(RunError, match=r"but codec\.encoder is 0; name the VAE that it is of"):
+        train(pinned, tmp_path / "pinned")
+
+
+def test_a_flow_of_another_vae_is_no_denoiser_here(finished, vae_folder, codes_folder):
+    pipeline = str(finished[0] / "pipeline")
+    recipe = latent_recipe(vae_folder, codes_folder, denoiser=pipeline)
+    assert open_denoiser(recipe, tiny_vae()) is not None
+    with pytest.raises(ValueError, match="is for other codes than the checkpoint's VAE makes"):
+        open_denoiser(recipe, tiny_vae(seed=1))
+
+
+def test_a_pipeline_whose_vae_lacks_tensors_is_refused(finished, tmp_path):
+    folder = shutil.copytree(finished[0] / "pipeline", tmp_path / "pipeline")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["decoder.conv_out.weight"]
+    save_file(weights, file)
+    with pytest.raises(OSError, match=r"tensors are missing, such as decoder\.conv_out\.weight"):
+        ITARFlowPipeline.from_pretrained(folder)
+
+
+def test_what_is_told_of_a_training_names_no_folders_of_this_machine(recipe, tmp_path):
+    private = dataclasses.replace(
+        recipe,
+        data=dataclasses.replace(recipe.data, path=str(tmp_path / "secret" / "*.parquet")),
+        codec=dataclasses.replace(recipe.codec, vae=str(tmp_path / "vae")),
+    )
+    (tmp_path / "vae").mkdir()
+    assert str(tmp_path) not in json.dumps(training_record(private, objective.Evaluation({}, None), {}))

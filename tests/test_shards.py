@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -13,8 +13,19 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+from itarflow.dataset import ImageDataset
 from itarflow.images import DataError
-from itarflow.shards import Shard, plan_shards, read_ahead, read_content, read_contents, show_shards, write_shard
+from itarflow.shards import (
+    Reader,
+    Shard,
+    alone,
+    plan_shards,
+    read_ahead,
+    read_content,
+    read_contents,
+    show_shards,
+    write_shard,
+)
 
 FEATURES = datasets.Features({"value": datasets.Value("int64")})
 
@@ -78,3 +89,37 @@ def test_a_worker_that_dies_with_a_batch_in_hand_is_told(tmp_path: Path, monkeyp
     monkeypatch.setattr("itarflow.shards.without_alarm", dying)
     with pytest.raises(DataError, match=r"a worker process died: Connection reset.* fewer num_workers"):
         list(read_ahead(_Rows(), plan_shards(tmp_path, {"train": 5}, 3), batch_size=2, num_workers=0))
+
+
+def test_two_commands_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    with alone(tmp_path / "out"):
+        with pytest.raises(DataError, match="is being written by another command"), alone(tmp_path / "out"):
+            pass
+        (tmp_path / "out" / "file").touch()
+    with alone(tmp_path / "out"):
+        pass
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+    with alone(tmp_path / "empty"):
+        pass
+    assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize(
+    ("report", "told"),
+    [
+        ("{root}/cat/1.png: broken", "cat/1.png: broken"),
+        ("/elsewhere/of mine/1.png: no file '/elsewhere/of mine/1.png'", "1.png: no file '1.png'"),
+        ("zip://cat/1.png::/home/me/cache/a.zip: broken", "zip://cat/1.png: broken"),
+        ("row 3: no image", "row 3: no image"),
+    ],
+)
+def test_reports_name_no_folder_of_this_machine(report: str, told: str, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    class Broken:
+        def read(self, row: int) -> str:
+            return report.format(root=tmp_path / "pictures")
+
+    for source in (str(tmp_path / "pictures"), "../pictures"):
+        assert Reader({"train": cast(ImageDataset, Broken())}, source)["train", 0] == told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,8 @@ from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.estimate import human_bytes
 from itarflow.processes import crash, first_to_say, on_cpu, on_main, refuse, shared_counter
 from itarflow.progress import image_progress
-from itarflow.run import RunError
+from itarflow.run import RunError, check_writable
+from itarflow.shards import alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +87,19 @@ def encode(config: EncodeConfig, *, console: Console | None = None) -> tuple[Enc
         ValueError: the VAE does not suit the images.
         RunError: one of these has met another process.
     """
+    with ExitStack() as locks:
+        return _encode(config, console, locks)
+
+
+def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> tuple[Encoded, float | None] | None:
+    """See `encode`; the main process holds the folder in `locks`."""
     state, plan, missing = join(), None, 0
 
     def first() -> None:
         nonlocal plan, missing
         plan = plan_encoding(config)
+        check_writable(config.out)
+        locks.enter_context(alone(config.out))
         missing = begin(plan)
 
     on_main(state, first)  # it downloads what the others then find, and its refusal reaches them all

@@ -73,7 +73,7 @@ class Sample:
         labels = chosen_labels(pipe, self.class_labels, self.num_images)
         denoiser = None
         if self.denoiser is not None:
-            denoiser = load_denoiser(self.denoiser, slice_size=self.denoise_batch_size, device=device)
+            denoiser = load_denoiser(self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, device=device)
         if self.output.suffix:
             columns = _columns(len(set(labels)), len(labels))
             image_grid(list(self._images(pipe, labels, denoiser)), columns).save(self.output)
