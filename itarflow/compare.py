@@ -169,11 +169,11 @@ def compare(
 def short_names(paths: Sequence[str]) -> list[str]:
     """A short name for each path or Hub id, fit for a file name; no two alike.
 
-    runs/digits/pipeline is "digits". Of equal names the second becomes NAME-2, and so on.
+    runs/digits/pipeline is "digits", runs/decoder/vae "decoder". Of equal names the second becomes NAME-2, and so on.
     """
     names: list[str] = []
     for path in paths:
-        telling = [part for part in Path(path).parts if part not in ("pipeline", "..", "/")]
+        telling = [part for part in Path(path).parts if part not in ("pipeline", "vae", "..", "/")]
         base = (_file_name(telling[-1]) if telling else "") or "pipeline"
         candidates = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
         names.append(next(name for name in candidates if name not in names))
