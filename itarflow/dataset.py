@@ -194,7 +194,7 @@ class ImageDataset(Dataset[Example]):
         images = torch.empty((len(self), *self._decoder.shape), dtype=self._decoder.dtype)
         labels, broken = self._labels.clone(), list[str]()
         megabytes = images.nbytes / 1e6
-        title = f"decoding {len(self):,} images" + (f" into {megabytes:,.0f} MB" if megabytes >= 1 else "")
+        title = f"reading {len(self):,} images" + (f" into {megabytes:,.0f} MB" if megabytes >= 1 else "")
         # One bar a machine, not one a process.
         silent = len(self) == 0 or os.environ.get("LOCAL_RANK", "0") != "0"
         for index in track(range(len(self)), title, console=Console(stderr=True), disable=silent):

@@ -63,7 +63,8 @@ METRICS = (
     Metric(
         "residual noise",
         "noise that is left in the images, estimated by Immerkaer's filter (1996), in grey levels of 255; mean over "
-        "channels and images",
+        "channels and images. Fine texture counts as noise, and noise of codes, once decoded, looks like texture: "
+        "compare with real images, and look at the pictures",
         lambda cleaned: float(residual_noise(cleaned.images).mean()),
     ),
     Metric(

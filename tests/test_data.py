@@ -192,7 +192,7 @@ def test_progress_names_the_memory_once_it_is_worth_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], image_size: int, size: str
 ) -> None:
     load(write_classes(tmp_path, {"a": 2}), image_size=image_size, in_memory=True)
-    assert f"decoding 2 images{size} " in capsys.readouterr().err
+    assert f"reading 2 images{size} " in capsys.readouterr().err
 
 
 def test_sets_can_be_sent_to_workers_by_pickle(tmp_path: Path) -> None:

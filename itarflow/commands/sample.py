@@ -47,8 +47,8 @@ class Sample:
     """Solver of the denoising ODE; skip shows the noisy images. None = the checkpoint's."""
     denoiser: str | None = None
     """What cleans the images, instead of the checkpoint itself: a folder or Hub id of another flow's pipeline, or of
-    a DiT or UNet in diffusers' format (facebook/DiT-XL-2-256, once converted to safetensors), for images or codes of
-    the same size. One trained on a single noise level, a TARFlow, needs --num-denoise-steps 1; the others know a
+    a diffusers pipeline with a DiT or UNet (facebook/DiT-XL-2-256, once converted to safetensors), for images or codes
+    of the same size. One trained on a single noise level, a TARFlow, needs --num-denoise-steps 1; the others know a
     range of levels, and do best with 10 steps or so."""
     decoder: str | None = None
     """Of a checkpoint that models codes: another VAE with the same encoder, such as one whose decoder was fine-tuned
