@@ -7,8 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
+
+from itarflow.data import DataConfig
+from itarflow.decoder import DecoderConfig, TuneConfig
+from itarflow.encode import begin, encode_share, finish
+from itarflow.encode_plan import EncodeConfig, plan_encoding
+from itarflow.finetune import fine_tune
+from itarflow.reconstruction import LossConfig
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # more would disturb one another
@@ -16,10 +24,14 @@ SMALL = ("--model.channels", "16", "--model.num-layers", "1", "1", "--model.head
          "--train.trackers", "--train.log-every", "1", "--sampling.num-images", "10", "--max-steps", "6")  # fmt: skip
 
 
-def run(run_dir, *words, processes):
+def launch(script, *words, processes):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(RECIPE), "--run-dir", str(run_dir), *words]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False, env=ONE_THREAD)
+
+
+def run(run_dir, *words, processes):
+    return launch(RECIPE, "--run-dir", run_dir, *words, processes=processes)
 
 
 def metrics(run_dir):
@@ -59,6 +71,44 @@ def test_a_sharded_training_is_the_replicated_one_and_goes_on_on_one_process(two
     assert metrics(tmp_path / "run")[:6] == pytest.approx(metrics(two)[:6], abs=1e-5)
     ours, theirs = weights(tmp_path / "run"), weights(two)
     assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
+
+
+def test_two_processes_encode_the_codes_that_one_does(tmp_path):
+    vae, one, two = (tmp_path / name for name in ("vae", "one", "two"))
+    tiny_vae().save_pretrained(vae)
+    plan = plan_encoding(EncodeConfig(source="digits", out=one, vae=str(vae), size=8, shard_size=600, num_workers=0))
+    begin(plan)
+    encode_share(plan, device="cpu", count=int)
+    finish(plan)
+    words = ("digits", two, "--vae", vae, "--size", "8", "--shard-size", "600", "--num-workers", "0")
+    done = launch(RECIPE.parents[1] / "vae" / "encode_dataset.py", *words, processes=2)
+    assert done.returncode == 0, done.stderr
+    names = sorted(path.name for path in one.iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    assert len(names) == 5
+    assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+def test_two_processes_fine_tune_a_decoder_as_one(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    config = DecoderConfig(
+        vae=str(tmp_path / "vae"),
+        size=8,
+        t_max=0.3,
+        data=DataConfig(path="digits", num_workers=0),
+        loss=LossConfig(adversarial=0.1),
+        train=TuneConfig(steps=3, batch_size=8, accumulation=2, log_every=1, trackers=()),
+    )
+    fine_tune(config, tmp_path / "one")
+    words = ("digits", tmp_path / "two", "--vae", config.vae, "--size", "8", "--t-max", "0.3", "--train.steps", "3",
+             "--train.batch-size", "8", "--train.accumulation", "2", "--train.log-every", "1", "--train.trackers",
+             "--loss.adversarial", "0.1", "--data.num-workers", "0")  # fmt: skip
+    done = launch(RECIPE.parents[1] / "vae" / "finetune_decoder.py", *words, processes=2)
+    assert done.returncode == 0, done.stderr
+    logged = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("one", "two")]
+    terms = [[line[name] for line in lines if "loss" in line for name in ("loss", "critic")] for lines in logged]
+    assert len(terms[0]) == 6
+    assert terms[1] == pytest.approx(terms[0], abs=1e-5)
 
 
 def test_a_training_killed_at_random_instants_ends_with_the_weights_of_an_undisturbed_one():
