@@ -24,7 +24,10 @@ from itarflow.streaming import StreamedEpoch, num_streams, permutation, window_s
 
 
 class Batch(NamedTuple):
-    """uint8 images (B, C, H, W), int64 labels (B,), -1 = none, and "name: reason" of each replaced image."""
+    """Images, int64 labels (B,), -1 = none, and "name: reason" of each replaced image.
+
+    The images are uint8 (B, C, H, W), or stored codes, float16 (B, V, P, C, H, W); see `codec.stored_codes`.
+    """
 
     images: Tensor
     labels: Tensor

@@ -121,11 +121,11 @@ def upload(
         ) from error
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no pipeline of ours, or whose weights are pickles.
+def read_index(folder: Path) -> dict[str, Any]:
+    """What the model_index.json of a pipeline, of ours or of diffusers, names.
 
     Raises:
-        OSError: saying what the folder holds instead.
+        OSError: there is none, or it is damaged.
     """
     if not (folder / _INDEX).is_file():
         raise OSError(
@@ -138,6 +138,16 @@ def check_folder(folder: Path) -> None:
             raise ValueError("it is no JSON object")
     except ValueError as error:
         raise OSError(f"{folder / _INDEX} is damaged: {error}. Copy or download the folder again.") from error
+    return index
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is no pipeline of ours, or whose weights are pickles.
+
+    Raises:
+        OSError: saying what the folder holds instead.
+    """
+    index = read_index(folder)
     if not _INSTALLED.keys() <= index.keys():
         raise OSError(
             f"{folder} holds a pipeline of another kind ({index.get('_class_name', 'unknown')}); expected an "

@@ -202,7 +202,7 @@ class VaeIdentity:
 
 
 def vae_identity(vae: Vae) -> VaeIdentity:
-    """The identity of a VAE; reads all weights of the encoder, a second for the SD-VAEs."""
+    """The identity of a VAE; reads all weights of its encoder."""
     digest = hashlib.sha256()
     for name, value in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):

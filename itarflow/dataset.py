@@ -25,7 +25,10 @@ from itarflow.streaming import DamagedRowError, ParquetRows
 
 
 class Example(NamedTuple):
-    """uint8 image (C, H, W), its label (-1 = none), and "name: reason" if another image had to replace it."""
+    """An image, its label (-1 = none), and "name: reason" if another image had to replace it.
+
+    The image is as the set's decoder makes it: uint8 (C, H, W), or of a code float16 (V, P, C, H, W).
+    """
 
     image: Tensor
     label: int
@@ -186,7 +189,7 @@ class ImageDataset(Dataset[Example]):
         raise too_many_broken(failures, self._max_broken)
 
     def decoded(self) -> ImageDataset:
-        """The same set, replacements included, held as one uint8 tensor; `broken` then names the replaced images.
+        """The same set, replacements included, held as one tensor; `broken` then names the replaced images.
 
         Raises:
             DataError: more than `max_broken` images could not be read.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from diffusers import DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 from huggingface_hub import snapshot_download
 
+from itarflow.checkpoint import read_index
 from itarflow.codec import Vae, check_same_codes
 from itarflow.denoise import FlowDenoiser
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.pipeline import ITARFlowPipeline
 
-_INDEX = "model_index.json"
 _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
     "transformer": DiTTransformer2DModel,
     "unet": UNet2DModel,
@@ -44,7 +43,7 @@ def load_denoiser(
     """
     given = Path(name).expanduser()
     folder = given if given.is_dir() else _download(name)
-    index = _read_index(folder)
+    index = read_index(folder)
     if "flow" in index:
         pipeline = ITARFlowPipeline.from_pretrained(given if given.is_dir() else name)
         if vae is not None and pipeline.vae is not None:
@@ -88,21 +87,6 @@ def _download(name: str) -> Path:
             f"the denoiser {name!r} is not a folder here, and could not be downloaded from the Hub: {error}\n"
             "Check the spelling and the network."
         ) from error
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    if not (folder / _INDEX).is_file():
-        raise OSError(
-            f"{folder} holds no pipeline: {_INDEX} is missing. Expected a folder such as runs/NAME/pipeline, or one "
-            "that save_pretrained of a diffusers pipeline has written."
-        )
-    try:
-        index = json.loads((folder / _INDEX).read_text())
-        if not isinstance(index, dict):
-            raise ValueError("it is no JSON object")
-    except ValueError as error:
-        raise OSError(f"{folder / _INDEX} is damaged: {error}. Copy or download the folder again.") from error
-    return index
 
 
 def _class_of(index: dict[str, Any], part: str) -> str | None:

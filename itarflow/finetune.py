@@ -39,7 +39,7 @@ from itarflow.decoder import (
 from itarflow.ema import averaged_weights
 from itarflow.interrupt import StopSignal
 from itarflow.loop import Loop
-from itarflow.processes import check_folder, claimed, make_accelerator, on_main
+from itarflow.processes import check_folder, claimed, main_first, make_accelerator, on_main
 from itarflow.recipe import learning_rate_factor
 from itarflow.reconstruction import PatchCritic, adversarial_loss, hinge_loss, load_lpips, reconstruction_terms
 from itarflow.run import RunDir, Start, replace_folder
@@ -84,9 +84,8 @@ def fine_tune(
         allow_changes: resume although settings differ from the stored ones.
 
     Raises:
-        OSError: there is no such VAE.
         ValueError: settings, VAE or data that do not fit together.
-        RunError: the folder can't be used, or a save failed.
+        RunError: the folder can't be used, a save failed, or there is no such VAE or LPIPS.
         TrainingError: too many steps in a row were not finite.
         Interrupted: SIGINT or SIGTERM arrived; the state has been saved.
     """
@@ -94,9 +93,9 @@ def fine_tune(
     accelerator = make_accelerator(out, accumulation=config.train.accumulation, trackers=config.train.trackers)
     run = RunDir(out, "OUT")
     check_folder(run, config, accelerator, start, allow_changes)
-    vae = load_vae(config.codec)
+    vae = main_first(accelerator, lambda: load_vae(config.codec))
     config.check(vae, accelerator.num_processes)
-    perceptual = load_lpips() if config.loss.lpips else None
+    perceptual = main_first(accelerator, load_lpips) if config.loss.lpips else None
     data = load_data(config.data, image_size=config.size, in_channels=vae.config.in_channels)
     if len(data.held_out) == 0:
         raise ValueError("data.held_out_images is 0: there is nothing to measure the decoder on; expected 1 or more.")

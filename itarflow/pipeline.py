@@ -313,7 +313,9 @@ class ITARFlowPipeline(DiffusionPipeline):
             if (folder / "vae").is_dir() and "vae" not in kwargs:
                 # By ourselves, because diffusers would fill up tensors that are missing.
                 vae = load_vae(CodecConfig(vae=str(folder / "vae")))
-                kwargs["vae"] = vae.to(kwargs.get("torch_dtype", kwargs.get("dtype", vae.dtype)))
+                given = kwargs.get("torch_dtype", kwargs.get("dtype"))
+                wanted = given.get("vae", given.get("default")) if isinstance(given, dict) else given
+                kwargs["vae"] = vae.to(wanted) if isinstance(wanted, torch.dtype) else vae
             return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
         except torch.OutOfMemoryError:
             raise

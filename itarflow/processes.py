@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ from itarflow.interrupt import StopSignal
 from itarflow.recipe import Settings
 from itarflow.run import RunDir, RunError, Start
 from itarflow.states import newest_whole, set_aside_newer
+
+Opened = TypeVar("Opened")
 
 
 def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[str]) -> Accelerator:
@@ -105,6 +107,17 @@ def claimed(
     with ExitStack() as locks, StopSignal() as stop:
         on_main(accelerator, lambda: runs.claim(run, settings, start, allow_changes, locks))
         yield stop
+
+
+def main_first(accelerator: Accelerator, open_: Callable[[], Opened]) -> Opened:
+    """What opens something, on all processes; the main one, which may download it, or refuse it for all, goes first.
+
+    Raises:
+        RunError: as `on_main`.
+    """
+    opened: list[Opened] = []
+    on_main(accelerator, lambda: opened.append(open_()))
+    return opened[0] if opened else open_()
 
 
 def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:

@@ -169,11 +169,11 @@ class Recipe:
 
     def scheduler(self) -> DenoiseScheduler:
         """The denoising defaults of the pipeline."""
-        alone = self.noise.distribution == "constant"  # one level, one step, unless another denoiser is named
+        one_level = self.noise.distribution == "constant"  # hence one step, unless a call names another denoiser
         return DenoiseScheduler(
             t_max=self.noise.t_max,
             t_min=self.noise.t_min,
-            num_denoise_steps=1 if alone else self.sampling.num_denoise_steps,
+            num_denoise_steps=1 if one_level else self.sampling.num_denoise_steps,
             method=self.sampling.method,
             clip=self.sampling.clip,
         )

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -30,7 +30,7 @@ from itarflow.interrupt import StopSignal
 from itarflow.loop import Loop
 from itarflow.microbatch import find_accumulation
 from itarflow.objective import Evaluation, Losses, draw, evaluate, training_losses
-from itarflow.processes import check_folder, claimed, make_accelerator, on_main
+from itarflow.processes import check_folder, claimed, main_first, make_accelerator, on_main
 from itarflow.recipe import Recipe, learning_rate_factor, open_data, open_vae, with_identity
 from itarflow.run import RunDir, Start, replace_folder
 from itarflow.sharding import (
@@ -60,9 +60,6 @@ class Summary:
     unreadable_images: int
     class_names: tuple[str, ...]
     grid: Path
-
-
-Opened = TypeVar("Opened")
 
 
 class _Step(NamedTuple):
@@ -127,23 +124,16 @@ def train(
         accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
     run = RunDir(run_path)
-    vae = _on_main_first(accelerator, lambda: open_vae(recipe))
+    vae = main_first(accelerator, lambda: open_vae(recipe))
     recipe = with_identity(recipe, vae)
     check_folder(run, recipe, accelerator, start, allow_changes)
-    _on_main_first(accelerator, lambda: open_denoiser(recipe, vae))
+    main_first(accelerator, lambda: open_denoiser(recipe, vae))
     data = open_data(recipe, vae)
     if recipe.data.in_memory:
         data = data.decoded()
     with claimed(run, recipe, accelerator, start, allow_changes) as stop:
         training = _Training(recipe, run, data, accelerator, stop, vae=vae, sharded=sharded)
         return training.run_to(max_steps, resume=start == "resume")
-
-
-def _on_main_first(accelerator: Accelerator, open_: Callable[[], Opened]) -> Opened:
-    """Open something on all processes; the main one, which may download it, or refuse it for all, goes first."""
-    opened: list[Opened] = []
-    on_main(accelerator, lambda: opened.append(open_()))
-    return opened[0] if opened else open_()
 
 
 class _Training(Loop[_Step, Summary]):

@@ -261,6 +261,13 @@ def test_a_flow_of_another_vae_is_no_denoiser_here(finished, vae_folder, codes_f
         open_denoiser(recipe, tiny_vae(seed=1))
 
 
+@pytest.mark.parametrize("given", [torch.bfloat16, {"default": torch.float32, "vae": torch.bfloat16}], ids=str)
+def test_the_vae_takes_the_precision_that_is_asked_for(finished, given):
+    pipe = ITARFlowPipeline.from_pretrained(finished[0] / "pipeline", torch_dtype=given)
+    assert pipe.vae.dtype == torch.bfloat16
+    assert pipe.flow.dtype == (torch.float32 if isinstance(given, dict) else torch.bfloat16)
+
+
 def test_a_pipeline_whose_vae_lacks_tensors_is_refused(finished, tmp_path):
     folder = shutil.copytree(finished[0] / "pipeline", tmp_path / "pipeline")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
