@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from itarflow.codec import Codec, Vae, check_same_codes, codec_of
-from itarflow.denoise import CheckedDenoiser, Denoiser, DenoiseScheduler, FlowDenoiser, denoise, noise_levels
+from itarflow.denoise import DenoiseScheduler, denoise, noise_levels
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.measures import Cleaned, parts
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
+from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from itarflow.calls import image_generators, to_pil
 from itarflow.cleaning import clean, columns_of, decoder_columns, settings_of, solvers_of
 from itarflow.codec import Vae, differing, to_pixels, vae_identity, vae_stride
 from itarflow.data import DataConfig, load_data
-from itarflow.denoise import check_level
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.embedding import NULL_LABEL
 from itarflow.guidance import Guidance
@@ -33,6 +32,7 @@ from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plot import blank_figure
 from itarflow.progress import image_grid, step_progress
 from itarflow.run import check_writable
+from itarflow.score import check_level
 
 REAL_IMAGES = 256
 """How many real images are measured for reference, at most."""

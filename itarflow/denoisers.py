@@ -13,9 +13,9 @@ from huggingface_hub import snapshot_download
 
 from itarflow.checkpoint import read_index
 from itarflow.codec import Vae, check_same_codes
-from itarflow.denoise import FlowDenoiser
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.pipeline import ITARFlowPipeline
+from itarflow.score import FlowDenoiser
 
 _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
     "transformer": DiTTransformer2DModel,

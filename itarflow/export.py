@@ -15,13 +15,14 @@ from PIL import Image
 from itarflow.calls import image_generators
 from itarflow.codec import Vae
 from itarflow.codes import display_name
-from itarflow.denoise import CheckedDenoiser, lowest_level, noise_levels
+from itarflow.denoise import lowest_level, noise_levels
 from itarflow.denoisers import load_denoiser
 from itarflow.flow import TARFlow
 from itarflow.objective import Evaluation
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.progress import image_grid
 from itarflow.recipe import Recipe, to_json
+from itarflow.score import CheckedDenoiser
 
 
 def make_pipeline(

@@ -18,19 +18,10 @@ from itarflow.calls import Label, check_output, converted, image_generators, lab
 from itarflow.card import model_card
 from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes, upload
 from itarflow.codec import CodecConfig, Vae, codec_of, load_vae, vae_stride
-from itarflow.denoise import (
-    CheckedDenoiser,
-    Denoiser,
-    DenoiseScheduler,
-    FlowDenoiser,
-    Method,
-    check_level,
-    denoise,
-    lowest_level,
-    noise_levels,
-)
+from itarflow.denoise import DenoiseScheduler, Method, denoise, lowest_level, noise_levels
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
+from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
 
 
 class ITARFlowPipeline(DiffusionPipeline):

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from itarflow.linear import Linear
+
 
 def new_cache(num_layers: int, batch_size: int, num_tokens: int, head_dim: int, weight: Tensor) -> Tensor:
     """An empty key-value cache for `num_tokens` positions.
@@ -40,8 +42,8 @@ class Attention(nn.Module):
     def __init__(self, channels: int, head_dim: int) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
+        self.qkv = Linear(channels, 3 * channels)
+        self.proj = Linear(channels, channels)
 
     def forward(
         self,
@@ -84,7 +86,7 @@ class Layer(nn.Module):
         self.attention = Attention(channels, head_dim)
         self.mlp_norm = nn.LayerNorm(channels)
         self.mlp = nn.Sequential(
-            nn.Linear(channels, mlp_ratio * channels), nn.GELU(), nn.Linear(mlp_ratio * channels, channels)
+            Linear(channels, mlp_ratio * channels), nn.GELU(), Linear(mlp_ratio * channels, channels)
         )
 
     def forward(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from itarflow.block import FlowOutput
 from itarflow.convert import load_official, name_map
-from itarflow.denoise import FlowDenoiser, Method, denoise, noise_levels
+from itarflow.denoise import Method, denoise, noise_levels
 from itarflow.flow import TARFlow, nll_per_dim, updated_prior_variance
 from itarflow.guidance import Guidance
 from itarflow.noise import (
@@ -32,6 +32,7 @@ from itarflow.noise import (
     quadratic_level,
     uniform_level,
 )
+from itarflow.score import FlowDenoiser
 
 GOLDEN = Path(__file__).parent / "golden"
 RTOL, ATOL = 1e-4, 5e-5

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from itarflow.denoise import DenoiseScheduler, FlowDenoiser, denoise, noise_levels
+from itarflow.denoise import DenoiseScheduler, denoise, noise_levels
+from itarflow.score import FlowDenoiser
 
 METHODS = ["euler", "heun", "multistep", "sde"]
 ODE_METHODS = ["euler", "heun", "multistep"]

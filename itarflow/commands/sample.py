@@ -15,11 +15,12 @@ from PIL import Image
 from itarflow.calls import image_generators
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.commands.shared import chosen_labels, say, usable_device
-from itarflow.denoise import Denoiser, Method
+from itarflow.denoise import Method
 from itarflow.denoisers import load_denoiser
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.progress import image_grid
 from itarflow.run import check_writable
+from itarflow.score import Denoiser
 
 
 @dataclass(frozen=True)
