@@ -15,6 +15,7 @@ from itarflow.conditioner import Conditioner, pack_layers
 from itarflow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
 from itarflow.guidance import Affine, Guidance, guide
 from itarflow.linear import pack
+from itarflow.replay import Replayed
 from itarflow.transformer import Layer, Transformer
 
 
@@ -209,8 +210,9 @@ class AutoregressiveBlock(nn.Module):
             weights = guidance.weights(torch.zeros(1, device=z.device), self.num_tokens, shift.dtype)
             first = guide((shift, log_scale), self.first_affine(guiding), weights, guidance)
         conditioner = self.conditioner(condition, guiding, guidance, dtype)
+        fastest = Replayed(conditioner) if z.device.type == "cuda" else conditioner
         known = None if guess is None else self._ordered(guess)
-        return self._ordered(solver(conditioner, self._ordered(z), first, progress, known))
+        return self._ordered(solver(fastest, self._ordered(z), first, progress, known))
 
     def _layers(self) -> list[Layer]:
         """The shared ones first."""

@@ -274,6 +274,9 @@ class TARFlow(ModelMixin, ConfigMixin):
         by_block = [solver] * len(self.blocks) if callable(solver) else list(solver)
         if len(by_block) != len(self.blocks):
             raise ValueError(f"{len(by_block)} solvers were given for {len(self.blocks)} blocks; expected one each.")
+        for one, (block, _) in zip(by_block, reversed(self._blocks()), strict=True):
+            if isinstance(one, solvers.Jacobi):
+                one.check(block.num_tokens)
         self._check_guess(guess, len(z))
         dtype = _autocast_dtype(self.device) if dtype is None else dtype
         image_size, patch = self.config.image_size, self.patch_sizes[-1]

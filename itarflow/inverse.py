@@ -92,7 +92,7 @@ class Jacobi:
     Gauss-Seidel between windows and Jacobi within (arXiv 2505.12849), except that the window slides; 1 = `sequential`.
 
     Args:
-        window: tokens that are computed at once, >= 1; None = all. Longer ones are cut to the sequence.
+        window: tokens that are computed at once, from 1 to N; None = all.
         tolerance: largest change of a value of x, in the units of the block, at which a guess counts as right. 0 =
             until nothing changes, which gives the result of `sequential` up to rounding.
         guess: where to begin unless a call brings something better: "z", or "zero".
@@ -113,6 +113,18 @@ class Jacobi:
         if self.guess not in ("z", "zero"):
             raise ValueError(f"guess is {self.guess!r}; expected 'z' or 'zero'.")
 
+    def check(self, num_tokens: int) -> None:
+        """Refuse a window that is longer than a sequence of that many tokens.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.window is not None and self.window > num_tokens:
+            raise ValueError(
+                f"window is {self.window}, but the block has {num_tokens} tokens; expected at most that many, or None "
+                "for all."
+            )
+
     def __call__(
         self,
         conditioner: Conditioner,
@@ -122,6 +134,7 @@ class Jacobi:
         guess: Tensor | None = None,
     ) -> Tensor:
         """See `Solver`."""
+        self.check(z.shape[1])
         total, samples = z.shape[1], torch.arange(len(z), device=z.device)
         x = _first_guess(z, guess, self.guess)
         x[:, :1] = z[:, :1] * first[1] + first[0]
