@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from itarflow.attention import attention
 from itarflow.linear import Linear
 
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
             if start > 0 and window > 1:
                 mask = torch.ones(window, end, dtype=torch.bool, device=x.device).tril(start)
         # A flag instead of a mask wherever possible: flash kernels refuse masks.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=start == 0 and window > 1)
+        out = attention(q, k, v, mask, causal=start == 0 and window > 1)
         return self.proj(rearrange(out, "b h n e -> b n (h e)"))
 
 
@@ -130,12 +130,15 @@ class Transformer(nn.Module):
             start: position of the window's first token.
 
         Returns:
-            (B, n, C); entry i depends on the tokens up to start + i, that one included.
+            (B, n, C) in x's type; entry i depends on the tokens up to start + i, that one included.
         """
+        given = x.dtype
+        if self.layers:  # which may be of lower precision than what surrounds them
+            x = x.to(next(self.layers.parameters()).dtype)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
             if checkpointing:
                 x = self._gradient_checkpointing_func(layer, x, temperature)
             else:
                 x = layer(x, temperature, None if cache is None else cache[index], start)
-        return x
+        return x.to(given)
