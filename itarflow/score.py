@@ -100,7 +100,8 @@ class FlowDenoiser:
             self.flow.enable_gradient_checkpointing(_recomputed)
         with torch.inference_mode(False):  # whose tensors can't be differentiated
             for layer in (module for module in self.flow.modules() if isinstance(module, Layer)):
-                layer.to(dtype)
+                if dtype is not None:
+                    layer.to(dtype)
                 if compiled:
                     layer.compile()
 
@@ -182,7 +183,9 @@ class FlowDenoiser:
 
     def _precision(self, device: str) -> AbstractContextManager[Any]:
         """A dtype that was asked for holds whatever the caller's autocast says."""
-        return nullcontext() if self._dtype is None else torch.autocast(device, enabled=False)
+        if self._dtype is None or not torch.amp.is_autocast_available(device):
+            return nullcontext()
+        return torch.autocast(device, enabled=False)
 
     def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
         """E[clean | noisy] = noisy + t^2 * score (Tweedie); arguments as `score`."""
@@ -194,7 +197,7 @@ def _tensor(noise_level: Tensor | float, noisy: Tensor) -> Tensor:
     """(B,) or (1,) on the device of noisy; a number gets there without waiting for it."""
     if isinstance(noise_level, Tensor):
         return noise_level.to(noisy.device).reshape(-1)
-    return torch.full((1,), noise_level, device=noisy.device)
+    return torch.full((1,), noise_level, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32))
 
 
 def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
