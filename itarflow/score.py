@@ -71,7 +71,7 @@ class FlowDenoiser:
             several times less memory for about a third more time. For batches that do not fit otherwise, and are too
             slow in slices. A flow on which gradient checkpointing is enabled already does so anyway.
         compiled: translate the layers by torch.compile, which takes a minute or so at the first evaluation of each
-            size. For many evaluations on a GPU; on CPUs it needs a C++ compiler, and gains little.
+            size. For many evaluations on a GPU; on CPUs it is slower than without.
 
     Raises:
         ValueError: slice_size < 1, or a dtype that is too narrow for gradients.
