@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itarflow.attention import attention
 from itarflow.guidance import Affine, Guidance, guide
 from itarflow.linear import PackedLinear, pack
 from itarflow.transformer import Layer
@@ -176,16 +176,5 @@ def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | No
     if temperature is not None:
         q = q / temperature.to(q.dtype)[:, None, None, None]
     k, v = cache[:, :, :, : window.length]
-    out = _attention(q, k, v, window)
+    out = attention(q, k, v, window.mask, window.causal)
     return out.transpose(1, 2).reshape(batch_size, count, -1)
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
-    if q.device.type == "cpu" and q.shape[2] == 1 and window.mask is None and q.shape[0] * q.shape[1] >= _MANY:
-        weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1)
-        return torch.matmul(weights, v)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask, is_causal=window.causal)
-
-
-_MANY = 64
-"""Heads times samples from which, on a CPU, one query each is faster by two products than by the flash kernel."""

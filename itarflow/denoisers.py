@@ -24,7 +24,12 @@ _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
 
 
 def load_denoiser(
-    name: str, *, vae: Vae | None = None, slice_size: int | None = None, device: torch.device | str = "cpu"
+    name: str,
+    *,
+    vae: Vae | None = None,
+    slice_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> FlowDenoiser | DiffusionDenoiser:
     """The denoiser in a folder or a repository of the Hugging Face Hub.
 
@@ -34,12 +39,13 @@ def load_denoiser(
             or DDIMPipeline. Of such a one only these two are read, and of their weights only safetensors.
         vae: whose codes are to be denoised; a flow of another VAE's is refused. None = pixels, or not known.
         slice_size: images that are denoised at a time, which bounds the memory; None = all.
+        dtype: of a flow's layers, see `FlowDenoiser`; None = as stored.
         device: where it computes.
 
     Raises:
         OSError: there is no such folder or repository, it holds neither, or its weights are damaged or pickles.
-        ValueError: slice_size < 1, a flow of another VAE's codes, or a diffusion model of a kind that
-            `DiffusionDenoiser` refuses.
+        ValueError: slice_size < 1, a flow of another VAE's codes, a diffusion model of a kind that
+            `DiffusionDenoiser` refuses, or a dtype for one.
     """
     given = Path(name).expanduser()
     folder = given if given.is_dir() else _download(name)
@@ -48,7 +54,7 @@ def load_denoiser(
         pipeline = ITARFlowPipeline.from_pretrained(given if given.is_dir() else name)
         if vae is not None and pipeline.vae is not None:
             check_same_codes(name, pipeline.vae, vae)
-        return FlowDenoiser(pipeline.flow.to(device), slice_size)
+        return FlowDenoiser(pipeline.flow.to(device), slice_size, dtype=dtype)
     part = next((part for part in _MODELS if _class_of(index, part) == _MODELS[part].__name__), None)
     if part is None or _class_of(index, "scheduler") is None:
         found = [f"{part}: {_class_of(index, part)}" for part in (*_MODELS, "scheduler") if _class_of(index, part)]
@@ -57,6 +63,11 @@ def load_denoiser(
             f"{name} holds a {kind} ({', '.join(found) or 'neither'}); expected a transformer "
             "(DiTTransformer2DModel) or a unet (UNet2DModel), and a scheduler of diffusers, as of a DiTPipeline or "
             "DDPMPipeline; or a pipeline of itarflow."
+        )
+    if dtype is not None:
+        raise ValueError(
+            f"the denoiser {name} is a diffusion model, and {dtype} is for flows, whose score it makes cheaper; leave "
+            "it out."
         )
     try:
         scheduler = _scheduler(folder, str(_class_of(index, "scheduler")))

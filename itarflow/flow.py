@@ -46,6 +46,18 @@ def nll_per_dim(output: FlowOutput) -> Tensor:
     return 0.5 * output.z.square().mean(dim=(1, 2)) - output.log_det / output.z[0].numel()
 
 
+def log_density(output: FlowOutput, prior_variance: Tensor) -> Tensor:
+    """The log-density (B,) in nats, constant included, of what a flow mapped to `output`.
+
+    Args:
+        output: z (B, N, D) and log_det (B,).
+        prior_variance: (N, D), of the Gaussian prior of z.
+    """
+    variance = prior_variance.to(output.z.dtype)
+    log_prior = -0.5 * (output.z.square() / variance + variance.log() + LOG_2PI)
+    return log_prior.sum(dim=(1, 2)) + output.log_det
+
+
 def updated_prior_variance(prior_variance: Tensor, z: Tensor, rate: float = 0.1) -> Tensor:
     """The moving average (N, D) of z^2, moved by `rate` towards the mean over the batch z (B, N, D)."""
     return (1 - rate) * prior_variance + rate * z.detach().square().mean(dim=0)
@@ -218,10 +230,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             ValueError: as `forward`, and a noise level outside the trained range.
         """
         self.check_noise_range(noise_level)
-        z, log_det = self(images, labels, noise_level)
-        variance = self.prior_variance.to(z.dtype)
-        log_prior = -0.5 * (z.square() / variance + variance.log() + LOG_2PI)
-        return log_prior.sum(dim=(1, 2)) + log_det
+        return log_density(self(images, labels, noise_level), self.prior_variance)
 
     @torch.no_grad()
     def inverse(

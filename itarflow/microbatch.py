@@ -60,8 +60,8 @@ def _try_steps(recipe: Recipe, accelerator: Accelerator, batch_size: int) -> Non
     flow = recipe.model.build(recipe.noise_range).to(device).train()
     if recipe.train.gradient_checkpointing:
         flow.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(flow.parameters())
-    ema = None if recipe.train.ema_decay is None else EMAModel(flow.parameters(), recipe.train.ema_decay)
+    optimizer = torch.optim.AdamW(flow.parameters(), fused=device.type in ("cuda", "cpu"))
+    ema = None if recipe.train.ema_decay is None else EMAModel(flow.parameters(), recipe.train.ema_decay, foreach=True)
     # What DDP keeps besides: a second copy of the gradients, to send them.
     buckets = [torch.empty_like(p) for p in flow.parameters() if accelerator.num_processes > 1]
     images = torch.randn(batch_size, *flow.image_shape, device=device)
@@ -72,7 +72,7 @@ def _try_steps(recipe: Recipe, accelerator: Accelerator, batch_size: int) -> Non
             nll_per_dim(flow(images, labels, level)).mean().backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), math.inf)
         optimizer.step()
+        optimizer.zero_grad()
         if ema is not None:
             ema.step(flow.parameters())
-        optimizer.zero_grad()
     del buckets

@@ -97,6 +97,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         denoise_batch_size: int | None = None,
+        denoise_dtype: torch.dtype | None = None,
         decode_batch_size: int | None = None,
         tiled_decode: bool = False,
         output_type: str = "pil",
@@ -122,7 +123,11 @@ class ITARFlowPipeline(DiffusionPipeline):
                 as good ones. None = the weights'.
             generator: one for all images (image i then depends on its seed and on i alone), or one an image.
             batch_size: images that are generated at a time, to bound memory; None = all.
-            denoise_batch_size: images that the flow denoises at a time; None = as many as are generated.
+            denoise_batch_size: images that the flow denoises at a time; None = as many as are generated, or, with a
+                warning, as fit the memory.
+            denoise_dtype: of the flow's layers while it denoises: torch.bfloat16 saves more than half of the time and
+                almost half of the memory, and changes images by less than a grey level, see `FlowDenoiser`. None =
+                the flow's own. Not with a denoiser, which has its own.
             decode_batch_size: images that the VAE decodes at a time; None = as many as are generated.
             tiled_decode: decode large images in tiles, see `VaeCodec`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "codes": what the flow
@@ -143,7 +148,13 @@ class ITARFlowPipeline(DiffusionPipeline):
         generators = image_generators(generator, count)
         size = positive("batch_size", batch_size) or count
         slice_size = positive("denoise_batch_size", denoise_batch_size)
-        denoiser = FlowDenoiser(self.flow, slice_size) if denoiser is None else denoiser
+        if denoiser is None:
+            denoiser = FlowDenoiser(self.flow, slice_size, dtype=denoise_dtype)
+        elif denoise_dtype is not None:
+            raise ValueError(
+                f"denoise_dtype is {denoise_dtype}, but a denoiser was given, which has a type of its own; leave it "
+                "out, or build the denoiser with it: FlowDenoiser(flow, dtype=...)."
+            )
         _check_denoiser(denoiser, scheduler, self.flow, labels)
         steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
         solver = self.planned_solver(min(size, count)) if solver is None else solver

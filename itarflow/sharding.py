@@ -6,6 +6,7 @@ trusted on a hundred GPUs. Tensors are stored by torch's distributed checkpoints
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Collection, Iterator
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from itarflow.ema import averaged_weights
 from itarflow.flow import TARFlow
@@ -72,8 +74,10 @@ def compile_layers(flow: TARFlow) -> None:
 
 
 def clip_grad_norm(model: nn.Module, limit: float) -> float:
-    """Scale the gradients down to `limit`; returns the norm that they had, over all processes."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    """Scale the gradients down to `limit`, inf = never; returns the norm that they had, over all processes."""
+    norm = get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if math.isfinite(limit):
+        clip_grads_with_norm_(model.parameters(), limit, norm)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 

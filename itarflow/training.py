@@ -175,10 +175,10 @@ class _Training(Loop[_Step, Summary]):
             lr=recipe.train.learning_rate,
             betas=recipe.train.betas,
             weight_decay=recipe.train.weight_decay,
-            fused=accelerator.device.type == "cuda",
+            fused=accelerator.device.type in ("cuda", "cpu"),
         )
         decay = recipe.train.ema_decay
-        self.ema = None if decay is None else EMAModel(self.model.parameters(), decay)
+        self.ema = None if decay is None else EMAModel(self.model.parameters(), decay, foreach=True)
 
     def plan(self) -> str:
         """See `Loop.plan`."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from itarflow.attention import attention
 from itarflow.linear import Linear
 
 
@@ -37,8 +37,7 @@ class Attention(nn.Module):
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, e=self.head_dim)
         if temperature is not None:
             q = q / temperature.to(q.dtype)[:, None, None, None]
-        # A flag instead of a mask: flash kernels refuse masks.
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        out = attention(q, k, v, causal=True)
         return self.proj(rearrange(out, "b h n e -> b n (h e)"))
 
 
@@ -81,9 +80,12 @@ class Transformer(nn.Module):
             temperature: (B,), divides the attention logits; None = 1.
 
         Returns:
-            (B, N, C); entry n depends on the tokens up to n, that one included.
+            (B, N, C) in x's type; entry n depends on the tokens up to n, that one included.
         """
+        given = x.dtype
+        if self.layers:  # which may be of lower precision than what surrounds them
+            x = x.to(next(self.layers.parameters()).dtype)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             x = self._gradient_checkpointing_func(layer, x, temperature) if checkpointing else layer(x, temperature)
-        return x
+        return x.to(given)

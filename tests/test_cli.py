@@ -130,6 +130,15 @@ def test_a_name_that_looks_like_a_number_is_a_name(run, save):
     assert not np.array_equal(np.asarray(expected), np.asarray(number))
 
 
+def test_images_may_be_denoised_in_lower_precision(run, save):
+    folder = save()
+    run("sample", folder, "--output", "exact.png")
+    for options in ((), ("--denoiser", folder)):
+        run("sample", folder, "--denoise-dtype", "bf16", "--output", "near.png", *options)
+        difference = pixels("near.png").astype(int) - pixels("exact.png")
+        assert 0 < np.abs(difference).max() < 8  # these weights are random, and not small
+
+
 def test_the_seed_decides(run, save):
     folder = save()
     for name, seed in (("a.png", 3), ("b.png", 3), ("c.png", 4)):

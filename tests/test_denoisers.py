@@ -50,6 +50,14 @@ def test_a_flow_denoises_as_itself(make_flow: Callable[..., TARFlow], tmp_path):
     assert denoiser.slice_size == 1
     labels = torch.tensor([0, -1])
     torch.testing.assert_close(denoiser(NOISY, labels, 0.3), FlowDenoiser(flow)(NOISY, labels, 0.3))
+    cheaper = load_denoiser(str(tmp_path / "flow"), dtype=torch.bfloat16)
+    expected = FlowDenoiser(flow, dtype=torch.bfloat16)(NOISY, labels, 0.3)
+    torch.testing.assert_close(cheaper(NOISY, labels, 0.3), expected)
+
+
+def test_a_dtype_for_a_diffusion_model_is_refused(folder):
+    with pytest.raises(ValueError, match=r"is a diffusion model, and torch\.bfloat16 is for flows"):
+        load_denoiser(str(folder), dtype=torch.bfloat16)
 
 
 def test_a_unet_denoises_by_its_own_schedule(unet, folder):

@@ -309,6 +309,14 @@ def test_a_sample_is_the_inverse_of_the_flow_and_then_its_own_denoising(pipe):
     assert_same(images_of(pipe), by_hand(pipe, FlowDenoiser(pipe.flow), labels))
 
 
+def test_it_may_denoise_in_lower_precision(pipe):
+    labels = torch.tensor([0, 1, 2])
+    images = images_of(pipe, denoise_dtype=torch.bfloat16)
+    assert_same(images, by_hand(pipe, FlowDenoiser(pipe.flow, dtype=torch.bfloat16), labels))
+    assert not torch.equal(images, images_of(pipe))
+    assert pipe.flow.dtype == torch.float32
+
+
 def test_method_none_gives_the_noisy_images(pipe):
     labels = torch.tensor([0, 1, 2])
     assert_same(images_of(pipe, method="skip"), by_hand(pipe, None, labels, method="skip"))
@@ -394,6 +402,8 @@ def test_bfloat16_weights_give_finite_images(pipe):
         ({"num_images": 3, "class_labels": [0, 1]}, "num_images is 3 for 2 class_labels"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"denoise_batch_size": 0}, "denoise_batch_size is 0"),
+        ({"denoise_dtype": torch.float16}, r"dtype is torch\.float16.*bfloat16"),
+        ({"denoise_dtype": torch.bfloat16, "denoiser": lambda *_: None}, r"a denoiser was given.*dtype=\.\.\."),
         ({"guidance_weight": -1.0}, r"weight is -1\.0; expected a finite number >= 0"),
         ({"guidance_weight": 2.0, "class_labels": None}, r"guidance_weight is 2\.0, but there are no labels"),
         ({"generator": [seeded(0), seeded(1)]}, "2 generators were given for 1 images"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -60,7 +60,10 @@ class Sample:
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
-    """Images that are denoised at a time. None = as many as are made."""
+    """Images that are denoised at a time. None = as many as are made, or as fit the memory."""
+    denoise_dtype: Literal["float32", "bf16"] = "float32"
+    """Precision of a flow's layers in denoising. bf16 saves more than half of the time, and changes images by less
+    than a grey level."""
     decode_batch_size: int = 8
     """Images that a VAE decodes at a time. Not used by checkpoints that model pixels."""
     device: str | None = None
@@ -75,20 +78,27 @@ class Sample:
             pipe.register_modules(vae=_matching_vae(pipe, self.decoder))
         pipe.to(device)
         labels = chosen_labels(pipe, self.class_labels, self.num_images)
+        dtype = torch.bfloat16 if self.denoise_dtype == "bf16" else None
         denoiser = None
         if self.denoiser is not None:
-            denoiser = load_denoiser(self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, device=device)
+            denoiser = load_denoiser(
+                self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, dtype=dtype, device=device
+            )
         if self.output.suffix:
             columns = _columns(len(set(labels)), len(labels))
-            image_grid(list(self._images(pipe, labels, denoiser)), columns).save(self.output)
+            image_grid(list(self._images(pipe, labels, denoiser, dtype)), columns).save(self.output)
         else:
             self.output.mkdir(parents=True, exist_ok=True)
-            for index, image in enumerate(self._images(pipe, labels, denoiser)):
+            for index, image in enumerate(self._images(pipe, labels, denoiser, dtype)):
                 image.save(self.output / f"{index:06d}.png")
         say(f"{len(labels)} {'image' if len(labels) == 1 else 'images'} in {self.output}")
 
     def _images(
-        self, pipe: ITARFlowPipeline, labels: list[int | None], denoiser: Denoiser | None
+        self,
+        pipe: ITARFlowPipeline,
+        labels: list[int | None],
+        denoiser: Denoiser | None,
+        dtype: torch.dtype | None,
     ) -> Iterator[Image.Image]:
         """The images in order, batch by batch, so that what is done can be saved before the next begins."""
         generators = image_generators(torch.Generator().manual_seed(self.seed), len(labels))
@@ -105,6 +115,7 @@ class Sample:
                 solver=sequential if self.exact else None,
                 generator=generators[part],
                 denoise_batch_size=self.denoise_batch_size,
+                denoise_dtype=dtype if denoiser is None else None,
                 decode_batch_size=self.decode_batch_size,
             ).images
 
