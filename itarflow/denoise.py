@@ -90,9 +90,10 @@ def denoise(
         num_steps: evaluations of the denoiser, >= 1. 1 = TARFlow's single Tweedie step.
         method: "euler": first order. "heun": second order, two evaluations a step (Karras et al. 2022, algorithm 1),
             on fewer and larger steps. "multistep": second order from one evaluation a step and the one before
-            (Adams-Bashforth). "predictor-corrector": second order, one evaluation a step; each evaluation also corrects
-            the step that led to it. With quadratic spacing it needs the fewest evaluations. "sde": Euler that replaces a part of the noise by a fresh draw. "skip": noisy is
-            returned as it is, for flows that were trained without Gaussian noise, or to see what denoising does.
+            (Adams-Bashforth). "predictor-corrector": second order from one evaluation a step, which also corrects
+            the step that led to it; with quadratic spacing it needs the fewest evaluations. "sde": Euler that
+            replaces a part of the noise by a fresh draw. "skip": noisy is returned as it is, for flows that were
+            trained without Gaussian noise, or to see what denoising does.
         spacing: of the levels, see `noise_levels`.
         clip: clamp the clean estimates, not x, to [-1, 1].
         generator: for "sde"; a list gives each image its own.
