@@ -56,7 +56,7 @@ class Solver:
     def check(self, image_shape: tuple[int, int, int], num_classes: int, unlabelled: bool, t_max: float) -> None:
         """Raise a ValueError if it can't clean noise of t_max."""
         config = self.schedule(t_max).config
-        levels = noise_levels(t_max, config.t_min, config.num_denoise_steps)[:-1]
+        levels = noise_levels(t_max, config.t_min, config.num_denoise_steps, config.spacing)[:-1]
         self.denoiser.check(image_shape, num_classes, levels, unlabelled=unlabelled)
 
 
@@ -179,6 +179,7 @@ def clean(
                 t_min=config.t_min,
                 num_steps=config.num_denoise_steps,
                 method=config.method,
+                spacing=config.spacing,
                 clip=config.clip,
                 generator=[generator.clone_state() for generator in seeds[part]],
             )

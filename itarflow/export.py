@@ -53,7 +53,10 @@ def open_denoiser(recipe: Recipe, vae: Vae | None, device: torch.device | str = 
         return None
     denoiser = load_denoiser(name, vae=vae, slice_size=recipe.sampling.denoise_batch_size, device=device)
     low = scheduler.t_min if scheduler.t_min < scheduler.t_max else lowest_level(denoiser, scheduler.t_max)
-    model, levels = recipe.model, noise_levels(scheduler.t_max, low, recipe.sampling.num_denoise_steps)
+    model, levels = (
+        recipe.model,
+        noise_levels(scheduler.t_max, low, recipe.sampling.num_denoise_steps, scheduler.spacing),
+    )
     denoiser.check((model.in_channels, model.image_size, model.image_size), model.num_classes, levels[:-1])
     return denoiser
 

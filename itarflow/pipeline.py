@@ -18,7 +18,7 @@ from itarflow.calls import Label, check_output, converted, image_generators, lab
 from itarflow.card import model_card
 from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes, upload
 from itarflow.codec import CodecConfig, Vae, codec_of, load_vae, vae_stride
-from itarflow.denoise import DenoiseScheduler, Method, denoise, lowest_level, noise_levels
+from itarflow.denoise import DenoiseScheduler, Method, Spacing, denoise, lowest_level, noise_levels
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
 from itarflow.inverse import Solver, sequential
@@ -88,6 +88,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         guidance: Guidance | None = None,
         num_denoise_steps: int | None = None,
         method: Method | None = None,
+        spacing: Spacing | None = None,
         t_max: float | None = None,
         t_min: float | None = None,
         clip: bool | None = None,
@@ -111,7 +112,8 @@ class ITARFlowPipeline(DiffusionPipeline):
                 nothing to guide by: the checkpoint's weight then plays no part, and one given here is refused.
             guidance: rule, schedule and blocks; `guidance_weight` then overrides its weight.
             num_denoise_steps: score evaluations, >= 1; 1 = TARFlow's single step.
-            method: "euler", "heun", "multistep" or "sde", or "skip" for the noisy images.
+            method: "euler", "heun", "multistep", "predictor-corrector" or "sde", or "skip" for the noisy images.
+            spacing: of the noise levels, "even" or "quadratic", see `noise_levels`.
             t_max: noise level at which the flow is sampled, inside its noise_range.
             t_min: smallest level at which the denoiser is asked. With a flow of one level and another denoiser, the
                 smallest that the denoiser knows.
@@ -144,7 +146,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
-        scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, clip, denoiser)
+        scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
         generators = image_generators(generator, count)
         size = positive("batch_size", batch_size) or count
         slice_size = positive("denoise_batch_size", denoise_batch_size)
@@ -186,6 +188,7 @@ class ITARFlowPipeline(DiffusionPipeline):
                     t_min=scheduler.config.t_min,
                     num_steps=scheduler.config.num_denoise_steps,
                     method=scheduler.config.method,
+                    spacing=scheduler.config.spacing,
                     clip=scheduler.config.clip,
                     generator=generators[chunk],
                 )
@@ -244,6 +247,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         t_min: float | None,
         num_denoise_steps: int | None,
         method: Method | None,
+        spacing: Spacing | None,
         clip: bool | None,
         denoiser: Denoiser | None,
     ) -> DenoiseScheduler:
@@ -259,6 +263,7 @@ class ITARFlowPipeline(DiffusionPipeline):
             num_denoise_steps=stored.num_denoise_steps if num_denoise_steps is None else num_denoise_steps,
             method=stored.method if method is None else method,
             clip=stored.clip if clip is None else clip,
+            spacing=stored.spacing if spacing is None else spacing,
         )
         if scheduler.config.clip and self.vae is not None:
             raise ValueError("clip is on, but codes are not limited to [-1, 1]; leave it out.")
@@ -375,6 +380,6 @@ def _check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFl
     """Refuse what the denoiser does not know, before anything is generated for it."""
     config = scheduler.config
     if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
-        levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps)[:-1]
+        levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps, config.spacing)[:-1]
         num_classes, unlabelled = (0, True) if labels is None else (flow.config.num_classes, bool((labels < 0).any()))
         denoiser.check(flow.image_shape, num_classes, levels, unlabelled=unlabelled)

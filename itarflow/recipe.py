@@ -14,7 +14,7 @@ import torch
 
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity
 from itarflow.data import DataConfig, ImageData, load_data
-from itarflow.denoise import DenoiseScheduler, Method
+from itarflow.denoise import DenoiseScheduler, Method, Spacing
 from itarflow.guidance import Guidance
 from itarflow.images import DataError
 from itarflow.noise import NoiseConfig
@@ -97,6 +97,8 @@ class SamplingConfig:
     """Score evaluations after the flow's inverse; 1 = TARFlow's single step."""
     method: Method = "euler"
     """Solver of the denoising ODE."""
+    spacing: Spacing = "even"
+    """Of the noise levels of the denoising. even: in t. quadratic: in the square root of t."""
     clip: bool = False
     """Clamp the estimates of the clean image to [-1, 1]."""
     denoiser: str | None = None
@@ -175,6 +177,7 @@ class Recipe:
             t_min=self.noise.t_min,
             num_denoise_steps=1 if one_level else self.sampling.num_denoise_steps,
             method=self.sampling.method,
+            spacing=self.sampling.spacing,
             clip=self.sampling.clip,
         )
 

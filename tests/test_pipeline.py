@@ -21,6 +21,7 @@ from torch import Tensor
 
 from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, ITARFlowPipeline, TARFlow, checkpoint, denoise
 from itarflow.calls import image_generators
+from itarflow.denoise import noise_levels
 
 NAMES = ["cat", "dog", "bird"]
 TRAINING = {
@@ -354,7 +355,7 @@ def test_a_tarflow_of_one_noise_level_denoises_in_one_step(make_flow):
     torch.testing.assert_close((2 * noisy - 1 + 0.01 * score)[whole], (2 * clean - 1)[whole], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun", "multistep", "sde", "skip"])
+@pytest.mark.parametrize("method", ["euler", "heun", "multistep", "predictor-corrector", "sde", "skip"])
 @pytest.mark.parametrize("batch_size", [2, None])
 def test_the_progress_bar_reaches_its_total(pipe, method, batch_size):
     class Bar:
@@ -373,6 +374,27 @@ def test_the_progress_bar_reaches_its_total(pipe, method, batch_size):
     pipe.progress_bar = progress_bar
     images_of(pipe, num_denoise_steps=4, method=method, batch_size=batch_size)
     assert bar.done == bar.total >= pipe.flow.num_solved_tokens
+
+
+def test_spacing_is_taken_from_the_scheduler_unless_given(make_flow):
+    def pipe_with(**settings):
+        return make_pipe(make_flow(in_channels=3), scheduler=DenoiseScheduler(t_max=0.5, t_min=0.05, **settings))
+
+    def levels(pipe, **arguments):
+        seen = []
+
+        def black(noisy: Tensor, labels: Tensor, noise_level: Tensor) -> Tensor:
+            seen.append(noise_level[0].item())
+            return -torch.ones_like(noisy)
+
+        images_of(pipe, denoiser=black, num_denoise_steps=4, method="euler", **arguments)
+        return pytest.approx(seen)
+
+    even, quadratic = (noise_levels(0.5, 0.05, 4, spacing)[:-1] for spacing in ("even", "quadratic"))
+    assert even == levels(pipe_with())
+    assert quadratic == levels(pipe_with(spacing="quadratic"))
+    assert quadratic == levels(pipe_with(), spacing="quadratic")
+    assert even == levels(pipe_with(spacing="quadratic"), spacing="even")
 
 
 def test_bfloat16_weights_give_finite_images(pipe):

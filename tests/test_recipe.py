@@ -149,8 +149,10 @@ def test_the_flow_is_told_the_levels_it_is_trained_on(changes, expected):
 
 
 def test_the_scheduler_has_the_settings_of_noise_and_sampling():
-    config = recipe(sampling__method="heun", sampling__clip=True).scheduler().config
+    sampling = {"sampling__method": "heun", "sampling__clip": True, "sampling__spacing": "quadratic"}
+    config = recipe(**sampling).scheduler().config
     expected = {"t_max": 0.5, "t_min": 0.02, "num_denoise_steps": 4, "method": "heun", "clip": True}
+    expected |= {"spacing": "quadratic"}
     assert {name: config[name] for name in expected} == expected
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from itarflow.calls import image_generators
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.commands.shared import chosen_labels, say, usable_device
-from itarflow.denoise import Method
+from itarflow.denoise import Method, Spacing
 from itarflow.denoisers import load_denoiser
 from itarflow.inverse import sequential
 from itarflow.pipeline import ITARFlowPipeline
@@ -47,6 +47,8 @@ class Sample:
     """Score evaluations, 1 or more. None = the checkpoint's."""
     method: Method | None = None
     """Solver of the denoising ODE; skip shows the noisy images. None = the checkpoint's."""
+    spacing: Spacing | None = None
+    """Of the noise levels: even, or quadratic, which predictor-corrector goes best with. None = the checkpoint's."""
     denoiser: str | None = None
     """What cleans the images, instead of the checkpoint itself: a folder or Hub id of another flow's pipeline, or of
     a diffusers pipeline with a DiT or UNet (facebook/DiT-XL-2-256, once converted to safetensors), for images or codes
@@ -111,6 +113,7 @@ class Sample:
                 guidance_weight=self.guidance_weight,
                 num_denoise_steps=self.num_denoise_steps,
                 method=self.method,
+                spacing=self.spacing,
                 denoiser=denoiser,
                 solver=sequential if self.exact else None,
                 generator=generators[part],
