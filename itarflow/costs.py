@@ -1,8 +1,8 @@
-"""The least that a flow costs: FLOPs and bytes of a training step, an inverse and a score, and the time that both take.
+"""The least that a flow costs: FLOPs and bytes of a training step, an inverse and a score, and the time they take.
 
-FLOPs are those of matrix products, attention among them, a multiplication and an addition counted apart. Bytes are those
-between memory and processor if every product reads its operands once and writes its result once, and all else is fused
-into the products. Attention is causal: the token at position n looks at n + 1 tokens, and no more is counted.
+FLOPs are those of matrix products, attention among them, a multiplication and an addition counted apart. Bytes are
+those between memory and processor if every product reads its operands once and writes its result once, and all else
+is fused into the products. Attention is causal: the token at position n looks at n + 1 tokens, and no more is counted.
 
 Symbols: B images, N tokens of a block, of which n = N - 1 go through its transformer, L layers, C channels.
 """
