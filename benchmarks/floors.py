@@ -73,20 +73,20 @@ class Costs(Floor):
     def _table(self, count: Count, here: Peak) -> list[str]:
         small, large = self.batch_sizes
         heads = ["preset", "TFLOP an image", f"GB in bf16, {small} images", f"{large} images"]
-        heads += [f"{peak.name}, ms an image of {small}" for peak in (H200, here)]
-        heads += [f"{peak.name}, ms an image of {large}" for peak in (H200, here)]
+        heads += [f"{H200.name}, ms an image of {size}" for size in self.batch_sizes]
+        heads += [f"{here.name}, s an image of {size}" for size in self.batch_sizes]
         rows = [_row(heads), _row(["---"] * len(heads))]
         for name, model in PRESETS.items():
             with torch.device("meta"):
                 flow = model.build()
             sums = [total(count(flow, size, torch.bfloat16)) for size in self.batch_sizes]
             floors = [
-                1e3 * floor(count(flow, size, peak.dtype), peak) / size
+                unit * floor(count(flow, size, peak.dtype), peak) / size
+                for peak, unit in ((H200, 1e3), (here, 1.0))
                 for size in self.batch_sizes
-                for peak in (H200, here)
             ]
             cells = [f"{sums[0].flops / small / 1e12:.3g}", *(_number(cost.moved_bytes / 1e9) for cost in sums)]
-            rows.append(_row([name, *cells, *(_number(milliseconds) for milliseconds in floors)]))
+            rows.append(_row([name, *cells, *(_number(time) for time in floors)]))
         return rows
 
 
