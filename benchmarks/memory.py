@@ -81,7 +81,7 @@ def measured(recipe: Recipe, micro_batch: int) -> int:
         flow.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(flow.parameters(), fused=device.type == "cuda")
     average = [parameter.detach().clone() for parameter in flow.parameters() if recipe.train.ema_decay is not None]
-    images = torch.rand(micro_batch, *flow.image_shape, device=device) * 2 - 1
+    images = torch.randint(256, (micro_batch, *flow.image_shape), dtype=torch.uint8, device=device)
     labels = torch.zeros(micro_batch, dtype=torch.int64, device=device)
     for step in range(2):
         for _ in range(2):
