@@ -16,7 +16,7 @@ Peaks = Mapping[torch.dtype, Peak]
 """That of each type of numbers."""
 LONG_ENOUGH = 0.03
 """Seconds; matrices grow until their product takes so long."""
-ATTEMPTS = 5
+ATTEMPTS = 10
 """Of which the fastest counts, since a peak is looked for."""
 
 
