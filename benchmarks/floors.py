@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from peaks import measured_peaks
+from peaks import chosen_device, measured_peaks
 from rich.console import Console
 
 from itarflow.costs import H200, Cost, Peak, floor, inverse_costs, score_cost, total, training_cost
@@ -50,8 +50,7 @@ class Floor:
         """In float32 and bf16."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-        return list(measured_peaks(found if self.device is None else torch.device(self.device)).values())
+        return list(measured_peaks(chosen_device(self.device)).values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from paths import Bench
 from peaks import Peaks, device_name, measured_peaks
-from peer import load_peer
+from peer import load_peer, official_module
 from report import Record, print_table, quartiles, write_json
 from resident import give_back_freed_tensors
 from rich.console import Console
@@ -35,25 +35,30 @@ def measure(bench: Bench, command: str, console: Console) -> list[Record]:
     if bench.threads is not None:
         torch.set_num_threads(bench.threads)
     subject, peer = _opened(bench)
-    chosen = [_chosen(bench, case) for size in bench.batch_sizes for case in bench.cases(subject, size, peer)]
-    per_size = len(chosen) // len(bench.batch_sizes)
+    sizes = bench.batch_sizes
+    chosen = [(size, _chosen(bench, case)) for size in sizes for case in bench.cases(subject, size, peer)]
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)  # or refused before any work
     peaks = measured_peaks(device)
     records: list[Record] = []
-    for number, case in enumerate(chosen):
-        batch_size = bench.batch_sizes[number // per_size]
-        console.print(f"{case.name}, {batch_size} images: {', '.join(v.name for v in case.variants)}", style="dim")
-        memory = [_memory(bench, batch_size, case, variant) for variant in case.variants]
-        timings = timed_in_turns(case.variants, bench.repeats, bench.warm_up, device)
-        records += _records(bench, subject, batch_size, case, timings, memory, peaks, command)
-        if bench.json is not None:
-            write_json(records, bench.json)
-    print_table(records, console)
+    try:
+        for size, case in chosen:
+            console.print(f"{case.name}, {size} images: {', '.join(v.name for v in case.variants)}", style="dim")
+            memory = [_memory(bench, size, case, variant) for variant in case.variants]
+            timings = timed_in_turns(case.variants, bench.repeats, bench.warm_up, device)
+            records += _records(bench, subject, size, case, timings, memory, peaks, command)
+            if bench.json is not None:
+                write_json(records, bench.json)
+    finally:  # also if memory runs out in a later case
+        if records:
+            print_table(records, console)
     return records
 
 
 def _opened(bench: Bench) -> tuple[Subject, Any | None]:
+    module = None if bench.peer is None else official_module(bench.peer)  # first: refused before a model is loaded
     subject = open_subject(bench)
-    return subject, None if bench.peer is None else load_peer(bench.peer, subject.flow)
+    return subject, None if module is None else load_peer(module, subject.flow)
 
 
 def _chosen(bench: Bench, case: Case) -> Case:

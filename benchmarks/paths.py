@@ -136,21 +136,22 @@ class Inverse(Guided):
         guidance = self.guidance(subject)
         z = noise * subject.flow.prior_variance.sqrt()
 
-        def variant(name: str, run: Run) -> Variant:
-            def within() -> Tensor:
-                with _precision(subject, self.dtype):
-                    return run()
-
+        def variant(name: str, run: Run, dtype: str = self.dtype) -> Variant:
             return _variant(
-                name,
-                self.dtype,
-                lambda: within,
-                lambda dtype: inverse_costs(subject.flow, batch_size, dtype, guidance),
+                name, dtype, lambda: run, lambda dtype: inverse_costs(subject.flow, batch_size, dtype, guidance)
             )
 
-        variants = [variant("ours", lambda: subject.flow.inverse(z, labels, level, guidance=guidance))]
+        def ours() -> Tensor:
+            with _precision(subject, self.dtype):
+                return subject.flow.inverse(z, labels, level, guidance=guidance)
+
+        def theirs() -> Tensor:
+            with _precision(subject, self.dtype):
+                return official.inverse(peer, noise, labels, level, guidance)
+
+        variants = [variant("ours", ours)]
         if peer is not None:
-            variants.append(variant("peer", lambda: official.inverse(peer, noise, labels, level, guidance)))
+            variants.append(variant("peer", theirs))
         return [Case("inverse", variants)]
 
 
@@ -174,21 +175,24 @@ class Score(Bench):
     def _case(self, subject: Subject, batch_size: int, peer: Any | None, steps: int) -> Case:
         noisy, labels = subject.noisy(batch_size, self.seed), subject.labels(batch_size)
 
-        def variant(name: str, dtype: str, run: Run) -> Variant:
-            def within() -> Tensor:
-                with _precision(subject, dtype):
-                    return run()
+        ends, size = {"num_steps": steps, **_ends(subject, steps)}, self.slice_size
+        denoiser = FlowDenoiser(subject.flow, size)
 
+        def variant(name: str, run: Run, dtype: str = self.dtype) -> Variant:
             return _variant(
-                name, dtype, lambda: within, lambda dtype: [score_cost(subject.flow, batch_size, dtype)] * steps
+                name, dtype, lambda: run, lambda dtype: [score_cost(subject.flow, batch_size, dtype)] * steps
             )
 
-        denoiser, ends = FlowDenoiser(subject.flow, self.slice_size), {"num_steps": steps, **_ends(subject, steps)}
-        variants = [variant("ours", self.dtype, lambda: denoise(denoiser, noisy, labels, **ends))]
+        def ours() -> Tensor:
+            with _precision(subject, self.dtype):
+                return denoise(denoiser, noisy, labels, **ends)
+
+        def theirs() -> Tensor:
+            return official.denoise(peer, noisy, labels, slice_size=size, **ends)
+
+        variants = [variant("ours", ours)]
         if peer is not None:
-            size = self.slice_size
-            theirs = variant("peer", "float32", lambda: official.denoise(peer, noisy, labels, slice_size=size, **ends))
-            variants.append(theirs)
+            variants.append(variant("peer", theirs, "float32"))
         return Case("score" if steps == 1 else f"{steps} scores", variants)
 
 

@@ -20,6 +20,20 @@ ATTEMPTS = 10
 """Of which the fastest counts, since a peak is looked for."""
 
 
+def chosen_device(name: str | None) -> torch.device:
+    """The device of that name; None = the accelerator, or without one the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.ones(1, device=name).device
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"--device {name} can't be used here: {str(error).splitlines()[0]}") from error
+
+
 def device_name(device: torch.device) -> str:
     """Such as "NVIDIA H200" or "AMD EPYC"."""
     if device.type == "cuda":

@@ -27,14 +27,34 @@ from itarflow.recipe import TrainConfig
 FILE = "transformer_flow.py"
 
 
-def load_peer(folder: Path, flow: TARFlow) -> Any:
-    """The official model with the weights of `flow`, on its device and without gradients.
+def official_module(folder: Path) -> ModuleType:
+    """The `transformer_flow` of a clone.
 
     Raises:
         OSError: the folder is no clone of ml-itarflow.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        raise OSError(
+            f"--peer {folder} has no {FILE}; expected a clone of apple/ml-itarflow, which you make yourself: "
+            "git clone https://github.com/apple/ml-itarflow"
+        )
+    spec = importlib.util.spec_from_file_location("official_transformer_flow", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "Model"):
+        raise OSError(f"{file} has no class Model; expected the one of apple/ml-itarflow. Is it of another project?")
+    return module
+
+
+def load_peer(module: ModuleType, flow: TARFlow) -> Any:
+    """The official model, from `official_module`, with the weights of `flow`, on its device and without gradients.
+
+    Raises:
         ValueError: the official code has no such model.
     """
-    module = _imported(folder)
     config = flow.config
     if not config.noise_conditioned:
         raise ValueError("ml-itarflow only has models with noise_conditioned on; measure this flow without --peer.")
@@ -58,23 +78,6 @@ def load_peer(folder: Path, flow: TARFlow) -> Any:
     )
     model.load_state_dict(state)
     return model.to(flow.device).eval().requires_grad_(False)
-
-
-def _imported(folder: Path) -> ModuleType:
-    file = folder / FILE
-    if not file.is_file():
-        raise OSError(
-            f"--peer {folder} has no {FILE}; expected a clone of apple/ml-itarflow, which you make yourself: "
-            "git clone https://github.com/apple/ml-itarflow"
-        )
-    spec = importlib.util.spec_from_file_location("official_transformer_flow", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "Model"):
-        raise OSError(f"{file} has no class Model; expected the one of apple/ml-itarflow. Is it of another project?")
-    return module
 
 
 @torch.no_grad()

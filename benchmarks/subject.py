@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from peaks import chosen_device
 from torch import Tensor
 
 from itarflow.codec import CodecConfig
@@ -75,10 +76,8 @@ class Options:
                 raise ValueError(f"{name} has {value}; expected numbers >= {least}.")
 
     def torch_device(self) -> torch.device:
-        """Where everything runs."""
-        if self.device is not None:
-            return torch.device(self.device)
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        """Where everything runs; raises ValueError if there is no such device."""
+        return chosen_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,20 @@ def test_working_memory_is_measured_of_each_variant_alone(tmp_path, monkeypatch)
     assert ours["times_the_memory"] == pytest.approx(ours["peak_bytes"] / theirs["peak_bytes"])
 
 
+def test_what_is_measured_is_kept_if_a_later_case_fails(tmp_path, monkeypatch, capsys):
+    real = measure.timed_in_turns
+
+    def failing(variants: Any, *rest: Any) -> Any:
+        monkeypatch.setattr(measure, "timed_in_turns", lambda *given: 1 / 0)
+        return real(variants, *rest)
+
+    monkeypatch.setattr(measure, "timed_in_turns", failing)
+    with pytest.raises(ZeroDivisionError):
+        records("inverse", tmp_path)
+    assert len(json.loads((tmp_path / "out" / "figures.json").read_text())) == 1
+    assert "over floor" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -167,6 +181,7 @@ def test_working_memory_is_measured_of_each_variant_alone(tmp_path, monkeypatch)
         (("inverse", "--only", "theirs"), "--only names 'theirs'; expected some of: ours"),
         (("inverse", "--image-size", "9"), "does not divide"),
         (("inverse", "--repeats", "0"), "--repeats"),
+        (("inverse", "--device", "abacus"), "--device abacus can't be used here"),
     ],
 )
 def test_what_will_not_go_is_said(words, message, capsys):
