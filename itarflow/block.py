@@ -5,15 +5,18 @@ Shapes: B batch, N tokens, D values a token, C channels of the transformer.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from itarflow import inverse as solvers
+from itarflow.conditioner import Conditioner, pack_layers
 from itarflow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
 from itarflow.guidance import Affine, Guidance, guide
-from itarflow.transformer import Transformer, new_cache
+from itarflow.linear import pack
+from itarflow.replay import Replayed
+from itarflow.transformer import Layer, Transformer
 
 
 class FlowOutput(NamedTuple):
@@ -107,36 +110,57 @@ class AutoregressiveBlock(nn.Module):
         tempered = None if temperature == 1 else weight.new_full((batch_size,), temperature)
         return Condition(embedding[:, None], tempered)
 
-    def new_cache(self, batch_size: int) -> Tensor:
-        """An empty key-value cache for `affine_at`, with room for the whole sequence."""
-        num_layers = sum(len(transformer.layers) for transformer in (*self.backbone, self.transformer))
-        # Any weight of the transformer's width tells its device and type.
-        weight = self.position_embedding.weight
-        return new_cache(num_layers, batch_size, self.num_tokens, self.transformer.head_dim, weight)
+    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A key-value cache (L, 2, B, H, N, E) with room for the whole sequence; dtype None = the weights'.
 
-    def affine_at(self, tokens: Tensor, condition: Condition, cache: Tensor | None = None, start: int = 0) -> Affine:
-        """The affine maps of the tokens that follow each of `tokens`. All solvers are built on this.
+        It is zero, not uninitialised: what masks hide from attention must be finite all the same.
+        """
+        num_tokens, channels = self.position_embedding.weight.shape
+        head_dim = self.transformer.head_dim
+        shape = (len(self._layers()), 2, batch_size, channels // head_dim, num_tokens, head_dim)
+        return self.position_embedding.weight.new_zeros(shape, dtype=dtype)
+
+    def affine_at(self, tokens: Tensor, condition: Condition) -> Affine:
+        """The affine maps of the tokens that follow each of `tokens`, from the first on.
 
         Args:
-            tokens: (B, n, D), at positions start .. start + n - 1 of the block's own order.
+            tokens: (B, n, D), the first n <= N - 1 in the block's own order.
             condition: from `condition`.
-            cache: from `new_cache`; holds the positions before start, and is written at the window's.
-                None = the window starts the sequence.
-            start: position of the first token of the window.
 
         Returns:
-            (shift, log_scale), each (B, n, D), at least float32: those of positions start + 1 .. start + n.
+            (shift, log_scale), each (B, n, D), at least float32: those of positions 1 .. n.
         """
-        stop = start + tokens.shape[1]
         x = self.proj_in(tokens.to(self.proj_in.weight.dtype))
-        x = x + self.position_embedding(start, stop, self.reverse) + condition.embedding
-        first_layer = 0
+        x = x + self.position_embedding(0, tokens.shape[1], self.reverse) + condition.embedding
         for transformer in (*self.backbone, self.transformer):
-            last_layer = first_layer + len(transformer.layers)
-            part = None if cache is None else cache[first_layer:last_layer]
-            x = transformer(x, condition.temperature, part, start)
-            first_layer = last_layer
+            x = transformer(x, condition.temperature)
         return self._split(self.proj_out(x))
+
+    def conditioner(
+        self, condition: Condition, guiding: Condition | None, guidance: Guidance, dtype: torch.dtype | None = None
+    ) -> Conditioner:
+        """The block as solvers see it, with its present weights and an empty cache.
+
+        Args:
+            condition: from `condition`.
+            guiding: the condition of the guiding pass; None = the block is not guided.
+            guidance: rule and weights.
+            dtype: of the transformer's products and of the cache; None = the weights'. The affine maps, and the sum
+                over the layers, keep the weights' type.
+        """
+        both = condition if guiding is None else _joined(condition, guiding)
+        exact = self.proj_in.weight.dtype
+        return Conditioner(
+            layers=pack_layers(self._layers(), dtype or exact),
+            proj_in=pack(self.proj_in, exact),
+            proj_out=pack(self.proj_out, exact),
+            position=self.position_embedding(0, self.num_tokens, self.reverse).detach(),
+            embedding=both.embedding,
+            temperature=both.temperature,
+            cache=self.new_cache(len(both.embedding), dtype),
+            split=self._split,
+            guidance=None if guiding is None else guidance,
+        )
 
     def first_affine(self, condition: Condition) -> Affine:
         """(shift, log_scale), each (B, 1, D), of token 0: zeros unless the first token is learned."""
@@ -165,36 +189,35 @@ class AutoregressiveBlock(nn.Module):
         guidance: Guidance,
         solver: solvers.Solver = solvers.sequential,
         progress: solvers.Progress | None = None,
+        dtype: torch.dtype | None = None,
+        guess: Tensor | None = None,
     ) -> Tensor:
         """z (B, N, D) in raster order -> x in raster order.
 
         Args:
             z: tokens.
-            condition: from `condition`.
-            guiding: the condition of the guiding pass; None = the block is not guided.
-            guidance: rule and weights.
+            condition: see `conditioner`.
+            guiding: see `conditioner`.
+            guidance: see `conditioner`.
             solver: one of inverse.py.
             progress: called with the number of tokens that have just been solved.
+            dtype: see `conditioner`.
+            guess: (B, N, D) in raster order, near x, where an iterative solver begins.
         """
-        batch_size = len(z)
-        both = condition if guiding is None else _joined(condition, guiding)
-        cache = self.new_cache(len(both.embedding))
+        shift, log_scale = self.first_affine(condition)
+        first = shift, log_scale.exp()
+        if guiding is not None:
+            weights = guidance.weights(torch.zeros(1, device=z.device), self.num_tokens, shift.dtype)
+            first = guide((shift, log_scale), self.first_affine(guiding), weights, guidance)
+        conditioner = self.conditioner(condition, guiding, guidance, dtype)
+        fastest = Replayed(conditioner) if z.device.type == "cuda" else conditioner
+        known = None if guess is None else self._ordered(guess)
+        return self._ordered(solver(fastest, self._ordered(z), first, progress, known))
 
-        def guided(affine: Affine, start: int) -> Affine:
-            shift, log_scale = affine
-            if guiding is None:
-                return shift, log_scale.exp()
-            weights = guidance.weights(start, start + shift.shape[1], self.num_tokens, like=shift)
-            (shift, shift_u), (log_scale, log_scale_u) = (a.split(batch_size) for a in (shift, log_scale))
-            return guide((shift, log_scale), (shift_u, log_scale_u), weights, guidance)
-
-        def affine_at(tokens: Tensor, start: int) -> Affine:
-            # Both branches ride in one batch, so that the weights are read once.
-            tokens = tokens if guiding is None else tokens.repeat(2, 1, 1)
-            return guided(self.affine_at(tokens, both, cache, start), start + 1)
-
-        first = guided(self.first_affine(both), 0)
-        return self._ordered(solver(affine_at, self._ordered(z), first, progress))
+    def _layers(self) -> list[Layer]:
+        """The shared ones first."""
+        parts = (*self.backbone, self.transformer)
+        return [cast(Layer, layer) for transformer in parts for layer in transformer.layers]
 
     def _ordered(self, tokens: Tensor) -> Tensor:
         """Raster order to the block's own order, or back."""

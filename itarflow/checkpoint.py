@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ def finish_folder(folder: Path) -> None:
         finish_vae(folder / "vae")
     for name, source in _MODULES.items():
         (folder / name).write_text(source)
+
+
+def write_setting(folder: Path, name: str, value: Any) -> None:
+    """Set a setting of the pipeline in a folder, whole or not at all."""
+    partial = folder / f".partial-{_INDEX}"
+    partial.write_text((folder / _INDEX).read_text())
+    _rewrite_json(partial, {name: value})
+    os.replace(partial, folder / _INDEX)
 
 
 def finish_vae(folder: Path) -> None:

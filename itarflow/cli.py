@@ -1,4 +1,4 @@
-"""The command `itarflow`: sample from checkpoints, compare, look into and convert them, and prepare images."""
+"""The command `itarflow`: sample from checkpoints, compare, speed up, convert and explain them, and prepare images."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from itarflow.commands.convert import Convert
 from itarflow.commands.info import Info
 from itarflow.commands.plot import Plot
 from itarflow.commands.prepare import Prepare
+from itarflow.commands.profile import Profile
 from itarflow.commands.sample import Sample
 from itarflow.official_file import CheckpointError
 from itarflow.run import RunError
@@ -27,6 +28,7 @@ Command = (
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 
 

@@ -232,10 +232,12 @@ class TARFlow(ModelMixin, ConfigMixin):
         *,
         guidance: Guidance | None = None,
         return_trajectory: bool = False,
-        solver: solvers.Solver = solvers.sequential,
+        solver: solvers.Solver | Sequence[solvers.Solver] = solvers.sequential,
+        dtype: torch.dtype | None = None,
+        guess: Tensor | None = None,
         progress: solvers.Progress | None = None,
     ) -> Tensor:
-        """Map z to images: the inverse of `forward`, one token after another in each block.
+        """Map z to images: the inverse of `forward`, by default one token after another in each block.
 
         Args:
             z: (B, N, D). A sample is made from z drawn by `sample_prior`.
@@ -243,7 +245,12 @@ class TARFlow(ModelMixin, ConfigMixin):
             noise_level: as in `forward`; t_max in sampling.
             guidance: None = off.
             return_trajectory: also give what lies between the blocks (TARFlow, appendix D.1).
-            solver: how a block is inverted, one of inverse.py.
+            solver: how a block is inverted, one of inverse.py; or one a block, in the order of inversion: noise side
+                first, as in `Plan.solvers`.
+            dtype: of the transformers' products and of the cache, such as torch.bfloat16, which is faster and changes
+                the images a little; the affine maps keep the weights' type. None = the weights', or autocast's.
+            guess: (K + 1, B, C, H, W), where iterative solvers begin: the trajectory of the same z at a near noise
+                level or with near labels, as `return_trajectory` gives it.
             progress: called with the number of tokens just solved; they sum up to `num_solved_tokens`.
 
         Returns:
@@ -251,7 +258,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             the result of each inverted block, the last of which is the images. All are divided by input_scale.
 
         Raises:
-            ValueError: wrong shapes, labels, or a noise level outside the trained range.
+            ValueError: wrong shapes, labels, or a noise level outside the trained range; not a solver a block.
         """
         if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
@@ -264,6 +271,14 @@ class TARFlow(ModelMixin, ConfigMixin):
                 f"guidance blocks {tuple(guidance.blocks)} name a block that is not there; this flow has "
                 f"{len(self.blocks)}, counted from 0 at the noise side."
             )
+        by_block = [solver] * len(self.blocks) if callable(solver) else list(solver)
+        if len(by_block) != len(self.blocks):
+            raise ValueError(f"{len(by_block)} solvers were given for {len(self.blocks)} blocks; expected one each.")
+        for one, (block, _) in zip(by_block, reversed(self._blocks()), strict=True):
+            if isinstance(one, solvers.Jacobi):
+                one.check(block.num_tokens)
+        self._check_guess(guess, len(z))
+        dtype = _autocast_dtype(self.device) if dtype is None else dtype
         image_size, patch = self.config.image_size, self.patch_sizes[-1]
         x = z.to(torch.promote_types(z.dtype, torch.float32))
         path = [unpatchify(x, patch, image_size)]
@@ -271,13 +286,16 @@ class TARFlow(ModelMixin, ConfigMixin):
             if block_patch != patch:
                 x = patchify(unpatchify(x, patch, image_size), block_patch)
                 patch = block_patch
-            guiding = None
-            # Without labels and at temperature 1 the guiding pass equals the other: it changes nothing.
-            differs = labels is not None or guidance.temperature != 1
-            if differs and guidance.guides(from_noise):
-                guiding = block.condition(len(x), None, noise_level, guidance.temperature)
-            condition = block.condition(len(x), labels, noise_level)
-            x = block.inverse(x, condition, guiding, guidance, solver, progress)
+            # Precision is what `dtype` says, in affine maps too.
+            with torch.autocast(self.device.type, enabled=False):
+                guiding = None
+                # Without labels and at temperature 1 the guiding pass equals the other: it changes nothing.
+                differs = labels is not None or guidance.temperature != 1
+                if differs and guidance.guides(from_noise):
+                    guiding = block.condition(len(x), None, noise_level, guidance.temperature)
+                condition = block.condition(len(x), labels, noise_level)
+                known = None if guess is None else patchify(guess[from_noise + 1], patch) * self.config.input_scale
+                x = block.inverse(x, condition, guiding, guidance, by_block[from_noise], progress, dtype, known)
             if return_trajectory:
                 path.append(unpatchify(x, patch, image_size))
         images = unpatchify(x, patch, image_size) / self.config.input_scale
@@ -310,6 +328,11 @@ class TARFlow(ModelMixin, ConfigMixin):
                 f"images have shape {tuple(images.shape)}; expected (B, {', '.join(map(str, self.image_shape))})."
             )
         return images.to(torch.promote_types(images.dtype, torch.float32))
+
+    def _check_guess(self, guess: Tensor | None, batch_size: int) -> None:
+        expected = (len(self.blocks) + 1, batch_size, *self.image_shape)
+        if guess is not None and tuple(guess.shape) != expected:
+            raise ValueError(f"guess has shape {tuple(guess.shape)}; expected {expected}, a trajectory of `inverse`.")
 
     def _checked_labels(self, labels: Tensor | None, batch_size: int) -> Tensor | None:
         num_classes = self.config.num_classes
@@ -356,6 +379,12 @@ class TARFlow(ModelMixin, ConfigMixin):
                 f"noise_level {level.flatten().tolist()[:5]} lies outside [{low}, {high}], the range this flow was "
                 "trained on; its density means nothing there."
             )
+
+
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on that device; None = it is off."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
 
 
 def _readable(values: Tensor) -> bool:

@@ -78,11 +78,11 @@ class Guidance:
             return True
         return block in self.blocks if isinstance(self.blocks, Collection) else block < self.blocks
 
-    def weights(self, start: int, stop: int, num_tokens: int, like: Tensor) -> Tensor:
-        """The weights (stop - start, 1) of the tokens at positions start .. stop - 1 of `num_tokens`."""
+    def weights(self, positions: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+        """The weights (..., 1) of the tokens at positions (...) of `num_tokens`."""
+        positions = positions[..., None].to(dtype)
         if self.schedule == "constant":
-            return torch.full((stop - start, 1), self.weight, device=like.device, dtype=like.dtype)
-        positions = torch.arange(start, stop, device=like.device, dtype=like.dtype)[:, None]
+            return torch.full_like(positions, self.weight)
         return self.weight * positions / max(num_tokens - 1, 1)
 
 
@@ -92,7 +92,7 @@ def guide(conditional: Affine, guiding: Affine, weights: Tensor, guidance: Guida
     Args:
         conditional: (shift, log_scale), each (B, n, D).
         guiding: the same of the guiding pass.
-        weights: (n, 1), from `Guidance.weights`.
+        weights: (n, 1) or (B, n, 1), from `Guidance.weights`.
         guidance: the rule, and which of shift and scale it may change.
 
     Returns:

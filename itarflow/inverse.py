@@ -1,47 +1,200 @@
 """Solvers that invert one block: x = z * scale + shift, where both depend on the tokens of x before.
 
-A solver sees a block only through a function `affine_at(tokens, start)` that gives the shift and scale of the
-tokens which follow `tokens`, so it works for any conditioner, guided or not.
+A solver sees a block only as a `Conditioner`, so it works for any network, guided or not.
+
+Shapes: B batch, N tokens, D values a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-AffineAt = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""affine_at(tokens, start): tokens (B, n, D) at positions start .. start + n - 1, all before them already given;
-returns (shift, scale), each (B, n, D), of the tokens at positions start + 1 .. start + n."""
+Affine = tuple[Tensor, Tensor]
+
+
+class Conditioner(Protocol):
+    """Gives the affine maps of tokens from the tokens before them."""
+
+    def __call__(self, tokens: Tensor, start: int | Tensor) -> Affine:
+        """(shift, scale), each (B, n, D), of the tokens at positions start + 1 .. start + n.
+
+        Args:
+            tokens: (B, n, D), at positions start .. start + n - 1. All tokens before them have been given, and those
+                that were given twice count as they were given last.
+            start: one position for all samples, or (B,) int64.
+        """
+
+    def select(self, samples: Tensor) -> Conditioner:
+        """The same for the samples with these indices (b,) alone."""
+
 
 Progress = Callable[[int], None]
 """Called with the number of tokens that have just been solved."""
 
-Solver = Callable[[AffineAt, Tensor, tuple[Tensor, Tensor], Progress | None], Tensor]
-"""solver(affine_at, z, first, progress) -> x: z and x are (B, N, D), first is the (shift, scale) of token 0."""
+
+class Solver(Protocol):
+    """Inverts a block."""
+
+    def __call__(
+        self,
+        conditioner: Conditioner,
+        z: Tensor,
+        first: Affine,
+        progress: Progress | None = None,
+        guess: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, N, D) from z (B, N, D).
+
+        Args:
+            conditioner: the block.
+            z: in the block's own order.
+            first: (shift, scale) of token 0, each broadcastable to (B, 1, D).
+            progress: called now and then; the numbers sum up to N.
+            guess: (B, N, D), something near x to begin with; None = the solver's own.
+        """
 
 
 def sequential(
-    affine_at: AffineAt, z: Tensor, first: tuple[Tensor, Tensor], progress: Progress | None = None
+    conditioner: Conditioner,
+    z: Tensor,
+    first: Affine,
+    progress: Progress | None = None,
+    guess: Tensor | None = None,  # noqa: ARG001, which it has no use for
 ) -> Tensor:
-    """Exact inversion, one token after another: N - 1 evaluations of `affine_at` on windows of one.
-
-    Args:
-        affine_at: the block's conditioner.
-        z: (B, N, D) in the block's own order.
-        first: (shift, scale) of token 0, each broadcastable to (B, 1, D).
-        progress: called with 1 after each token.
-
-    Returns:
-        x: (B, N, D).
-    """
+    """Exact inversion, one token after another: N - 1 evaluations on windows of one. See `Solver`."""
     x = torch.empty_like(z)
     shift, scale = first
     for position in range(z.shape[1]):
         if position > 0:
-            shift, scale = affine_at(x[:, position - 1 : position], position - 1)
+            shift, scale = conditioner(x[:, position - 1 : position], position - 1)
         x[:, position : position + 1] = z[:, position : position + 1] * scale + shift
         if progress is not None:
             progress(1)
     return x
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jacobi:
+    """Fixed-point iteration on a window of tokens at a time: exact up to a tolerance, and often in fewer evaluations.
+
+    All tokens of the window are computed at once from guesses of the tokens before them, again and again. After each
+    evaluation one more token is known for certain, since all before it were known; and so is each further one whose
+    predecessors have all been guessed within the tolerance. The window then moves on to the first token that is not
+    known, each sample's by itself. So there are never more evaluations than tokens.
+
+    With `window` = None it is the Jacobi iteration on the whole sequence (Song et al. 2021); with a number of tokens,
+    Gauss-Seidel between windows and Jacobi within (arXiv 2505.12849), except that the window slides; 1 = `sequential`.
+
+    Args:
+        window: tokens that are computed at once, from 1 to N; None = all.
+        tolerance: largest change of a value of x, in the units of the block, at which a guess counts as right. 0 =
+            until nothing changes, which gives the result of `sequential` up to rounding.
+        guess: where to begin unless a call brings something better: "z", or "zero".
+
+    Raises:
+        ValueError: window < 1, a tolerance that is negative or not finite, or another guess.
+    """
+
+    window: int | None = None
+    tolerance: float = 1e-3
+    guess: Literal["z", "zero"] = "z"
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window is {self.window}; expected a number of tokens >= 1, or None for all.")
+        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
+            raise ValueError(f"tolerance is {self.tolerance}; expected a finite number >= 0, where 0 is exact.")
+        if self.guess not in ("z", "zero"):
+            raise ValueError(f"guess is {self.guess!r}; expected 'z' or 'zero'.")
+
+    def check(self, num_tokens: int) -> None:
+        """Refuse a window that is longer than a sequence of that many tokens.
+
+        Raises:
+            ValueError: it is.
+        """
+        if self.window is not None and self.window > num_tokens:
+            raise ValueError(
+                f"window is {self.window}, but the block has {num_tokens} tokens; expected at most that many, or None "
+                "for all."
+            )
+
+    def __call__(
+        self,
+        conditioner: Conditioner,
+        z: Tensor,
+        first: Affine,
+        progress: Progress | None = None,
+        guess: Tensor | None = None,
+    ) -> Tensor:
+        """See `Solver`."""
+        self.check(z.shape[1])
+        total, samples = z.shape[1], torch.arange(len(z), device=z.device)
+        x = _first_guess(z, guess, self.guess)
+        x[:, :1] = z[:, :1] * first[1] + first[0]
+        result = torch.empty_like(x)
+        known = torch.ones_like(samples)  # leading tokens of each sample that are final
+        low = high = 1  # the least and the most of them
+        alone_until = 0  # where guesses overflowed, windows hold one token
+        reported = _report(progress, 0, low)
+        while low < total:
+            count = 1 if low < alone_until else min(self.window or total, total - low)
+            # A window does not reach beyond the end; the tokens that it then sees again stay as they are.
+            start = (known - 1).clamp(max=total - 1 - count)
+            together = min(high - 1, total - 1 - count) == low - 1
+            given = start[:, None] + torch.arange(count, device=z.device)
+            shift, scale = conditioner(_take(x, given), low - 1 if together else start)
+            following = given + 1
+            before = _take(x, following)
+            after = torch.where((following < known[:, None])[..., None], before, _take(z, following) * scale + shift)
+            right = (after - before).abs().amax(dim=-1) <= self.tolerance  # False for NaN
+            known = start + 1 + (right.cumprod(dim=1).sum(dim=1) + 1).clamp(max=count)
+            overflown = ~(after.abs().amax(dim=-1) <= _LARGEST_GUESS) & (following >= known[:, None])
+            after = torch.where(overflown[..., None], 0, after)
+            x = x.scatter(1, following[..., None].expand_as(after), after)
+            done = known == total
+            # The only wait for the device in an evaluation.
+            low, high, any_overflown, num_done = torch.stack(
+                [known.min(), known.max(), overflown.any().long(), done.sum()]
+            ).tolist()
+            if any_overflown:
+                alone_until = min(low + count, total)
+            if 2 * num_done >= len(samples) and low < total:
+                result[samples] = x
+                left = (~done).nonzero().flatten()
+                samples, x, z, known = samples[left], x[left], z[left], known[left]
+                conditioner = conditioner.select(left)
+                high = int(known.max())
+            reported = _report(progress, reported, low)
+        result[samples] = x
+        return result
+
+
+_LARGEST_GUESS = 1e4
+"""Guesses beyond are given up, long before they become infinite inside the network."""
+
+
+def _first_guess(z: Tensor, given: Tensor | None, otherwise: str) -> Tensor:
+    """A new tensor."""
+    if given is None:
+        return z.clone() if otherwise == "z" else torch.zeros_like(z)
+    if given.shape != z.shape:
+        raise ValueError(f"guess has shape {tuple(given.shape)}; expected {tuple(z.shape)}, that of z.")
+    return given.to(z).nan_to_num().clone()
+
+
+def _take(tokens: Tensor, positions: Tensor) -> Tensor:
+    """The tokens (B, n, D) at positions (B, n)."""
+    return tokens.gather(1, positions[..., None].expand(-1, -1, tokens.shape[-1]))
+
+
+def _report(progress: Progress | None, reported: int, solved: int) -> int:
+    if progress is not None and solved > reported:
+        progress(solved - reported)
+    return solved

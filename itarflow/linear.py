@@ -7,7 +7,7 @@ torch.compile or torch.func these layers are `torch.nn.Linear`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,3 +74,42 @@ class _OneDnn(torch.autograd.Function):
         rows = grad.flatten(end_dim=-2)
         grad_weight = None if x is None else linear(rows.t(), x.flatten(end_dim=-2).t())
         return grad_x, grad_weight, rows.sum(dim=0) if ctx.wants_bias else None
+
+
+class PackedLinear(NamedTuple):
+    """A linear layer that is used many times without gradients: its weights are cast, and laid out for oneDNN, once.
+
+    Made by `pack`. It keeps the values that the weights had then.
+    """
+
+    weight: Tensor
+    """(out, in), in oneDNN's own layout if `onednn`."""
+    bias: Tensor
+    onednn: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in), of the weight's type, -> (..., out)."""
+        if self.onednn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the product, in the same kernel where there is one."""
+        if self.onednn:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+        return F.gelu(F.linear(x, self.weight, self.bias))
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The product, added to the residual (..., out), whose type the result has."""
+        if self.onednn and residual.dtype == x.dtype:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        return residual + self(x).to(residual.dtype)
+
+
+def pack(layer: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+    """The layer with its present weights in that type."""
+    weight, bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+    supported = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    onednn = _HAS_ONEDNN and weight.device.type == "cpu" and supported
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if onednn else weight
+    return PackedLinear(packed, bias, onednn)

@@ -21,6 +21,8 @@ from itarflow.codec import CodecConfig, Vae, codec_of, load_vae, vae_stride
 from itarflow.denoise import DenoiseScheduler, Method, denoise, lowest_level, noise_levels
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
+from itarflow.inverse import Solver, sequential
+from itarflow.plan import InversePlan, choose
 from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
 
 
@@ -34,9 +36,11 @@ class ITARFlowPipeline(DiffusionPipeline):
         class_names: the name of each label; None = labels have no names.
         training: a record of how the flow was trained, for the model card and `itarflow info`.
         vae: the autoencoder whose codes the flow models; None = it models pixels.
+        plans: the fastest inverse for a device and batch size each, `InversePlan.to_json`; written by `itarflow
+            profile`.
 
     Raises:
-        ValueError: names, guidance or VAE that do not fit the flow.
+        ValueError: names, guidance, plans or VAE that do not fit the flow.
 
     Example:
         >>> flow = TARFlow(image_size=8, in_channels=1, channels=64, num_layers=(1, 1), num_classes=2)
@@ -56,6 +60,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         class_names: list[str] | None = None,
         training: dict[str, Any] | None = None,
         vae: Vae | None = None,
+        plans: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != flow.config.num_classes:
@@ -63,13 +68,15 @@ class ITARFlowPipeline(DiffusionPipeline):
                 f"class_names has {len(class_names)} names for a flow with {flow.config.num_classes} classes."
             )
         Guidance(**(guidance or {}))  # refuses what is wrong
+        for plan in plans or []:
+            InversePlan.from_json(plan).solvers_of(flow)
         if vae is not None and vae.config.latent_channels != flow.config.in_channels:
             raise ValueError(
                 f"the VAE's codes have {vae.config.latent_channels} channels, but the flow models "
                 f"{flow.config.in_channels}; expected the VAE that the flow was trained with."
             )
         self.register_modules(flow=flow, scheduler=scheduler, vae=vae)
-        self.register_to_config(guidance=guidance, class_names=class_names, training=training)
+        self.register_to_config(guidance=guidance, class_names=class_names, training=training, plans=plans)
 
     @torch.no_grad()
     def __call__(
@@ -85,6 +92,8 @@ class ITARFlowPipeline(DiffusionPipeline):
         t_min: float | None = None,
         clip: bool | None = None,
         denoiser: Denoiser | None = None,
+        solver: Solver | Sequence[Solver] | None = None,
+        inverse_dtype: torch.dtype | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         batch_size: int | None = None,
         denoise_batch_size: int | None = None,
@@ -107,6 +116,10 @@ class ITARFlowPipeline(DiffusionPipeline):
                 smallest that the denoiser knows.
             clip: clamp the clean estimates to [-1, 1]; not for codes.
             denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
+            solver: how the flow is inverted, see `TARFlow.inverse`; `sequential` is exact, one token after another.
+                None = by the checkpoint's plan for this type of device and the nearest batch size, else `sequential`.
+            inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: faster, and other images, though
+                as good ones. None = the weights'.
             generator: one for all images (image i then depends on its seed and on i alone), or one an image.
             batch_size: images that are generated at a time, to bound memory; None = all.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated.
@@ -133,6 +146,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         denoiser = FlowDenoiser(self.flow, slice_size) if denoiser is None else denoiser
         _check_denoiser(denoiser, scheduler, self.flow, labels)
         steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
+        solver = self.planned_solver(min(size, count)) if solver is None else solver
         chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
         images = []
         with self.progress_bar(total=len(chunks) * (self.flow.num_solved_tokens + steps)) as bar:
@@ -149,6 +163,8 @@ class ITARFlowPipeline(DiffusionPipeline):
                     part,
                     scheduler.config.t_max,
                     guidance=guidance,
+                    solver=solver,
+                    dtype=inverse_dtype,
                     progress=bar.update,
                 )
                 clean = denoise(
@@ -165,6 +181,16 @@ class ITARFlowPipeline(DiffusionPipeline):
                 images.append(clean if output_type == "codes" else codec.decode(clean))
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=converted(torch.cat(images), output_type))
+
+    @property
+    def inverse_plans(self) -> list[InversePlan]:
+        """The plans stored with the checkpoint."""
+        return [InversePlan.from_json(plan) for plan in self.config.plans or []]
+
+    def planned_solver(self, batch_size: int) -> Solver | list[Solver]:
+        """How so many images at a time are inverted by default, on the pipeline's device."""
+        plan = choose(self.inverse_plans, self.flow.device.type, batch_size)
+        return sequential if plan is None else plan.solvers_of(self.flow)
 
     def _labels(self, class_labels: Label | Sequence[Label], num_images: int | None) -> tuple[Tensor | None, int]:
         """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""

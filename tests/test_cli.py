@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,9 @@ import torch
 from PIL import Image
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow, cli
+from itarflow.checkpoint import write_setting
 from itarflow.commands.convert import Convert
+from itarflow.inverse import sequential
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAINING = {
@@ -337,6 +340,84 @@ def test_notes_in_a_pipelines_folder_are_not_overwritten(run, refused):
 )
 def test_sample_refuses_with_a_message(refused, save, words, message):
     assert message in refused("sample", save(), *words)
+
+
+# itarflow profile
+
+
+PROFILE = ("--batch-sizes", 2, "--windows", 2, 4, "--repeats", 1, "--class-labels", "cat")
+
+
+@pytest.fixture
+def save_long(save: Save) -> Save:
+    """save_long(): as save(), but with blocks of 16 tokens."""
+    return lambda **changes: save({"patch_size": 1}, **changes)
+
+
+def test_profile_writes_a_plan_by_which_the_checkpoint_samples(run, save_long, monkeypatch):
+    folder, asked = save_long(), []
+    printed = run("profile", folder, *PROFILE, "--output", "out")
+    assert re.search(r"The inverse of 2 images at a time, noise side first", printed)
+    assert re.search(r"2 at a time: [\d.]+ s token by token, [\d.]+ s by the plan", printed)
+    stored = json.loads((folder / "model_index.json").read_text())["plans"]
+    assert [(plan["device"], plan["batch_size"], plan["num_tokens"]) for plan in stored] == [("cpu", 2, [16, 16])]
+    report = json.loads(Path("out/profile.json").read_text())
+    assert report["batch_sizes"]["2"]["plan"] == stored[0]
+    assert [len(rows) for rows in report["batch_sizes"]["2"]["blocks"]] == [5, 5]
+    assert len(report["metrics"]) == 2
+    assert pixels(Path("out/profile.png")).std() > 0
+
+    inverse = TARFlow.inverse
+    monkeypatch.setattr(TARFlow, "inverse", lambda *a, **k: asked.append(k["solver"]) or inverse(*a, **k))
+    run("sample", folder, "--output", "planned.png")
+    run("sample", folder, "--output", "exact.png", "--exact")
+    (plan,) = ITARFlowPipeline.from_pretrained(folder).inverse_plans
+    assert asked == [plan.solvers_of(ITARFlowPipeline.from_pretrained(folder).flow), sequential]
+    difference = np.abs(pixels(Path("planned.png")).astype(int) - pixels(Path("exact.png")))
+    assert difference.max() <= 2  # one grey level, and rounding
+
+
+def test_profile_keeps_plans_for_other_batch_sizes_and_nothing_without_write(run, save_long):
+    folder = save_long()
+    run("profile", folder, *PROFILE)
+    run("profile", folder, *PROFILE[2:], "--batch-sizes", 1)
+    before = (folder / "model_index.json").read_bytes()
+    assert [plan["batch_size"] for plan in json.loads(before)["plans"]] == [1, 2]
+    run("profile", folder, *PROFILE, "--no-write")
+    assert (folder / "model_index.json").read_bytes() == before
+    assert ITARFlowPipeline.from_pretrained(folder).config.class_names == ["cat", "dog", "bird"]
+
+
+def test_profile_measures_the_metrics_on_real_images(run, save_long):
+    shapes = run("profile", save_long(), *PROFILE, "--data", "digits", "--no-write") and Path("profile/profile.json")
+    on_digits = json.loads(shapes.read_text())["metrics"]
+    run("profile", save_long(), *PROFILE, "--no-write", "--output", "generated")
+    on_samples = json.loads(Path("generated/profile.json").read_text())["metrics"]
+    assert on_digits != on_samples
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--batch-sizes", 0), "--batch-sizes is [0]"),
+        (("--largest-difference", -1), "largest_difference is -1.0"),
+        (("--windows", 1), "windows are [1]"),
+        (("--class-labels", "mouse"), "class label 'mouse' is not known"),
+    ],
+)
+def test_profiles_that_make_no_sense_are_refused(refused, save_long, words, message):
+    assert message in refused("profile", save_long(), *words)
+
+
+def test_profile_wants_a_folder(refused):
+    assert "hf download" in refused("profile", "someone/pets")
+
+
+def test_a_checkpoint_with_a_plan_for_another_flow_is_refused(refused, save_long):
+    plan = {"solvers": [{"window": 1}], "num_tokens": [16], "device": "cpu", "batch_size": 1}
+    folder = save_long()
+    write_setting(folder, "plans", [plan])
+    assert "the inverse plan is for blocks of (16,) tokens" in refused("sample", folder)
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(refused, tmp_path):

@@ -282,7 +282,7 @@ def test_half_precision_weights_leave_the_flow_in_float32(flow, make_inputs):
     z, log_det = half(*inputs)
     assert (z.dtype, log_det.dtype, half.log_prob(*inputs).dtype) == (torch.float32,) * 3
     torch.testing.assert_close((z, log_det), tuple(expected), atol=0.1, rtol=0.02)
-    torch.testing.assert_close(half.inverse(z, *inputs[1:]), inputs.images, atol=0.02, rtol=0)
+    torch.testing.assert_close(half.inverse(z, *inputs[1:]), inputs.images, atol=0.1, rtol=0)
 
 
 def test_autocast_leaves_the_flow_in_float32(flow, make_inputs):
@@ -293,7 +293,7 @@ def test_autocast_leaves_the_flow_in_float32(flow, make_inputs):
         restored = flow.inverse(z, *inputs[1:])
     assert (z.dtype, log_det.dtype, restored.dtype) == (torch.float32,) * 3
     torch.testing.assert_close((z, log_det), tuple(expected), atol=0.1, rtol=0.02)
-    torch.testing.assert_close(restored, inputs.images, atol=0.02, rtol=0)
+    torch.testing.assert_close(restored, inputs.images, atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -81,25 +81,25 @@ def test_shift_and_scale_are_guided_separately(rule, guided):
 
 
 def test_linear_schedule_grows_from_zero_to_the_weight():
-    weights = Guidance(weight=3.0, schedule="linear").weights(0, 5, 5, like=torch.zeros(()))
+    weights = Guidance(weight=3.0, schedule="linear").weights(torch.arange(5), 5, torch.float32)
     torch.testing.assert_close(weights, torch.tensor([[0.0], [0.75], [1.5], [2.25], [3.0]]))
 
 
 def test_constant_schedule_gives_every_token_the_weight():
-    weights = Guidance(weight=3.0, schedule="constant").weights(0, 5, 5, like=torch.zeros(()))
+    weights = Guidance(weight=3.0, schedule="constant").weights(torch.arange(5), 5, torch.float32)
     torch.testing.assert_close(weights, torch.full((5, 1), 3.0))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 def test_weights_of_windows_are_those_of_the_whole(schedule):
-    guidance, like = Guidance(weight=2.1, schedule=schedule), torch.zeros((), dtype=torch.float64)
-    windows = [guidance.weights(start, stop, 7, like) for start, stop in ((0, 1), (1, 4), (4, 7))]
-    assert torch.equal(torch.cat(windows), guidance.weights(0, 7, 7, like))
+    guidance = Guidance(weight=2.1, schedule=schedule)
+    windows = [guidance.weights(part, 7, torch.float32) for part in torch.arange(7).split([1, 3, 3])]
+    assert torch.equal(torch.cat(windows), guidance.weights(torch.arange(7), 7, torch.float32))
 
 
 @pytest.mark.parametrize(("schedule", "weight"), [("constant", 2.0), ("linear", 0.0)])
 def test_a_single_token_has_a_finite_weight(schedule, weight):
-    assert Guidance(weight=2.0, schedule=schedule).weights(0, 1, 1, like=torch.zeros(())).tolist() == [[weight]]
+    assert Guidance(weight=2.0, schedule=schedule).weights(torch.arange(1), 1, torch.float32).tolist() == [[weight]]
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,55 @@
+import math
+
 import pytest
 import torch
 
-from itarflow.inverse import sequential
+from itarflow.guidance import Guidance
+from itarflow.inverse import Jacobi, sequential
 
-B, N, D = 3, 5, 2
+B, N, D = 3, 9, 2
 
 
 class KnownMap:
-    """x_n = scale_n * z_n + sum over m < n of A_nm x_m, whose inverse is a linear system."""
+    """x_n = scale_n * z_n + sum over m < n of A_nm x_m, a linear system; coupling is the size of A."""
 
-    def __init__(self):
+    def __init__(self, coupling=1.0, samples=B):
         generator = torch.Generator().manual_seed(0)
-        self.matrix = torch.randn(N, D, N, D, generator=generator, dtype=torch.float64)
+        self.matrix = coupling * torch.randn(N, D, N, D, generator=generator, dtype=torch.float64)
         self.matrix *= torch.ones(N, N).tril(-1)[:, None, :, None]
         self.scale = torch.randn(N, D, generator=generator, dtype=torch.float64).exp()
-        self.tokens = torch.zeros(B, N, D, dtype=torch.float64)
-        self.windows = []
+        self.tokens = torch.zeros(samples, N, D, dtype=torch.float64)
+        self.given = torch.zeros(samples, dtype=torch.int64)
+        self.calls = []
 
-    def affine_at(self, tokens, start):
-        assert start == sum(self.windows)  # no token is skipped, none is repeated
-        self.windows.append(tokens.shape[1])
-        stop = start + tokens.shape[1]
-        self.tokens[:, start:stop] = tokens
-        after = slice(start + 1, stop + 1)
-        shift = torch.einsum("nimj,bmj->bni", self.matrix[after, :, :stop], self.tokens[:, :stop])
-        return shift, self.scale[after].expand(B, -1, -1)
+    def __call__(self, tokens, start):
+        samples, count, _ = tokens.shape
+        self.calls.append((samples, count))
+        starts = torch.full((samples,), start) if isinstance(start, int) else start
+        assert (starts <= self.given).all()  # no token is skipped
+        assert (starts + count < N).all()
+        self.given = torch.maximum(self.given, starts + count)
+        shifts = []
+        for tokens_of, memory, first in zip(tokens, self.tokens, starts.tolist(), strict=True):
+            memory[first : first + count] = tokens_of
+            after = slice(first + 1, first + 1 + count)
+            known = torch.ones(count, N).tril(first)[:, None, :, None]  # later ones in memory are not to be seen
+            shifts.append(torch.einsum("nimj,mj->ni", self.matrix[after] * known, memory))
+        scale = self.scale[starts[:, None] + 1 + torch.arange(count)]
+        return torch.stack(shifts), scale
+
+    def select(self, samples):
+        part = KnownMap(samples=len(samples))
+        part.matrix, part.scale, part.calls = self.matrix, self.scale, self.calls
+        part.tokens, part.given = self.tokens[samples], self.given[samples]
+        return part
 
     def solution(self, z):
         system = torch.eye(N * D, dtype=torch.float64) - self.matrix.reshape(N * D, N * D)
-        return torch.linalg.solve(system, (z * self.scale).reshape(B, N * D, 1)).reshape(B, N, D)
+        return torch.linalg.solve(system, (z * self.scale).reshape(len(z), N * D, 1)).reshape(len(z), N, D)
+
+    @property
+    def first(self):
+        return torch.zeros(D, dtype=torch.float64), self.scale[:1]
 
 
 @pytest.fixture
@@ -42,25 +63,167 @@ def z():
 
 
 def test_sequential_solves_a_known_triangular_system_one_token_at_a_time(known_map, z):
-    first = torch.zeros(B, 1, D, dtype=z.dtype), known_map.scale[:1]
-    torch.testing.assert_close(sequential(known_map.affine_at, z, first), known_map.solution(z))
-    assert known_map.windows == [1] * (N - 1)
+    torch.testing.assert_close(sequential(known_map, z, known_map.first), known_map.solution(z))
+    assert known_map.calls == [(B, 1)] * (N - 1)
 
 
-def test_sequential_maps_the_first_token_by_its_own_affine(known_map, z):
-    x = sequential(known_map.affine_at, z, (torch.tensor(0.5), torch.tensor(-3.0)))
+@pytest.mark.parametrize("solver", [sequential, Jacobi(window=3)], ids=["sequential", "jacobi"])
+def test_the_first_token_is_mapped_by_its_own_affine(known_map, z, solver):
+    x = solver(known_map, z, (torch.tensor(0.5), torch.tensor(-3.0)))
     torch.testing.assert_close(x[:, 0], 0.5 - 3.0 * z[:, 0])
 
 
-def test_a_single_token_needs_no_conditioner(z):
-    x = sequential(None, z[:, :1], (torch.tensor(1.0), torch.tensor(2.0)))
+@pytest.mark.parametrize("solver", [sequential, Jacobi()], ids=["sequential", "jacobi"])
+def test_a_single_token_needs_no_conditioner(z, solver):
+    x = solver(None, z[:, :1], (torch.tensor(1.0), torch.tensor(2.0)))
     torch.testing.assert_close(x, 1 + 2 * z[:, :1])
 
 
-def test_sequential_reports_each_token(known_map, z):
+@pytest.mark.parametrize("solver", [sequential, Jacobi(window=1), Jacobi(window=4), Jacobi()], ids=str)
+def test_progress_sums_up_to_the_tokens(known_map, z, solver):
     reports = []
-    sequential(known_map.affine_at, z, (torch.tensor(0.0), torch.tensor(1.0)), reports.append)
-    assert reports == [1] * N
+    solver(known_map, z, known_map.first, reports.append)
+    assert sum(reports) == N
+    assert min(reports) > 0
+
+
+@pytest.mark.parametrize("coupling", [0.0, 0.01, 1.0, 30.0])
+@pytest.mark.parametrize("window", [1, 2, 3, N - 1, N, None])
+@pytest.mark.parametrize("guess", ["z", "zero"])
+def test_jacobi_without_tolerance_is_exact_in_no_more_evaluations_than_tokens(coupling, window, guess, z):
+    known_map = KnownMap(coupling)
+    x = Jacobi(window=window, tolerance=0.0, guess=guess)(known_map, z, known_map.first)
+    torch.testing.assert_close(x, sequential(KnownMap(coupling), z, known_map.first))
+    assert len(known_map.calls) <= N - 1
+    assert max(count for _, count in known_map.calls) <= min(window or N, N - 1)
+
+
+def test_independent_tokens_are_solved_in_two_evaluations(z):
+    """The first computes them, the second sees that nothing changes."""
+    known_map = KnownMap(coupling=0.0)
+    Jacobi()(known_map, z, known_map.first)
+    assert len(known_map.calls) == 2
+
+
+def test_a_perfect_guess_needs_one_evaluation(known_map, z):
+    x = Jacobi(tolerance=1e-9)(known_map, z, known_map.first, guess=known_map.solution(z))
+    torch.testing.assert_close(x, known_map.solution(z))
+    assert len(known_map.calls) == 1
+
+
+def test_a_tolerance_saves_evaluations_and_bounds_the_error(z):
+    exact, rough = KnownMap(coupling=0.05), KnownMap(coupling=0.05)
+    Jacobi(tolerance=0.0)(exact, z, exact.first)
+    x = Jacobi(tolerance=1e-2)(rough, z, rough.first)
+    assert len(rough.calls) < len(exact.calls)
+    error = (x - rough.solution(z)).abs().max()
+    assert 0 < error < 1e-2
+
+
+def test_samples_move_on_by_themselves_and_leave_when_done(z):
+    """A sample that is all guessed right is done at once; the others are no slower than alone."""
+    known_map = KnownMap()
+    guess = torch.zeros_like(z)
+    guess[:2] = known_map.solution(z)[:2]
+    x = Jacobi(window=3, tolerance=1e-9)(known_map, z, known_map.first, guess=guess)
+    torch.testing.assert_close(x, known_map.solution(z))
+    alone = KnownMap(samples=1)
+    Jacobi(window=3, tolerance=1e-9)(alone, z[2:], alone.first, guess=guess[2:])
+    assert len(known_map.calls) == len(alone.calls)
+    assert known_map.calls[0] == (3, 3)
+    assert known_map.calls[-1][0] == 1
+
+
+def test_guesses_that_overflow_are_given_up_and_their_window_is_done_one_by_one(z):
+    known_map = KnownMap(coupling=1e200)  # a guess of z overflows in the second evaluation; so does the answer
+    x = Jacobi(window=4)(known_map, z * 1e-210, known_map.first, guess=torch.ones_like(z))
+    assert (B, 1) in known_map.calls
+    assert len(known_map.calls) <= N - 1
+    finite = sequential(KnownMap(coupling=1e200), z * 1e-210, known_map.first)
+    torch.testing.assert_close(x, finite, equal_nan=True)
+
+
+def test_a_sample_that_is_not_a_number_ends_and_spoils_no_other(known_map, z):
+    z[1, 2] = math.nan
+    x = Jacobi(window=4, tolerance=0.0)(known_map, z, known_map.first)
+    expected = known_map.solution(z[::2])
+    torch.testing.assert_close(x[::2], expected)
+    assert x[1, 3:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"window": 0}, "window is 0"),
+        ({"tolerance": -1e-3}, "tolerance is -0.001"),
+        ({"tolerance": math.nan}, "tolerance is nan"),
+        ({"guess": "x"}, "guess is 'x'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Jacobi(**settings)
+
+
+def test_a_window_longer_than_the_sequence_is_refused_before_work(known_map, z, make_flow, make_inputs):
+    with pytest.raises(ValueError, match="window is 10, but the block has 9 tokens"):
+        Jacobi(window=10)(known_map, z, known_map.first)
+    assert known_map.calls == []
+    flow, reports = make_flow(patch_size=(2, 1), in_channels=1), []  # 16 tokens, then 4
+    with pytest.raises(ValueError, match="window is 8, but the block has 4 tokens"):
+        flow.inverse(torch.zeros(1, *flow.z_shape), None, 0.2, solver=Jacobi(window=8), progress=reports.append)
+    assert reports == []
+
+
+def test_a_solver_a_block_in_the_order_of_inversion(make_flow):
+    flow, asked = make_flow(patch_size=(2, 1), in_channels=1), []
+
+    def solver(name):
+        def solve(conditioner, z, first, progress=None, guess=None):
+            asked.append((name, z.shape[1]))
+            return sequential(conditioner, z, first, progress)
+
+        return solve
+
+    z = torch.zeros(1, *flow.z_shape)
+    flow.inverse(z, None, 0.2, solver=[solver("noise side"), solver("image side")])
+    assert asked == [("noise side", 16), ("image side", 4)]
+    with pytest.raises(ValueError, match="1 solvers were given for 2 blocks"):
+        flow.inverse(z, None, 0.2, solver=[sequential])
+
+
+def test_the_trajectory_of_a_near_noise_level_is_a_good_guess(make_flow, make_inputs):
+    flow = make_flow(image_size=8, patch_size=1, num_layers=(1, 1), input_scale=0.7).double()
+    _, labels, _ = make_inputs(flow)
+    z = torch.randn(3, *flow.z_shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def evaluations(level, guess=None):
+        calls = []
+
+        def counted(conditioner, *args):
+            class Counted:
+                def __call__(self, tokens, start):
+                    calls.append(tokens.shape[1])
+                    return conditioner(tokens, start)
+
+                select = conditioner.select
+
+            return Jacobi(tolerance=1e-6)(Counted(), *args)
+
+        path = flow.inverse(z, labels, level, solver=counted, guess=guess, return_trajectory=True)
+        torch.testing.assert_close(path[-1], flow.inverse(z, labels, level), atol=1e-4, rtol=0)
+        return path, len(calls)
+
+    path, first = evaluations(0.3)
+    assert evaluations(0.3001, path)[1] < first
+    assert evaluations(0.3, path)[1] == 2  # one a block, to see that all is right
+    with pytest.raises(ValueError, match=r"guess has shape \(2, 3, 2, 8, 8\); expected \(3, 3, 2, 8, 8\)"):
+        flow.inverse(z, labels, 0.3, guess=path[:2])
+
+
+def test_a_guess_of_another_shape_is_refused(known_map, z):
+    with pytest.raises(ValueError, match=r"guess has shape \(3, 4, 2\); expected \(3, 9, 2\)"):
+        Jacobi()(known_map, z, known_map.first, guess=z[:, :4])
 
 
 def test_progress_of_a_flow_sums_to_its_number_of_tokens(flow, make_inputs):
@@ -70,20 +233,13 @@ def test_progress_of_a_flow_sums_to_its_number_of_tokens(flow, make_inputs):
     assert sum(reports) == flow.num_solved_tokens == sum((4 // patch) ** 2 for patch in flow.patch_sizes)
 
 
-@pytest.mark.parametrize("window", [1, 2, 3, 4])
-def test_any_solver_works_that_sees_windows_of_the_conditioner(make_flow, make_inputs, window):
-    """Fixed-point iteration in windows: it rewrites the cache of a window until its tokens stand still."""
-
-    def windowed(affine_at, z, first, progress=None):
-        x = z * first[1] + first[0]
-        for start in range(1, z.shape[1], window):
-            stop = min(start + window, z.shape[1])
-            for _ in range(start, stop):
-                shift, scale = affine_at(x[:, start - 1 : stop - 1], start - 1)
-                x = torch.cat([x[:, :start], z[:, start:stop] * scale + shift, x[:, stop:]], dim=1)
-        return x
-
-    flow = make_flow(patch_size=1, in_channels=1, learned_first_token=True, num_layers=(1, 1)).double()
-    images, labels, noise_level = make_inputs(flow)
+@pytest.mark.parametrize("solver", [Jacobi(tolerance=0.0), Jacobi(window=2, tolerance=0.0, guess="zero")], ids=str)
+def test_every_kind_of_flow_is_inverted_by_any_solver(flow, make_inputs, solver):
+    images, labels, noise_level = make_inputs(flow.double())
     z = flow(images, labels, noise_level).z.detach()
-    torch.testing.assert_close(flow.inverse(z, labels, noise_level, solver=windowed), images)
+    if min(block.num_tokens for block in flow.blocks) < 2:
+        solver = Jacobi(tolerance=0.0)
+    torch.testing.assert_close(flow.inverse(z, labels, noise_level, solver=solver), images)
+    guidance = Guidance(weight=1.5, temperature=0.8)
+    exact = flow.inverse(z, labels, noise_level, guidance=guidance)
+    torch.testing.assert_close(flow.inverse(z, labels, noise_level, guidance=guidance, solver=solver), exact)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from itarflow.transformer import Attention, Layer, Transformer, new_cache
+from itarflow.transformer import Attention, Layer, Transformer
 
 B, N, C, E = 3, 6, 8, 4
 
@@ -21,7 +21,6 @@ def x():
 
 
 TEMPERATURES = {"untempered": None, "tempered": torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)}
-SPLITS = [(6,), (1,) * 6, (1, 5), (5, 1), (3, 3), (2, 3, 1), (1, 2, 3)]
 
 
 def attention_by_hand(attention, x, temperature):
@@ -63,25 +62,6 @@ def test_layer_adds_attention_then_mlp_of_normalised_tokens(x, randomise):
     assert layer.mlp[0].out_features == 3 * C
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES.values(), ids=TEMPERATURES)
-@pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_cached_windows_equal_the_parallel_pass(transformer, x, split, temperature):
-    cache = new_cache(2, B, N, E, transformer.layers[0].attention.proj.weight).fill_(torch.nan)
-    windows, start = [], 0
-    for window in x.split(split, dim=1):
-        windows.append(transformer(window, temperature, cache, start))
-        start += window.shape[1]
-    torch.testing.assert_close(torch.cat(windows, dim=1), transformer(x, temperature))
-
-
-def test_rewriting_a_window_forgets_what_it_held(transformer, x):
-    cache = new_cache(2, B, N, E, transformer.layers[0].attention.proj.weight)
-    transformer(x.flip(0), cache=cache)
-    head = transformer(x[:, :2], cache=cache)
-    tail = transformer(x[:, 2:], cache=cache, start=2)
-    torch.testing.assert_close(torch.cat([head, tail], dim=1), transformer(x))
-
-
 def test_a_token_changes_nothing_before_it_and_everything_from_it_on(transformer, x):
     before = transformer(x)
     for n in range(N):
@@ -96,22 +76,6 @@ def test_temperature_one_is_none(transformer, x):
     torch.testing.assert_close(transformer(x, torch.ones(B, dtype=x.dtype)), transformer(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_cache_has_the_type_of_the_weights(dtype):
-    cache = new_cache(2, B, N, E, torch.zeros(1, C, dtype=dtype))
-    assert (cache.shape, cache.dtype) == ((2, 2, B, C // E, N, E), dtype)
-
-
-@pytest.mark.parametrize("temperature", TEMPERATURES.values(), ids=TEMPERATURES)
-def test_cache_follows_autocast(transformer, x, temperature):
-    transformer, x = transformer.float(), x.float()
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        cache = new_cache(2, B, N, E, transformer.layers[0].attention.proj.weight)
-        windows = [transformer(x[:, n : n + 1], temperature, cache, n) for n in range(N)]
-        assert cache.dtype == torch.bfloat16
-        torch.testing.assert_close(torch.cat(windows, dim=1), transformer(x, temperature), atol=0.05, rtol=0.05)
-
-
 @pytest.mark.parametrize("temperature", TEMPERATURES.values(), ids=TEMPERATURES)
 def test_checkpointed_pass_equals_the_plain_one(transformer, x, temperature):
     expected, calls = transformer(x, temperature), []
@@ -123,11 +87,3 @@ def test_checkpointed_pass_equals_the_plain_one(transformer, x, temperature):
     transformer.gradient_checkpointing, transformer._gradient_checkpointing_func = True, checkpoint
     assert torch.equal(transformer(x, temperature), expected)
     assert calls == list(transformer.layers)
-
-
-def test_cached_pass_is_never_checkpointed(transformer, x):
-    expected = transformer(x)
-    transformer.gradient_checkpointing = True
-    transformer._gradient_checkpointing_func = None  # calling it fails
-    cache = new_cache(2, B, N, E, transformer.layers[0].attention.proj.weight)
-    torch.testing.assert_close(transformer(x, cache=cache), expected)

@@ -17,6 +17,7 @@ from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.commands.shared import chosen_labels, say, usable_device
 from itarflow.denoise import Method
 from itarflow.denoisers import load_denoiser
+from itarflow.inverse import sequential
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.progress import image_grid
 from itarflow.run import check_writable
@@ -54,6 +55,8 @@ class Sample:
     decoder: str | None = None
     """Of a checkpoint that models codes: another VAE with the same encoder, such as one whose decoder was fine-tuned
     on noisy codes, which goes with --method skip. A folder or Hub id. None = the checkpoint's."""
+    exact: bool = False
+    """Invert the flow token by token, whatever plan `itarflow profile` has left in the checkpoint."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
@@ -99,6 +102,7 @@ class Sample:
                 num_denoise_steps=self.num_denoise_steps,
                 method=self.method,
                 denoiser=denoiser,
+                solver=sequential if self.exact else None,
                 generator=generators[part],
                 denoise_batch_size=self.denoise_batch_size,
                 decode_batch_size=self.decode_batch_size,

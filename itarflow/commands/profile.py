@@ -1,0 +1,256 @@
+"""`itarflow profile`: where the inverse spends its time, and the fastest way to do it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor
+
+from itarflow.calls import image_generators
+from itarflow.checkpoint import write_setting
+from itarflow.codec import codec_of, to_pixels, vae_stride
+from itarflow.commands.shared import chosen_labels, say, usable_device
+from itarflow.data import DataConfig, load_data
+from itarflow.denoise import denoise
+from itarflow.embedding import NULL_LABEL
+from itarflow.inverse import Jacobi
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.plan import replaced
+from itarflow.plot import blank_figure
+from itarflow.profile import BlockMetrics, FoundPlan, Timing, block_metrics, find_plan
+from itarflow.run import check_writable
+from itarflow.score import FlowDenoiser
+
+_REAL_IMAGES = 64
+"""Images of --data that CRM and IGM are computed on."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Find the fastest inverse of a checkpoint on this device, and write it into the checkpoint.
+
+    Example: itarflow profile runs/digits/pipeline --data digits --batch-sizes 1 16
+
+    Each block is inverted token by token, by Jacobi iteration on the whole sequence, and by windows of several sizes.
+    The fastest of them make a plan, with which pictures stay as they are up to --largest-difference; from then on the
+    checkpoint samples by it on this type of device. `itarflow sample --exact` does without.
+    """
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+    """A folder with a pipeline, such as runs/digits/pipeline. One on the Hub is brought here by
+    `hf download NAME/MODEL --local-dir FOLDER`."""
+    data: str | None = None
+    """Real images for the metrics CRM and IGM: as --data.path in training. None = generated ones."""
+    batch_sizes: tuple[int, ...] = (16,)
+    """Images that are made at a time; a plan for each. Small batches gain the most."""
+    largest_difference: float = 1 / 255
+    """Of a pixel, on the scale from 0 to 1, between planned and exact pictures. 0 = none but by rounding."""
+    windows: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
+    """Sizes of windows that are tried, besides the whole sequence."""
+    repeats: int = 3
+    """Timed runs of each solver, of which the median counts."""
+    class_labels: tuple[str, ...] | None = None
+    """Labels of the generated images, by name or number. None = every class in turn, or none."""
+    guidance_weight: float | None = None
+    """None = the checkpoint's."""
+    seed: int = 0
+    """Of the generated images."""
+    output: Path = Path("profile")
+    """Folder for profile.json and profile.png."""
+    write: bool = True
+    """Whether the plans are written into the checkpoint."""
+    device: str | None = None
+    """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        self._check()
+        device = usable_device(self.device)
+        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint).to(device)
+        metrics = block_metrics(pipe.flow, *self._noisy(pipe))
+        report = {}
+        for batch_size in self.batch_sizes:
+            found = self._find(pipe, batch_size)
+            report[batch_size] = found
+            Console().print(_table(pipe, metrics, found))
+            facts = found.plan.facts
+            say(
+                f"{batch_size} at a time: {facts['seconds, exact']:.3f} s token by token, "
+                f"{facts['seconds, planned']:.3f} s by the plan "
+                f"({facts['seconds, exact'] / facts['seconds, planned']:.2f} times as fast); pictures differ by at "
+                f"most {255 * facts['largest difference of a pixel']:.2f} / 255"
+            )
+            if self.write:
+                plans = replaced(pipe.inverse_plans, found.plan)
+                pipe.register_to_config(plans=[plan.to_json() for plan in plans])
+                write_setting(self.checkpoint, "plans", pipe.config.plans)
+        self._save(metrics, report)
+        say(f"figures in {self.output}/; see {self.output / 'profile.png'}")
+        if self.write:
+            say(f"{self.checkpoint} samples by {'this plan' if len(report) == 1 else 'these plans'} from now on")
+
+    def _check(self) -> None:
+        if not self.checkpoint.is_dir():
+            raise OSError(
+                f"{self.checkpoint} is no folder; expected one with a pipeline, such as runs/digits/pipeline. A "
+                "checkpoint on the Hub is brought here by `hf download NAME/MODEL --local-dir FOLDER`."
+            )
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"--batch-sizes is {list(self.batch_sizes)}; expected numbers >= 1.")
+        check_writable(self.output)
+        if self.write:
+            check_writable(self.checkpoint)
+        blank_figure(1, 1)  # refuses where matplotlib is missing
+
+    def _noisy(self, pipe: ITARFlowPipeline) -> tuple[Tensor, Tensor | None, float]:
+        """Noisy images at t_max, with labels, for the metrics."""
+        flow, t_max = pipe.flow, pipe.scheduler.config.t_max
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.data is None:
+            labels = _labels(pipe, chosen_labels(pipe, self.class_labels, min(self.batch_sizes)))
+            z = flow.sample_prior(min(self.batch_sizes), generator)
+            return flow.inverse(z, labels, t_max), labels, t_max
+        stride = 1 if pipe.vae is None else vae_stride(pipe.vae)
+        channels = flow.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+        config = DataConfig(path=self.data, held_out_images=0)
+        data = load_data(config, image_size=flow.config.image_size * stride, in_channels=channels)
+        count = min(len(data.train), _REAL_IMAGES)
+        examples = [data.train[index * len(data.train) // count] for index in range(count)]
+        images = to_pixels(torch.stack([example.image for example in examples])).to(flow.device)
+        codes = codec_of(pipe.vae, slice_size=8).encode(images).mean
+        noise = torch.randn(codes.shape, generator=generator).to(flow.device)
+        same_classes = len(data.class_names) == flow.config.num_classes > 0
+        labels = torch.tensor([example.label for example in examples]).to(flow.device) if same_classes else None
+        return codes + t_max * noise, labels, t_max
+
+    def _find(self, pipe: ITARFlowPipeline, batch_size: int) -> FoundPlan:
+        flow, schedule = pipe.flow, pipe.scheduler.config
+        labels = _labels(pipe, chosen_labels(pipe, self.class_labels, batch_size))
+        guidance = pipe.default_guidance
+        if self.guidance_weight is not None:
+            guidance = replace(guidance, weight=self.guidance_weight)
+        generators = image_generators(torch.Generator().manual_seed(self.seed), batch_size)
+        z = flow.sample_prior(batch_size, generators)
+        denoiser, codec = FlowDenoiser(flow, min(batch_size, 16)), codec_of(pipe.vae, slice_size=8)
+
+        def finish(noisy: Tensor) -> Tensor:
+            clean = denoise(
+                denoiser,
+                noisy,
+                labels,
+                t_max=schedule.t_max,
+                t_min=schedule.t_min,
+                num_steps=schedule.num_denoise_steps,
+                method="euler" if schedule.method == "sde" else schedule.method,  # without noise that would differ
+                clip=schedule.clip,
+            )
+            return (codec.decode(clean).clamp(-1, 1) + 1) / 2
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            task = progress.add_task("", total=None)
+            return find_plan(
+                flow,
+                partial(flow.inverse, z, labels, schedule.t_max, guidance=guidance),
+                finish,
+                largest_difference=self.largest_difference,
+                windows=self.windows,
+                repeats=self.repeats,
+                progress=lambda title, _: progress.update(task, description=f"{batch_size} at a time: {title}"),
+            )
+
+    def _save(self, metrics: Sequence[BlockMetrics], report: dict[int, FoundPlan]) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        content = {
+            "metrics": [asdict(block) for block in metrics],
+            "batch_sizes": {
+                size: {
+                    "plan": found.plan.to_json(),
+                    "blocks": [[_row(timing) for timing in block.timings] for block in found.blocks],
+                }
+                for size, found in report.items()
+            },
+        }
+        (self.output / "profile.json").write_text(json.dumps(content, indent=2) + "\n")
+        _draw(report, self.output / "profile.png")
+
+
+def _labels(pipe: ITARFlowPipeline, labels: Sequence[int | None]) -> Tensor | None:
+    if all(label is None for label in labels):
+        return None
+    given = [NULL_LABEL if label is None else label for label in labels]
+    return torch.tensor(given, device=pipe.flow.device)
+
+
+def _table(pipe: ITARFlowPipeline, metrics: Sequence[BlockMetrics], found: FoundPlan) -> Table:
+    """A row for each block."""
+    facts = found.plan.facts
+    table = Table(
+        title=f"The inverse of {found.plan.batch_size} images at a time, noise side first",
+        title_justify="left",
+        caption="IGM and evaluations: from the guesses z / zero. Evaluations: of whole-sequence Jacobi until a change "
+        f"of at most {facts['tolerance']:g}; > where token by token was faster. Fastest: tokens at once, first guess.",
+        caption_justify="left",
+    )
+    for column in ("block", "tokens", "layers", "CRM", "IGM", "evaluations", "sequential", "fastest", "its time"):
+        table.add_column(column, justify="left" if column in ("block", "fastest") else "right")
+    depths, last = pipe.flow.config.num_layers, len(metrics) - 1
+    for index, (metric, block) in enumerate(zip(metrics, found.blocks, strict=True)):
+        whole = [timing for guess in metric.igm if (timing := block.whole(guess)) is not None]
+        table.add_row(
+            str(last - index),
+            str(found.plan.num_tokens[index]),
+            str(depths[last - index]),
+            f"{metric.crm:.2f}",
+            " / ".join(f"{value:.2f}" for value in metric.igm.values()),
+            " / ".join(f"{'' if timing.finished else '>'}{timing.evaluations}" for timing in whole),
+            f"{block.sequential.seconds:.3f} s",
+            _name(block.fastest.solver),
+            f"{block.fastest.seconds:.3f} s",
+        )
+    return table
+
+
+def _name(solver: Jacobi) -> str:
+    if solver.window == 1:
+        return "sequential"
+    return f"{'all' if solver.window is None else solver.window}, {solver.guess}"
+
+
+def _row(timing: Timing) -> dict[str, object]:
+    values = asdict(timing)
+    return {name: None if value != value or value == math.inf else value for name, value in values.items()}
+
+
+def _draw(report: dict[int, FoundPlan], path: Path) -> None:
+    """Seconds of each block over the window, a panel for each batch size."""
+    figure = blank_figure(4.6 * len(report), 3.6)
+    axes = figure.subplots(1, len(report), squeeze=False)[0]
+    for axis, (batch_size, found) in zip(axes, report.items(), strict=True):
+        last = len(found.blocks) - 1
+        for index, (block, tokens) in enumerate(zip(found.blocks, found.plan.num_tokens, strict=True)):
+            finished = [timing for timing in block.timings if timing.finished]
+            points = sorted((timing.solver.window or tokens, timing.seconds) for timing in finished)
+            axis.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.2, label=f"block {last - index}")
+            place = block.fastest.solver.window or tokens
+            axis.plot(place, block.fastest.seconds, "o", markersize=9, fillstyle="none", color=f"C{index}")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_title(f"{batch_size} images at a time", fontsize=10)
+        axis.set_xlabel("tokens at once (1 = token by token)", fontsize=8)
+        axis.set_ylabel("seconds", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(linewidth=0.3)
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=110)

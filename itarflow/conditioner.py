@@ -1,0 +1,191 @@
+"""The conditioner of a block as its inverse needs it: window after window of tokens, without gradients, fast.
+
+Weights are cast and laid out once, the condition is embedded once, keys and values of earlier tokens are kept in a
+cache, and both passes of guidance ride in one batch. Everything lives as long as one inversion of one block.
+
+Shapes: B batch, B' = 2B if the block is guided, else B; N tokens, n of them in a window, D values a token, C channels,
+H heads, E head width (C = H * E), L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from itarflow.guidance import Affine, Guidance, guide
+from itarflow.linear import PackedLinear, pack
+from itarflow.transformer import Layer
+
+
+class PackedLayer(NamedTuple):
+    """A transformer layer for use without gradients."""
+
+    attention_norm: nn.LayerNorm
+    qkv: PackedLinear
+    proj: PackedLinear
+    mlp_norm: nn.LayerNorm
+    up: PackedLinear
+    down: PackedLinear
+
+
+def pack_layers(layers: Iterable[Layer], dtype: torch.dtype) -> tuple[PackedLayer, ...]:
+    """The layers of a transformer, with their products in that type."""
+    return tuple(
+        PackedLayer(
+            layer.attention_norm,
+            pack(layer.attention.qkv, dtype),
+            pack(layer.attention.proj, dtype),
+            layer.mlp_norm,
+            pack(cast(nn.Linear, layer.mlp[0]), dtype),
+            pack(cast(nn.Linear, layer.mlp[2]), dtype),
+        )
+        for layer in layers
+    )
+
+
+class Window(NamedTuple):
+    """Where the tokens of a window lie."""
+
+    positions: slice | Tensor
+    """The same for all samples, or (B', n)."""
+    length: int
+    """Positions of the cache that are read: 0 .. length - 1."""
+    mask: Tensor | None
+    """True where a token attends to a position, (n, length) or (B', 1, n, length); None = to all, or causal."""
+    causal: bool
+    """Whether attention is causal from position 0, which kernels know without a mask."""
+
+
+@dataclass(frozen=True)
+class Conditioner:
+    """A block, ready to give shift and scale of the tokens that follow a window: an `inverse.Conditioner`.
+
+    The cache is written with each call, at the window's positions, so the windows before must have been given.
+    """
+
+    layers: tuple[PackedLayer, ...]
+    proj_in: PackedLinear
+    proj_out: PackedLinear
+    position: Tensor
+    """(N, C), in the block's own order."""
+    embedding: Tensor
+    """(B', 1, C), noise level and class."""
+    temperature: Tensor | None
+    """(B',), divides the attention logits."""
+    cache: Tensor
+    """(L, 2, B', H, N, E)."""
+    split: Callable[[Tensor], Affine]
+    """Outputs of the network -> (shift, log_scale), in at least float32."""
+    guidance: Guidance | None
+    """None = the block is not guided."""
+
+    def __call__(self, tokens: Tensor, start: int | Tensor) -> Affine:
+        """(shift, scale), each (B, n, D), of the tokens at start + 1 .. start + n.
+
+        Args:
+            tokens: (B, n, D), at positions start .. start + n - 1 of the block's own order.
+            start: one position for all samples, or (B,) int64.
+        """
+        count = tokens.shape[1]
+        if isinstance(start, int):
+            return self.at(tokens, _slice_window(start, count, tokens.device))
+        return self.at(tokens, self.scattered(start, count, int(start.max()) + count))
+
+    def scattered(self, start: Tensor, count: int, length: int) -> Window:
+        """The windows of `count` tokens that begin at start (B,); none goes beyond `length`."""
+        start = start.repeat(2) if self.guidance else start
+        positions = start[:, None] + torch.arange(count, device=start.device)
+        known = torch.arange(length, device=start.device)
+        return Window(positions, length, (known <= positions[..., None])[:, None], causal=False)
+
+    def at(self, tokens: Tensor, window: Window) -> Affine:
+        """As a call, for a window from `scattered`."""
+        batch_size = len(tokens)
+        tokens = tokens.repeat(2, 1, 1) if self.guidance else tokens
+        x = self.proj_in(tokens.to(self.position.dtype)) + (self.position[window.positions] + self.embedding)
+        x = run_layers(self.layers, x, self.cache, window, self.temperature)
+        shift, log_scale = self.split(self.proj_out(x))
+        if self.guidance is None:
+            return shift, log_scale.exp()
+        (shift, shift_u), (log_scale, log_scale_u) = (a.split(batch_size) for a in (shift, log_scale))
+        weights = self._weights(window, batch_size, shift.dtype)
+        return guide((shift, log_scale), (shift_u, log_scale_u), weights, self.guidance)
+
+    def _weights(self, window: Window, batch_size: int, dtype: torch.dtype) -> Tensor:
+        """Of the tokens that follow those of the window."""
+        assert self.guidance is not None
+        if isinstance(window.positions, Tensor):
+            return self.guidance.weights(window.positions[:batch_size] + 1, len(self.position), dtype)
+        following = torch.arange(window.positions.start + 1, window.positions.stop + 1, device=self.position.device)
+        return self.guidance.weights(following, len(self.position), dtype)
+
+    def select(self, samples: Tensor) -> Conditioner:
+        """The same for the samples of the batch with these indices (b,); the cache is copied."""
+        rows = torch.cat([samples, samples + len(self.embedding) // 2]) if self.guidance else samples
+        temperature = None if self.temperature is None else self.temperature[rows]
+        return replace(
+            self, embedding=self.embedding[rows], temperature=temperature, cache=self.cache.index_select(2, rows)
+        )
+
+
+def _slice_window(start: int, count: int, device: torch.device) -> Window:
+    stop, causal, mask = start + count, start == 0 and count > 1, None
+    if start > 0 and count > 1:
+        mask = torch.ones(count, stop, dtype=torch.bool, device=device).tril(start)
+    return Window(slice(start, stop), stop, mask, causal)
+
+
+def run_layers(
+    layers: tuple[PackedLayer, ...], x: Tensor, cache: Tensor, window: Window, temperature: Tensor | None
+) -> Tensor:
+    """All layers on a window of tokens.
+
+    Args:
+        layers: L of them.
+        x: (B', n, C), in the type of the sum over layers, which may be finer than that of the products.
+        cache: (L, 2, B', H, N, E); the window's keys and values are written.
+        window: where x lies.
+        temperature: (B',), or None.
+
+    Returns:
+        (B', n, C).
+    """
+    dtype = cache.dtype
+    for layer, part in zip(layers, cache, strict=True):
+        qkv = layer.qkv(layer.attention_norm(x).to(dtype))
+        x = layer.proj.plus(_attend(qkv, part, window, temperature), x)
+        x = layer.down.plus(layer.up.gelu(layer.mlp_norm(x).to(dtype)), x)
+    return x
+
+
+def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | None) -> Tensor:
+    """qkv (B', n, 3C) and the cache (2, B', H, N, E) of a layer -> (B', n, C)."""
+    batch_size, count, _ = qkv.shape
+    qkv = qkv.view(batch_size, count, 3, cache.shape[2], cache.shape[4])
+    q = qkv[:, :, 0].transpose(1, 2)
+    if isinstance(window.positions, slice):
+        cache[:, :, :, window.positions] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+    else:
+        rows = torch.arange(batch_size, device=qkv.device)[:, None]
+        cache[:, rows, :, window.positions] = qkv[:, :, 1:]
+    if temperature is not None:
+        q = q / temperature.to(q.dtype)[:, None, None, None]
+    k, v = cache[:, :, :, : window.length]
+    out = _attention(q, k, v, window)
+    return out.transpose(1, 2).reshape(batch_size, count, -1)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, window: Window) -> Tensor:
+    if q.device.type == "cpu" and q.shape[2] == 1 and window.mask is None and q.shape[0] * q.shape[1] >= _MANY:
+        weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1)
+        return torch.matmul(weights, v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=window.mask, is_causal=window.causal)
+
+
+_MANY = 64
+"""Heads times samples from which, on a CPU, one query each is faster by two products than by the flash kernel."""

@@ -1,0 +1,91 @@
+"""Inverse plans: the solver of each block of a flow. `itarflow profile` finds them, pipelines keep them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from itarflow.flow import TARFlow
+from itarflow.inverse import Jacobi, Solver, sequential
+
+
+@dataclass(frozen=True, kw_only=True)
+class InversePlan:
+    """The solvers of a flow's blocks, and where they were found to be fastest.
+
+    Args:
+        solvers: one a block, noise side first; a window of 1 stands for `sequential`.
+        num_tokens: of each block, in the same order.
+        device: type of the device, such as "cpu" or "cuda".
+        batch_size: images that were inverted at a time, >= 1.
+        facts: figures of the measurement, for people.
+
+    Raises:
+        ValueError: not as many solvers as blocks, a window longer than its block, or batch_size < 1.
+    """
+
+    solvers: tuple[Jacobi, ...]
+    num_tokens: tuple[int, ...]
+    device: str
+    batch_size: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.solvers) != len(self.num_tokens):
+            raise ValueError(
+                f"the inverse plan has {len(self.solvers)} solvers for {len(self.num_tokens)} blocks; expected one "
+                "each."
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size of the inverse plan is {self.batch_size}; expected a number >= 1.")
+        for solver, num_tokens in zip(self.solvers, self.num_tokens, strict=True):
+            solver.check(num_tokens)
+
+    def solvers_of(self, flow: TARFlow) -> list[Solver]:
+        """For `TARFlow.inverse`.
+
+        Raises:
+            ValueError: the plan is for another architecture.
+        """
+        if self.num_tokens != tokens_of_blocks(flow):
+            raise ValueError(
+                f"the inverse plan is for blocks of {self.num_tokens} tokens, noise side first, but this flow has "
+                f"{tokens_of_blocks(flow)}; find one for it by `itarflow profile`."
+            )
+        return [sequential if solver.window == 1 else solver for solver in self.solvers]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self) | {"solvers": [asdict(solver) for solver in self.solvers], "facts": dict(self.facts)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> InversePlan:
+        """What `to_json` gave.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            solvers = tuple(Jacobi(**solver) for solver in values["solvers"])
+            return cls(**{**values, "solvers": solvers, "num_tokens": tuple(values["num_tokens"])})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is no inverse plan: {error}. Make one by `itarflow profile`.") from error
+
+
+def tokens_of_blocks(flow: TARFlow) -> tuple[int, ...]:
+    """The number of tokens of each block, noise side first."""
+    return tuple(block.num_tokens for block in reversed(flow.blocks))  # type: ignore[misc]
+
+
+def choose(plans: Sequence[InversePlan], device: str, batch_size: int) -> InversePlan | None:
+    """The plan for that type of device whose batch size is nearest, as a ratio; None if there is none."""
+    fitting = [plan for plan in plans if plan.device == device]
+    return min(fitting, key=lambda plan: abs(math.log(plan.batch_size / batch_size)), default=None)
+
+
+def replaced(plans: Sequence[InversePlan], found: InversePlan) -> list[InversePlan]:
+    """The plans with `found` in the place of those for its device and batch size; in order of both."""
+    others = [plan for plan in plans if (plan.device, plan.batch_size) != (found.device, found.batch_size)]
+    return sorted([*others, found], key=lambda plan: (plan.device, plan.batch_size))

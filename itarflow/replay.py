@@ -1,0 +1,84 @@
+"""Small windows on a GPU, recorded once as a CUDA graph and replayed: the host is too slow to launch each kernel.
+
+A graph has fixed shapes and addresses. So the window's position is a tensor, and attention reads the cache up to a
+length that stays the same for many windows, with a mask: the next power of two, hence few recordings a block. They
+last as long as the inversion of the block, and each takes about as long as one evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from itarflow.conditioner import Conditioner
+from itarflow.guidance import Affine
+
+Evaluation = Callable[[Tensor, Tensor], Affine]
+"""(tokens (B, n, D), start (B,)) -> (shift, scale)."""
+
+_WIDEST = 64
+"""Windows of more tokens keep the device busy longer than the host needs to launch their kernels."""
+_SHORTEST = 64
+"""The least length of cache that is read."""
+
+
+def record(evaluation: Evaluation, tokens: Tensor, start: Tensor) -> Evaluation:
+    """The same function of tensors of the same shapes, as a CUDA graph.
+
+    What it returns is overwritten by its next call.
+    """
+    given = tokens.clone(), start.clone()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # libraries allocate at their first use, which can't be recorded
+            evaluation(*given)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
+        affine = evaluation(*given)
+
+    def replay(tokens: Tensor, start: Tensor) -> Affine:
+        given[0].copy_(tokens)
+        given[1].copy_(start)
+        graph.replay()
+        return affine
+
+    return replay
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A conditioner whose evaluations of small windows are replayed: an `inverse.Conditioner`.
+
+    What a call returns is overwritten by the next one.
+    """
+
+    conditioner: Conditioner
+    record: Callable[[Evaluation, Tensor, Tensor], Evaluation] = record
+    _recorded: dict[tuple[int, int], Evaluation] = field(default_factory=dict)
+
+    def __call__(self, tokens: Tensor, start: int | Tensor) -> Affine:
+        """See `Conditioner`."""
+        count = tokens.shape[1]
+        if count > _WIDEST:
+            return self.conditioner(tokens, start)
+        if isinstance(start, int):
+            stop, start = start + count, torch.full((len(tokens),), start, device=tokens.device)
+        else:
+            stop = int(start.max()) + count
+        length = min(max(_SHORTEST, 1 << (stop - 1).bit_length()), len(self.conditioner.position))
+        if (count, length) not in self._recorded:
+
+            def evaluation(tokens: Tensor, start: Tensor) -> Affine:
+                return self.conditioner.at(tokens, self.conditioner.scattered(start, count, length))
+
+            self._recorded[count, length] = self.record(evaluation, tokens, start)
+        return self._recorded[count, length](tokens, start)
+
+    def select(self, samples: Tensor) -> Replayed:
+        """See `Conditioner`."""
+        return Replayed(self.conditioner.select(samples), self.record)

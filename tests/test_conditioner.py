@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from itarflow.guidance import Guidance, guide
+
+GUIDANCE = Guidance(weight=1.5, rule="gaussian", temperature=0.7)
+
+
+@pytest.fixture(params=["plain", "guided"])
+def passes(flow, make_inputs, request):
+    """Of every kind of flow in float64: each block with its passes (the second is None if it is not guided), tokens
+    in its own order, and the affine maps that follow them, computed at once and without a cache."""
+    flow.double()
+    _, labels, noise_level = make_inputs(flow)
+    generator = torch.Generator().manual_seed(2)
+    found = []
+    for block in flow.blocks:
+        width = block.proj_in.in_features
+        tokens = torch.randn(3, block.num_tokens - 1, width, generator=generator, dtype=torch.float64)
+        condition, guiding = block.condition(3, labels, noise_level), None
+        with torch.no_grad():
+            shift, log_scale = block.affine_at(tokens, condition)
+            expected = shift, log_scale.exp()
+            if request.param == "guided":
+                guiding = block.condition(3, None, noise_level, GUIDANCE.temperature)
+                weights = GUIDANCE.weights(torch.arange(1, block.num_tokens), block.num_tokens, torch.float64)
+                expected = guide((shift, log_scale), block.affine_at(tokens, guiding), weights, GUIDANCE)
+        if block.num_tokens > 1:
+            found.append((block, condition, guiding, tokens, expected))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [1, 2, 3, 15])
+def test_windows_of_any_width_give_the_maps_of_the_parallel_pass(passes, width):
+    for block, condition, guiding, tokens, expected in passes:
+        conditioner, start, found = block.conditioner(condition, guiding, GUIDANCE), 0, []
+        for window in tokens.split(width, dim=1):
+            found.append(conditioner(window, start))
+            start += window.shape[1]
+        torch.testing.assert_close([torch.cat(parts, dim=1) for parts in zip(*found, strict=True)], list(expected))
+
+
+@torch.no_grad()
+def test_each_sample_may_be_elsewhere(passes):
+    for block, condition, guiding, tokens, expected in passes:
+        count = min(2, tokens.shape[1])
+        conditioner = block.conditioner(condition, guiding, GUIDANCE)
+        conditioner(tokens, 0)  # the cache holds all
+        start = torch.tensor([0, tokens.shape[1] - count, (tokens.shape[1] - count) // 2])
+        rows, positions = torch.arange(3)[:, None], start[:, None] + torch.arange(count)
+        found = conditioner(tokens[rows, positions], start)
+        torch.testing.assert_close(list(found), [part[rows, positions] for part in expected])
+
+
+@torch.no_grad()
+def test_what_is_given_again_counts_as_given_last(passes):
+    for block, condition, guiding, tokens, expected in passes:
+        conditioner = block.conditioner(condition, guiding, GUIDANCE)
+        conditioner(tokens.flip(0), 0)
+        torch.testing.assert_close(list(conditioner(tokens, 0)), list(expected))
+
+
+@torch.no_grad()
+def test_a_part_of_the_batch_goes_on_by_itself(passes):
+    for block, condition, guiding, tokens, expected in passes:
+        conditioner = block.conditioner(condition, guiding, GUIDANCE)
+        conditioner(tokens[:, :1], 0)
+        if tokens.shape[1] > 1:
+            samples = torch.tensor([2, 0])
+            part = conditioner.select(samples)(tokens[samples, 1:], 1)
+            torch.testing.assert_close(list(part), [whole[samples, 1:] for whole in expected])
+            # and the whole is as it was
+            torch.testing.assert_close(list(conditioner(tokens[:, 1:], 1)), [whole[:, 1:] for whole in expected])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 40])
+def test_float32_and_low_precision_are_near(make_flow, make_inputs, batch_size):
+    """Batches so large that all kernels are met."""
+    flow = make_flow(channels=64, head_dim=16, num_layers=(2,), patch_size=1)
+    _, labels, noise_level = make_inputs(flow, batch_size)
+    (block,) = flow.blocks
+    condition = block.condition(batch_size, labels, noise_level)
+    tokens = torch.randn(batch_size, 15, 2, generator=torch.Generator().manual_seed(0))
+    expected = block.affine_at(tokens, condition)
+    for dtype, tolerance in ((None, 1e-5), (torch.bfloat16, 0.1)):
+        conditioner = block.conditioner(condition, None, Guidance(), dtype)
+        assert conditioner.cache.dtype == (dtype or torch.float32)
+        windows = [conditioner(tokens[:, n : n + 1], n) for n in range(15)]
+        shift, scale = (torch.cat(parts, dim=1) for parts in zip(*windows, strict=True))
+        assert shift.dtype == scale.dtype == torch.float32
+        torch.testing.assert_close(shift, expected[0], atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(scale, expected[1].exp(), atol=tolerance, rtol=tolerance)
+        assert dtype is None or not torch.equal(shift, expected[0])
+
+
+def test_the_cache_has_the_type_of_the_weights_or_the_given_one(make_flow):
+    (block, _) = make_flow().to(torch.bfloat16).blocks
+    assert block.new_cache(3).dtype == torch.bfloat16
+    assert block.new_cache(3, torch.float32).dtype == torch.float32
+    assert block.new_cache(3).shape == (1, 2, 3, 2, 4, 4)
