@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import runpy
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from pathlib import Path
 import psutil
 import torch
 import tyro
+from resident import give_back_freed_tensors, one_step_of_a_tiny_model, peak_resident
 from rich.console import Console
 from rich.table import Table
 
@@ -41,7 +41,7 @@ class Options:
 
 def main(options: Options) -> None:
     """Print a table."""
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read by the processes that are started below
+    give_back_freed_tensors()
     recipe: Recipe = runpy.run_path(str(options.recipe))["recipe"]
     recipe = replace(recipe, model=replace(recipe.model, channels=options.channels))
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
@@ -73,7 +73,7 @@ def measured(recipe: Recipe, micro_batch: int) -> int:
     """Bytes at the peak of two optimiser steps of two micro-batches each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = replace(recipe, train=replace(recipe.train, batch_size=micro_batch, accumulation=1))
-    _one_step_of_a_tiny_model(device)
+    one_step_of_a_tiny_model(device)
     gc.collect()
     before = psutil.Process().memory_info().rss
     flow = recipe.model.build(recipe.noise_range).to(device)
@@ -81,7 +81,7 @@ def measured(recipe: Recipe, micro_batch: int) -> int:
         flow.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(flow.parameters(), fused=device.type == "cuda")
     average = [parameter.detach().clone() for parameter in flow.parameters() if recipe.train.ema_decay is not None]
-    images = torch.rand(micro_batch, *flow.image_shape, device=device) * 2 - 1
+    images = torch.randint(256, (micro_batch, *flow.image_shape), dtype=torch.uint8, device=device)
     labels = torch.zeros(micro_batch, dtype=torch.int64, device=device)
     for step in range(2):
         for _ in range(2):
@@ -93,25 +93,7 @@ def measured(recipe: Recipe, micro_batch: int) -> int:
     del average
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _peak_resident() - before
-
-
-def _one_step_of_a_tiny_model(device: torch.device) -> None:
-    """What libraries load and allocate once is not the model's."""
-    linear = torch.nn.Linear(8, 8).to(device)
-    optimizer = torch.optim.AdamW(linear.parameters())
-    for enabled in (False, True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            linear(torch.ones(8, 8, device=device)).sum().backward()
-    optimizer.step()
-
-
-def _peak_resident() -> int:
-    """The most that this process has ever had resident, in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmHWM; expected Linux.")
+    return peak_resident() - before
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Images a second that one core reads: from image files as they come, and from parquet files of the right size.
-
-python benchmarks/loader.py --data images/ --sizes 64 128 256
-"""
+"""Images a second that one core reads: from image files as they come, and from parquet files of the right size."""
 
 from __future__ import annotations
 
@@ -11,12 +8,14 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import datasets
 import torch
-import tyro
+from peaks import device_name
 from PIL import Image
+from report import quartiles, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,9 +30,9 @@ IMAGES_PER_ROW_GROUP = 32  # few, so that the small copies have many
 SHUFFLE_BUFFER = 256  # small too: most of the row groups are not in memory
 
 
-@dataclass
-class Options:
-    """Measure the loader."""
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Reading images: files as they come, and PNG in parquet, also streamed; one worker, one thread."""
 
     data: str
     """Where the images are: a folder, parquet files, or a data set on the Hub."""
@@ -49,33 +48,82 @@ class Options:
     """Batches of a timed repetition."""
     repeats: int = 5
     """Timed repetitions, of which the median is shown, after one that is not timed."""
+    json: Path | None = None
+    """Write the figures here, too."""
 
-
-def main(options: Options) -> None:
-    """Print a table."""
-    console = Console(width=100)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        datasets.config.HF_DATASETS_CACHE = folder / "cache"
-        datasets.disable_progress_bars()
-        pixels = write_jpegs(options, folder / "jpeg")
-        table = Table(title=f"Loader, one worker, batches of {options.batch_size}; JPEG files of {pixels} pixels")
-        for column in ("size", "source", "kB an image", "images/s per core", "slowest, fastest"):
+    def run(self, command: str, console: Console) -> None:
+        """Measure, and print a table."""
+        torch.set_num_threads(1)
+        records: list[LoaderRecord] = []
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            datasets.config.HF_DATASETS_CACHE = folder / "cache"
+            datasets.disable_progress_bars()
+            pixels = write_jpegs(self, folder / "jpeg")
+            for size in self.sizes:
+                prepared = folder / str(size)
+                write_parquet(load(folder / "jpeg", size), prepared)
+                for source, place, streaming in (
+                    ("JPEG files", folder / "jpeg", False),
+                    ("PNG in parquet", prepared, False),
+                    ("PNG in parquet, streamed", prepared, True),
+                ):
+                    records.append(record(self, command, size, source, place, streaming=streaming))
+                    if self.json is not None:
+                        write_json(records, self.json)
+        table = Table(title=f"Loader, one worker, batches of {self.batch_size}; JPEG files of {pixels} pixels")
+        for column in ("size", "source", "kB an image", "images/s per core", "quartiles"):
             table.add_column(column, justify="left" if column == "source" else "right")
-        for size in options.sizes:
-            prepared = folder / str(size)
-            write_parquet(load(folder / "jpeg", size), prepared)
-            for source, place, streaming in (
-                ("JPEG files", folder / "jpeg", False),
-                ("PNG in parquet", prepared, False),
-                ("PNG in parquet, streamed", prepared, True),
-            ):
-                rates = measure(load(place, size, streaming), options)
-                files = [file for file in place.rglob("*") if file.is_file()]
-                kilobytes = sum(file.stat().st_size for file in files) / 1e3 / len(load(place, size, streaming))
-                spread = f"{min(rates):,.0f}, {max(rates):,.0f}"
-                table.add_row(str(size), source, f"{kilobytes:.1f}", f"{statistics.median(rates):,.0f}", spread)
-    console.print(table)
+        for row in records:
+            spread = f"{row.lower_quartile:,.0f}, {row.upper_quartile:,.0f}"
+            table.add_row(
+                str(row.image_size), row.variant, f"{row.bytes_per_image / 1e3:.1f}", f"{row.images_per_second:,.0f}",
+                spread,
+            )  # fmt: skip
+        console.print(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderRecord:
+    """One source of images at one size."""
+
+    path: str
+    variant: str
+    """The source."""
+    image_size: int
+    batch_size: int
+    bytes_per_image: float
+    """On disk."""
+    images_per_second: float
+    """Median."""
+    lower_quartile: float
+    upper_quartile: float
+    repeats: int
+    device: str
+    torch_version: str
+    date: str
+    command: str
+
+
+def record(options: Loader, command: str, size: int, source: str, place: Path, *, streaming: bool) -> LoaderRecord:
+    """Measure one source."""
+    low, middle, high = quartiles(measure(load(place, size, streaming), options))
+    on_disk = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    return LoaderRecord(
+        path="loader",
+        variant=source,
+        image_size=size,
+        batch_size=options.batch_size,
+        bytes_per_image=on_disk / len(load(place, size, streaming)),
+        images_per_second=middle,
+        lower_quartile=low,
+        upper_quartile=high,
+        repeats=options.repeats,
+        device=device_name(torch.device("cpu")),
+        torch_version=torch.__version__,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=command,
+    )
 
 
 def load(path: Path, size: int, streaming: bool = False) -> ImageDataset:
@@ -84,7 +132,7 @@ def load(path: Path, size: int, streaming: bool = False) -> ImageDataset:
     return load_data(config, image_size=size, in_channels=3).train
 
 
-def write_jpegs(options: Options, folder: Path) -> str:
+def write_jpegs(options: Loader, folder: Path) -> str:
     """JPEG files of images evenly spaced in the source; their median width and height."""
     rows, _ = open_splits(options.data)
     column = next(name for name, feature in rows.features.items() if isinstance(feature, datasets.Image))
@@ -123,7 +171,7 @@ def write_parquet(dataset: ImageDataset, folder: Path) -> None:
         shard.to_parquet(str(folder / f"{first:06}.parquet"), batch_size=IMAGES_PER_ROW_GROUP)
 
 
-def measure(dataset: ImageDataset, options: Options) -> list[float]:
+def measure(dataset: ImageDataset, options: Loader) -> list[float]:
     """Images a second in each repetition."""
     sampler = training_sampler(dataset, options.batch_size, shuffle_buffer=SHUFFLE_BUFFER)
     loader = batches(dataset, sampler, num_workers=1)
@@ -133,8 +181,3 @@ def measure(dataset: ImageDataset, options: Options) -> list[float]:
         count = sum(len(batch.labels) for batch in itertools.islice(loader, options.num_batches))
         rates.append(count / (time.perf_counter() - began))
     return rates[1:]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,142 @@
+"""A path's cases, measured one after another."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from paths import Bench
+from peaks import Peaks, device_name, measured_peaks
+from peer import load_peer, official_module
+from report import Record, print_table, quartiles, write_json
+from resident import give_back_freed_tensors
+from rich.console import Console
+from subject import DTYPES, Subject, open_subject
+from timing import Case, Timing, Variant, timed_in_turns, working_memory
+
+REFERENCE = "peer"
+
+
+def measure(bench: Bench, command: str, console: Console) -> list[Record]:
+    """Measure, print a table, and write JSON after each case, so that what is done is not lost.
+
+    Raises:
+        ValueError: settings that do not fit together, or no such variant.
+        OSError: model or peer can't be loaded.
+    """
+    device = bench.torch_device()
+    if bench.threads is not None:
+        torch.set_num_threads(bench.threads)
+    subject, peer = _opened(bench)
+    sizes = bench.batch_sizes
+    chosen = [(size, _chosen(bench, case)) for size in sizes for case in bench.cases(subject, size, peer)]
+    if bench.json is not None:
+        bench.json.parent.mkdir(parents=True, exist_ok=True)  # or refused before any work
+    peaks = measured_peaks(device)
+    records: list[Record] = []
+    try:
+        for size, case in chosen:
+            console.print(f"{case.name}, {size} images: {', '.join(v.name for v in case.variants)}", style="dim")
+            memory = [_memory(bench, size, case, variant) for variant in case.variants]
+            timings = timed_in_turns(case.variants, bench.repeats, bench.warm_up, device)
+            records += _records(bench, subject, size, case, timings, memory, peaks, command)
+            if bench.json is not None:
+                write_json(records, bench.json)
+    finally:  # also if memory runs out in a later case
+        if records:
+            print_table(records, console)
+    return records
+
+
+def _opened(bench: Bench) -> tuple[Subject, Any | None]:
+    module = None if bench.peer is None else official_module(bench.peer)  # first: refused before a model is loaded
+    subject = open_subject(bench)
+    return subject, None if module is None else load_peer(module, subject.flow)
+
+
+def _chosen(bench: Bench, case: Case) -> Case:
+    names = [variant.name for variant in case.variants]
+    unknown = [name for name in bench.only if name not in names]
+    if unknown:
+        raise ValueError(f"--only names {unknown[0]!r}; expected some of: {', '.join(names)}.")
+    return Case(case.name, [variant for variant in case.variants if not bench.only or variant.name in bench.only])
+
+
+def _memory(bench: Bench, batch_size: int, case: Case, variant: Variant) -> int | None:
+    if not bench.memory:
+        return None
+    if bench.torch_device().type == "cuda":
+        return working_memory(variant, bench.torch_device())
+    give_back_freed_tensors()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_alone, bench, batch_size, case.name, variant.name, torch.get_num_threads()).result()
+
+
+def _alone(bench: Bench, batch_size: int, case_name: str, variant_name: str, threads: int) -> int | None:
+    """`working_memory` in a fresh process, whose memory nothing has touched."""
+    torch.set_num_threads(threads)
+    subject, peer = _opened(bench)
+    case = next(case for case in bench.cases(subject, batch_size, peer) if case.name == case_name)
+    variant = next(variant for variant in case.variants if variant.name == variant_name)
+    return working_memory(variant, bench.torch_device())
+
+
+def _records(
+    bench: Bench,
+    subject: Subject,
+    batch_size: int,
+    case: Case,
+    timings: Sequence[Timing],
+    memory: Sequence[int | None],
+    peaks: Peaks,
+    command: str,
+) -> list[Record]:
+    names = [variant.name for variant in case.variants]
+    reference = names.index(REFERENCE) if REFERENCE in names else 0
+    records = []
+    for index, (variant, timing) in enumerate(zip(case.variants, timings, strict=True)):
+        low, middle, high = quartiles(timing.seconds)
+        least, peak = variant.floor(peaks), peaks[DTYPES[variant.dtype]]
+        own, other, compared = memory[index], memory[reference], index != reference
+        finite = bool(timing.result.isfinite().all())
+        differs = float((timing.result - timings[reference].result).abs().max())
+        records.append(
+            Record(
+                path=bench.name,
+                case=case.name,
+                variant=variant.name,
+                model=subject.name,
+                sizes=asdict(subject.recipe.model),
+                parameters=sum(parameter.numel() for parameter in subject.flow.parameters()),
+                batch_size=batch_size,
+                dtype=variant.dtype,
+                device=device_name(bench.torch_device()),
+                threads=torch.get_num_threads(),
+                torch_version=torch.__version__,
+                repeats=bench.repeats,
+                seconds=middle,
+                lower_quartile=low,
+                upper_quartile=high,
+                images_per_second=batch_size / middle,
+                peak_bytes=own,
+                reference=names[reference] if compared else None,
+                times_as_fast=statistics.median(timings[reference].seconds) / middle if compared else None,
+                times_the_memory=own / other if compared and own and other else None,
+                largest_difference=differs if compared and math.isfinite(differs) else None,
+                finite=finite,
+                floor_seconds=least,
+                times_floor=middle / least,
+                peak_flops_per_second=peak.flops_per_second,
+                peak_bytes_per_second=peak.bytes_per_second,
+                date=datetime.now(UTC).isoformat(timespec="seconds"),
+                command=command,
+            )
+        )
+    return records
