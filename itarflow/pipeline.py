@@ -21,6 +21,7 @@ from itarflow.codec import CodecConfig, Vae, codec_of, load_vae, vae_stride
 from itarflow.denoise import DenoiseScheduler, Method, Spacing, denoise, lowest_level, noise_levels
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
+from itarflow.halving import in_batches
 from itarflow.inverse import Solver, sequential
 from itarflow.plan import InversePlan, choose
 from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
@@ -124,7 +125,7 @@ class ITARFlowPipeline(DiffusionPipeline):
             inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: faster, and other images, though
                 as good ones. None = the weights'.
             generator: one for all images (image i then depends on its seed and on i alone), or one an image.
-            batch_size: images that are generated at a time, to bound memory; None = all.
+            batch_size: images that are generated at a time, to bound memory; None = all. Where memory runs out, fewer.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated, or, with a
                 warning, as fit the memory.
             denoise_dtype: of the flow's layers while it denoises: torch.bfloat16 saves more than half of the time and
@@ -160,39 +161,52 @@ class ITARFlowPipeline(DiffusionPipeline):
         _check_denoiser(denoiser, scheduler, self.flow, labels)
         steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
         solver = self.planned_solver(min(size, count)) if solver is None else solver
-        chunks = [slice(start, min(start + size, count)) for start in range(0, count, size)]
-        images = []
-        with self.progress_bar(total=len(chunks) * (self.flow.num_solved_tokens + steps)) as bar:
+        with self.progress_bar(total=count * (self.flow.num_solved_tokens + steps)) as bar:
 
-            def counted(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
-                clean = denoiser(noisy, labels, noise_level)
-                bar.update(1)
-                return clean
+            def make(chunk: slice) -> Tensor:
+                part, own = None if labels is None else labels[chunk], generators[chunk]
+                states, done = [one.get_state() for one in own], 0
 
-            for chunk in chunks:
-                part = None if labels is None else labels[chunk]
-                noisy = self.flow.inverse(
-                    self.flow.sample_prior(len(generators[chunk]), generators[chunk]),
-                    part,
-                    scheduler.config.t_max,
-                    guidance=guidance,
-                    solver=solver,
-                    dtype=inverse_dtype,
-                    progress=bar.update,
-                )
-                clean = denoise(
-                    counted,
-                    noisy,
-                    part,
-                    t_max=scheduler.config.t_max,
-                    t_min=scheduler.config.t_min,
-                    num_steps=scheduler.config.num_denoise_steps,
-                    method=scheduler.config.method,
-                    spacing=scheduler.config.spacing,
-                    clip=scheduler.config.clip,
-                    generator=generators[chunk],
-                )
-                images.append(clean if output_type == "codes" else codec.decode(clean))
+                def advance(steps: int) -> None:
+                    nonlocal done
+                    done += steps
+                    bar.update(steps * len(own))
+
+                def counted(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
+                    clean = denoiser(noisy, labels, noise_level)
+                    advance(1)
+                    return clean
+
+                try:
+                    noisy = self.flow.inverse(
+                        self.flow.sample_prior(len(own), own),
+                        part,
+                        scheduler.config.t_max,
+                        guidance=guidance,
+                        solver=solver,
+                        dtype=inverse_dtype,
+                        progress=advance,
+                    )
+                    clean = denoise(
+                        counted,
+                        noisy,
+                        part,
+                        t_max=scheduler.config.t_max,
+                        t_min=scheduler.config.t_min,
+                        num_steps=scheduler.config.num_denoise_steps,
+                        method=scheduler.config.method,
+                        spacing=scheduler.config.spacing,
+                        clip=scheduler.config.clip,
+                        generator=own,
+                    )
+                    return clean if output_type == "codes" else codec.decode(clean)
+                except RuntimeError:  # if it was the memory, the same images are made again, fewer at a time
+                    for one, state in zip(own, states, strict=True):
+                        one.set_state(state)
+                    advance(-done)
+                    raise
+
+            images, _ = in_batches(make, count, size, "making", "batch_size")
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=converted(torch.cat(images), output_type))
 

@@ -7,17 +7,16 @@ different models (iTARFlow, table 6).
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from itarflow.flow import TARFlow, log_density
+from itarflow.halving import in_batches
 from itarflow.transformer import Layer
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -152,25 +151,14 @@ class FlowDenoiser:
             if values is not None and len(values) != len(noisy):
                 raise ValueError(f"{name} shape {tuple(values.shape)}; expected ({len(noisy)},), one an image.")
         level = level.expand(len(noisy))
-        parts: list[Tensor] = []
-        start, size = 0, min(self.slice_size or len(noisy), len(noisy))
-        while start < len(noisy) or not parts:
-            part = slice(start, start + size)
-            try:
-                parts.append(self._score(noisy[part], None if labels is None else labels[part], level[part]))
-                start += size
-                continue
-            except RuntimeError as error:
-                if size <= 1 or not should_reduce_batch_size(error):
-                    raise
-            # Outside of the handler, which holds on to what the failed attempt had allocated.
-            clear_device_cache(garbage_collection=True)
-            warnings.warn(
-                f"the score of {size} images at a time does not fit the memory; going on with {size // 2}. To choose "
-                "it yourself: slice_size, which a pipeline calls denoise_batch_size.",
-                stacklevel=2,
-            )
-            size = self.slice_size = size // 2
+
+        def score_of(part: slice) -> Tensor:
+            return self._score(noisy[part], None if labels is None else labels[part], level[part])
+
+        option = "slice_size, which a pipeline calls denoise_batch_size"
+        parts, size = in_batches(score_of, len(noisy), self.slice_size or len(noisy), "the score of", option)
+        if size < min(self.slice_size or len(noisy), len(noisy)):
+            self.slice_size = size
         return torch.cat(parts)
 
     def _score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:

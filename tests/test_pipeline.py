@@ -376,6 +376,34 @@ def test_the_progress_bar_reaches_its_total(pipe, method, batch_size):
     assert bar.done == bar.total >= pipe.flow.num_solved_tokens
 
 
+@pytest.mark.parametrize("place", ["inverse", "denoising"])
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same_images(pipe, monkeypatch, place):
+    expected = images_of(pipe, method="sde", batch_size=1)
+    tried = []
+
+    def full_beyond_one(original):
+        def attempt(first, second, *rest, **named):
+            images = second if place == "inverse" else first
+            tried.append(len(images))
+            if len(images) > 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return original(first, second, *rest, **named)
+
+        return attempt
+
+    if place == "inverse":
+        monkeypatch.setattr(TARFlow, "inverse", full_beyond_one(TARFlow.inverse))
+    else:
+        other = FlowDenoiser(pipe.flow)
+        pipe = make_pipe(pipe.flow)
+    arguments = {} if place == "inverse" else {"denoiser": full_beyond_one(other)}
+    with pytest.warns(UserWarning, match="making 3 images at a time does not fit the memory; going on with 1"):
+        images = images_of(pipe, method="sde", **arguments)
+    torch.testing.assert_close(images, expected)
+    assert tried[0] == 3
+    assert set(tried[1:]) == {1}
+
+
 def test_spacing_is_taken_from_the_scheduler_unless_given(make_flow):
     def pipe_with(**settings):
         return make_pipe(make_flow(in_channels=3), scheduler=DenoiseScheduler(t_max=0.5, t_min=0.05, **settings))
