@@ -37,7 +37,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     if causal and mask is None and _prefers_blocks(q, k, v):
         return _CausalBlocks.apply(q, k, v)
     if mask is None and _prefers_products(q):
-        return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1), v)
+        rows, keys, values = ((q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+        weights = torch.bmm(rows, keys.transpose(1, 2)).softmax(dim=-1)
+        return torch.bmm(weights, values).unflatten(0, q.shape[:2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 

@@ -150,6 +150,7 @@ class AutoregressiveBlock(nn.Module):
         """
         both = condition if guiding is None else _joined(condition, guiding)
         exact = self.proj_in.weight.dtype
+        following = torch.arange(1, self.num_tokens, device=both.embedding.device)
         return Conditioner(
             layers=pack_layers(self._layers(), dtype or exact),
             proj_in=pack(self.proj_in, exact),
@@ -160,6 +161,7 @@ class AutoregressiveBlock(nn.Module):
             cache=self.new_cache(len(both.embedding), dtype),
             split=self._split,
             guidance=None if guiding is None else guidance,
+            weights=guidance.weights(following, self.num_tokens, torch.promote_types(exact, torch.float32)),
         )
 
     def first_affine(self, condition: Condition) -> Affine:

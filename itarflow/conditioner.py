@@ -83,6 +83,8 @@ class Conditioner:
     """Outputs of the network -> (shift, log_scale), in at least float32."""
     guidance: Guidance | None
     """None = the block is not guided."""
+    weights: Tensor
+    """(N - 1, 1), of guidance, for the token after each."""
 
     def __call__(self, tokens: Tensor, start: int | Tensor) -> Affine:
         """(shift, scale), each (B, n, D), of the tokens at start + 1 .. start + n.
@@ -105,24 +107,17 @@ class Conditioner:
 
     def at(self, tokens: Tensor, window: Window) -> Affine:
         """As a call, for a window from `scattered`."""
-        batch_size = len(tokens)
-        tokens = tokens.repeat(2, 1, 1) if self.guidance else tokens
-        x = self.proj_in(tokens.to(self.position.dtype)) + (self.position[window.positions] + self.embedding)
+        tokens = tokens.to(self.position.dtype)
+        tokens = tokens if self.guidance is None else torch.cat((tokens, tokens))
+        x = self.proj_in.plus(tokens, self.position[window.positions] + self.embedding)
         x = run_layers(self.layers, x, self.cache, window, self.temperature)
         shift, log_scale = self.split(self.proj_out(x))
         if self.guidance is None:
             return shift, log_scale.exp()
-        (shift, shift_u), (log_scale, log_scale_u) = (a.split(batch_size) for a in (shift, log_scale))
-        weights = self._weights(window, batch_size, shift.dtype)
+        (shift, shift_u), (log_scale, log_scale_u) = shift.chunk(2), log_scale.chunk(2)
+        positions = window.positions
+        weights = self.weights[positions if isinstance(positions, slice) else positions[: len(shift)]]
         return guide((shift, log_scale), (shift_u, log_scale_u), weights, self.guidance)
-
-    def _weights(self, window: Window, batch_size: int, dtype: torch.dtype) -> Tensor:
-        """Of the tokens that follow those of the window."""
-        assert self.guidance is not None
-        if isinstance(window.positions, Tensor):
-            return self.guidance.weights(window.positions[:batch_size] + 1, len(self.position), dtype)
-        following = torch.arange(window.positions.start + 1, window.positions.stop + 1, device=self.position.device)
-        return self.guidance.weights(following, len(self.position), dtype)
 
     def select(self, samples: Tensor) -> Conditioner:
         """The same for the samples of the batch with these indices (b,); the cache is copied."""
@@ -169,7 +164,7 @@ def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | No
     qkv = qkv.view(batch_size, count, 3, cache.shape[2], cache.shape[4])
     q = qkv[:, :, 0].transpose(1, 2)
     if isinstance(window.positions, slice):
-        cache[:, :, :, window.positions] = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)
+        cache[:, :, :, window.positions].copy_(qkv[:, :, 1:].permute(2, 0, 3, 1, 4))
     else:
         rows = torch.arange(batch_size, device=qkv.device)[:, None]
         cache[:, rows, :, window.positions] = qkv[:, :, 1:]

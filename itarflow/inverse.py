@@ -68,15 +68,15 @@ def sequential(
     guess: Tensor | None = None,  # noqa: ARG001, which it has no use for
 ) -> Tensor:
     """Exact inversion, one token after another: N - 1 evaluations on windows of one. See `Solver`."""
-    x = torch.empty_like(z)
+    tokens: list[Tensor] = []
     shift, scale = first
-    for position in range(z.shape[1]):
+    for position, token in enumerate(z.split(1, dim=1)):
         if position > 0:
-            shift, scale = conditioner(x[:, position - 1 : position], position - 1)
-        x[:, position : position + 1] = z[:, position : position + 1] * scale + shift
+            shift, scale = conditioner(tokens[-1], position - 1)
+        tokens.append(token * scale + shift)
         if progress is not None:
             progress(1)
-    return x
+    return torch.cat(tokens, dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
