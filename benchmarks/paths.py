@@ -19,8 +19,10 @@ from itarflow import FlowDenoiser, Guidance, denoise
 from itarflow.codec import to_pixels
 from itarflow.costs import Cost, floor, inverse_costs, score_cost, training_cost
 from itarflow.embedding import NULL_LABEL
+from itarflow.inverse import Solver, sequential
 from itarflow.noise import loss_weight
 from itarflow.objective import draw, training_losses
+from itarflow.plan import choose
 from itarflow.sharding import clip_grad_norm
 
 
@@ -63,7 +65,7 @@ class Train(Bench):
         train = recipe.train
         optimizer = torch.optim.AdamW(
             flow.parameters(), lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay,
-            fused=device.type == "cuda",
+            fused=device.type in ("cpu", "cuda"),
         )  # fmt: skip
         stored, labels = self._images(subject, batch_size), self._labels(subject, batch_size)
         draws = draw(recipe, 0, device)
@@ -141,15 +143,18 @@ class Inverse(Guided):
                 name, dtype, lambda: run, lambda dtype: inverse_costs(subject.flow, batch_size, dtype, guidance)
             )
 
-        def ours() -> Tensor:
-            with _precision(subject, self.dtype):
-                return subject.flow.inverse(z, labels, level, guidance=guidance)
+        def ours(dtype: str = self.dtype, solver: Any = sequential) -> Tensor:
+            return subject.flow.inverse(z, labels, level, guidance=guidance, dtype=DTYPES[dtype], solver=solver)
 
         def theirs() -> Tensor:
             with _precision(subject, self.dtype):
                 return official.inverse(peer, noise, labels, level, guidance)
 
         variants = [variant("ours", ours)]
+        if self.dtype == "float32":
+            variants.append(variant("ours, bf16", lambda: ours("bf16"), "bf16"))
+        if (plan := _plan(subject, batch_size)) is not None:
+            variants.append(variant("ours, planned", lambda: ours(solver=plan)))
         if peer is not None:
             variants.append(variant("peer", theirs))
         return [Case("inverse", variants)]
@@ -176,21 +181,25 @@ class Score(Bench):
         noisy, labels = subject.noisy(batch_size, self.seed), subject.labels(batch_size)
 
         ends, size = {"num_steps": steps, **_ends(subject, steps)}, self.slice_size
-        denoiser = FlowDenoiser(subject.flow, size)
 
         def variant(name: str, run: Run, dtype: str = self.dtype) -> Variant:
             return _variant(
                 name, dtype, lambda: run, lambda dtype: [score_cost(subject.flow, batch_size, dtype)] * steps
             )
 
-        def ours() -> Tensor:
-            with _precision(subject, self.dtype):
-                return denoise(denoiser, noisy, labels, **ends)
+        def ours(dtype: str = self.dtype, **options: Any) -> Run:
+            denoiser = FlowDenoiser(subject.flow, size, dtype=DTYPES[dtype], **options)
+            return lambda: denoise(denoiser, noisy, labels, **ends)
 
         def theirs() -> Tensor:
             return official.denoise(peer, noisy, labels, slice_size=size, **ends)
 
-        variants = [variant("ours", ours)]
+        variants = [variant("ours", ours()), variant("ours, checkpointed", ours(checkpointing=True))]
+        if subject.flow.device.type == "cuda":
+            variants.append(variant("ours, compiled", ours(compiled=True)))
+        if self.dtype == "float32":
+            variants.append(variant("ours, bf16", ours("bf16"), "bf16"))
+            variants.append(variant("ours, bf16, checkpointed", ours("bf16", checkpointing=True), "bf16"))
         if peer is not None:
             variants.append(variant("peer", theirs, "float32"))
         return Case("score" if steps == 1 else f"{steps} scores", variants)
@@ -198,11 +207,17 @@ class Score(Bench):
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Guided):
-    """End to end: noise, inverse, denoising. Compared: clean images. --dtype is the inverse's; scores are float32."""
+    """End to end: noise, inverse, denoising. Compared: clean images. --dtype is the inverse's; scores are float32.
+
+    "fast" has all that leaves images as they are to the eye: the pipeline's plan, scores in bfloat16, and the
+    predictor-corrector with --fast-steps evaluations in place of Euler with --steps.
+    """
 
     name: ClassVar[str] = "sample"
     steps: int = 10
-    """Score evaluations."""
+    """Score evaluations. The official code takes t_max / 0.01: 30 where t_max is 0.3."""
+    fast_steps: int = 10
+    """Score evaluations of the fast variant."""
     slice_size: int | None = None
     """Images that are differentiated at a time; None = all."""
 
@@ -217,6 +232,9 @@ class Sample(Guided):
             scores = [score_cost(subject.flow, batch_size, torch.float32)] * self.steps
             return floor(inverse, peaks[DTYPES[self.dtype]]) + floor(scores, peaks[torch.float32])
 
+        fast_denoiser = FlowDenoiser(subject.flow, self.slice_size, dtype=torch.bfloat16)
+        fast_ends = {"num_steps": self.fast_steps, **_ends(subject, self.fast_steps)}
+
         def variant(name: str, inverse: Run, clean: Callable[[Tensor], Tensor]) -> Variant:
             def run() -> Tensor:
                 with _precision(subject, self.dtype):
@@ -230,7 +248,16 @@ class Sample(Guided):
                 "ours",
                 lambda: subject.flow.inverse(z, labels, level, guidance=guidance),
                 lambda noisy: denoise(denoiser, noisy, labels, **ends),
-            )
+            ),
+            variant(
+                "ours, fast",
+                lambda: subject.flow.inverse(
+                    z, labels, level, guidance=guidance, solver=_plan(subject, batch_size) or sequential
+                ),
+                lambda noisy: denoise(
+                    fast_denoiser, noisy, labels, method="predictor-corrector", spacing="quadratic", **fast_ends
+                ),
+            ),
         ]
         if peer is not None:
             variants.append(
@@ -249,6 +276,12 @@ def _variant(
     """One whose products are all of one type."""
     chosen = DTYPES[dtype]
     return Variant(name, dtype, prepare, lambda peaks: floor(costs(chosen), peaks[chosen]))
+
+
+def _plan(subject: Subject, batch_size: int) -> list[Solver] | None:
+    """The solvers of the pipeline's plan, if it has one for the device and some batch size."""
+    plan = choose(subject.plans, subject.flow.device.type, batch_size)
+    return None if plan is None else plan.solvers_of(subject.flow)
 
 
 def _precision(subject: Subject, dtype: str) -> torch.autocast:

@@ -18,6 +18,7 @@ from itarflow.data import DataConfig
 from itarflow.flow import TARFlow
 from itarflow.noise import NoiseConfig
 from itarflow.pipeline import ITARFlowPipeline
+from itarflow.plan import InversePlan
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe
 
@@ -87,6 +88,8 @@ class Subject:
     name: str
     flow: TARFlow
     recipe: Recipe
+    plans: tuple[InversePlan, ...] = ()
+    """Of a pipeline, as `itarflow profile` left them."""
 
     @property
     def levels(self) -> tuple[float, float]:
@@ -129,9 +132,10 @@ def open_subject(options: Options) -> Subject:
         recipe = Recipe(name="sizes of the command line", model=sizes, data=DataConfig())
         return Subject(recipe.name, _random_flow(recipe, options.seed).to(device), recipe)
     if options.model.is_dir():
-        flow = ITARFlowPipeline.from_pretrained(options.model).flow
+        pipeline = ITARFlowPipeline.from_pretrained(options.model)
+        flow = pipeline.flow
         recipe = Recipe(name="pipeline", model=_sizes(flow), data=DataConfig(), noise=_noise(flow))
-        return Subject(options.model.name, flow.eval().to(device), recipe)
+        return Subject(options.model.name, flow.eval().to(device), recipe, tuple(pipeline.inverse_plans))
     if options.model.suffix != ".py" or not options.model.is_file():
         raise OSError(f"{options.model} is neither a recipe file (.py) nor the folder of a pipeline. Check the path.")
     recipe = runpy.run_path(str(options.model)).get("recipe")

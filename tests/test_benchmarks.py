@@ -93,7 +93,8 @@ def test_every_path_is_compared_with_a_peer_of_the_same_weights(words, tmp_path,
         (peer,) = (r for r in theirs if all(r[name] == value for name, value in matching.items()))
         assert record["times_as_fast"] == pytest.approx(peer["seconds"] / record["seconds"])
         assert record["reference"] == "peer"
-        assert 0 <= record["largest_difference"] < 1e-5
+        exact = record["dtype"] == "float32" and record["variant"] != "ours, fast"
+        assert 0 <= record["largest_difference"] < (1e-5 if exact else 0.1)
         assert record["lower_quartile"] <= record["seconds"] <= record["upper_quartile"]
         assert record["times_floor"] == pytest.approx(record["seconds"] / record["floor_seconds"])
         assert record["command"].startswith(f"python benchmarks/run.py {words[0]} --width 64")
@@ -120,8 +121,9 @@ def test_without_a_peer_the_first_variant_is_the_reference(tmp_path):
 
 
 def test_denoising_is_measured_once_and_in_ten_steps_unless_told_otherwise(tmp_path):
-    assert [record["case"] for record in records("score", tmp_path)] == ["score", "10 scores"] * 2
-    one, two, *_ = records("score", tmp_path, "--steps", "1", "2", "--slice-size", "1")
+    cases = [record["case"] for record in records("score", tmp_path, "--only", "ours")]
+    assert cases == ["score", "10 scores"] * 2
+    one, two, *_ = records("score", tmp_path, "--steps", "1", "2", "--slice-size", "1", "--only", "ours")
     assert two["floor_seconds"] == pytest.approx(2 * one["floor_seconds"])
 
 
@@ -150,7 +152,7 @@ def test_working_memory_is_measured_of_each_variant_alone(tmp_path, monkeypatch)
     monkeypatch.setattr(measure, "ProcessPoolExecutor", Inline)
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # is set for the processes, and taken back here
     words = ("--memory", "--batch-sizes", "64", "--image-size", "48", "--steps", "1", "--repeats", "1")
-    ours, theirs = records("score", tmp_path, *words, "--peer", str(clone(tmp_path)))
+    ours, theirs = records("score", tmp_path, *words, "--peer", str(clone(tmp_path)), "--only", "ours", "peer")
     tokens = 64 * 143 * 64 * 4  # bytes of a value for each channel: each layer keeps a dozen of them
     assert ours["peak_bytes"] > 12 * tokens  # the second, not being in a fresh process here, finds some there
     assert ours["times_the_memory"] == pytest.approx(ours["peak_bytes"] / theirs["peak_bytes"])
@@ -165,7 +167,7 @@ def test_what_is_measured_is_kept_if_a_later_case_fails(tmp_path, monkeypatch, c
 
     monkeypatch.setattr(measure, "timed_in_turns", failing)
     with pytest.raises(ZeroDivisionError):
-        records("inverse", tmp_path)
+        records("inverse", tmp_path, "--only", "ours")
     assert len(json.loads((tmp_path / "out" / "figures.json").read_text())) == 1
     assert "over floor" in capsys.readouterr().out
 
@@ -221,8 +223,19 @@ def test_pipelines_keep_their_weights_and_noise_levels(tmp_path, make_flow):
     ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.4, t_min=0.05)).save_pretrained(tmp_path / "pipeline")
     subject = open_subject(Options(model=tmp_path / "pipeline", device="cpu"))
     assert subject.levels == (0.05, 0.4)
+    assert subject.plans == ()
     state = subject.flow.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in flow.state_dict().items())
+
+
+def test_a_pipelines_plan_is_one_more_variant(tmp_path, make_flow):
+    flow = make_flow(noise_range=(0.05, 0.4), patch_size=1)
+    solvers = [{"window": 4, "tolerance": 0.0, "guess": "z"}] * 2
+    plan = {"solvers": solvers, "num_tokens": [16, 16], "device": "cpu", "batch_size": 1}
+    ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.4, t_min=0.05), plans=[plan]).save_pretrained(tmp_path / "pipe")
+    run.main(["inverse", str(tmp_path / "pipe"), *QUICK, "--json", str(tmp_path / "figures.json")])
+    found = {r["variant"]: r["largest_difference"] for r in json.loads((tmp_path / "figures.json").read_text())}
+    assert found["ours, planned"] < 1e-5
 
 
 def test_fresh_flows_are_no_identity_and_their_samples_are_finite():
