@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
+from everything import Everything
 from floors import Costs, Floor
 from loading import Loader
 from measure import measure
@@ -23,6 +24,7 @@ Command = (
     | Annotated[Inverse, tyro.conf.subcommand("inverse")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Sample, tyro.conf.subcommand("sample")]
+    | Annotated[Everything, tyro.conf.subcommand("everything")]
     | Annotated[Loader, tyro.conf.subcommand("loader")]
     | Annotated[Floor, tyro.conf.subcommand("floor")]
     | Annotated[Costs, tyro.conf.subcommand("costs")]

@@ -23,6 +23,7 @@ import floors
 import measure
 import peaks
 import run
+from paths import Score
 from subject import Options, open_subject
 from timing import Variant, timed_in_turns, working_memory
 
@@ -100,6 +101,21 @@ def test_every_path_is_compared_with_a_peer_of_the_same_weights(words, tmp_path,
         assert record["command"].startswith(f"python benchmarks/run.py {words[0]} --width 64")
     assert all(record["reference"] is None and record["largest_difference"] is None for record in theirs)
     assert "x peer" in capsys.readouterr().out
+
+
+def test_everything_is_measured_in_one_call_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure, "timed_in_turns", lambda variants, _repeats, _warm, device: timed_in_turns(
+        variants, 1, 0, device))  # fmt: skip
+    words = ("--peer", str(clone(tmp_path)), "--out", str(tmp_path / "all"))
+    run.main(["everything", *TINY, *QUICK, *words])
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "all").iterdir()}
+    assert found.keys() == {"inverse", "score", "sample", "train"}
+    assert {record["dtype"] for record in found["train"]} == {"bf16"}
+    monkeypatch.setattr(Score, "cases", lambda *_: 1 / torch.zeros(1, device="abacus"))
+    with pytest.raises(SystemExit):
+        run.main(["everything", *TINY, *QUICK, *words[:2], "--out", str(tmp_path / "some")])
+    assert {path.stem for path in (tmp_path / "some").iterdir()} == {"inverse", "sample", "train"}
+    assert "score could not be measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("guided", ["0", "1", "all"])
