@@ -315,6 +315,7 @@ class ITARFlowPipeline(DiffusionPipeline):
             sampling={
                 **self.scheduler.config,
                 **{f"guidance {k}": v for k, v in asdict(self.default_guidance).items()},
+                **{key: value for plan in self.inverse_plans for key, value in plan.described().items()},
             },
             training=self.config.training,
             class_names=self.config.class_names,

@@ -56,6 +56,18 @@ class InversePlan:
             )
         return [sequential if solver.window == 1 else solver for solver in self.solvers]
 
+    def described(self) -> dict[str, str]:
+        """A row for people: what it is for, and what it does."""
+        windows = ", ".join("all" if solver.window is None else str(solver.window) for solver in self.solvers)
+        gain = ""
+        if {"seconds, exact", "seconds, planned"} <= self.facts.keys():
+            gain = f": {self.facts['seconds, exact'] / self.facts['seconds, planned']:.2f} times as fast as one by one"
+        return {
+            f"inverse on {self.facts.get('device', self.device)}, {self.batch_size} at a time": (
+                f"{windows} tokens at once in the blocks, noise side first{gain}"
+            )
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self) | {"solvers": [asdict(solver) for solver in self.solvers], "facts": dict(self.facts)}

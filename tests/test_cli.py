@@ -376,6 +376,9 @@ def test_profile_writes_a_plan_by_which_the_checkpoint_samples(run, save_long, m
     assert [len(rows) for rows in report["batch_sizes"]["2"]["blocks"]] == [5, 5]
     assert len(report["metrics"]) == 2
     assert pixels(Path("out/profile.png")).std() > 0
+    row = r"inverse on cpu, 2 at a time.*tokens at once in the blocks, noise side first: [\d.]+ times as fast"
+    assert re.search(row, run("info", folder))
+    assert re.search(row, (folder / "README.md").read_text())
 
     inverse = TARFlow.inverse
     monkeypatch.setattr(TARFlow, "inverse", lambda *a, **k: asked.append(k["solver"]) or inverse(*a, **k))

@@ -36,6 +36,7 @@ class Info:
         print_table("Sampling defaults", {
             **_public(pipe.scheduler.config),
             **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},
+            **{key: value for plan in pipe.inverse_plans for key, value in plan.described().items()},
         })  # fmt: skip
         names = pipe.config.class_names
         if names and names != [str(index) for index in range(len(names))]:

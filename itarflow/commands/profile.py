@@ -95,6 +95,7 @@ class Profile:
                 plans = replaced(pipe.inverse_plans, found.plan)
                 pipe.register_to_config(plans=[plan.to_json() for plan in plans])
                 write_setting(self.checkpoint, "plans", pipe.config.plans)
+                pipe.model_card().save(self.checkpoint / "README.md")
         self._save(metrics, report)
         say(f"figures in {self.output}/; see {self.output / 'profile.png'}")
         if self.write:
