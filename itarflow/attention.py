@@ -21,6 +21,8 @@ _VECTOR = 32
 """Numbers in a register of AVX-512: softmax is several times slower on rows that leave a rest."""
 _MANY = 64
 """Heads times samples from which two products are faster for single queries."""
+_LARGE = 2**21
+"""Numbers in all keys from which they are read faster as the left factor."""
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -38,8 +40,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
         return _CausalBlocks.apply(q, k, v)
     if mask is None and _prefers_products(q):
         rows, keys, values = ((q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
-        weights = torch.bmm(rows, keys.transpose(1, 2)).softmax(dim=-1)
-        return torch.bmm(weights, values).unflatten(0, q.shape[:2])
+        if keys.numel() >= _LARGE:
+            logits = torch.bmm(keys, rows.transpose(1, 2)).transpose(1, 2)
+        else:
+            logits = torch.bmm(rows, keys.transpose(1, 2))
+        return torch.bmm(logits.softmax(dim=-1), values).unflatten(0, q.shape[:2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 

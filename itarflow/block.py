@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from itarflow import inverse as solvers
-from itarflow.conditioner import Conditioner, pack_layers
+from itarflow.conditioner import Cache, Conditioner, pack_layers
 from itarflow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
 from itarflow.guidance import Affine, Guidance, guide
 from itarflow.linear import pack
@@ -110,15 +110,11 @@ class AutoregressiveBlock(nn.Module):
         tempered = None if temperature == 1 else weight.new_full((batch_size,), temperature)
         return Condition(embedding[:, None], tempered)
 
-    def new_cache(self, batch_size: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A key-value cache (L, 2, B, H, N, E) with room for the whole sequence; dtype None = the weights'.
-
-        It is zero, not uninitialised: what masks hide from attention must be finite all the same.
-        """
+    def cache_shape(self, batch_size: int) -> tuple[int, ...]:
+        """(L, 2, B, H, N, E) of the keys and values of the whole sequence."""
         num_tokens, channels = self.position_embedding.weight.shape
         head_dim = self.transformer.head_dim
-        shape = (len(self._layers()), 2, batch_size, channels // head_dim, num_tokens, head_dim)
-        return self.position_embedding.weight.new_zeros(shape, dtype=dtype)
+        return len(self._layers()), 2, batch_size, channels // head_dim, num_tokens, head_dim
 
     def affine_at(self, tokens: Tensor, condition: Condition) -> Affine:
         """The affine maps of the tokens that follow each of `tokens`, from the first on.
@@ -149,7 +145,8 @@ class AutoregressiveBlock(nn.Module):
                 over the layers, keep the weights' type.
         """
         both = condition if guiding is None else _joined(condition, guiding)
-        exact = self.proj_in.weight.dtype
+        weight = self.proj_in.weight
+        exact = weight.dtype
         following = torch.arange(1, self.num_tokens, device=both.embedding.device)
         return Conditioner(
             layers=pack_layers(self._layers(), dtype or exact),
@@ -158,7 +155,7 @@ class AutoregressiveBlock(nn.Module):
             position=self.position_embedding(0, self.num_tokens, self.reverse).detach(),
             embedding=both.embedding,
             temperature=both.temperature,
-            cache=self.new_cache(len(both.embedding), dtype),
+            cache=Cache(self.cache_shape(len(both.embedding)), weight.new_empty(0, dtype=dtype)),
             split=self._split,
             guidance=None if guiding is None else guidance,
             weights=guidance.weights(following, self.num_tokens, torch.promote_types(exact, torch.float32)),

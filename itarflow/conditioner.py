@@ -9,7 +9,7 @@ H heads, E head width (C = H * E), L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -48,6 +48,41 @@ def pack_layers(layers: Iterable[Layer], dtype: torch.dtype) -> tuple[PackedLaye
     )
 
 
+class Cache:
+    """The keys and values of all layers, with room for the positions that have been reached, and up to twice as many.
+
+    Room grows by copying, so that what attention reads lies close together. It is zero, not uninitialised, where
+    nothing has been written: what masks hide must be finite all the same.
+
+    Args:
+        shape: (L, 2, B', H, N, E).
+        like: of the type and on the device that it will have.
+        room: positions at first.
+    """
+
+    def __init__(self, shape: Sequence[int], like: Tensor, room: int = 64) -> None:
+        *outer, self.num_tokens, width = shape
+        self.tensor = like.new_zeros(*outer, min(room, self.num_tokens), width)
+        """(L, 2, B', H, room, E)."""
+
+    def reaching(self, stop: int) -> Tensor:
+        """The tensor, with room for positions up to stop - 1 <= N - 1 at least."""
+        *outer, room, width = self.tensor.shape
+        if stop > room:
+            grown = self.tensor.new_zeros(*outer, min(max(stop, 2 * room), self.num_tokens), width)
+            grown[..., :room, :] = self.tensor
+            self.tensor = grown
+        return self.tensor
+
+    def select(self, rows: Tensor) -> Cache:
+        """A copy of some of the B' rows."""
+        chosen = self.tensor.index_select(2, rows)
+        *outer, _, width = chosen.shape
+        cache = Cache((*outer, self.num_tokens, width), chosen[..., :0, :], room=0)
+        cache.tensor = chosen
+        return cache
+
+
 class Window(NamedTuple):
     """Where the tokens of a window lie."""
 
@@ -77,8 +112,7 @@ class Conditioner:
     """(B', 1, C), noise level and class."""
     temperature: Tensor | None
     """(B',), divides the attention logits."""
-    cache: Tensor
-    """(L, 2, B', H, N, E)."""
+    cache: Cache
     split: Callable[[Tensor], Affine]
     """Outputs of the network -> (shift, log_scale), in at least float32."""
     guidance: Guidance | None
@@ -110,7 +144,7 @@ class Conditioner:
         tokens = tokens.to(self.position.dtype)
         tokens = tokens if self.guidance is None else torch.cat((tokens, tokens))
         x = self.proj_in.plus(tokens, self.position[window.positions] + self.embedding)
-        x = run_layers(self.layers, x, self.cache, window, self.temperature)
+        x = run_layers(self.layers, x, self.cache.reaching(window.length), window, self.temperature)
         shift, log_scale = self.split(self.proj_out(x))
         if self.guidance is None:
             return shift, log_scale.exp()
@@ -123,9 +157,7 @@ class Conditioner:
         """The same for the samples of the batch with these indices (b,); the cache is copied."""
         rows = torch.cat([samples, samples + len(self.embedding) // 2]) if self.guidance else samples
         temperature = None if self.temperature is None else self.temperature[rows]
-        return replace(
-            self, embedding=self.embedding[rows], temperature=temperature, cache=self.cache.index_select(2, rows)
-        )
+        return replace(self, embedding=self.embedding[rows], temperature=temperature, cache=self.cache.select(rows))
 
 
 def _slice_window(start: int, count: int, device: torch.device) -> Window:
@@ -143,7 +175,7 @@ def run_layers(
     Args:
         layers: L of them.
         x: (B', n, C), in the type of the sum over layers, which may be finer than that of the products.
-        cache: (L, 2, B', H, N, E); the window's keys and values are written.
+        cache: (L, 2, B', H, room, E); the window's keys and values are written.
         window: where x lies.
         temperature: (B',), or None.
 
@@ -159,7 +191,7 @@ def run_layers(
 
 
 def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | None) -> Tensor:
-    """qkv (B', n, 3C) and the cache (2, B', H, N, E) of a layer -> (B', n, C)."""
+    """qkv (B', n, 3C) and the cache (2, B', H, room, E) of a layer -> (B', n, C)."""
     batch_size, count, _ = qkv.shape
     qkv = qkv.view(batch_size, count, 3, cache.shape[2], cache.shape[4])
     q = qkv[:, :, 0].transpose(1, 2)

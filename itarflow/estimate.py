@@ -174,8 +174,7 @@ def _bytes(module: nn.Module) -> int:
 def _cache_bytes(recipe: Recipe, flow: TARFlow) -> int:
     guides = recipe.sampling.guidance.guides
     blocks = enumerate(reversed(cast(Sequence[AutoregressiveBlock], flow.blocks)))
-    caches = (block.new_cache(2 if guides(index) else 1) for index, block in blocks)
-    return max(cache.numel() * cache.element_size() for cache in caches)
+    return max(4 * math.prod(block.cache_shape(2 if guides(index) else 1)) for index, block in blocks)
 
 
 def _example(flow: TARFlow, size: int) -> tuple[Tensor, Tensor | None, Tensor]:

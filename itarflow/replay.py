@@ -58,8 +58,12 @@ class Replayed:
     """
 
     conditioner: Conditioner
+    """Its cache gets room for the whole sequence, so that its address stays."""
     record: Callable[[Evaluation, Tensor, Tensor], Evaluation] = record
     _recorded: dict[tuple[int, int], Evaluation] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.conditioner.cache.reaching(len(self.conditioner.position))
 
     def __call__(self, tokens: Tensor, start: int | Tensor) -> Affine:
         """See `Conditioner`."""

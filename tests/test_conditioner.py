@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from itarflow.conditioner import Cache
 from itarflow.guidance import Guidance, guide
+from itarflow.inverse import Jacobi
 
 GUIDANCE = Guidance(weight=1.5, rule="gaussian", temperature=0.7)
 
@@ -86,7 +88,7 @@ def test_float32_and_low_precision_are_near(make_flow, make_inputs, batch_size):
     expected = block.affine_at(tokens, condition)
     for dtype, tolerance in ((None, 1e-5), (torch.bfloat16, 0.1)):
         conditioner = block.conditioner(condition, None, Guidance(), dtype)
-        assert conditioner.cache.dtype == (dtype or torch.float32)
+        assert conditioner.cache.tensor.dtype == (dtype or torch.float32)
         windows = [conditioner(tokens[:, n : n + 1], n) for n in range(15)]
         shift, scale = (torch.cat(parts, dim=1) for parts in zip(*windows, strict=True))
         assert shift.dtype == scale.dtype == torch.float32
@@ -95,8 +97,33 @@ def test_float32_and_low_precision_are_near(make_flow, make_inputs, batch_size):
         assert dtype is None or not torch.equal(shift, expected[0])
 
 
+def test_the_cache_grows_with_what_is_given_and_keeps_it(make_flow):
+    cache = Cache((1, 2, 3, 2, 100, 4), torch.zeros(0, dtype=torch.float64), room=8)
+    assert (cache.tensor.shape, cache.tensor.dtype) == ((1, 2, 3, 2, 8, 4), torch.float64)
+    cache.tensor.fill_(7)
+    rooms = [cache.reaching(stop).shape[4] for stop in (1, 8, 9, 20, 50, 100)]
+    assert rooms == [8, 8, 16, 32, 64, 100]
+    assert (cache.tensor[..., :8, :] == 7).all()
+    assert (cache.tensor[..., 8:, :] == 0).all()
+    part = cache.select(torch.tensor([2]))
+    part.tensor.zero_()
+    assert part.reaching(100).shape == (1, 2, 1, 2, 100, 4)
+    assert (cache.tensor[..., :8, :] == 7).all()
+
+
+@torch.no_grad()
+def test_a_long_sequence_outgrows_its_first_room(make_flow, make_inputs):
+    flow = make_flow(image_size=12, patch_size=1, num_layers=(2,)).double()
+    images, labels, noise_level = make_inputs(flow)
+    z = flow(images, labels, noise_level).z
+    torch.testing.assert_close(flow.inverse(z, labels, noise_level), images)
+    jacobi = Jacobi(window=40, tolerance=0.0)
+    torch.testing.assert_close(flow.inverse(z, labels, noise_level, solver=jacobi), images)
+
+
 def test_the_cache_has_the_type_of_the_weights_or_the_given_one(make_flow):
     (block, _) = make_flow().to(torch.bfloat16).blocks
-    assert block.new_cache(3).dtype == torch.bfloat16
-    assert block.new_cache(3, torch.float32).dtype == torch.float32
-    assert block.new_cache(3).shape == (1, 2, 3, 2, 4, 4)
+    condition = block.condition(3, None, torch.full((3,), 0.2))
+    for dtype in (None, torch.float32):
+        cache = block.conditioner(condition, None, Guidance(), dtype).cache.tensor
+        assert (cache.dtype, cache.shape) == (dtype or torch.bfloat16, (1, 2, 3, 2, 4, 4))

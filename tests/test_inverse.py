@@ -79,7 +79,9 @@ def test_a_single_token_needs_no_conditioner(z, solver):
     torch.testing.assert_close(x, 1 + 2 * z[:, :1])
 
 
-@pytest.mark.parametrize("solver", [sequential, Jacobi(window=1), Jacobi(window=4), Jacobi()], ids=str)
+@pytest.mark.parametrize(
+    "solver", [sequential, Jacobi(window=1), Jacobi(window=4), Jacobi()], ids=["sequential", "1", "4", "all"]
+)
 def test_progress_sums_up_to_the_tokens(known_map, z, solver):
     reports = []
     solver(known_map, z, known_map.first, reports.append)

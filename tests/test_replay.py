@@ -41,7 +41,9 @@ def long_block(make_flow, make_inputs, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "solver", [sequential, Jacobi(window=5, tolerance=0.0), Jacobi(window=20, tolerance=0.0)], ids=str
+    "solver",
+    [sequential, Jacobi(window=5, tolerance=0.0), Jacobi(window=20, tolerance=0.0)],
+    ids=["sequential", "5", "20"],
 )
 @pytest.mark.parametrize("guided", [False, True])
 def test_replayed_windows_give_the_same_result(long_block, solver, guided):
@@ -62,7 +64,7 @@ def test_a_block_is_recorded_once_for_each_power_of_two(long_block):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("solver", [sequential, Jacobi(window=5, tolerance=0.0)], ids=str)
+@pytest.mark.parametrize("solver", [sequential, Jacobi(window=5, tolerance=0.0)], ids=["sequential", "5"])
 def test_cuda_graphs_give_the_result_of_the_cpu(make_flow, make_inputs, solver):
     flow = make_flow(image_size=16, patch_size=1, channels=32, head_dim=16, num_layers=(2, 2))
     _, labels, noise_level = make_inputs(flow)
