@@ -24,7 +24,7 @@ from itarflow.inverse import Conditioner, Jacobi, Progress, sequential
 from itarflow.plan import InversePlan, tokens_of_blocks
 
 Guess = Literal["z", "zero"]
-TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 0.0)
+TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
 """Of the solvers; tried from the first on until the images are near enough."""
 _WORTHWHILE = 0.95
 """A solver must take less than this part of the sequential one's time to be chosen in its place."""

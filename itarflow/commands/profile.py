@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -200,32 +201,35 @@ def _table(pipe: ITARFlowPipeline, metrics: Sequence[BlockMetrics], found: Found
     table = Table(
         title=f"The inverse of {found.plan.batch_size} images at a time, noise side first",
         title_justify="left",
-        caption="IGM and evaluations: from the guesses z / zero. Evaluations: of whole-sequence Jacobi until a change "
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        caption="IGM and evals: from the guesses z/zero. Evals: evaluations of whole-sequence Jacobi until a change "
         f"of at most {facts['tolerance']:g}; > where token by token was faster. Fastest: tokens at once, first guess.",
         caption_justify="left",
     )
-    for column in ("block", "tokens", "layers", "CRM", "IGM", "evaluations", "sequential", "fastest", "its time"):
-        table.add_column(column, justify="left" if column in ("block", "fastest") else "right")
+    for column in ("block", "layers", "tokens", "CRM", "IGM", "evals", "exact, s", "fastest", "s"):
+        justify: Literal["left", "right"] = "left" if column in ("block", "fastest") else "right"
+        table.add_column(column, justify=justify)
     depths, last = pipe.flow.config.num_layers, len(metrics) - 1
     for index, (metric, block) in enumerate(zip(metrics, found.blocks, strict=True)):
         whole = [timing for guess in metric.igm if (timing := block.whole(guess)) is not None]
         table.add_row(
             str(last - index),
-            str(found.plan.num_tokens[index]),
             str(depths[last - index]),
+            str(found.plan.num_tokens[index]),
             f"{metric.crm:.2f}",
-            " / ".join(f"{value:.2f}" for value in metric.igm.values()),
-            " / ".join(f"{'' if timing.finished else '>'}{timing.evaluations}" for timing in whole),
-            f"{block.sequential.seconds:.3f} s",
+            "/".join(f"{value:.2f}" for value in metric.igm.values()),
+            "/".join(f"{'' if timing.finished else '>'}{timing.evaluations}" for timing in whole),
+            f"{block.sequential.seconds:.3f}",
             _name(block.fastest.solver),
-            f"{block.fastest.seconds:.3f} s",
+            f"{block.fastest.seconds:.3f}",
         )
     return table
 
 
 def _name(solver: Jacobi) -> str:
     if solver.window == 1:
-        return "sequential"
+        return "exact"
     return f"{'all' if solver.window is None else solver.window}, {solver.guess}"
 
 
@@ -239,19 +243,26 @@ def _draw(report: dict[int, FoundPlan], path: Path) -> None:
     figure = blank_figure(4.6 * len(report), 3.6)
     axes = figure.subplots(1, len(report), squeeze=False)[0]
     for axis, (batch_size, found) in zip(axes, report.items(), strict=True):
-        last = len(found.blocks) - 1
+        last, marks = len(found.blocks) - 1, {1}
         for index, (block, tokens) in enumerate(zip(found.blocks, found.plan.num_tokens, strict=True)):
-            finished = [timing for timing in block.timings if timing.finished]
-            points = sorted((timing.solver.window or tokens, timing.seconds) for timing in finished)
-            axis.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1.2, label=f"block {last - index}")
+            color, best = f"C{index}", dict[int, float]()
+            for timing in block.timings:
+                window = timing.solver.window or tokens
+                marks.add(window)
+                best[window] = min(timing.seconds, best.get(window, math.inf))
+            finished = sorted((window, seconds) for window, seconds in best.items() if math.isfinite(seconds))
+            axis.plot(*zip(*finished, strict=True), "o-", markersize=3, color=color, label=f"block {last - index}")
+            stopped = [window for window, seconds in best.items() if not math.isfinite(seconds)]
+            axis.plot(stopped, [block.sequential.seconds] * len(stopped), "^", markersize=4, color=color, alpha=0.5)
             place = block.fastest.solver.window or tokens
-            axis.plot(place, block.fastest.seconds, "o", markersize=9, fillstyle="none", color=f"C{index}")
+            axis.plot(place, block.fastest.seconds, "o", markersize=9, fillstyle="none", color=color)
         axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(marks), [str(mark) for mark in sorted(marks)])
         axis.set_yscale("log")
-        axis.set_title(f"{batch_size} images at a time", fontsize=10)
-        axis.set_xlabel("tokens at once (1 = token by token)", fontsize=8)
+        axis.set_title(f"{batch_size} images at a time" if batch_size > 1 else "one image", fontsize=10)
+        axis.set_xlabel("tokens at once; triangles: stopped, slower than one by one", fontsize=8)
         axis.set_ylabel("seconds", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, which="both")
         axis.grid(linewidth=0.3)
         axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
