@@ -153,7 +153,7 @@ def test_the_seed_decides(run, save):
         ("--guidance-weight", "0"),
         ("--num-denoise-steps", "1"),
         ("--method", "heun", "--num-denoise-steps", "3"),
-        ("--method", "predictor-corrector", "--spacing", "quadratic"),
+        ("--method", "predictor-corrector", "--spacing", "quadratic", "--num-denoise-steps", "4"),
         ("--method", "skip"),
     ],
     ids=" ".join,
