@@ -4,6 +4,7 @@ from itarflow.denoise import DenoiseScheduler, denoise
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
+from itarflow.inverse import Jacobi
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.score import FlowDenoiser
 
@@ -15,6 +16,7 @@ __all__ = [
     "FlowDenoiser",
     "Guidance",
     "ITARFlowPipeline",
+    "Jacobi",
     "TARFlow",
     "__version__",
     "denoise",

@@ -2,7 +2,7 @@
 
 PyTorch's own attention on CPUs multiplies tiles, too small for bfloat16 to be faster there than float32. Where it is
 causal over a whole sequence, blocks of queries take its place; and single queries of many heads, as in sampling, are
-two products. The results differ by rounding. Other devices, torch.compile and torch.func see nothing of this.
+two products. The results differ by rounding. Other devices and torch.compile see nothing of this.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ _MANY = 64
 """Heads times samples from which two products are faster for single queries."""
 _LARGE = 2**21
 """Numbers in all keys from which they are read faster as the left factor."""
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    and hasattr(torch._C, "_are_functorch_transforms_active")
+    and hasattr(forward_ad, "_current_level")
+    and hasattr(torch, "_softmax_backward_data")
+)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
@@ -38,7 +45,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     """
     if causal and mask is None and _prefers_blocks(q, k, v):
         return _CausalBlocks.apply(q, k, v)
-    if mask is None and _prefers_products(q):
+    if mask is None and not causal and _prefers_products(q):
         rows, keys, values = ((q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
         if keys.numel() >= _LARGE:
             logits = torch.bmm(keys, rows.transpose(1, 2)).transpose(1, 2)
@@ -49,7 +56,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
 
 
 def _prefers_products(q: Tensor) -> bool:
-    return q.device.type == "cpu" and q.shape[2] == 1 and q.shape[0] * q.shape[1] >= _MANY
+    return (
+        q.device.type == "cpu"
+        and q.shape[2] == 1
+        and q.shape[0] * q.shape[1] >= _MANY
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _prefers_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:

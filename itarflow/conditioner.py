@@ -214,4 +214,4 @@ def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | No
         q = q / temperature.to(q.dtype)[:, None, None, None]
     k, v = cache.narrow(3, 0, window.length).unbind()
     out = attention(q, k, v, window.mask, window.causal)
-    return out.transpose(1, 2).reshape(batch_size, count, -1)
+    return out.transpose(1, 2).reshape(batch_size, count, q.shape[1] * q.shape[3])

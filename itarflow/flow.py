@@ -289,7 +289,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         self._check_guess(guess, len(z))
         dtype = _autocast_dtype(self.device) if dtype is None else dtype
         image_size, patch = self.config.image_size, self.patch_sizes[-1]
-        x = z.to(torch.promote_types(z.dtype, torch.float32))
+        x = z.to(torch.promote_types(torch.promote_types(z.dtype, self.dtype), torch.float32))
         path = [unpatchify(x, patch, image_size)]
         for from_noise, (block, block_patch) in enumerate(reversed(self._blocks())):
             if block_patch != patch:

@@ -30,19 +30,20 @@ def in_batches(make: Callable[[slice], Part], count: int, size: int, what: str, 
     made: list[Part] = []
     start, size = 0, min(size, max(count, 1))
     while start < count or not made:
+        tried = min(size, count - start)
         try:
-            made.append(make(slice(start, min(start + size, count))))
-            start += size
+            made.append(make(slice(start, start + tried)))
+            start += tried
             continue
         except RuntimeError as error:
-            if size <= 1 or not should_reduce_batch_size(error):
+            if tried <= 1 or not should_reduce_batch_size(error):
                 raise
         # Outside of the handler, which holds on to what the failed attempt had allocated.
         clear_device_cache(garbage_collection=True)
         warnings.warn(
-            f"{what} {size} images at a time does not fit the memory; going on with {size // 2}. To choose it "
+            f"{what} {tried} images at a time does not fit the memory; going on with {tried // 2}. To choose it "
             f"yourself: {option}.",
             stacklevel=3,
         )
-        size //= 2
+        size = tried // 2
     return made, size

@@ -106,7 +106,7 @@ class Jacobi:
     guess: Literal["z", "zero"] = "z"
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
+        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"window is {self.window}; expected a number of tokens >= 1, or None for all.")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"tolerance is {self.tolerance}; expected a finite number >= 0, where 0 is exact.")
@@ -153,13 +153,16 @@ class Jacobi:
             following = given + 1
             before = _take(x, following)
             after = torch.where((following < known[:, None])[..., None], before, _take(z, following) * scale + shift)
-            right = (after - before).abs().amax(dim=-1) <= self.tolerance  # False for NaN
+            final = following < known[:, None]
+            right = final | ((after - before).abs().amax(dim=-1) <= self.tolerance)  # False for NaN
             known = start + 1 + (right.cumprod(dim=1).sum(dim=1) + 1).clamp(max=count)
-            overflown = ~(after.abs().amax(dim=-1) <= _LARGEST_GUESS) & (following >= known[:, None])
-            after = torch.where(overflown[..., None], 0, after)
+            guessed, small = following >= known[:, None], after.abs().amax(dim=-1) <= _LARGEST_GUESS
+            sound = (guessed | after.isfinite().all(dim=-1)).all(dim=1)  # else there is nothing left to guess
+            overflown = guessed & ~small & sound[:, None]
+            after = torch.where((guessed & ~small)[..., None], 0, after)
             x = x.scatter(1, following[..., None].expand_as(after), after)
             done = known == total
-            # The only wait for the device in an evaluation.
+            # What the host must know to go on: it waits for the device here.
             low, high, any_overflown, num_done = torch.stack(
                 [known.min(), known.max(), overflown.any().long(), done.sum()]
             ).tolist()
@@ -183,10 +186,11 @@ _LARGEST_GUESS = 1e4
 def _first_guess(z: Tensor, given: Tensor | None, otherwise: str) -> Tensor:
     """A new tensor."""
     if given is None:
-        return z.clone() if otherwise == "z" else torch.zeros_like(z)
+        given = z if otherwise == "z" else torch.zeros_like(z)
     if given.shape != z.shape:
         raise ValueError(f"guess has shape {tuple(given.shape)}; expected {tuple(z.shape)}, that of z.")
-    return given.to(z).nan_to_num().clone()
+    given = given.to(z)
+    return torch.where(given.abs() <= _LARGEST_GUESS, given, 0)
 
 
 def _take(tokens: Tensor, positions: Tensor) -> Tensor:

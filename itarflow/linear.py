@@ -16,7 +16,14 @@ from torch.autograd import forward_ad
 
 _FEWEST = 2**20
 """Products of fewer multiplications are faster without the detour."""
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Parts of PyTorch that promise nothing: without any of them all is as in `torch.nn.Linear`.
+_OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+_HAS_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and all(hasattr(torch.ops.mkldnn, name) for name in _OPERATORS)
+    and hasattr(torch._C, "_are_functorch_transforms_active")
+    and hasattr(forward_ad, "_current_level")
+)
 if _HAS_ONEDNN:  # looked up once: that takes as long as a small product
     _product, _sum = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
 
@@ -111,7 +118,10 @@ class PackedLinear(NamedTuple):
 def pack(layer: nn.Linear, dtype: torch.dtype) -> PackedLinear:
     """The layer with its present weights in that type."""
     weight, bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
-    supported = dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    onednn = _HAS_ONEDNN and weight.device.type == "cpu" and supported
+    onednn = _HAS_ONEDNN and weight.device.type == "cpu" and (dtype == torch.float32 or _knows(dtype))
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if onednn else weight
     return PackedLinear(packed, bias, onednn)
+
+
+def _knows(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -124,7 +124,8 @@ class ITARFlowPipeline(DiffusionPipeline):
                 None = by the checkpoint's plan for this type of device and the nearest batch size, else `sequential`.
             inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: faster, and other images, though
                 as good ones. None = the weights'.
-            generator: one for all images (image i then depends on its seed and on i alone), or one an image.
+            generator: one for all images (image i then depends on its seed and on i alone, up to rounding; with a
+                plan, up to its difference, because plans go by batch size), or one an image.
             batch_size: images that are generated at a time, to bound memory; None = all. Where memory runs out, fewer.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated, or, with a
                 warning, as fit the memory.

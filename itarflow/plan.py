@@ -38,8 +38,10 @@ class InversePlan:
                 f"the inverse plan has {len(self.solvers)} solvers for {len(self.num_tokens)} blocks; expected one "
                 "each."
             )
-        if self.batch_size < 1:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise ValueError(f"batch_size of the inverse plan is {self.batch_size}; expected a number >= 1.")
+        if not isinstance(self.device, str):
+            raise ValueError(f'device of the inverse plan is {self.device}; expected a name such as "cpu".')
         for solver, num_tokens in zip(self.solvers, self.num_tokens, strict=True):
             solver.check(num_tokens)
 

@@ -7,6 +7,7 @@ last as long as the inversion of the block, and each takes about as long as one 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,6 +24,7 @@ _WIDEST = 64
 """Windows of more tokens keep the device busy longer than the host needs to launch their kernels."""
 _SHORTEST = 64
 """The least length of cache that is read."""
+_RECORDING = threading.Lock()
 
 
 def record(evaluation: Evaluation, tokens: Tensor, start: Tensor) -> Evaluation:
@@ -31,20 +33,23 @@ def record(evaluation: Evaluation, tokens: Tensor, start: Tensor) -> Evaluation:
     What it returns is overwritten by its next call.
     """
     given = tokens.clone(), start.clone()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # libraries allocate at their first use, which can't be recorded
-            evaluation(*given)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may go on
-        affine = evaluation(*given)
+    # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time.
+    with torch.cuda.device(tokens.device), _RECORDING:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries allocate at their first use, which can't be recorded
+                evaluation(*given)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            affine = evaluation(*given)
 
     def replay(tokens: Tensor, start: Tensor) -> Affine:
-        given[0].copy_(tokens)
-        given[1].copy_(start)
-        graph.replay()
+        with torch.cuda.device(tokens.device):
+            given[0].copy_(tokens)
+            given[1].copy_(start)
+            graph.replay()
         return affine
 
     return replay
@@ -60,7 +65,8 @@ class Replayed:
     conditioner: Conditioner
     """Its cache gets room for the whole sequence, so that its address stays."""
     record: Callable[[Evaluation, Tensor, Tensor], Evaluation] = record
-    _recorded: dict[tuple[int, int], Evaluation] = field(default_factory=dict)
+    _recorded: dict[tuple[int, int], Evaluation | None] = field(default_factory=dict)
+    """By count and length; None = used once."""
 
     def __post_init__(self) -> None:
         self.conditioner.cache.reaching(len(self.conditioner.position))
@@ -75,13 +81,18 @@ class Replayed:
         else:
             stop = int(start.max()) + count
         length = min(max(_SHORTEST, 1 << (stop - 1).bit_length()), len(self.conditioner.position))
-        if (count, length) not in self._recorded:
 
-            def evaluation(tokens: Tensor, start: Tensor) -> Affine:
-                return self.conditioner.at(tokens, self.conditioner.scattered(start, count, length))
+        def evaluation(tokens: Tensor, start: Tensor) -> Affine:
+            return self.conditioner.at(tokens, self.conditioner.scattered(start, count, length))
 
-            self._recorded[count, length] = self.record(evaluation, tokens, start)
-        return self._recorded[count, length](tokens, start)
+        # Recorded at the second use: the last windows of a sequence get shorter, and each comes but once.
+        key = count, length
+        if key not in self._recorded:
+            self._recorded[key] = None
+            return evaluation(tokens, start)
+        recorded = self._recorded[key] or self.record(evaluation, tokens, start)
+        self._recorded[key] = recorded
+        return recorded(tokens, start)
 
     def select(self, samples: Tensor) -> Replayed:
         """See `Conditioner`."""

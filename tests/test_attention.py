@@ -90,6 +90,6 @@ def test_single_queries_of_few_and_of_many_heads(samples, dtype):
     q, k, v = (torch.randn(samples, 4, n, 8, generator=generator).to(dtype) for n in (1, 9, 9))
     assert module._prefers_products(q) == (samples >= 100)
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-6
-    torch.testing.assert_close(
-        attention(q, k, v), F.scaled_dot_product_attention(q, k, v), atol=tolerance, rtol=tolerance
-    )
+    for causal in (False, True):  # which for a single query is the first key alone
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        torch.testing.assert_close(attention(q, k, v, causal=causal), expected, atol=tolerance, rtol=tolerance)

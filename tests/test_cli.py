@@ -15,6 +15,7 @@ from PIL import Image
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow, cli
 from itarflow.checkpoint import write_setting
+from itarflow.commands import profile as command
 from itarflow.commands.convert import Convert
 from itarflow.inverse import sequential
 
@@ -420,6 +421,30 @@ def test_profile_measures_the_metrics_on_real_images(run, save_long):
 )
 def test_profiles_that_make_no_sense_are_refused(refused, save_long, words, message):
     assert message in refused("profile", save_long(), *words)
+
+
+def test_nothing_is_computed_before_options_are_refused(refused, save_long, monkeypatch):
+    monkeypatch.setattr(TARFlow, "inverse", None)
+    folder = save_long()
+    for words in (("--repeats", 0), ("--guidance-weight", -1), ("--class-labels", "mouse")):
+        assert "expected" in refused("profile", folder, *words) or "mouse" in words
+
+
+def test_a_model_card_that_somebody_has_written_stays(run, save_long):
+    folder = save_long()
+    (folder / "README.md").write_text("# Our pets\n")
+    run("profile", folder, *PROFILE)
+    assert (folder / "README.md").read_text() == "# Our pets\n"
+
+
+def test_profile_denoises_as_the_checkpoint_does(run, save_long, monkeypatch):
+    folder, asked = save_long(), []
+    scheduler = DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2, spacing="quadratic", clip=True)
+    scheduler.save_pretrained(folder / "scheduler")
+    denoise = command.denoise
+    monkeypatch.setattr(command, "denoise", lambda *a, **k: asked.append(k) or denoise(*a, **k))
+    run("profile", folder, *PROFILE, "--no-write")
+    assert {(k["spacing"], k["clip"], k["num_steps"]) for k in asked} == {("quadratic", True, 2)}
 
 
 def test_profile_wants_a_folder(refused):

@@ -31,6 +31,19 @@ def test_everything_is_made_once_and_in_order(count, limit):
     assert sum(tried) - sum(map(len, parts)) == sum(size for size in tried if size > limit)
 
 
+def test_a_short_last_part_is_halved_itself():
+    limits, tried = iter([8]), []  # the first fits, then there is less room
+
+    def shrinking(part):
+        tried.append(part.stop - part.start)
+        return limited(next(limits, 4))[0](part)
+
+    with pytest.warns(UserWarning, match="making 6 images at a time does not fit the memory; going on with 3"):
+        parts, _ = in_batches(shrinking, 14, 8, "making", "batch_size")
+    assert [index for part in parts for index in part] == list(range(14))
+    assert tried == [8, 6, 3, 3]
+
+
 def test_each_halving_is_said():
     make, tried = limited(2)
     with pytest.warns(UserWarning, match="making") as said:

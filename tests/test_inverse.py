@@ -145,6 +145,56 @@ def test_guesses_that_overflow_are_given_up_and_their_window_is_done_one_by_one(
     torch.testing.assert_close(x, finite, equal_nan=True)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("wrong", [math.inf, math.nan, 1e30])
+def test_a_senseless_guess_does_no_harm(make_flow, make_inputs, window, wrong):
+    flow = make_flow(image_size=8, patch_size=1, num_layers=(1, 1))
+    _, labels, noise_level = make_inputs(flow)
+    z = torch.randn(3, *flow.z_shape, generator=torch.Generator().manual_seed(0))
+    path = flow.inverse(z, labels, noise_level, return_trajectory=True)
+    guess = path.clone()
+    guess[1, 0, 0, 3, 3], guess[2, 1] = wrong, wrong
+    found = flow.inverse(z, labels, noise_level, solver=Jacobi(window=window, tolerance=1e-6), guess=guess)
+    torch.testing.assert_close(found, path[-1], atol=1e-4, rtol=1e-4)
+
+
+def test_guesses_that_grow_too_large_are_given_up_before_they_are_infinite(z):
+    seen = []
+
+    class Watched(KnownMap):
+        def __call__(self, tokens, start):
+            seen.append(tokens.abs().max().item())
+            return super().__call__(tokens, start)
+
+    known_map = Watched(coupling=100.0)
+    exact = sequential(KnownMap(coupling=100.0), 1e-9 * z, known_map.first)
+    guess = torch.full_like(z, 9000.0)
+    x = Jacobi(window=6, tolerance=0.0)(known_map, 1e-9 * z, known_map.first, guess=guess)
+    torch.testing.assert_close(x, exact)
+    assert max(seen) <= max(1e4, exact.abs().max().item())
+
+
+def test_a_sample_that_is_not_a_number_slows_no_other(z):
+    def evaluations(z):
+        known_map = KnownMap(coupling=0.05)
+        Jacobi(tolerance=1e-6)(known_map, z, known_map.first)
+        return len(known_map.calls)
+
+    expected = evaluations(z)
+    z[1, 2] = math.nan
+    assert evaluations(z) <= expected + 1
+
+
+def test_a_flow_in_float64_takes_z_of_float32(make_flow, make_inputs):
+    flow = make_flow().double()
+    _, labels, noise_level = make_inputs(flow)
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+    assert z.dtype == torch.float32
+    exact = flow.inverse(z, labels, noise_level)
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(flow.inverse(z, labels, noise_level, solver=Jacobi(tolerance=0.0)), exact)
+
+
 def test_a_sample_that_is_not_a_number_ends_and_spoils_no_other(known_map, z):
     z[1, 2] = math.nan
     x = Jacobi(window=4, tolerance=0.0)(known_map, z, known_map.first)
@@ -157,6 +207,7 @@ def test_a_sample_that_is_not_a_number_ends_and_spoils_no_other(known_map, z):
     ("settings", "message"),
     [
         ({"window": 0}, "window is 0"),
+        ({"window": 4.5}, "window is 4.5"),
         ({"tolerance": -1e-3}, "tolerance is -0.001"),
         ({"tolerance": math.nan}, "tolerance is nan"),
         ({"guess": "x"}, "guess is 'x'"),

@@ -2,7 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itarflow.linear import Linear, _OneDnn, _prefers_onednn, linear
+from itarflow import linear as module
+from itarflow.linear import Linear, _OneDnn, _prefers_onednn, linear, pack
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -83,6 +84,26 @@ def test_the_module_has_the_state_and_the_start_of_torchs():
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     x = torch.randn(200, 64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("there", [True, False])
+def test_packed_layers_with_and_without_onednn(dtype, there, monkeypatch):
+    if not there:  # as in a PyTorch that was built without
+        monkeypatch.setattr(module, "_HAS_ONEDNN", False)
+        monkeypatch.setattr(torch.ops, "mkldnn", None)
+    x, weight, bias = arrays(5)
+    layer = torch.nn.Linear(64, 96)
+    layer.weight.data, layer.bias.data = weight, bias
+    packed, given = pack(layer, dtype), x.to(dtype)
+    residual = torch.randn(5, 96)
+    expected = F.linear(x, weight, bias)
+    tolerance = {"rtol": 0.02, "atol": 0.2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(packed(given).float(), expected, **tolerance)
+    torch.testing.assert_close(packed.gelu(given).float(), F.gelu(expected), **tolerance)
+    added = packed.plus(given, residual)
+    assert added.dtype == torch.float32
+    torch.testing.assert_close(added, expected + residual, **tolerance)
 
 
 @onednn

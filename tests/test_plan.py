@@ -45,6 +45,8 @@ def test_a_new_plan_replaces_that_for_its_device_and_batch_size():
         ({"num_tokens": (16,)}, "2 solvers for 1 blocks"),
         ({"num_tokens": (16, 2)}, "window is 4, but the block has 2 tokens"),
         ({"batch_size": 0}, "batch_size of the inverse plan is 0"),
+        ({"batch_size": 2.5}, "batch_size of the inverse plan is 2.5"),
+        ({"device": None}, "device of the inverse plan is None"),
     ],
 )
 def test_plans_that_do_not_fit_together_are_refused(changes, message):

@@ -142,6 +142,18 @@ def test_a_solver_is_stopped_once_it_has_had_its_time(monkeypatch):
     assert math.isnan(tried[1].difference)
 
 
+def test_a_plan_that_is_not_faster_in_the_end_is_none(long_flow, make_inputs, monkeypatch):
+    monkeypatch.setattr(profile.statistics, "median", lambda seconds: 1.0)
+    found = find_plan(long_flow, inverse_of(long_flow, make_inputs), lambda x: x, largest_difference=1.0, repeats=1)
+    assert found.plan.solvers_of(long_flow) == [sequential, sequential]
+    assert found.plan.facts["largest difference of a pixel"] == 0
+
+
+def test_images_that_are_not_finite_can_not_be_compared(long_flow, make_inputs):
+    with pytest.raises(ValueError, match="the exact images are not finite"):
+        find_plan(long_flow, inverse_of(long_flow, make_inputs), lambda x: x / 0, largest_difference=1.0)
+
+
 def test_flows_of_single_tokens_have_nothing_to_plan(make_flow, make_inputs):
     flow = make_flow(patch_size=4).double()
     found = find_plan(flow, inverse_of(flow, make_inputs), lambda x: x, largest_difference=0.0, repeats=1)

@@ -51,8 +51,12 @@ def test_replayed_windows_give_the_same_result(long_block, solver, guided):
     passes = condition, guiding if guided else None, Guidance(weight=1.5)
     first = torch.zeros(1, dtype=z.dtype), torch.ones(1, dtype=z.dtype)
     expected = sequential(block.conditioner(*passes), z, first)
-    found = solver(Replayed(block.conditioner(*passes), as_a_graph), z, first)
+    replayed = Replayed(block.conditioner(*passes), as_a_graph)
+    address = replayed.conditioner.cache.tensor.data_ptr()
+    found = solver(replayed, z, first)
     torch.testing.assert_close(found, expected)
+    assert replayed.conditioner.cache.tensor.data_ptr() == address  # or a graph would write where nobody reads
+    assert len(recordings) <= 6  # a few lengths; not one for each of the last windows
 
 
 @torch.no_grad()
@@ -60,7 +64,7 @@ def test_a_block_is_recorded_once_for_each_power_of_two(long_block):
     block, condition, _, z = long_block
     first = torch.zeros(1, dtype=z.dtype), torch.ones(1, dtype=z.dtype)
     sequential(Replayed(block.conditioner(condition, None, Guidance()), as_a_graph), z, first)
-    assert recordings == [((3, 1, 2), (3,))] * 5  # 4, 8, 16, 32, 64
+    assert recordings == [((3, 1, 2), (3,))] * 5  # 4, 8, 16, 32, 64, each at its second use
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -25,11 +25,12 @@ from itarflow.commands.shared import chosen_labels, say, usable_device
 from itarflow.data import DataConfig, load_data
 from itarflow.denoise import denoise
 from itarflow.embedding import NULL_LABEL
+from itarflow.guidance import Guidance
 from itarflow.inverse import Jacobi
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plan import replaced
+from itarflow.plan import InversePlan, replaced
 from itarflow.plot import blank_figure
-from itarflow.profile import BlockMetrics, FoundPlan, Timing, block_metrics, find_plan
+from itarflow.profile import BlockMetrics, FoundPlan, Timing, block_metrics, check_search, find_plan
 from itarflow.run import check_writable
 from itarflow.score import FlowDenoiser
 
@@ -79,6 +80,7 @@ class Profile:
         self._check()
         device = usable_device(self.device)
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint).to(device)
+        self._guidance(pipe), chosen_labels(pipe, self.class_labels, 1)  # refused before any work
         metrics = block_metrics(pipe.flow, *self._noisy(pipe))
         report = {}
         for batch_size in self.batch_sizes:
@@ -93,10 +95,7 @@ class Profile:
                 f"most {255 * facts['largest difference of a pixel']:.2f} / 255"
             )
             if self.write:
-                plans = replaced(pipe.inverse_plans, found.plan)
-                pipe.register_to_config(plans=[plan.to_json() for plan in plans])
-                write_setting(self.checkpoint, "plans", pipe.config.plans)
-                pipe.model_card().save(self.checkpoint / "README.md")
+                self._write(pipe, found.plan)
         self._save(metrics, report)
         say(f"figures in {self.output}/; see {self.output / 'profile.png'}")
         if self.write:
@@ -110,10 +109,20 @@ class Profile:
             )
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"--batch-sizes is {list(self.batch_sizes)}; expected numbers >= 1.")
+        check_search(self.largest_difference, self.windows, self.repeats)
         check_writable(self.output)
         if self.write:
             check_writable(self.checkpoint)
         blank_figure(1, 1)  # refuses where matplotlib is missing
+
+    def _write(self, pipe: ITARFlowPipeline, plan: InversePlan) -> None:
+        card = self.checkpoint / "README.md"
+        generated = not card.exists() or card.read_text() == str(pipe.model_card())  # else somebody has written it
+        plans = replaced(pipe.inverse_plans, plan)
+        pipe.register_to_config(plans=[plan.to_json() for plan in plans])
+        write_setting(self.checkpoint, "plans", pipe.config.plans)
+        if generated:
+            pipe.model_card().save(card)
 
     def _noisy(self, pipe: ITARFlowPipeline) -> tuple[Tensor, Tensor | None, float]:
         """Noisy images at t_max, with labels, for the metrics."""
@@ -139,9 +148,7 @@ class Profile:
     def _find(self, pipe: ITARFlowPipeline, batch_size: int) -> FoundPlan:
         flow, schedule = pipe.flow, pipe.scheduler.config
         labels = _labels(pipe, chosen_labels(pipe, self.class_labels, batch_size))
-        guidance = pipe.default_guidance
-        if self.guidance_weight is not None:
-            guidance = replace(guidance, weight=self.guidance_weight)
+        guidance = self._guidance(pipe)
         generators = image_generators(torch.Generator().manual_seed(self.seed), batch_size)
         z = flow.sample_prior(batch_size, generators)
         denoiser, codec = FlowDenoiser(flow, min(batch_size, 16)), codec_of(pipe.vae, slice_size=8)
@@ -156,6 +163,7 @@ class Profile:
                 num_steps=schedule.num_denoise_steps,
                 method="euler" if schedule.method == "sde" else schedule.method,  # without noise that would differ
                 clip=schedule.clip,
+                spacing=schedule.spacing,
             )
             return (codec.decode(clean).clamp(-1, 1) + 1) / 2
 
@@ -172,6 +180,10 @@ class Profile:
                 progress=lambda title, _: progress.update(task, description=f"{batch_size} at a time: {title}"),
             )
 
+    def _guidance(self, pipe: ITARFlowPipeline) -> Guidance:
+        stored = pipe.default_guidance
+        return stored if self.guidance_weight is None else replace(stored, weight=self.guidance_weight)
+
     def _save(self, metrics: Sequence[BlockMetrics], report: dict[int, FoundPlan]) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
         content = {
@@ -184,7 +196,7 @@ class Profile:
                 for size, found in report.items()
             },
         }
-        (self.output / "profile.json").write_text(json.dumps(content, indent=2) + "\n")
+        (self.output / "profile.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         _draw(report, self.output / "profile.png")
 
 

@@ -40,7 +40,8 @@ class Sample:
     num_images: int | None = None
     """How many images; labels are repeated in turn. None = one a label, or 16 if there are no labels."""
     seed: int = 0
-    """Image number i depends on the seed, on i and on its label, not on how many are made, or how many at a time."""
+    """Image number i depends on the seed, on i and on its label, not on how many are made, or how many at a time: but
+    for rounding, and where the checkpoint has a plan but for the plan's difference, which --exact avoids."""
     guidance_weight: float | None = None
     """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
     num_denoise_steps: int | None = None
@@ -59,6 +60,8 @@ class Sample:
     on noisy codes, which goes with --method skip. A folder or Hub id. None = the checkpoint's."""
     exact: bool = False
     """Invert the flow token by token, whatever plan `itarflow profile` has left in the checkpoint."""
+    inverse_dtype: Literal["float32", "bf16"] = "float32"
+    """Precision of the transformers in the inverse. bf16 is faster, and makes other images, though as good ones."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
@@ -116,6 +119,7 @@ class Sample:
                 spacing=self.spacing,
                 denoiser=denoiser,
                 solver=sequential if self.exact else None,
+                inverse_dtype=torch.bfloat16 if self.inverse_dtype == "bf16" else None,
                 generator=generators[part],
                 denoise_batch_size=self.denoise_batch_size,
                 denoise_dtype=dtype if denoiser is None else None,
