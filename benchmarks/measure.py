@@ -43,7 +43,7 @@ def measure(bench: Bench, command: str, console: Console) -> list[Record]:
     records: list[Record] = []
     try:
         for size, case in chosen:
-            console.print(f"{case.name}, {size} images: {', '.join(v.name for v in case.variants)}", style="dim")
+            console.print(f"{case.name}, {size} images: {'; '.join(v.name for v in case.variants)}", style="dim")
             memory = [_memory(bench, size, case, variant) for variant in case.variants]
             timings = timed_in_turns(case.variants, bench.repeats, bench.warm_up, device)
             records += _records(bench, subject, size, case, timings, memory, peaks, command)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
+from diffusers.utils.logging import disable_progress_bar
 from everything import Everything
 from floors import Costs, Floor
 from loading import Loader
@@ -39,6 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     words = sys.argv[1:] if args is None else list(args)
     command = shlex.join(["python", "benchmarks/run.py", *words])
+    disable_progress_bar()  # diffusers' own, for the loading of files
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         chosen: Any = tyro.cli(Command, prog="benchmarks/run.py", description=__doc__, args=words)

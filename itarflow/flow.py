@@ -280,7 +280,11 @@ class TARFlow(ModelMixin, ConfigMixin):
                 f"guidance blocks {tuple(guidance.blocks)} name a block that is not there; this flow has "
                 f"{len(self.blocks)}, counted from 0 at the noise side."
             )
-        by_block = [solver] * len(self.blocks) if callable(solver) else list(solver)
+        by_block = [solver] * len(self.blocks) if callable(solver) else solver
+        if not isinstance(by_block, Sequence) or isinstance(by_block, str) or not all(map(callable, by_block)):
+            raise ValueError(
+                f"solver is {solver!r}; expected one of itarflow.inverse, or a list of them, one a block."
+            )
         if len(by_block) != len(self.blocks):
             raise ValueError(f"{len(by_block)} solvers were given for {len(self.blocks)} blocks; expected one each.")
         for one, (block, _) in zip(by_block, reversed(self._blocks()), strict=True):

@@ -107,7 +107,7 @@ class Jacobi:
 
     def __post_init__(self) -> None:
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
-            raise ValueError(f"window is {self.window}; expected a number of tokens >= 1, or None for all.")
+            raise ValueError(f"window is {self.window!r}; expected a number of tokens >= 1, or None for all.")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"tolerance is {self.tolerance}; expected a finite number >= 0, where 0 is exact.")
         if self.guess not in ("z", "zero"):

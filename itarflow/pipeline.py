@@ -121,7 +121,7 @@ class ITARFlowPipeline(DiffusionPipeline):
             clip: clamp the clean estimates to [-1, 1]; not for codes.
             denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
             solver: how the flow is inverted, see `TARFlow.inverse`; `sequential` is exact, one token after another.
-                None = by the checkpoint's plan for this type of device and the nearest batch size, else `sequential`.
+                None = by the checkpoint's plan for this type of device and so many images, else `sequential`.
             inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: faster, and other images, though
                 as good ones. None = the weights'.
             generator: one for all images (image i then depends on its seed and on i alone, up to rounding; with a

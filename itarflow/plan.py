@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ class InversePlan:
         solvers: one a block, noise side first; a window of 1 stands for `sequential`.
         num_tokens: of each block, in the same order.
         device: type of the device, such as "cpu" or "cuda".
-        batch_size: images that were inverted at a time, >= 1.
+        batch_size: images that were inverted at a time, >= 1; the plan serves smaller batches too.
         facts: figures of the measurement, for people.
 
     Raises:
@@ -58,17 +57,21 @@ class InversePlan:
             )
         return [sequential if solver.window == 1 else solver for solver in self.solvers]
 
+    @property
+    def exact(self) -> bool:
+        """Whether nothing was faster than one token after another."""
+        return all(solver.window == 1 for solver in self.solvers)
+
     def described(self) -> dict[str, str]:
         """A row for people: what it is for, and what it does."""
+        name = f"inverse on {self.facts.get('device', self.device)}, up to {self.batch_size} at a time"
+        if self.exact:
+            return {name: "exact: nothing is faster than one token after another"}
         windows = ", ".join("all" if solver.window is None else str(solver.window) for solver in self.solvers)
         gain = ""
         if {"seconds, exact", "seconds, planned"} <= self.facts.keys():
             gain = f": {self.facts['seconds, exact'] / self.facts['seconds, planned']:.2f} times as fast as one by one"
-        return {
-            f"inverse on {self.facts.get('device', self.device)}, {self.batch_size} at a time": (
-                f"{windows} tokens at once in the blocks, noise side first{gain}"
-            )
-        }
+        return {name: f"{windows} tokens at once in the blocks, noise side first{gain}"}
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -94,9 +97,12 @@ def tokens_of_blocks(flow: TARFlow) -> tuple[int, ...]:
 
 
 def choose(plans: Sequence[InversePlan], device: str, batch_size: int) -> InversePlan | None:
-    """The plan for that type of device whose batch size is nearest, as a ratio; None if there is none."""
-    fitting = [plan for plan in plans if plan.device == device]
-    return min(fitting, key=lambda plan: abs(math.log(plan.batch_size / batch_size)), default=None)
+    """The plan for that type of device with the least batch size that is not smaller; None if there is none.
+
+    Small batches gain the most: what is faster for a batch is so for smaller ones, but need not be for larger ones.
+    """
+    fitting = [plan for plan in plans if plan.device == device and plan.batch_size >= batch_size]
+    return min(fitting, key=lambda plan: plan.batch_size, default=None)
 
 
 def replaced(plans: Sequence[InversePlan], found: InversePlan) -> list[InversePlan]:

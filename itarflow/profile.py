@@ -237,15 +237,18 @@ def check_search(largest_difference: float, windows: Sequence[int], repeats: int
     """
     if not (math.isfinite(largest_difference) and largest_difference >= 0):
         raise ValueError(f"largest_difference is {largest_difference}; expected a finite number >= 0.")
-    if repeats < 1 or any(window < 2 for window in windows):
-        raise ValueError(f"repeats is {repeats}, windows are {list(windows)}; expected >= 1, and each >= 2.")
+    if repeats < 1:
+        raise ValueError(f"repeats is {repeats}; expected a number >= 1.")
+    if any(window < 2 for window in windows):
+        raise ValueError(f"windows are {list(windows)}; expected numbers of tokens >= 2.")
 
 
 def find_plan(
     flow: TARFlow,
     invert: Callable[..., Tensor],
-    finish: Callable[[Tensor], Tensor],
+    pictures: Callable[..., Tensor],
     *,
+    batch_size: int,
     largest_difference: float,
     windows: Sequence[int] = (4, 8, 16, 32, 64, 128, 256),
     repeats: int = 3,
@@ -255,10 +258,13 @@ def find_plan(
 
     Args:
         flow: the flow.
-        invert: invert(solver=..., progress=...) -> noisy images or codes, by `flow.inverse` with all else given.
-        finish: noisy images -> pictures (B, C, H, W) in [0, 1].
-        largest_difference: of a pixel of a picture, >= 0, such as 1 / 255.
-        windows: that are tried, besides the whole sequence.
+        invert: invert(solver=..., progress=...), which is timed: `flow.inverse` on a batch with all else given.
+        pictures: pictures(solver=..., progress=...) -> (n, C, H, W) in [0, 1], which are compared: the more there are,
+            the surer it is that others stay as near.
+        batch_size: images that `invert` inverts.
+        largest_difference: of a pixel of a picture, >= 0, such as 1 / 255. Half of it is left as a margin for
+            pictures that are not compared.
+        windows: that are tried, besides the whole sequence; those longer than a block are left out.
         repeats: timed runs of each solver on each block, of which the median counts; >= 1.
         progress: called with what is done, and the number of tokens solved since the last call.
 
@@ -267,13 +273,13 @@ def find_plan(
     """
     check_search(largest_difference, windows, repeats)
     num_tokens = tokens_of_blocks(flow)
-    expected = finish(invert(solver=sequential, progress=partial(progress, "exact images")))
+    expected = pictures(solver=sequential, progress=partial(progress, "exact pictures"))
     if not expected.isfinite().all():
         raise ValueError("the exact images are not finite, so no other way can be compared; try less guidance.")
     for tolerance in TOLERANCES:
         usual = [Jacobi(window=min(16, count), tolerance=tolerance) for count in num_tokens]
-        found = finish(invert(solver=usual, progress=partial(progress, f"images of tolerance {tolerance:g}")))
-        if tolerance > 0 and not _difference(found, expected) <= largest_difference:
+        found = pictures(solver=usual, progress=partial(progress, f"pictures of tolerance {tolerance:g}"))
+        if tolerance > 0 and not _difference(found, expected) <= largest_difference / 2:
             continue
         blocks = list[BlockProfile]()
         trial = _Trial(tolerance, windows, repeats, blocks.append)
@@ -282,21 +288,22 @@ def find_plan(
             solvers=tuple(block.fastest.solver for block in blocks),
             num_tokens=num_tokens,
             device=flow.device.type,
-            batch_size=len(expected),
+            batch_size=batch_size,
         )
         in_turns = {"exact": sequential, "planned": plan.solvers_of(flow)}
         seconds: dict[str, list[float]] = {name: [] for name in in_turns}
         for _, (name, solver) in itertools.product(range(repeats), in_turns.items()):
             _wait(flow.device)
             began = time.perf_counter()
-            found = invert(solver=solver, progress=partial(progress, f"exact and planned, tolerance {tolerance:g}"))
+            invert(solver=solver, progress=partial(progress, f"exact and planned, tolerance {tolerance:g}"))
             _wait(flow.device)
             seconds[name].append(time.perf_counter() - began)
-        difference = _difference(finish(found), expected)
-        if tolerance == 0 or difference <= largest_difference:
+        found = pictures(solver=plan.solvers_of(flow), progress=partial(progress, "planned pictures"))
+        difference = _difference(found, expected)
+        if tolerance == 0 or difference <= largest_difference / 2:
             break
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    near = difference <= largest_difference or (largest_difference == 0 and difference <= _ROUNDING)
+    near = difference <= largest_difference / 2 or (largest_difference == 0 and difference <= _ROUNDING)
     if not near or medians["planned"] >= medians["exact"]:
         plan = replace(plan, solvers=(Jacobi(window=1),) * len(num_tokens))
         medians, difference = {**medians, "planned": medians["exact"]}, 0.0
@@ -305,6 +312,7 @@ def find_plan(
         "threads": torch.get_num_threads(),
         "tolerance": tolerance,
         "largest difference of a pixel": difference,
+        "pictures compared": len(expected),
         **{f"seconds, {name}": median for name, median in medians.items()},
     }
     return FoundPlan(tuple(blocks), replace(plan, facts=facts))

@@ -241,6 +241,9 @@ def test_a_solver_a_block_in_the_order_of_inversion(make_flow):
     z = torch.zeros(1, *flow.z_shape)
     flow.inverse(z, None, 0.2, solver=[solver("noise side"), solver("image side")])
     assert asked == [("noise side", 16), ("image side", 4)]
+    for wrong in (4, "jacobi", [Jacobi(), None]):
+        with pytest.raises(ValueError, match=r"solver is .*; expected one of itarflow.inverse"):
+            flow.inverse(z, None, 0.2, solver=wrong)
     with pytest.raises(ValueError, match="1 solvers were given for 2 blocks"):
         flow.inverse(z, None, 0.2, solver=[sequential])
 

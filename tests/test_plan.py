@@ -26,10 +26,11 @@ def test_a_plan_survives_json():
     assert InversePlan.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
-def test_the_plan_of_the_device_with_the_nearest_batch_size_is_chosen():
-    plans = [plan(batch_size=1), plan(batch_size=64), plan(device="cuda", batch_size=8)]
-    assert [choose(plans, "cpu", size).batch_size for size in (1, 7, 9, 1000)] == [1, 1, 64, 64]
-    assert choose(plans, "cuda", 1000).batch_size == 8
+def test_a_plan_serves_its_batch_size_and_smaller_ones_on_its_kind_of_device():
+    plans = [plan(batch_size=64), plan(batch_size=1), plan(device="cuda", batch_size=8)]
+    assert [choose(plans, "cpu", size).batch_size for size in (1, 2, 63, 64)] == [1, 64, 64, 64]
+    assert choose(plans, "cpu", 65) is None
+    assert choose(plans, "cuda", 8).batch_size == 8
     assert choose(plans, "mps", 8) is None
 
 

@@ -80,21 +80,28 @@ def inverse_of(flow, make_inputs, **settings):
     return partial(flow.inverse, z, labels, noise_level, guidance=Guidance(weight=1.0), **settings)
 
 
+def search(flow, make_inputs, **settings):
+    """Its pictures are the noisy images themselves."""
+    invert = inverse_of(flow, make_inputs)
+    return find_plan(flow, invert, invert, batch_size=3, repeats=1, **settings)
+
+
 def test_a_plan_keeps_pictures_as_near_as_asked(long_flow, make_inputs):
     invert, reports = inverse_of(long_flow, make_inputs), []
     found = find_plan(
         long_flow,
         invert,
-        lambda noisy: noisy,
+        invert,
+        batch_size=3,
         largest_difference=1e-3,
         windows=(4, 16),
         repeats=1,
         progress=lambda title, more: reports.append(more),
     )
     exact, planned = invert(), invert(solver=found.plan.solvers_of(long_flow))
-    assert (planned - exact).abs().max() <= 1e-3
+    assert (planned - exact).abs().max() <= 5e-4  # half of it is the margin
     assert (found.plan.device, found.plan.batch_size, found.plan.num_tokens) == ("cpu", 3, (64, 64))
-    assert found.plan.facts["largest difference of a pixel"] <= 1e-3
+    assert found.plan.facts["largest difference of a pixel"] <= 5e-4
     assert found.plan.facts["seconds, exact"] > 0
     assert sum(reports) % (2 * 64) == 0 < sum(reports)
     for block, solver in zip(found.blocks, found.plan.solvers, strict=True):
@@ -112,7 +119,13 @@ def test_a_plan_keeps_pictures_as_near_as_asked(long_flow, make_inputs):
 
 def test_nothing_but_rounding_is_allowed_at_zero(long_flow, make_inputs):
     found = find_plan(
-        long_flow, inverse_of(long_flow, make_inputs), lambda x: x, largest_difference=0.0, windows=(8,), repeats=1
+        long_flow,
+        (invert := inverse_of(long_flow, make_inputs)),
+        invert,
+        batch_size=3,
+        largest_difference=0.0,
+        windows=(8,),
+        repeats=1,
     )
     assert {solver.tolerance for solver in found.plan.solvers if solver.window != 1} <= {0.0}
     assert found.plan.facts["largest difference of a pixel"] < 1e-9
@@ -144,19 +157,32 @@ def test_a_solver_is_stopped_once_it_has_had_its_time(monkeypatch):
 
 def test_a_plan_that_is_not_faster_in_the_end_is_none(long_flow, make_inputs, monkeypatch):
     monkeypatch.setattr(profile.statistics, "median", lambda seconds: 1.0)
-    found = find_plan(long_flow, inverse_of(long_flow, make_inputs), lambda x: x, largest_difference=1.0, repeats=1)
+    found = find_plan(
+        long_flow,
+        (invert := inverse_of(long_flow, make_inputs)),
+        invert,
+        batch_size=3,
+        largest_difference=1.0,
+        repeats=1,
+    )
     assert found.plan.solvers_of(long_flow) == [sequential, sequential]
     assert found.plan.facts["largest difference of a pixel"] == 0
 
 
 def test_images_that_are_not_finite_can_not_be_compared(long_flow, make_inputs):
     with pytest.raises(ValueError, match="the exact images are not finite"):
-        find_plan(long_flow, inverse_of(long_flow, make_inputs), lambda x: x / 0, largest_difference=1.0)
+        find_plan(
+            long_flow,
+            (invert := inverse_of(long_flow, make_inputs)),
+            lambda **k: invert(**k) / 0,
+            batch_size=3,
+            largest_difference=1.0,
+        )
 
 
 def test_flows_of_single_tokens_have_nothing_to_plan(make_flow, make_inputs):
     flow = make_flow(patch_size=4).double()
-    found = find_plan(flow, inverse_of(flow, make_inputs), lambda x: x, largest_difference=0.0, repeats=1)
+    found = search(flow, make_inputs, largest_difference=0.0)
     assert found.plan.solvers_of(flow) == [sequential, sequential]
     assert found.blocks[0].whole("z") is None
 
@@ -172,4 +198,4 @@ def test_flows_of_single_tokens_have_nothing_to_plan(make_flow, make_inputs):
 )
 def test_settings_that_make_no_sense_are_refused(long_flow, settings, message):
     with pytest.raises(ValueError, match=message):
-        find_plan(long_flow, None, None, **settings)
+        find_plan(long_flow, None, None, batch_size=1, **settings)

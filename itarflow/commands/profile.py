@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -45,8 +45,9 @@ class Profile:
     Example: itarflow profile runs/digits/pipeline --data digits --batch-sizes 1 16
 
     Each block is inverted token by token, by Jacobi iteration on the whole sequence, and by windows of several sizes.
-    The fastest of them make a plan, with which pictures stay as they are up to --largest-difference; from then on the
-    checkpoint samples by it on this type of device. `itarflow sample --exact` does without.
+    The fastest of them make a plan, with which no pixel of --num-images pictures moves by more than
+    --largest-difference; from then on the checkpoint samples by it on this type of device. `itarflow sample --exact`
+    does without.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
@@ -55,11 +56,14 @@ class Profile:
     data: str | None = None
     """Real images for the metrics CRM and IGM: as --data.path in training. None = generated ones."""
     batch_sizes: tuple[int, ...] = (16,)
-    """Images that are made at a time; a plan for each. Small batches gain the most."""
+    """Images that are made at a time; a plan for each, which serves smaller batches too. Small ones gain the most."""
     largest_difference: float = 1 / 255
-    """Of a pixel, on the scale from 0 to 1, between planned and exact pictures. 0 = none but by rounding."""
+    """Of a pixel, on the scale from 0 to 1, between planned and exact pictures; half of it is kept as a margin for
+    pictures other than the compared ones. 0 = none but by rounding."""
+    num_images: int = 64
+    """Pictures that are compared, beside the exact ones; those of --batch-sizes at least."""
     windows: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
-    """Sizes of windows that are tried, besides the whole sequence."""
+    """Sizes of windows that are tried, besides the whole sequence; those longer than a block are left out."""
     repeats: int = 3
     """Timed runs of each solver, of which the median counts."""
     class_labels: tuple[str, ...] | None = None
@@ -87,13 +91,7 @@ class Profile:
             found = self._find(pipe, batch_size)
             report[batch_size] = found
             Console().print(_table(pipe, metrics, found))
-            facts = found.plan.facts
-            say(
-                f"{batch_size} at a time: {facts['seconds, exact']:.3f} s token by token, "
-                f"{facts['seconds, planned']:.3f} s by the plan "
-                f"({facts['seconds, exact'] / facts['seconds, planned']:.2f} times as fast); pictures differ by at "
-                f"most {255 * facts['largest difference of a pixel']:.2f} / 255"
-            )
+            say(_summary(found.plan))
             if self.write:
                 self._write(pipe, found.plan)
         self._save(metrics, report)
@@ -107,6 +105,8 @@ class Profile:
                 f"{self.checkpoint} is no folder; expected one with a pipeline, such as runs/digits/pipeline. A "
                 "checkpoint on the Hub is brought here by `hf download NAME/MODEL --local-dir FOLDER`."
             )
+        if self.num_images < 1:
+            raise ValueError(f"--num-images is {self.num_images}; expected a number >= 1.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"--batch-sizes is {list(self.batch_sizes)}; expected numbers >= 1.")
         check_search(self.largest_difference, self.windows, self.repeats)
@@ -146,34 +146,31 @@ class Profile:
         return codes + t_max * noise, labels, t_max
 
     def _find(self, pipe: ITARFlowPipeline, batch_size: int) -> FoundPlan:
-        flow, schedule = pipe.flow, pipe.scheduler.config
-        labels = _labels(pipe, chosen_labels(pipe, self.class_labels, batch_size))
-        guidance = self._guidance(pipe)
-        generators = image_generators(torch.Generator().manual_seed(self.seed), batch_size)
-        z = flow.sample_prior(batch_size, generators)
-        denoiser, codec = FlowDenoiser(flow, min(batch_size, 16)), codec_of(pipe.vae, slice_size=8)
+        flow, guidance, t_max = pipe.flow, self._guidance(pipe), pipe.scheduler.config.t_max
+        count = max(self.num_images, batch_size)
+        labels = _labels(pipe, chosen_labels(pipe, self.class_labels, count))
+        z = flow.sample_prior(count, image_generators(torch.Generator().manual_seed(self.seed), count))
+        size = max(batch_size, min(count, 16))
 
-        def finish(noisy: Tensor) -> Tensor:
-            clean = denoise(
-                denoiser,
-                noisy,
-                labels,
-                t_max=schedule.t_max,
-                t_min=schedule.t_min,
-                num_steps=schedule.num_denoise_steps,
-                method="euler" if schedule.method == "sde" else schedule.method,  # without noise that would differ
-                clip=schedule.clip,
-                spacing=schedule.spacing,
-            )
-            return (codec.decode(clean).clamp(-1, 1) + 1) / 2
+        def invert(part: slice, **options: Any) -> Tensor:
+            own = None if labels is None else labels[part]
+            return flow.inverse(z[part], own, t_max, guidance=guidance, **options)
+
+        def pictures(**options: Any) -> Tensor:
+            chunks = [slice(start, start + size) for start in range(0, count, size)]
+            clean = [
+                _clean(pipe, invert(chunk, **options), None if labels is None else labels[chunk]) for chunk in chunks
+            ]
+            return torch.cat(clean)
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
             task = progress.add_task("", total=None)
             return find_plan(
                 flow,
-                partial(flow.inverse, z, labels, schedule.t_max, guidance=guidance),
-                finish,
+                partial(invert, slice(0, batch_size)),
+                pictures,
+                batch_size=batch_size,
                 largest_difference=self.largest_difference,
                 windows=self.windows,
                 repeats=self.repeats,
@@ -207,19 +204,50 @@ def _labels(pipe: ITARFlowPipeline, labels: Sequence[int | None]) -> Tensor | No
     return torch.tensor(given, device=pipe.flow.device)
 
 
+def _summary(plan: InversePlan) -> str:
+    facts, size = plan.facts, plan.batch_size
+    exact, planned = facts["seconds, exact"], facts["seconds, planned"]
+    if plan.exact:
+        return f"{size} at a time: nothing is faster than one token after another ({1e3 * exact:.1f} ms in all)"
+    return (
+        f"{size} at a time: {1e3 * exact:.1f} ms one token after another, {1e3 * planned:.1f} ms by the plan, with "
+        f"all that an inversion prepares ({exact / planned:.2f} times as fast); a pixel differs by at most "
+        f"{255 * facts['largest difference of a pixel']:.2f} / 255 in {facts['pictures compared']} pictures"
+    )
+
+
+def _clean(pipe: ITARFlowPipeline, noisy: Tensor, labels: Tensor | None) -> Tensor:
+    """Pictures (B, C, H, W) in [0, 1] of noisy images, cleaned as the checkpoint does."""
+    schedule = pipe.scheduler.config
+    clean = denoise(
+        FlowDenoiser(pipe.flow),
+        noisy,
+        labels,
+        t_max=schedule.t_max,
+        t_min=schedule.t_min,
+        num_steps=schedule.num_denoise_steps,
+        method="euler" if schedule.method == "sde" else schedule.method,  # without noise that would differ
+        spacing=schedule.spacing,
+        clip=schedule.clip,
+    )
+    return (codec_of(pipe.vae, slice_size=8).decode(clean).clamp(-1, 1) + 1) / 2
+
+
 def _table(pipe: ITARFlowPipeline, metrics: Sequence[BlockMetrics], found: FoundPlan) -> Table:
     """A row for each block."""
     facts = found.plan.facts
     table = Table(
-        title=f"The inverse of {found.plan.batch_size} images at a time, noise side first",
+        title=f"The inverse of {_images(found.plan.batch_size)}, noise side first",
         title_justify="left",
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
-        caption="IGM and evals: from the guesses z/zero. Evals: evaluations of whole-sequence Jacobi until a change "
-        f"of at most {facts['tolerance']:g}; > where token by token was faster. Fastest: tokens at once, first guess.",
+        caption="CRM: convergence ranking metric. IGM: initial guessing metric of the guesses z/zero. Less is easier. "
+        "Evals: that whole-sequence Jacobi needs from these guesses until a change of at most "
+        f"{facts['tolerance']:g}; > where it was stopped, because one by one was faster. Fastest: tokens at once, and "
+        "first guess.",
         caption_justify="left",
     )
-    for column in ("block", "layers", "tokens", "CRM", "IGM", "evals", "exact, s", "fastest", "s"):
+    for column in ("block", "layers", "tokens", "CRM", "IGM", "evals", "exact, ms", "fastest", "ms"):
         justify: Literal["left", "right"] = "left" if column in ("block", "fastest") else "right"
         table.add_column(column, justify=justify)
     depths, last = pipe.flow.config.num_layers, len(metrics) - 1
@@ -232,11 +260,15 @@ def _table(pipe: ITARFlowPipeline, metrics: Sequence[BlockMetrics], found: Found
             f"{metric.crm:.2f}",
             "/".join(f"{value:.2f}" for value in metric.igm.values()),
             "/".join(f"{'' if timing.finished else '>'}{timing.evaluations}" for timing in whole),
-            f"{block.sequential.seconds:.3f}",
+            f"{1e3 * block.sequential.seconds:.1f}",
             _name(block.fastest.solver),
-            f"{block.fastest.seconds:.3f}",
+            f"{1e3 * block.fastest.seconds:.1f}",
         )
     return table
+
+
+def _images(batch_size: int) -> str:
+    return f"{batch_size} images at a time" if batch_size > 1 else "one image"
 
 
 def _name(solver: Jacobi) -> str:
@@ -271,7 +303,7 @@ def _draw(report: dict[int, FoundPlan], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(sorted(marks), [str(mark) for mark in sorted(marks)])
         axis.set_yscale("log")
-        axis.set_title(f"{batch_size} images at a time" if batch_size > 1 else "one image", fontsize=10)
+        axis.set_title(_images(batch_size), fontsize=10)
         axis.set_xlabel("tokens at once; triangles: stopped, slower than one by one", fontsize=8)
         axis.set_ylabel("seconds", fontsize=8)
         axis.tick_params(labelsize=8, which="both")
