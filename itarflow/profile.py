@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, get_args
@@ -246,7 +246,7 @@ def check_search(largest_difference: float, windows: Sequence[int], repeats: int
 def find_plan(
     flow: TARFlow,
     invert: Callable[..., Tensor],
-    pictures: Callable[..., Tensor],
+    pictures: Callable[..., Iterable[Tensor]],
     *,
     batch_size: int,
     largest_difference: float,
@@ -259,8 +259,8 @@ def find_plan(
     Args:
         flow: the flow.
         invert: invert(solver=..., progress=...), which is timed: `flow.inverse` on a batch with all else given.
-        pictures: pictures(solver=..., progress=...) -> (n, C, H, W) in [0, 1], which are compared: the more there are,
-            the surer it is that others stay as near.
+        pictures: pictures(solver=..., progress=...), some (n, C, H, W) in [0, 1] after another, to be compared: the
+            more there are, the surer it is that others stay as near. It is not asked for more than it takes to tell.
         batch_size: images that `invert` inverts.
         largest_difference: of a pixel of a picture, >= 0, such as 1 / 255. Half of it is left as a margin for
             pictures that are not compared.
@@ -273,13 +273,14 @@ def find_plan(
     """
     check_search(largest_difference, windows, repeats)
     num_tokens = tokens_of_blocks(flow)
-    expected = pictures(solver=sequential, progress=partial(progress, "exact pictures"))
-    if not expected.isfinite().all():
+    expected = list(pictures(solver=sequential, progress=partial(progress, "exact pictures")))
+    limit = largest_difference / 2
+    if not all(part.isfinite().all() for part in expected):
         raise ValueError("the exact images are not finite, so no other way can be compared; try less guidance.")
     for tolerance in TOLERANCES:
         usual = [Jacobi(window=min(16, count), tolerance=tolerance) for count in num_tokens]
         found = pictures(solver=usual, progress=partial(progress, f"pictures of tolerance {tolerance:g}"))
-        if tolerance > 0 and not _difference(found, expected) <= largest_difference / 2:
+        if tolerance > 0 and not _difference(found, expected, limit) <= limit:
             continue
         blocks = list[BlockProfile]()
         trial = _Trial(tolerance, windows, repeats, blocks.append)
@@ -299,11 +300,11 @@ def find_plan(
             _wait(flow.device)
             seconds[name].append(time.perf_counter() - began)
         found = pictures(solver=plan.solvers_of(flow), progress=partial(progress, "planned pictures"))
-        difference = _difference(found, expected)
-        if tolerance == 0 or difference <= largest_difference / 2:
+        difference = _difference(found, expected, limit)
+        if tolerance == 0 or difference <= limit:
             break
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    near = difference <= largest_difference / 2 or (largest_difference == 0 and difference <= _ROUNDING)
+    near = difference <= limit or (largest_difference == 0 and difference <= _ROUNDING)
     if not near or medians["planned"] >= medians["exact"]:
         plan = replace(plan, solvers=(Jacobi(window=1),) * len(num_tokens))
         medians, difference = {**medians, "planned": medians["exact"]}, 0.0
@@ -312,11 +313,17 @@ def find_plan(
         "threads": torch.get_num_threads(),
         "tolerance": tolerance,
         "largest difference of a pixel": difference,
-        "pictures compared": len(expected),
+        "pictures compared": sum(map(len, expected)),
         **{f"seconds, {name}": median for name, median in medians.items()},
     }
     return FoundPlan(tuple(blocks), replace(plan, facts=facts))
 
 
-def _difference(pictures: Tensor, expected: Tensor) -> float:
-    return float((pictures - expected).abs().max())
+def _difference(pictures: Iterable[Tensor], expected: Iterable[Tensor], limit: float) -> float:
+    """The largest; of the pictures up to the first that is beyond the limit."""
+    largest = 0.0
+    for found, exact in zip(pictures, expected, strict=False):
+        largest = max(largest, float((found - exact).abs().nan_to_num(nan=math.inf).max()))
+        if largest > limit:
+            break
+    return largest

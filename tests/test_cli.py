@@ -385,8 +385,8 @@ def test_profile_writes_a_plan_by_which_the_checkpoint_samples(run, save_long, m
 
     inverse = TARFlow.inverse
     monkeypatch.setattr(TARFlow, "inverse", lambda *a, **k: asked.append(k["solver"]) or inverse(*a, **k))
-    run("sample", folder, "--output", "planned.png")
-    run("sample", folder, "--output", "exact.png", "--exact")
+    for name, words in (("planned.png", ()), ("exact.png", ("--exact",))):  # two at a time, as the plan
+        run("sample", folder, "--num-images", 2, "--output", name, *words)
     (plan,) = ITARFlowPipeline.from_pretrained(folder).inverse_plans
     assert asked == [plan.solvers_of(ITARFlowPipeline.from_pretrained(folder).flow), sequential]
     difference = np.abs(pixels(Path("planned.png")).astype(int) - pixels(Path("exact.png")))

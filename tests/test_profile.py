@@ -83,7 +83,7 @@ def inverse_of(flow, make_inputs, **settings):
 def search(flow, make_inputs, **settings):
     """Its pictures are the noisy images themselves."""
     invert = inverse_of(flow, make_inputs)
-    return find_plan(flow, invert, invert, batch_size=3, repeats=1, **settings)
+    return find_plan(flow, invert, lambda **options: [invert(**options)], batch_size=3, repeats=1, **settings)
 
 
 def test_a_plan_keeps_pictures_as_near_as_asked(long_flow, make_inputs):
@@ -91,7 +91,7 @@ def test_a_plan_keeps_pictures_as_near_as_asked(long_flow, make_inputs):
     found = find_plan(
         long_flow,
         invert,
-        invert,
+        lambda **options: [invert(**options)],
         batch_size=3,
         largest_difference=1e-3,
         windows=(4, 16),
@@ -167,6 +167,20 @@ def test_a_plan_that_is_not_faster_in_the_end_is_none(long_flow, make_inputs, mo
     )
     assert found.plan.solvers_of(long_flow) == [sequential, sequential]
     assert found.plan.facts["largest difference of a pixel"] == 0
+
+
+def test_no_more_pictures_are_made_than_it_takes_to_tell(long_flow, make_inputs):
+    made = []
+
+    def pictures(solver, progress):
+        for part in range(5):
+            made.append((solver, part))
+            exact = solver is sequential or solver == [sequential] * 2
+            yield torch.zeros(1) if exact or part < 2 else torch.ones(1)
+
+    find_plan(long_flow, inverse_of(long_flow, make_inputs), pictures, batch_size=3, largest_difference=0.5, repeats=1)
+    first = [part for solver, part in made if isinstance(solver, list) and getattr(solver[0], "tolerance", 0) == 1e-2]
+    assert first == [0, 1, 2]
 
 
 def test_images_that_are_not_finite_can_not_be_compared(long_flow, make_inputs):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ class Profile:
     largest_difference: float = 1 / 255
     """Of a pixel, on the scale from 0 to 1, between planned and exact pictures; half of it is kept as a margin for
     pictures other than the compared ones. 0 = none but by rounding."""
-    num_images: int = 64
+    num_images: int = 32
     """Pictures that are compared, beside the exact ones; those of --batch-sizes at least."""
     windows: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     """Sizes of windows that are tried, besides the whole sequence; those longer than a block are left out."""
@@ -156,12 +156,10 @@ class Profile:
             own = None if labels is None else labels[part]
             return flow.inverse(z[part], own, t_max, guidance=guidance, **options)
 
-        def pictures(**options: Any) -> Tensor:
-            chunks = [slice(start, start + size) for start in range(0, count, size)]
-            clean = [
-                _clean(pipe, invert(chunk, **options), None if labels is None else labels[chunk]) for chunk in chunks
-            ]
-            return torch.cat(clean)
+        def pictures(**options: Any) -> Iterator[Tensor]:
+            for start in range(0, count, size):
+                chunk = slice(start, start + size)
+                yield _clean(pipe, invert(chunk, **options), None if labels is None else labels[chunk])
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
