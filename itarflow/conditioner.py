@@ -149,7 +149,7 @@ class Conditioner:
         return Window(positions, length, (known <= positions[..., None])[:, None], causal=False)
 
     def at(self, tokens: Tensor, window: Window) -> Affine:
-        """As a call, for a window from `scattered`."""
+        """As a call: (shift, scale), each (B, n, D), of the tokens that follow those (B, n, D) of the window."""
         tokens = tokens.to(self.position.dtype)
         tokens = tokens if self.guidance is None else torch.cat((tokens, tokens))
         x = self.proj_in.plus(tokens, self.position[window.positions] + self.embedding)

@@ -255,9 +255,10 @@ class TARFlow(ModelMixin, ConfigMixin):
             guidance: None = off.
             return_trajectory: also give what lies between the blocks (TARFlow, appendix D.1).
             solver: how a block is inverted, one of inverse.py; or one a block, in the order of inversion: noise side
-                first, as in `Plan.solvers`.
-            dtype: of the transformers' products and of the cache, such as torch.bfloat16, which is faster and changes
-                the images a little; the affine maps keep the weights' type. None = the weights', or autocast's.
+                first, as from `InversePlan.solvers_of`.
+            dtype: of the transformers' products and of the cache, such as torch.bfloat16, which changes the
+                images a little, and is faster unless the model is narrow; the affine maps keep the weights' type.
+                None = the weights', or autocast's.
             guess: (K + 1, B, C, H, W), where iterative solvers begin: the trajectory of the same z at a near noise
                 level or with near labels, as `return_trajectory` gives it.
             progress: called with the number of tokens just solved; they sum up to `num_solved_tokens`.

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 Affine = tuple[Tensor, Tensor]
+Guess = Literal["z", "zero"]
+"""Where an iteration begins."""
 
 
 class Conditioner(Protocol):
@@ -103,14 +105,14 @@ class Jacobi:
 
     window: int | None = None
     tolerance: float = 1e-3
-    guess: Literal["z", "zero"] = "z"
+    guess: Guess = "z"
 
     def __post_init__(self) -> None:
         if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
             raise ValueError(f"window is {self.window!r}; expected a number of tokens >= 1, or None for all.")
         if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise ValueError(f"tolerance is {self.tolerance}; expected a finite number >= 0, where 0 is exact.")
-        if self.guess not in ("z", "zero"):
+        if self.guess not in get_args(Guess):
             raise ValueError(f"guess is {self.guess!r}; expected 'z' or 'zero'.")
 
     def check(self, num_tokens: int) -> None:
@@ -152,8 +154,8 @@ class Jacobi:
             shift, scale = conditioner(_take(x, given), low - 1 if together else start)
             following = given + 1
             before = _take(x, following)
-            after = torch.where((following < known[:, None])[..., None], before, _take(z, following) * scale + shift)
             final = following < known[:, None]
+            after = torch.where(final[..., None], before, _take(z, following) * scale + shift)
             right = final | ((after - before).abs().amax(dim=-1) <= self.tolerance)  # False for NaN
             known = start + 1 + (right.cumprod(dim=1).sum(dim=1) + 1).clamp(max=count)
             guessed, small = following >= known[:, None], after.abs().amax(dim=-1) <= _LARGEST_GUESS

@@ -122,16 +122,16 @@ class ITARFlowPipeline(DiffusionPipeline):
             denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
             solver: how the flow is inverted, see `TARFlow.inverse`; `sequential` is exact, one token after another.
                 None = by the checkpoint's plan for this type of device and so many images, else `sequential`.
-            inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: faster, and other images, though
-                as good ones. None = the weights'.
+            inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: slightly other images, and
+                faster unless the model is narrow. None = the weights'.
             generator: one for all images (image i then depends on its seed and on i alone, up to rounding; with a
                 plan, up to its difference, because plans go by batch size), or one an image.
             batch_size: images that are generated at a time, to bound memory; None = all. Where memory runs out, fewer.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated, or, with a
                 warning, as fit the memory.
-            denoise_dtype: of the flow's layers while it denoises: torch.bfloat16 saves more than half of the time and
-                almost half of the memory, and changes images by less than a grey level, see `FlowDenoiser`. None =
-                the flow's own. Not with a denoiser, which has its own.
+            denoise_dtype: of the flow's layers while it denoises: torch.bfloat16 takes about half of the time and
+                of the memory, unless the model is tiny, and changes pictures by about a grey level, see
+                `FlowDenoiser`. None = the flow's own. Not with a denoiser, which has its own.
             decode_batch_size: images that the VAE decodes at a time; None = as many as are generated.
             tiled_decode: decode large images in tiles, see `VaeCodec`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "codes": what the flow

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,16 +20,13 @@ from torch import Tensor
 from itarflow.block import AutoregressiveBlock, Condition
 from itarflow.flow import TARFlow
 from itarflow.guidance import Affine
-from itarflow.inverse import Conditioner, Jacobi, Progress, sequential
+from itarflow.inverse import Conditioner, Guess, Jacobi, Progress, sequential
 from itarflow.plan import InversePlan, tokens_of_blocks
 
-Guess = Literal["z", "zero"]
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
 """Of the solvers; tried from the first on until the images are near enough."""
 _WORTHWHILE = 0.95
 """A solver must take less than this part of the sequential one's time to be chosen in its place."""
-
-
 _ROUNDING = 1e-3
 """Difference of pixels that solvers without tolerance may have, because products of other shapes round otherwise."""
 
@@ -300,7 +297,8 @@ def find_plan(
             _wait(flow.device)
             seconds[name].append(time.perf_counter() - began)
         found = pictures(solver=plan.solvers_of(flow), progress=partial(progress, "planned pictures"))
-        difference = _difference(found, expected, limit)
+        # Without tolerance there is no further try: all pictures are told of.
+        difference = _difference(found, expected, limit if tolerance > 0 else math.inf)
         if tolerance == 0 or difference <= limit:
             break
     medians = {name: statistics.median(times) for name, times in seconds.items()}

@@ -63,12 +63,14 @@ class FlowDenoiser:
         flow: any TARFlow. Without noise conditioning it has one noise level of its own, and cleans well only there.
         slice_size: how many images are differentiated at a time, which bounds the memory; None = all. Where the
             device's memory does not do for so many, it is halved until it does, with a warning.
-        dtype: of the transformer layers. torch.bfloat16 is two to three times as fast on CPUs that know it, and more
-            on GPUs; embeddings, affine maps, log-determinants and their sum over the blocks keep the flow's type, so
-            that ten steps change images by less than a grey level of 255. None = the flow's own type, exactly.
+        dtype: of the transformer layers. torch.bfloat16 takes about half of the time and memory on CPUs that know it,
+            unless the model is tiny; embeddings, affine maps, log-determinants and their sum over the blocks keep the
+            flow's type, so that ten steps change pictures by about a grey level of 255. None = the flow's own type,
+            exactly.
         checkpointing: compute the layers a second time for the gradient instead of keeping what they have computed:
-            several times less memory for about a third more time. For batches that do not fit otherwise, and are too
-            slow in slices. A flow on which gradient checkpointing is enabled already does so anyway.
+            less than half of the memory for about one and a half times the time. For batches that do not fit
+            otherwise, and are too slow in slices. A flow on which gradient checkpointing is enabled already does so
+            anyway.
         compiled: translate the layers by torch.compile, which takes a minute or so at the first evaluation of each
             size. For many evaluations on a GPU; on CPUs it is slower than without.
 

@@ -61,14 +61,15 @@ class Sample:
     exact: bool = False
     """Invert the flow token by token, whatever plan `itarflow profile` has left in the checkpoint."""
     inverse_dtype: Literal["float32", "bf16"] = "float32"
-    """Precision of the transformers in the inverse. bf16 is faster, and makes other images, though as good ones."""
+    """Precision of the transformers in the inverse. bf16 makes slightly other images, and is faster unless
+    the model is narrow."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
     """Images that are denoised at a time. None = as many as are made, or as fit the memory."""
     denoise_dtype: Literal["float32", "bf16"] = "float32"
-    """Precision of a flow's layers in denoising. bf16 is two to three times as fast, on GPUs and on CPUs that know it,
-    unless the model is tiny; it changes pictures by about a grey level."""
+    """Precision of a flow's layers in denoising. bf16 takes about half of the time on CPUs that know it, unless the
+    model is tiny, and changes pictures by about a grey level."""
     decode_batch_size: int = 8
     """Images that a VAE decodes at a time. Not used by checkpoints that model pixels."""
     device: str | None = None
