@@ -148,7 +148,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
-        scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
+        scheduler = self.schedule(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
         generators = image_generators(generator, count)
         size = positive("batch_size", batch_size) or count
         slice_size = positive("denoise_batch_size", denoise_batch_size)
@@ -159,7 +159,7 @@ class ITARFlowPipeline(DiffusionPipeline):
                 f"denoise_dtype is {denoise_dtype}, but a denoiser was given, which has a type of its own; leave it "
                 "out, or build the denoiser with it: FlowDenoiser(flow, dtype=...)."
             )
-        _check_denoiser(denoiser, scheduler, self.flow, labels)
+        check_denoiser(denoiser, scheduler, self.flow, labels)
         steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
         solver = self.planned_solver(min(size, count)) if solver is None else solver
         with self.progress_bar(total=count * (self.flow.num_solved_tokens + steps)) as bar:
@@ -256,17 +256,21 @@ class ITARFlowPipeline(DiffusionPipeline):
             stored["blocks"] = tuple(stored["blocks"])
         return Guidance(**stored)
 
-    def _scheduler(
+    def schedule(
         self,
-        t_max: float | None,
-        t_min: float | None,
-        num_denoise_steps: int | None,
-        method: Method | None,
-        spacing: Spacing | None,
-        clip: bool | None,
-        denoiser: Denoiser | None,
+        t_max: float | None = None,
+        t_min: float | None = None,
+        num_denoise_steps: int | None = None,
+        method: Method | None = None,
+        spacing: Spacing | None = None,
+        clip: bool | None = None,
+        denoiser: Denoiser | None = None,
     ) -> DenoiseScheduler:
-        """The stored scheduler with a call's own values put in, all checked against the flow."""
+        """The stored scheduler with a call's own values put in; arguments as in a call.
+
+        Raises:
+            ValueError: values out of range, or that the flow does not know.
+        """
         stored = self.scheduler.config
         t_max = stored.t_max if t_max is None else t_max
         low = stored.t_min if t_min is None else t_min
@@ -392,8 +396,18 @@ class ITARFlowPipeline(DiffusionPipeline):
             return upload(Path(folder), repo_id, **options)
 
 
-def _check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
-    """Refuse what the denoiser does not know, before anything is generated for it."""
+def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
+    """Refuse what the denoiser does not know, before anything is generated for it.
+
+    Args:
+        denoiser: if it is no `CheckedDenoiser`, nothing is known of it.
+        scheduler: the noise levels at which it will be asked.
+        flow: makes the noisy images.
+        labels: (B,) their labels, -1 = none; None = all without.
+
+    Raises:
+        ValueError: naming what is asked for and what the denoiser is for.
+    """
     config = scheduler.config
     if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
         levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps, config.spacing)[:-1]
