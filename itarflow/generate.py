@@ -107,7 +107,7 @@ class Generation:
         if low < NULL_LABEL or high >= max(flow.config.num_classes, 0):
             raise ValueError(f"labels reach from {low} to {high}; this flow has {flow.config.num_classes} classes.")
         check_level(flow, "t_max", level)
-        channels = flow.config.in_channels if self.pipe.vae is None else self.pipe.vae.config.out_channels
+        channels, _, _ = self.pipe.picture_shape
         if channels not in (1, 3):
             raise ValueError(
                 f"this checkpoint makes images of {channels} channels, which are no pictures; expected 1 or 3. If "
