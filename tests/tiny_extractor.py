@@ -6,20 +6,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itarflow.extractors import POOL_FEATURES, Features
+from itarflow.extractors import INCEPTION, POOL_FEATURES, Features
 
 
 class TinyExtractor:
-    """4 features; as the Inception, 2,048 of which all but 4 are 0, with spatial ones and logits."""
+    """4 features; or, with a width, as many, of which the others are 0, and spatial ones and logits as well."""
 
-    def __init__(self, name: str = "tiny", identity: str = "1" * 64, *, inception: bool = False) -> None:
+    def __init__(self, name: str = "tiny", identity: str = "1" * 64, *, width: int = 0) -> None:
         self.name, self.identity = name, identity
-        self.inception, self.seen = inception, 0
+        self.width, self.seen = width, 0
 
     def __call__(self, images: Tensor) -> Features:
         assert images.dtype == torch.uint8
         self.seen += len(images)
         pool = F.adaptive_avg_pool2d(images.float(), 2).mean(dim=1).flatten(1) / 255
-        if not self.inception:
+        if not self.width:
             return Features(pool)
-        return Features(F.pad(pool, (0, POOL_FEATURES - 4)), pool[:, :3], 3 * pool)
+        return Features(F.pad(pool, (0, self.width - 4)), pool[:, :3], 3 * pool)
+
+
+def tiny_inception(name: str = INCEPTION) -> TinyExtractor:
+    return TinyExtractor(name, width=POOL_FEATURES)
