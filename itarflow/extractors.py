@@ -187,10 +187,10 @@ def _load(name: str, weights: Path | None, load: Callable[[], nn.Module]) -> nn.
         try:
             torch.load(weights, map_location="cpu", weights_only=True)  # which can't run what is in the file
             return load()
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{weights} does not hold the weights of {name}: {error}") from error
         except NotImplementedError as error:
             raise ValueError(f"{name} takes no file of weights; leave --features out.") from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{weights} does not hold the weights of {name}: {error}") from error
     try:
         return load()
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:  # no network, or half a file

@@ -150,6 +150,7 @@ def test_what_a_figure_rests_on_is_told():
     for words in ("2 samples have values that are not finite", "2.png", "no images", "what size", "were cropped"):
         assert words in told
     assert "singular" not in told
+    assert "24 samples: published FIDs are of 50,000" in told
     assert json.loads(json.dumps(scores.to_json()))["figures"]["frechet_distance"]["std"] is None
 
 

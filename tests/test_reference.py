@@ -116,7 +116,7 @@ def test_unreadable_images_are_named(folder, options):
 
 def test_a_folder_that_can_not_be_written_is_refused_before_the_work(folder, options):
     options["cache"].write_text("a file")
-    with pytest.raises((OSError, RunError)):
+    with pytest.raises(RunError):
         compute(folder, options)
     assert options["extractor"].seen == 0
 
@@ -139,7 +139,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, folder, options):
     compute(folder, options)
     (path,) = kept(options)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises((ValueError, RunError), match="delete it"):
+    with pytest.raises(RunError, match="delete it"):
         compute(folder, options)
     for name in ("none.safetensors", "none.npz"):
         with pytest.raises(OSError, match="no file"):
