@@ -18,6 +18,7 @@ from itarflow.commands.plot import Plot
 from itarflow.commands.prepare import Prepare
 from itarflow.commands.profile import Profile
 from itarflow.commands.sample import Sample
+from itarflow.commands.sweep import Sweep
 from itarflow.official_file import CheckpointError
 from itarflow.processes import refuse
 from itarflow.run import RunError
@@ -30,6 +31,7 @@ Command = (
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 

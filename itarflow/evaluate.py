@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -93,18 +93,25 @@ def make_samples(generation: Generation, folder: Path, state: PartialState, cons
     Raises:
         RunError: the folder holds something else, or can't be written; another process has stopped.
     """
+    return make_all({folder: generation}, state, console)
+
+
+def make_all(generations: Mapping[Path, Generation], state: PartialState, console: Console | None = None) -> int:
+    """As `make_samples`, of several generations by their folders: none is begun if one of the folders is refused."""
     missing = 0
     with ExitStack() as locks:
 
         def first() -> None:
             nonlocal missing
-            check_writable(folder)
-            locks.enter_context(alone(folder))
-            missing = begin(generation, folder)
+            for folder in generations:
+                check_writable(folder)
+                locks.enter_context(alone(folder))
+            for folder, generation in generations.items():
+                missing += begin(generation, folder)
 
         on_main(state, first)
-        total = len(generation.labels) * len(generation.columns)
-        counted, shown = shared_counter(f"images made in {folder}"), 0
+        total = sum(len(one.labels) * len(one.columns) for one in generations.values())
+        counted, shown = shared_counter(f"images made in {', '.join(map(str, generations))}"), 0
         bar = image_progress(console if state.is_main_process else None, "making images", total, total - missing)
         with bar as show:
 
@@ -114,13 +121,14 @@ def make_samples(generation: Generation, folder: Path, state: PartialState, cons
                 show(now - shown)
                 shown = now
 
-            generate_share(
-                generation,
-                folder,
-                process_index=state.process_index,
-                num_processes=state.num_processes,
-                count=count,
-            )
+            for folder, generation in generations.items():
+                generate_share(
+                    generation,
+                    folder,
+                    process_index=state.process_index,
+                    num_processes=state.num_processes,
+                    count=count,
+                )
             try:
                 state.wait_for_everyone()
             except RuntimeError as error:
@@ -137,6 +145,7 @@ def score_samples(
     *,
     batch_size: int = 50,
     console: Console | None = None,
+    count: Callable[[int], object] = int,
 ) -> Scores:
     """The figures of a set of samples; all processes of a launch call this, and get the same.
 
@@ -147,6 +156,7 @@ def score_samples(
         state: of the launch.
         batch_size: images that the extractor sees at a time.
         console: where the main process draws a bar; None = nowhere.
+        count: called with the number of images whose features this process has taken since its last call.
     """
 
     def share() -> Iterator[tuple[Tensor, Tensor]]:
@@ -157,5 +167,10 @@ def score_samples(
 
     mine = -(-len(samples) // state.num_processes)
     with image_progress(console if state.is_main_process else None, f"features of {samples.name}", mine, 0) as show:
-        found = extract(extractor, share(), len(samples), count=show)
+
+        def counted(more: int) -> None:
+            show(more)
+            count(more)
+
+        found = extract(extractor, share(), len(samples), count=counted)
     return score(found, reference, extractor, broken=len(samples.broken))

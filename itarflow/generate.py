@@ -170,6 +170,8 @@ class Generation:
 def begin(generation: Generation, folder: Path) -> int:
     """Make a folder ready for its files, or find that this is what it was begun with. For the main process alone.
 
+    Ways of cleaning may be fewer or more than before: more are written beside those that are there.
+
     Returns:
         How many images are still to be made, counting each way of cleaning.
 
@@ -179,18 +181,18 @@ def begin(generation: Generation, folder: Path) -> int:
     wanted, manifest = generation.described(), folder / MANIFEST
     folder.mkdir(parents=True, exist_ok=True)
     if manifest.exists():
-        try:
-            stored = json.loads(manifest.read_text())
-        except ValueError as error:
-            raise DataError(f"{manifest} is damaged: {error}. Choose another folder, or delete this one.") from error
-        changed = [
-            f"{key}: {stored.get(key)} there, {wanted[key]} now" for key in wanted if stored.get(key) != wanted[key]
-        ]
+        stored = _stored(manifest)
+        there, now = _by_name(stored), _by_name(wanted)
+        shared = [key for key in now if key in there or not key.startswith("cleaning ")]
+        changed = [f"{key}: {there.get(key)} there, {now[key]} now" for key in shared if there.get(key) != now[key]]
         if changed:
             raise DataError(
                 f"{folder} holds images that were made otherwise:\n  " + "\n  ".join(changed) + "\nChoose another "
                 "folder, run the command that began it, or delete it."
             )
+        wanted["cleaning"] = {**stored["cleaning"], **wanted["cleaning"]}
+        if wanted != stored:
+            write_json(manifest, wanted)
     elif any(folder.glob("*/*.safetensors")):
         raise DataError(f"{folder} holds files of unknown origin: {MANIFEST} is missing; choose another folder.")
     else:
@@ -251,6 +253,22 @@ def _make_file(
             finite = torch.where(cleaned.images.isfinite(), cleaned.images, 0)
             write_shard(path, to_uint8(finite), labels, broken)
             count(stop - start)
+
+
+def _stored(manifest: Path) -> dict[str, Any]:
+    try:
+        stored = json.loads(manifest.read_text())
+        if isinstance(stored["cleaning"], dict):
+            return stored
+        raise TypeError("cleaning is no table")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{manifest} is damaged: {error!r}. Choose another folder, or delete this one.") from error
+
+
+def _by_name(described: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a manifest, with one for each way of cleaning."""
+    cleaning = {f"cleaning {name}": value for name, value in described["cleaning"].items()}
+    return {key: value for key, value in described.items() if key != "cleaning"} | cleaning
 
 
 def _file(folder: Path, name: str, start: int, stop: int) -> Path:

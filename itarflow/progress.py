@@ -5,10 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 Show = Callable[[int, float | None, float], None]
 """show(step, loss or None, images a second)"""
@@ -39,6 +50,16 @@ def training_progress(console: Console, name: str, total_steps: int, first_step:
         yield show
 
 
+class _TimeLeft(ProgressColumn):
+    """By the mean speed from the start: a file of images may take longer than rich's own column looks back."""
+
+    def render(self, task: Task) -> Text:
+        made, elapsed, left = task.fields["made"], task.elapsed, task.remaining
+        if not made or elapsed is None or left is None:
+            return Text("-:--:--")
+        return Text(str(timedelta(seconds=round(left * elapsed / made))))
+
+
 @contextmanager
 def image_progress(console: Console | None, title: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
     """A live line that counts images: bar, images a second, time left; no console, no line.
@@ -51,16 +72,17 @@ def image_progress(console: Console | None, title: str, total: int, done: int) -
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]:.0f} images/s"),
-        TimeRemainingColumn(),
+        _TimeLeft(),
         TextColumn("left"),
     )
     with Progress(*columns, console=console, disable=console is None) as progress:
-        task, start, count = progress.add_task(title, total=total, completed=done, speed=0.0), time.monotonic(), 0
+        task = progress.add_task(title, total=total, completed=done, speed=0.0, made=0)
+        start, count = time.monotonic(), 0
 
         def show(more: int) -> None:
             nonlocal count
             count += more
-            progress.update(task, advance=more, speed=count / max(time.monotonic() - start, 1e-3))
+            progress.update(task, advance=more, made=count, speed=count / max(time.monotonic() - start, 1e-3))
 
         yield show
 
