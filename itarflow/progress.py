@@ -55,9 +55,9 @@ class _TimeLeft(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         made, elapsed, left = task.fields["made"], task.elapsed, task.remaining
-        if not made or elapsed is None or left is None:
+        if left and (not made or elapsed is None):
             return Text("-:--:--")
-        return Text(str(timedelta(seconds=round(left * elapsed / made))))
+        return Text(str(timedelta(seconds=round((left or 0) * (elapsed or 0) / max(made, 1)))))
 
 
 @contextmanager

@@ -1,0 +1,187 @@
+"""`itarflow evaluate` from end to end, with a tiny flow and a stand-in for the network that makes features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluations import save_checkpoint, write_photos
+from PIL import Image
+from tiny_extractor import TinyExtractor
+from torch import Tensor
+
+from itarflow import ITARFlowPipeline, cli
+from itarflow import generate as generating
+from itarflow.moments import Sums, frechet_distance
+from itarflow.samples import open_samples
+
+Run = Callable[..., str]
+FIGURES = ["frechet_distance", "kernel_distance", "precision", "recall"]
+
+
+@pytest.fixture
+def extractor(monkeypatch: pytest.MonkeyPatch) -> TinyExtractor:
+    tiny = TinyExtractor()
+    monkeypatch.setattr("itarflow.commands.scoring.load_extractor", lambda *_: tiny)
+    return tiny
+
+
+@pytest.fixture
+def evaluate(
+    extractor: TinyExtractor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
+    """evaluate("--seed", 3): what is printed; 10 samples of tmp_path/pipeline against tmp_path/photos."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "pipeline")
+    write_photos(tmp_path / "photos")
+    common = ("--num-samples", 10, "--batch-size", 4, "--num-workers", 0, "--cache", tmp_path / "kept")
+
+    def call(*words: object, data: Path | None = tmp_path / "photos", checkpoint: str = "pipeline") -> str:
+        real = () if data is None else ("--data", data)
+        cli.main([str(word) for word in ("evaluate", checkpoint, *real, *common, *words, "--device", "cpu")])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(evaluate: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """refused("--seed", -1): the message; nothing has been made."""
+
+    def call(*words: object, **options: Any) -> str:
+        with pytest.raises(SystemExit) as exit_:
+            evaluate(*words, **options)
+        assert exit_.value.code == 1
+        assert not list((tmp_path / "evaluation").rglob("*.safetensors"))
+        return " ".join(capsys.readouterr().err.split("Error: ")[1].split())
+
+    return call
+
+
+def report(folder: str = "evaluation") -> dict[str, Any]:
+    return json.loads(Path(folder, "evaluation.json").read_text())
+
+
+def test_samples_are_made_scored_written_and_noted(evaluate: Run, tmp_path: Path) -> None:
+    printed = evaluate("--npz", "--png")
+    found = report()
+    assert list(found["ways"]) == ["raw", "self", "iterative"]
+    for way, scores in found["ways"].items():
+        assert list(scores["figures"]) == FIGURES
+        assert scores["samples"] == 10
+        assert scores["reference"] == "photos, split train"
+        arrays = np.load(tmp_path / "evaluation" / f"{way}.npz")
+        assert arrays["arr_0"].shape == (10, 4, 4, 3)
+        assert arrays["arr_1"].tolist() == [0, 1] * 5
+        pictures = sorted((tmp_path / "evaluation" / f"{way}-png").iterdir())
+        assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in pictures]), arrays["arr_0"][..., 0])
+        assert f"{scores['figures']['frechet_distance']['value']:.4g}" in printed
+    assert found["checkpoint"] == "pipeline"
+    assert found["images of a class"] == [5]
+    assert found["samples"]["guidance"]["weight"] == 1.0
+    assert found["samples"]["cleaning"]["iterative"]["num_denoise_steps"] == 3
+    noted = ITARFlowPipeline.from_pretrained("pipeline").config.evaluations
+    assert len(noted) == 3
+    name, line = list(noted.items())[2]
+    assert name == (
+        "iterative, 3 steps, guidance 1, t_max 0.5: 10 samples, labels balanced, seed 0, against photos, split train"
+    )
+    assert line.startswith("Fréchet distance (tiny) ")
+    assert line in Path("pipeline", "README.md").read_text()
+
+
+def test_figures_are_those_of_the_pictures_that_are_written(evaluate: Run, tmp_path: Path) -> None:
+    evaluate("--ways", "self")
+    photos = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "photos").rglob("*.png"))]
+    real = TinyExtractor()(torch.from_numpy(np.stack(photos))[:, None]).pool
+    made = TinyExtractor()(open_samples(Path("evaluation/self")).read(0, 10)).pool
+    expected = frechet_distance(Sums.of(made).moments(), Sums.of(real).moments())
+    assert list(report()["ways"]) == ["self"]
+    assert report()["ways"]["self"]["figures"]["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_was_interrupted_goes_on_to_the_same_end(evaluate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate("--output", "whole", "--no-record")
+    written, write = list[Path](), generating.write_shard
+
+    def stops_at_the_third(path: Path, *tensors: Tensor) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *tensors)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(generating, "write_shard", stops_at_the_third)
+        with pytest.raises(SystemExit) as exit_:
+            evaluate("--no-record")
+    assert exit_.value.code == 130
+    before = {path: path.stat().st_mtime_ns for path in written}
+    evaluate("--no-record")
+    assert {path: path.stat().st_mtime_ns for path in written} == before
+    assert report()["ways"] == report("whole")["ways"]
+    for way in ("raw", "self", "iterative"):
+        resumed, whole = (open_samples(Path(folder, way)).read(0, 10) for folder in ("evaluation", "whole"))
+        assert torch.equal(resumed, whole)
+    assert ITARFlowPipeline.from_pretrained("pipeline").config.evaluations is None
+
+
+def test_ways_may_be_added_later(evaluate: Run) -> None:
+    evaluate("--ways", "raw")
+    before = {path: path.stat().st_mtime_ns for path in Path("evaluation").rglob("*.safetensors")}
+    evaluate()
+    evaluate("--ways", "raw", "--output", "alone")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert list(report()["ways"]) == ["raw", "self", "iterative"]
+    assert report()["ways"]["raw"] == report("alone")["ways"]["raw"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--num-samples", 1), "--num-samples is 1; expected 2 or more"),
+        (("--batch-size", 0), "--batch-size is 0; expected 1 or more"),
+        (("--denoise-batch-size", -1), "--denoise-batch-size is -1"),
+        (("--reference", "statistics.npz"), "give either --data (real images) or --reference"),
+        (("--t-max", 0.7), "t_max: noise_level [0.7"),
+        (("--num-denoise-steps", 0), "num_denoise_steps is 0"),
+        (("--num-denoise-steps", 1, "--ways", "iterative"), "'iterative': this checkpoint, by its schedule (1 steps"),
+        (("--method", "skip", "--ways", "self"), "knows raw"),
+        (("--labels", "none", "--guidance-weight", 2), "no labels to guide by"),
+        (("--guidance-weight", -1), "Guidance weight is -1"),
+    ],
+)
+def test_evaluate_refuses_with_a_message(refused: Run, words: tuple[object, ...], message: str) -> None:
+    assert message in refused(*words)
+
+
+def test_real_images_are_needed_of_the_checkpoints_classes(refused: Run, tmp_path: Path) -> None:
+    assert "give either --data" in refused(data=None)
+    assert "is no file" in refused("--reference", "nowhere.npz", data=None)
+    others = write_photos(tmp_path / "others", ("a", "b", "c"))
+    assert "have 3 classes, but the checkpoint knows 2" in refused(data=others)
+
+
+def test_flows_of_one_level_are_cleaned_in_one_step(evaluate: Run, tmp_path: Path, capsys: Any) -> None:
+    save_checkpoint(tmp_path / "single", noise_conditioned=False)
+    evaluate(checkpoint="single")
+    assert list(report()["ways"]) == ["raw", "self"]
+    with pytest.raises(SystemExit):
+        evaluate("--ways", "iterative", "--output", "other", checkpoint="single")
+    assert "knows raw, self" in " ".join(capsys.readouterr().err.split())
+
+
+def test_images_that_are_not_finite_are_counted(evaluate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverges(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
+        return torch.where(torch.arange(len(noisy))[:, None, None, None] == 1, torch.nan, noisy)
+
+    monkeypatch.setattr("itarflow.commands.scoring.load_denoiser", lambda *_, **__: diverges)
+    printed = evaluate("--denoiser", "another")
+    assert {way: scores["broken"] for way, scores in report()["ways"].items()} == {"raw": 0, "self": 0, "iterative": 3}
+    assert "not finite" in printed
+    assert "3 samples have values that are not finite" in printed
