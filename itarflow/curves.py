@@ -28,7 +28,7 @@ def draw_curves(scores: Mapping[Cell, Scores], path: Path) -> None:
     """Draw a row of panels over each setting that has several values, with a panel for each figure.
 
     A second setting has a line for each of its values. A third one is held where the first figure, a Fréchet
-    distance, is best. A star marks the best cell of all by that figure, in the panels that hold it.
+    distance, is best. A star marks the best cell of all by a panel's figure, if it is among those in the panel.
 
     Args:
         scores: of all cells of a grid.
@@ -56,9 +56,9 @@ def draw_curves(scores: Mapping[Cell, Scores], path: Path) -> None:
         better = "higher" if name in HIGHER_IS_BETTER else "lower"
         panel.set_title(f"{title.partition(' (')[0]}, {better} is better", fontsize=10)
     first = next(iter(scores.values()))
-    figure.suptitle(
-        f"{first.samples:,} samples against {first.reference}, by {first.extractor}; star: best of all", fontsize=10
-    )
+    same = [f"{_AXES[axis]} {_text(axis, _values(scores, axis)[0])}" for axis in _AXES if axis not in over]
+    what = f"{first.samples:,} samples against {first.reference}, by {first.extractor}"
+    figure.suptitle(", ".join([what, *same]) + "; star: best of all settings", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -77,12 +77,26 @@ def _draw(panel: Axes, scores: Mapping[Cell, Scores], name: str, x: str, line: s
                    label=_text(line, value))  # fmt: skip
     if best is not None and best in scores:
         panel.plot(places[getattr(best, x)], scores[best].figures[name].value, "*", color="crimson", markersize=12)
+    values = [one.figures[name].value for one in scores.values() if name in one.figures]
+    if name not in HIGHER_IS_BETTER and values and min(values) > 0 and max(values) > 3 * min(values):
+        _make_logarithmic(panel, max(values) / min(values))  # else noisy images would leave no room for the others
     panel.set_xticks(list(places.values()), [_text(x, value) for value in places])
     panel.set_xlabel(_AXES[x], fontsize=9)
     panel.tick_params(labelsize=8)
     panel.grid(linewidth=0.3)
     if len(lines) > 1:
         panel.legend(title=_AXES[line], title_fontsize=7, fontsize=7)
+
+
+def _make_logarithmic(panel: Axes, ratio: float) -> None:
+    """The axis of values whose largest is so many times the smallest, with a few plain numbers at it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    panel.set_yscale("log")
+    numbers = (1, 2, 3, 5, 7) if ratio < 30 else (1, 3) if ratio < 1000 else (1,)
+    panel.yaxis.set_major_locator(LogLocator(subs=numbers))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
 
 
 def _third(one: str, other: str) -> str:

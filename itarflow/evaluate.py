@@ -17,7 +17,7 @@ from itarflow.codec import codec_of
 from itarflow.denoise import DenoiseScheduler
 from itarflow.extraction import extract
 from itarflow.extractors import Extractor
-from itarflow.generate import Generation, begin, generate_share
+from itarflow.generate import Generation, begin, generate_share, manifest_of
 from itarflow.metrics import Scores, score
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.processes import on_main, shared_counter
@@ -106,8 +106,9 @@ def make_all(generations: Mapping[Path, Generation], state: PartialState, consol
             for folder in generations:
                 check_writable(folder)
                 locks.enter_context(alone(folder))
+            manifests = {folder: manifest_of(generation, folder) for folder, generation in generations.items()}
             for folder, generation in generations.items():
-                missing += begin(generation, folder)
+                missing += begin(generation, folder, manifests[folder])
 
         on_main(state, first)
         total = sum(len(one.labels) * len(one.columns) for one in generations.values())

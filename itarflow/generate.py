@@ -167,36 +167,49 @@ class Generation:
         }
 
 
-def begin(generation: Generation, folder: Path) -> int:
-    """Make a folder ready for its files, or find that this is what it was begun with. For the main process alone.
+def manifest_of(generation: Generation, folder: Path) -> dict[str, Any]:
+    """What samples.json is to hold, once the folder is begun, or gone on with; nothing is written.
 
-    Ways of cleaning may be fewer or more than before: more are written beside those that are there.
-
-    Returns:
-        How many images are still to be made, counting each way of cleaning.
+    Ways of cleaning may be fewer or more than before: more are put beside those that are there.
 
     Raises:
         DataError: the folder holds images that were made otherwise, or other things.
     """
     wanted, manifest = generation.described(), folder / MANIFEST
+    if not manifest.exists():
+        if any(folder.glob("*/*.safetensors")):
+            raise DataError(f"{folder} holds files of unknown origin: {MANIFEST} is missing; choose another folder.")
+        return wanted
+    stored = _stored(manifest)
+    there, now = _by_name(stored), _by_name(wanted)
+    shared = [key for key in now if key in there or not key.startswith("cleaning ")]
+    changed = [f"{key}: {there.get(key)} there, {now[key]} now" for key in shared if there.get(key) != now[key]]
+    if changed:
+        raise DataError(
+            f"{folder} holds images that were made otherwise:\n  " + "\n  ".join(changed) + "\nChoose another folder, "
+            "run the command that began it, or delete it."
+        )
+    return {**wanted, "cleaning": {**stored["cleaning"], **wanted["cleaning"]}}
+
+
+def begin(generation: Generation, folder: Path, manifest: Mapping[str, Any] | None = None) -> int:
+    """Make a folder ready for its files, or find that this is what it was begun with. For the main process alone.
+
+    Args:
+        generation: checked.
+        folder: made if needed.
+        manifest: of `manifest_of`; None = ask it now.
+
+    Returns:
+        How many images are still to be made, counting each way of cleaning.
+
+    Raises:
+        DataError: as `manifest_of`.
+    """
+    wanted = manifest_of(generation, folder) if manifest is None else dict(manifest)
     folder.mkdir(parents=True, exist_ok=True)
-    if manifest.exists():
-        stored = _stored(manifest)
-        there, now = _by_name(stored), _by_name(wanted)
-        shared = [key for key in now if key in there or not key.startswith("cleaning ")]
-        changed = [f"{key}: {there.get(key)} there, {now[key]} now" for key in shared if there.get(key) != now[key]]
-        if changed:
-            raise DataError(
-                f"{folder} holds images that were made otherwise:\n  " + "\n  ".join(changed) + "\nChoose another "
-                "folder, run the command that began it, or delete it."
-            )
-        wanted["cleaning"] = {**stored["cleaning"], **wanted["cleaning"]}
-        if wanted != stored:
-            write_json(manifest, wanted)
-    elif any(folder.glob("*/*.safetensors")):
-        raise DataError(f"{folder} holds files of unknown origin: {MANIFEST} is missing; choose another folder.")
-    else:
-        write_json(manifest, wanted)
+    if not (folder / MANIFEST).exists() or _stored(folder / MANIFEST) != wanted:
+        write_json(folder / MANIFEST, wanted)
     missing = [(name, part) for name in generation.columns for part in generation.files]
     return sum(stop - start for name, (start, stop) in missing if not _file(folder, name, start, stop).exists())
 

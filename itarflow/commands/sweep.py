@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.codes import display_name
-from itarflow.commands.scoring import Judged, Making, device_name, figure_text, versions
+from itarflow.commands.scoring import Judged, Making, device_name, versions
 from itarflow.commands.shared import joined, say
 from itarflow.curves import draw_curves, draw_images
 from itarflow.evaluate import make_all
@@ -175,7 +175,7 @@ def table_of(scores: Mapping[Cell, Scores]) -> Table:
             table.add_section()
         figures = []
         for name in names:
-            text = figure_text(one.figures[name]) if name in one.figures else "-"
+            text = f"{one.figures[name].value:.4g}" if name in one.figures else "-"
             figures.append(f"[bold green]{text} *[/]" if best.get(name) == cell else f"{text}  ")
         table.add_row(
             plain(cell.t_max),
