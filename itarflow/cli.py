@@ -1,4 +1,4 @@
-"""The command `itarflow`: sample from checkpoints, compare, speed up, convert and explain them, and prepare images."""
+"""The command `itarflow`: sample from checkpoints, compare, measure, speed up and convert them, and prepare images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.markup import escape
 
+from itarflow.commands.bpd import Bpd
 from itarflow.commands.compare import Compare
 from itarflow.commands.convert import Convert
 from itarflow.commands.info import Info
@@ -28,6 +29,7 @@ Command = (
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Bpd, tyro.conf.subcommand("bpd")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 

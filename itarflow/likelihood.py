@@ -6,9 +6,9 @@ the image. If an image x becomes y by q(y | x), let K(y) be the sum of q(y | x')
     P(x) = E_q(y | x) [p(y) / K(y)]
 
 is a probability of x: it is that of drawing y from the flow, and then one of the x' in proportion to q(y | x'). For
-the uniform noise of one grey level K is constant, and P(x) the mass of the flow in the image's cell: the usual bits/dim.
-For Gaussian noise it is another model of the image, which asks the flow about what it was trained on. In both
-cases the mean over draws of -log2(p / K) / D is an upper bound on -log2 P(x) / D, and so, in expectation, is -log2 of
+the uniform noise of one grey level K is constant, and P(x) the mass of the flow in the image's cell, which gives the
+usual bits/dim. For Gaussian noise it is another model of images, which asks the flow about what it was trained on. In
+both cases the mean over draws of -log2(p / K) / D is an upper bound on -log2 P(x) / D, and so, in expectation, is -log2 of
 the mean of p / K over k draws (Burda et al. 2016), which falls to it as k grows.
 """
 
@@ -51,7 +51,11 @@ class Noise:
     @property
     def entropy(self) -> float:
         """Of the noise, in nats/dim: however good a flow is, its nats/dim of noisy images are no lower on average."""
-        return -math.log(LEVELS_PER_UNIT) if self.kind == "uniform" else 0.5 * (LOG_2PI + 1) + math.log(self.level or math.nan)
+        return (
+            -math.log(LEVELS_PER_UNIT)
+            if self.kind == "uniform"
+            else 0.5 * (LOG_2PI + 1) + math.log(self.level or math.nan)
+        )
 
 
 class Likelihoods(NamedTuple):
@@ -90,15 +94,15 @@ def noises_of(
     Args:
         flow: whose density is asked for.
         kind: None = both, as far as they apply: uniform noise for pixels, and Gaussian noise at levels that are given
-            or known from training. Uniform noise goes with the smallest of the levels, if the flow is conditioned on it.
+            or known from training. Uniform noise goes with the smallest level, if the flow is conditioned on it.
         levels: None = evenly spaced over the flow's noise_range, or its only one.
         count: how many, if they are evenly spaced.
         noise_range: stands in for the flow's own, if that has not recorded one.
         codes: whether the flow models a VAE's codes. Uniform noise is of grey levels, which codes have not.
 
     Raises:
-        ValueError: levels outside the flow's noise_range, not > 0, or twice; uniform noise for codes; Gaussian noise of
-            unknown level.
+        ValueError: levels outside the flow's noise_range, not > 0, or twice; uniform noise for codes; Gaussian noise
+            of unknown level.
     """
     if codes and kind == "uniform":
         raise ValueError(
@@ -146,7 +150,7 @@ def likelihoods(
 
     Args:
         flow: in float32.
-        images: (B, C, H, W) of the 256 levels k / 127.5 - 1 without variance, or codes, which are drawn as the noise is.
+        images: (B, C, H, W) of the 256 levels k / 127.5 - 1 without variance, or codes, drawn anew with the noise.
         labels: (B,), or None = all unlabelled.
         noises: see `noises_of`.
         draws: k, times that noise is drawn for each image.

@@ -81,7 +81,7 @@ def test_probabilities_of_all_images_sum_to_the_mass_of_the_flow(make_flow, nois
     found = likelihoods(normal_flow(make_flow, scale, size=1), grey(list(range(256)), size=1), None, [noise], draws=50)
     # Uniform cells end at -1 and 1; every value belongs to some image with Gaussian noise.
     expected = norm.cdf(scale) - norm.cdf(-scale) if noise.kind == "uniform" else 1.0
-    assert float((2 ** -found.bits).sum()) == pytest.approx(expected, abs=0.005)
+    assert float((2**-found.bits).sum()) == pytest.approx(expected, abs=0.005)
 
 
 def test_nats_of_noisy_images_have_their_closed_form(make_flow):
@@ -98,7 +98,9 @@ def test_the_entropy_of_noise_is_the_least_nll(make_flow):
     flow = normal_flow(make_flow, scale, size=4)
     images = Posterior(torch.zeros(50, 1, 4, 4), None)
     noise = Noise("gaussian", level)
-    assert float(likelihoods(flow, images, None, [noise], draws=50).nll.mean()) == pytest.approx(noise.entropy, abs=0.02)
+    assert float(likelihoods(flow, images, None, [noise], draws=50).nll.mean()) == pytest.approx(
+        noise.entropy, abs=0.02
+    )
     assert UNIFORM.entropy == -math.log(128)
 
 
@@ -132,7 +134,9 @@ def test_an_images_noise_depends_on_seed_number_and_draw_alone(make_flow, images
     ]
     joined = [torch.cat(columns)[[1, 2, 3, 4, 0]] for columns in zip(*parts, strict=True)]
     same(whole, Likelihoods(*joined))
-    same(likelihoods(flow, images, labels, noises[1:2], draws=2, seed=1), Likelihoods(*(part[:, 1:2] for part in whole)))
+    same(
+        likelihoods(flow, images, labels, noises[1:2], draws=2, seed=1), Likelihoods(*(part[:, 1:2] for part in whole))
+    )
     other = likelihoods(flow, images, labels, noises, draws=2, seed=2)
     assert (whole.nll - other.nll).abs().min() > 0
     first = likelihoods(flow, images, labels, noises, draws=1, seed=1)

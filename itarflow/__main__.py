@@ -1,0 +1,6 @@
+"""`python -m itarflow` is `itarflow`, so that several processes can be launched: `accelerate launch -m itarflow bpd`."""
+
+from itarflow.cli import main
+
+if __name__ == "__main__":
+    main()
