@@ -89,7 +89,7 @@ class BpdConfig:
     """Unreadable images are left out and named; stop at more than this many."""
     output: Path | None = None
     """Folder for bpd.json (means, settings and versions), images.csv (the figures of each image) and nll.png (the
-    curve over the noise levels). The same command goes on with it if it is stopped. None = the table is only printed."""
+    curve over the noise levels). The same command goes on with it if it is stopped. None = they are only printed."""
     device: str | None = None
     """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
 
@@ -352,7 +352,7 @@ def _measured(
                 draws=config.draws,
                 seed=config.seed,
                 numbers=numbers,
-                codes=work.settings["codes"],
+                bits=not work.settings["codes"],
             )
             for row, number in enumerate(numbers):
                 values = [None if part is None else part[row].tolist() for part in found]

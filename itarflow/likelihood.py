@@ -8,8 +8,8 @@ the image. If an image x becomes y by q(y | x), let K(y) be the sum of q(y | x')
 is a probability of x: it is that of drawing y from the flow, and then one of the x' in proportion to q(y | x'). For
 the uniform noise of one grey level K is constant, and P(x) the mass of the flow in the image's cell, which gives the
 usual bits/dim. For Gaussian noise it is another model of images, which asks the flow about what it was trained on. In
-both cases the mean over draws of -log2(p / K) / D is an upper bound on -log2 P(x) / D, and so, in expectation, is -log2 of
-the mean of p / K over k draws (Burda et al. 2016), which falls to it as k grows.
+both cases the mean over draws of -log2(p / K) / D is an upper bound on -log2 P(x) / D, and so, in expectation, is
+-log2 of the mean of p / K over k draws (Burda et al. 2016), which falls to it as k grows.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Likelihoods(NamedTuple):
     nll: Tensor
     """(B, P), -log p(y) / D in nats: the mean over the draws."""
     bits: Tensor | None
-    """(B, P), -log2 of the mean over the draws of p(y) / K(y), / D: bits/dim. None for codes, which have no levels."""
+    """(B, P), -log2 of the mean over the draws of p(y) / K(y), / D: bits/dim. None if not asked for."""
     bits_one_draw: Tensor | None
     """(B, P), the same with each draw by itself, and then the mean: what a single draw gives, in expectation."""
 
@@ -144,7 +144,7 @@ def likelihoods(
     draws: int = 1,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
-    codes: bool = False,
+    bits: bool = True,
 ) -> Likelihoods:
     """Likelihoods of images with noise; every draw of an image is the same for all levels.
 
@@ -156,7 +156,7 @@ def likelihoods(
         draws: k, times that noise is drawn for each image.
         seed: of the noise, with the number of the image and that of the draw, and nothing else.
         numbers: of the images; None = 0, 1, ...
-        codes: whether these are a VAE's codes, which have no bits.
+        bits: False for a VAE's codes, which have no grey levels, and where only nats are asked for.
 
     Raises:
         ValueError: draws < 1, a flow in lower precision, or as `TARFlow.log_prob`.
@@ -180,10 +180,10 @@ def likelihoods(
             else:
                 noisy = clean + (noise.level or 0.0) * eps
             log_prob[draw, :, column] = flow.log_prob(noisy, labels, noise.level).cpu().double()
-            if not codes:
+            if bits:
                 log_weight[draw, :, column] = log_prob[draw, :, column] - log_cover(noisy, noise).cpu().double()
     nll = -log_prob.mean(dim=0) / dims
-    if codes:
+    if not bits:
         return Likelihoods(nll, None, None)
     bits_a_nat = -1 / (dims * math.log(2))
     together = log_weight.logsumexp(dim=0) - math.log(draws)

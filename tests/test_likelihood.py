@@ -156,10 +156,10 @@ def test_labels_and_levels_reach_the_flow(make_flow, images):
 def test_codes_are_drawn_from_their_posterior_and_have_no_bits(make_flow, images):
     flow, noise = make_flow(), Noise("gaussian", 0.3)
     posterior = Posterior(images.mean, torch.full_like(images.mean, -1.0))
-    found = likelihoods(flow, posterior, None, [noise], codes=True)
+    found = likelihoods(flow, posterior, None, [noise], bits=False)
     assert found.bits is None
     assert found.bits_one_draw is None
-    point = likelihoods(flow, images, None, [noise], codes=True)
+    point = likelihoods(flow, images, None, [noise], bits=False)
     assert (found.nll - point.nll).abs().min() > 1e-4
 
 

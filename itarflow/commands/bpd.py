@@ -66,7 +66,8 @@ class Bpd(BpdConfig):
         for line in _meanings(report):
             say(line)
         if report.broken:
-            say(f"{len(report.broken)} images could not be read and are left out: {'; '.join(report.broken[:3])}")
+            count = _count(len(report.broken), "unreadable image")
+            say(f"{count} left out: {'; '.join(report.broken[:3])}")
         speed = report.images_per_second
         say("nothing was left to do" if speed is None else f"{speed:.3g} images/s")
         if self.output is not None:
@@ -78,7 +79,7 @@ def _table(report: Report) -> Table:
     labels = "labels of the data" if settings["labels"] != "none" else "no labels"
     where = f"{settings['data']}, {settings['split']}" + (", held out" if settings["held_out_images"] else "")
     table = Table(
-        title=f"Likelihood of {report.images:,} images ({where}), {labels}, {draws} {_draws(draws)} each, "
+        title=f"Likelihood of {_count(report.images, 'image')} ({where}), {labels}, {_count(draws, 'draw')} each, "
         f"under {settings['checkpoint']}",
         title_justify="left",
     )
@@ -96,8 +97,8 @@ def _table(report: Report) -> Table:
     return table
 
 
-def _draws(draws: int) -> str:
-    return "draw" if draws == 1 else "draws"
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _cell(mean: Mean) -> str:
@@ -122,6 +123,6 @@ def _meanings(report: Report) -> list[str]:
     if "gaussian" in kinds:
         lines.append(
             "gaussian: bits/dim if grey levels are drawn from noisy images of the flow, each pixel for itself; an "
-            "upper bound too, of which log2(527 t) are the noise's own. Not to be compared with uniform ones of others."
+            "upper bound too, of which log2(527 t) are the noise's own. Not to be compared with those of uniform."
         )
     return lines
