@@ -161,8 +161,14 @@ def run_study(
 def _reference(study: Study, extractor: Extractor, state: PartialState, console: Console | None) -> Reference:
     """Statistics of real images, as large as those that the flows make."""
     model, data = study.recipe.model, replace(study.recipe.data, split=study.reference_split)
-    size = {"image_size": model.image_size, "in_channels": model.in_channels}
-    return reference_of(data, **size, extractor=extractor, accelerator=state, console=console)
+    return reference_of(
+        data,
+        image_size=model.image_size,
+        in_channels=model.in_channels,
+        extractor=extractor,
+        accelerator=state,
+        console=console,
+    )
 
 
 def _train(recipe: Recipe, run: RunDir, state: PartialState) -> None:

@@ -149,7 +149,9 @@ def test_other_samples_are_scored_anew(
     scored = list[str]()
     real: Callable[..., Any] = studies.score_samples
     monkeypatch.setattr(
-        studies, "score_samples", lambda samples, *rest, **options: scored.append(samples.name) or real(samples, *rest, **options)
+        studies,
+        "score_samples",
+        lambda samples, *rest, **options: scored.append(samples.name) or real(samples, *rest, **options),
     )
     monkeypatch.setattr("itarflow.reference.statistics_folder", lambda: folder / "statistics")
     stored = json.loads((folder / "scores" / "itarflow" / "03.json").read_text())
