@@ -136,6 +136,7 @@ def score_samples(
     state: PartialState,
     *,
     batch_size: int = 50,
+    device: torch.device | str = "cpu",
     console: Console | None = None,
 ) -> Scores:
     """The figures of a set of samples; all processes of a launch call this, and get the same.
@@ -146,6 +147,7 @@ def score_samples(
         extractor: that made the reference, on the device of this process.
         state: of the launch.
         batch_size: images that the extractor sees at a time.
+        device: where distances between features are computed.
         console: where the main process draws a bar; None = nowhere.
     """
 
@@ -158,4 +160,4 @@ def score_samples(
     mine = -(-len(samples) // state.num_processes)
     with image_progress(console if state.is_main_process else None, f"features of {samples.name}", mine, 0) as show:
         found = extract(extractor, share(), len(samples), count=show)
-    return score(found, reference, extractor, broken=len(samples.broken))
+    return score(found, reference, extractor, broken=len(samples.broken), device=device)

@@ -134,7 +134,9 @@ def run_study(
             scores[name][way] = _kept(
                 folder / "scores" / name / f"{way}.json",
                 {"samples": made, "reference": asdict(reference.origin)},
-                lambda samples=samples: score_samples(samples, reference, extractor, state, console=console),  # type: ignore[misc]
+                lambda samples=samples: score_samples(
+                    samples, reference, extractor, state, device=device, console=console
+                ),  # type: ignore[misc]
                 state,
             )
     real = _real_images(study)
@@ -142,7 +144,7 @@ def run_study(
         RAW: _kept(
             folder / "scores" / "real.json",
             {"split": real.name, "count": len(real), "reference": asdict(reference.origin)},
-            lambda: score_samples(real, reference, extractor, state, console=console),
+            lambda: score_samples(real, reference, extractor, state, device=device, console=console),
             state,
         )
     }

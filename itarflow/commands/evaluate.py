@@ -134,7 +134,7 @@ class Evaluate:
         start = time.monotonic()
         for name in generation.columns:
             samples = open_samples(self.output / name)
-            scores[name] = score_samples(samples, reference, extractor, state, console=console)
+            scores[name] = score_samples(samples, reference, extractor, state, device=device, console=console)
         extracting = time.monotonic() - start
         if state.is_main_process:
             speed = {
