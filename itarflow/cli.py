@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from itarflow.commands.compare import Compare
 from itarflow.commands.convert import Convert
+from itarflow.commands.diagnose import Diagnose
 from itarflow.commands.info import Info
 from itarflow.commands.plot import Plot
 from itarflow.commands.prepare import Prepare
@@ -28,6 +29,7 @@ Command = (
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 

@@ -98,8 +98,8 @@ MEASURES = (
     Measure(
         "flat",
         "background contrast",
-        "median over the cells of the border of their standard deviation (root mean square over the channels), in grey "
-        "levels",
+        "median over the cells of the border of their standard deviation (root mean square over the channels), in "
+        "grey levels",
         background_contrast,
     ),
     Measure(

@@ -43,8 +43,10 @@ class Onset:
     """The interval in which `token` lies with 95 % confidence, by resampling the images."""
     order: Literal["raster", "reverse"]
     """raster = blurred from there to the end; reverse = from there back to the first token."""
-    ratio: float
-    """Energy of fine structure in the blurred tokens, relative to real images and to the other tokens; < 1."""
+    blurred: float
+    """Energy of fine structure in the blurred tokens, relative to real images: < 1."""
+    others: float
+    """The same of the other tokens."""
 
 
 def normal_detail(energy: Tensor) -> Normal:
@@ -78,7 +80,8 @@ def find_onset(energy: Tensor, normal: Normal, generator: torch.Generator) -> On
     """Where blur begins in images that have it in common, or None if no place stands out.
 
     The rule: the mean of the images' curves is split by the two-level fit. The strength of that fit must exceed
-    `normal.limit` / sqrt(n), which the mean of n real images does in 5 of 100 cases.
+    `normal.limit` / sqrt(n), which the mean of n real images does in 5 of 100 cases, and the lower level must be below
+    0, that of real images: where there is too much detail elsewhere, the rest is not blurred.
 
     Args:
         energy: fine energy (n, N) of the images, n >= 1.
@@ -86,19 +89,22 @@ def find_onset(energy: Tensor, normal: Normal, generator: torch.Generator) -> On
         generator: resamples the images for the interval.
     """
     curves = (energy - normal.mean) / normal.std
-    first, strength = (float(value) for value in level_change(curves.mean(dim=0, keepdim=True)))
+    mean = curves.mean(dim=0)
+    first, strength = (float(value) for value in level_change(mean[None]))
     if abs(strength) <= normal.limit / math.sqrt(len(curves)):
         return None
     falls, split = strength > 0, int(first)
+    if float((mean[split:] if falls else mean[:split]).mean()) >= 0:
+        return None
     draws = torch.randint(len(curves), (RESAMPLES, len(curves)), generator=generator)
     weights = torch.zeros(RESAMPLES, len(curves)).scatter_add_(1, draws, torch.ones(draws.shape)) / len(curves)
     strengths = _strengths(weights @ curves) * (1 if falls else -1)
     low, high = (int(strengths.argmax(dim=1).float().quantile(q, interpolation="nearest")) + 1 for q in (0.025, 0.975))
-    change = (energy - normal.mean).mean(dim=0)
-    step = float(change[split:].mean() - change[:split].mean())
+    ratios = (energy - normal.mean).mean(dim=0)
+    before, after = 2.0 ** float(ratios[:split].mean()), 2.0 ** float(ratios[split:].mean())
     if falls:
-        return Onset(split, low, high, "raster", 2.0**step)
-    return Onset(split - 1, low - 1, high - 1, "reverse", 2.0**-step)
+        return Onset(split, low, high, "raster", after, before)
+    return Onset(split - 1, low - 1, high - 1, "reverse", before, after)
 
 
 def _strengths(curves: Tensor) -> Tensor:
