@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import datasets
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from datasets.utils.file_utils import xopen
 from PIL import Image, UnidentifiedImageError
@@ -163,6 +165,24 @@ class ImageDataset(Dataset[Example]):
         result._rows = self._rows.keeping(windows * rows)
         return result
 
+    def fingerprint(self) -> str:
+        """SHA-256 of all that the set depends on: the same as long as that was not changed. No image is read.
+
+        Of image files these are paths, sizes and times of change; of parquet files that are read in place the same
+        (their ETags elsewhere); of what `datasets` holds its own fingerprint; besides, the decoder and the rows.
+        """
+        digest = hashlib.sha256(repr(self._decoder).encode())
+        digest.update(self._indices.numpy().tobytes())
+        if isinstance(self._rows, ParquetRows):
+            states = self._rows.states()
+        else:
+            digest.update(self._rows._fingerprint.encode())
+            paths = _paths(self._rows, self._decoder.columns[0])
+            states = (_state(path) for path in paths)
+        for state in states:
+            digest.update(state.encode())
+        return digest.hexdigest()
+
     def __getitem__(self, index: int) -> Example:
         """Example at `index` in 0..N-1.
 
@@ -222,6 +242,24 @@ class ImageDataset(Dataset[Example]):
             value = values.get(self._decoder.columns[0])
             name = (value.get("path") if isinstance(value, dict) else None) or f"row {row}"
             return f"{name}: {str(error) or type(error).__name__}"
+
+
+def _paths(rows: datasets.Dataset, column: str) -> Iterator[str]:
+    """Paths of the images that are files of their own."""
+    if not isinstance(rows.features[column], datasets.Image):
+        return
+    for chunk in rows.with_format("arrow")[:][column].chunks:
+        outside = pc.is_null(pc.struct_field(chunk, "bytes"))
+        yield from filter(None, pc.struct_field(chunk, "path").filter(outside).to_pylist())
+
+
+def _state(path: str) -> str:
+    """Path, size and time of change of a file; of one that is missing, or in an archive, its path."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return f"{path}\n"
+    return f"{path} {found.st_size} {found.st_mtime_ns}\n"
 
 
 def _encoded(value: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,31 +20,18 @@ from torch import Tensor
 
 from itarflow.calls import to_pil
 from itarflow.codec import to_pixels
-from itarflow.dataset import ImageDataset
 from itarflow.diagrams import Detail, draw_detail, draw_spectra
-from itarflow.failures import (
-    MEASURES,
-    SMALLEST,
-    Measure,
-    check_patch,
-    default_patch,
-    fine_energy,
-    spectrum,
-    threshold,
-)
+from itarflow.extractors import Extractor
+from itarflow.failures import MEASURES, SMALLEST, Measure, check_patch, default_patch, threshold
+from itarflow.measured import KINDS, Measured, measure
 from itarflow.onset import Normal, Onset, find_onset, normal_detail
 from itarflow.plot import blank_figure
 from itarflow.progress import captioned_grid, image_progress
 from itarflow.proportions import Difference, Rate, difference, rate
 from itarflow.run import check_writable
-from itarflow.samples import Samples, batches
+from itarflow.samples import Samples
+from itarflow.without import Without, distances_without, real_moments
 
-KINDS: Mapping[str, tuple[str, ...]] = {
-    **{measure.name: (measure.name,) for measure in MEASURES},
-    "collapsed": ("black", "flat"),
-    "any": tuple(measure.name for measure in MEASURES),
-}
-"""Kinds of failures, and the measures of which one at least must be too low."""
 REFERENCE = "reference"
 """The name of the real images in files."""
 MOST_CELLS = 1024
@@ -52,57 +39,6 @@ MOST_CELLS = 1024
 FEW_SAMPLES, FEW_BEYOND = 100, 10
 """Fewer samples, or fewer real images beyond a threshold, and a warning is given."""
 SHEET_COLUMNS = 8
-
-
-@dataclass(frozen=True)
-class RealImages:
-    """So many images from all over a data set, as `Samples`."""
-
-    name: str
-    dataset: ImageDataset
-    count: int
-    labels: None = None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
-        channels, height, width = self.dataset[0].image.shape
-        return channels, height, width
-
-    @property
-    def broken(self) -> Tensor:
-        """None of them: the data set replaces unreadable images."""
-        return torch.zeros(0, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return min(self.count, len(self.dataset))
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """uint8 (stop - start, C, H, W)."""
-        numbers = (index * len(self.dataset) // len(self) for index in range(start, stop))
-        return torch.stack([self.dataset[number].image for number in numbers])
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What has been measured of the images of a set that are not broken."""
-
-    numbers: Tensor
-    """(n,) int64: which they are."""
-    values: Mapping[str, Tensor]
-    """(n,) by the names of the measures."""
-    energy: Tensor
-    """(n, N) `fine_energy`, token by token in raster order."""
-    spectrum: Tensor
-    """(S - 1,) mean over the images."""
-
-    def below(self, thresholds: Mapping[str, float | None], kind: str) -> Tensor:
-        """Which images fail so, (n,) bool; what has no threshold fails nobody."""
-        fails = torch.zeros(len(self.numbers), dtype=torch.bool)
-        for name in KINDS[kind]:
-            if (limit := thresholds[name]) is not None:
-                fails |= self.values[name] < limit
-        return fails
 
 
 @dataclass(frozen=True)
@@ -133,6 +69,8 @@ class Findings:
     detail: list[list[float]]
     """Energy of fine structure relative to real images, geometric mean of the images, by row and column of tokens."""
     spectrum: list[float]
+    distances: Without | None
+    """Of all images and of those without any failure; None = not asked for, or nearly all fail."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +95,7 @@ def diagnose(
     output: Path,
     nominal_rate: float = 0.01,
     patch_size: int | None = None,
+    extractor: Extractor | None = None,
     worst: int = 24,
     batch_size: int = 64,
     seed: int = 0,
@@ -176,9 +115,11 @@ def diagnose(
         nominal_rate: share of real images that each measure counts as failed.
         patch_size: side in pixels of the cells in which detail is compared, the patch size of the flow for instance,
             so that they are its tokens. None = at most 8 x 8 cells.
+        extractor: makes the features for the Fréchet distance without the failures; None = it is left out.
         worst: images in each contact sheet.
         batch_size: images that are read and measured at a time.
-        seed: of the resampling that gives the interval of where blur begins.
+        seed: of what is drawn at random: the resampling that gives the interval of where blur begins, and as many
+            samples as do not fail.
         console: where to show progress; None = nowhere.
 
     Raises:
@@ -197,12 +138,13 @@ def diagnose(
     with image_progress(console, "measuring", total, 0) as count:
         real = measure(reference, patch, batch_size, count)
         measured = {name: measure(given, patch, batch_size, count) for name, given in samples.items()}
-    setting, checking = _every_other(real, 0), _every_other(real, 1)
+    setting, checking = real.every_other(0), real.every_other(1)
     thresholds = {part.name: _threshold(part, setting.values[part.name], nominal_rate) for part in MEASURES}
-    real_rates = _rates(checking, thresholds)
+    real_rates = checking.rates(thresholds)
     normal = normal_detail(setting.energy)
+    distances = _distances(samples, reference, measured, thresholds, extractor, batch_size, seed, console)
     findings = {
-        name: _findings(samples[name], found, thresholds, real_rates, normal, torch.Generator().manual_seed(seed))
+        name: _findings(samples[name], found, thresholds, real_rates, normal, seed, distances[name])
         for name, found in measured.items()
     }
     first, *others = findings
@@ -220,7 +162,7 @@ def diagnose(
         reference={
             "images": len(real.numbers),
             "failures": real_rates,
-            "medians": _medians(real),
+            "medians": real.medians(),
             "spectrum": real.spectrum.tolist(),
         },
         samples=findings,
@@ -254,36 +196,6 @@ def diagnose(
         output / "detail.png",
     )
     return diagnosis
-
-
-def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int], None]) -> Measured:
-    """Measure all images of a set that are not broken, batch by batch.
-
-    Args:
-        pictures: the set.
-        patch: side of the cells of `fine_energy`.
-        batch_size: images at a time.
-        count: called with the number of images done.
-
-    Raises:
-        ValueError: all images are broken.
-    """
-    whole = torch.ones(len(pictures), dtype=torch.bool)
-    whole[pictures.broken] = False
-    if not whole.any():
-        raise ValueError(f"all {len(pictures)} images of {pictures.name} are broken; there is nothing to measure.")
-    values: dict[str, list[Tensor]] = {part.name: [] for part in MEASURES}
-    energy, power, start = [], torch.zeros(()), 0
-    for images in batches(pictures, batch_size):
-        kept = images[whole[start : start + len(images)]]
-        start += len(images)
-        for part in MEASURES:
-            values[part.name].append(part.measure(kept))
-        energy.append(fine_energy(kept, patch).flatten(1))
-        power = power + spectrum(kept).sum(dim=0)
-        count(len(images))
-    joined = {name: torch.cat(parts) for name, parts in values.items()}
-    return Measured(whole.nonzero().flatten(), joined, torch.cat(energy), power / int(whole.sum()))
 
 
 # -- what is decided --------------------------------------------------------------------------------------------
@@ -364,28 +276,16 @@ def _threshold(part: Measure, values: Tensor, share: float) -> float | None:
     return None
 
 
-def _every_other(measured: Measured, first: int) -> Measured:
-    half = slice(first, None, 2)
-    values = {name: value[half] for name, value in measured.values.items()}
-    return Measured(measured.numbers[half], values, measured.energy[half], measured.spectrum)
-
-
-def _rates(measured: Measured, thresholds: Mapping[str, float | None]) -> dict[str, Rate]:
-    return {kind: rate(int(measured.below(thresholds, kind).sum()), len(measured.numbers)) for kind in KINDS}
-
-
-def _medians(measured: Measured) -> dict[str, float]:
-    return {name: float(value.median()) for name, value in measured.values.items()}
-
-
 def _findings(
     pictures: Samples,
     measured: Measured,
     thresholds: Mapping[str, float | None],
     real: Mapping[str, Rate],
     normal: Normal,
-    generator: torch.Generator,
+    seed: int,
+    distances: Without | None,
 ) -> Findings:
+    generator = torch.Generator().manual_seed(seed)
     side = math.isqrt(measured.energy.shape[1])
     blurred = measured.energy[measured.below(thresholds, "blurred")]
     ratio = (measured.energy.mean(dim=0) - normal.mean).exp2()
@@ -393,14 +293,45 @@ def _findings(
         images=len(pictures),
         broken=rate(len(pictures.broken), len(pictures)),
         failures={
-            kind: Found(found, difference(found, real[kind])) for kind, found in _rates(measured, thresholds).items()
+            kind: Found(found, difference(found, real[kind])) for kind, found in measured.rates(thresholds).items()
         },
-        medians=_medians(measured),
+        medians=measured.medians(),
         onset=find_onset(measured.energy, normal, generator),
         onset_of_blurred=find_onset(blurred, normal, generator) if len(blurred) > 1 else None,
         detail=ratio.view(side, side).tolist(),
         spectrum=measured.spectrum.tolist(),
+        distances=distances,
     )
+
+
+def _distances(
+    samples: Mapping[str, Samples],
+    reference: Samples,
+    measured: Mapping[str, Measured],
+    thresholds: Mapping[str, float | None],
+    extractor: Extractor | None,
+    batch_size: int,
+    seed: int,
+    console: Console | None,
+) -> dict[str, Without | None]:
+    if extractor is None:
+        return dict.fromkeys(samples)
+    total = len(reference) + sum(map(len, samples.values()))
+    with image_progress(console, f"features by {extractor.name}", total, 0) as count:
+        real = real_moments(extractor, reference, batch_size, count)
+        return {
+            name: distances_without(
+                extractor,
+                samples[name],
+                found.numbers,
+                found.below(thresholds, "any"),
+                real,
+                batch_size,
+                torch.Generator().manual_seed(seed),
+                count,
+            )
+            for name, found in measured.items()
+        }
 
 
 def _numbers(pictures: Samples, measured: Measured, thresholds: Mapping[str, float | None]) -> dict[str, list[int]]:

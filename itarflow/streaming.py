@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any, TypeVar
 
@@ -107,6 +107,14 @@ class ParquetRows:
         """How many row groups are in memory now, and how many rows they have."""
         tables = [group for group in self._groups.values() if isinstance(group, pa.Table)]
         return len(tables), sum(table.num_rows for table in tables)
+
+    def states(self) -> Iterator[str]:
+        """Of each file its address, size and time of change, or ETag; then the rows: equal as long as all is."""
+        for file in self._files:
+            system, path = fsspec.core.url_to_fs(file)
+            info = system.info(path)
+            yield f"{file} {[info.get(key) for key in ('size', 'mtime', 'blob_id', 'ETag')]}\n"
+        yield f"{self._pieces.tolist()}\n"
 
     def select(self, rows: range) -> ParquetRows:
         """The consecutive rows start..stop-1 of this table."""

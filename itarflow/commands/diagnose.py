@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.shared import say
+from itarflow.commands.shared import say, usable_device
 from itarflow.data import DataConfig, load_data
-from itarflow.diagnose import KINDS, Diagnosis, RealImages, diagnose
+from itarflow.diagnose import Diagnosis, diagnose
+from itarflow.extractors import load_extractor
 from itarflow.images import Crop
+from itarflow.measured import KINDS, RealImages
 from itarflow.onset import Onset
 from itarflow.proportions import Difference, Rate
 from itarflow.run import check_writable
@@ -54,12 +56,19 @@ class Diagnose:
     patch_size: int | None = None
     """Side in pixels of the cells in which detail is compared: that of the flow's patches, for its tokens. None = at
     most 8 x 8 cells."""
+    extractor: str | None = None
+    """Also give the Fréchet distance to the real images with and without those that fail, by the features of this
+    network: inception-v3-compat for FID, or another one that `itarflow evaluate` knows. None = leave it out."""
+    features: Path | None = None
+    """Local file with the extractor's weights. None = those of its package, which may be downloaded."""
     worst: int = 24
     """Images in each contact sheet."""
     batch_size: int = 64
     """Images that are read and measured at a time."""
     seed: int = 0
-    """Of what is drawn at random: the resampling for the interval of where blur begins."""
+    """Of what is drawn at random: the resampling for the interval of where blur begins, and subsets."""
+    device: str | None = None
+    """Where the extractor computes, such as cuda or cpu. None = a GPU if there is one."""
 
     def run(self) -> None:
         """Carry the command out."""
@@ -73,12 +82,16 @@ class Diagnose:
         channels, _, width = next(iter(samples.values())).image_shape
         config = DataConfig(path=self.reference, split=self.split, held_out_images=0, crop=self.crop)
         real = load_data(config, image_size=width, in_channels=channels).train
+        extractor = None
+        if self.extractor is not None:
+            extractor = load_extractor(self.extractor, self.features, usable_device(self.device))
         diagnosis = diagnose(
             samples,
             RealImages(self.reference, real, self.reference_images),
             output=self.output,
             nominal_rate=self.nominal_rate,
             patch_size=self.patch_size,
+            extractor=extractor,
             worst=self.worst,
             batch_size=self.batch_size,
             seed=self.seed,
@@ -146,6 +159,12 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
     for name, findings in diagnosis.samples.items():
         lines.append(f"{name}: blur of all images {_onset(findings.onset)}; of the blurred ones "
                      f"{_onset(findings.onset_of_blurred)}.")  # fmt: skip
+        if (apart := findings.distances) is not None:
+            lines.append(
+                f"{name}: {apart.title} {apart.distance:.2f} of {apart.images:,} images; {apart.without:.2f} of the "
+                f"{apart.kept:,} that do not fail, {apart.as_many:.2f} of as many drawn at random. Only distances of "
+                f"as many images compare."
+            )
     first = next(iter(diagnosis.samples))
     for name, kinds in diagnosis.differences.items():
         told = ", ".join(f"{_TITLES[kind].partition(':')[0]} {_difference(value)}" for kind, value in kinds.items())

@@ -1,0 +1,352 @@
+"""What samples are compared with: features of real images, computed once for a data set and a crop, and kept.
+
+A file of statistics is named after a fingerprint of all that they depend on, so that none is ever taken for another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from huggingface_hub import constants
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from itarflow.batches import in_order
+from itarflow.codes import display_name
+from itarflow.data import DataConfig, load_data
+from itarflow.extraction import Extracted, extract
+from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
+from itarflow.images import Crop
+from itarflow.moments import Moments
+from itarflow.processes import main_first, on_main
+from itarflow.progress import image_progress
+from itarflow.shards import atomically
+
+KEPT_IMAGES = 10_000
+"""Real images whose features are kept, for kernel distances, precision and recall: as many as ADM's files hold."""
+
+_KEY = "itarflow_reference"  # of the metadata in a file of statistics
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What statistics were made of.
+
+    Attributes:
+        source: the images, for people: "cifar10, split train", or the name of a file.
+        extractor: its name.
+        identity: the extractor's; "" of an .npz file, which only says by its numbers that it is of Inception.
+        image_size: height and width of the images in pixels; None = the file doesn't tell.
+        crop: how they became square; None = the file doesn't tell.
+        count: number of images; None = the file doesn't tell.
+        broken: "name: reason" of each image that could not be read, and was replaced by its neighbour.
+    """
+
+    source: str
+    extractor: str
+    identity: str
+    image_size: int | None
+    crop: Crop | None
+    count: int | None
+    broken: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real images.
+
+    Attributes:
+        origin: what they were made of.
+        pool: moments of the pooled features.
+        spatial: moments of those that sFID is taken of, or None.
+        features: (K, F) float32 pooled features of some images, evenly spaced, or None.
+    """
+
+    origin: Origin
+    pool: Moments
+    spatial: Moments | None = None
+    features: Tensor | None = None
+
+
+def statistics_folder() -> Path:
+    """Where statistics are kept unless one says otherwise: beside the caches of Hugging Face."""
+    return Path(constants.HF_HOME, "itarflow", "statistics")
+
+
+def reference_of(
+    data: DataConfig,
+    *,
+    image_size: int,
+    in_channels: int,
+    extractor: Extractor,
+    accelerator: Accelerator,
+    keep: int = KEPT_IMAGES,
+    batch_size: int = 50,
+    cache: Path | None = None,
+    console: Console | None = None,
+) -> Reference:
+    """Statistics of all images of `data.split`, unmirrored; from the cache if they have been computed before.
+
+    Every process calls this, computes its share, and gets the same.
+
+    The fingerprint covers the images (see `ImageDataset.fingerprint`), their size, channels and crop, the extractor,
+    and `keep`; it does not cover versions of Pillow.
+
+    Args:
+        data: where the images are; what it says of held-out images is not used.
+        image_size: height and width of the images in pixels.
+        in_channels: 3 for RGB, 1 for grey.
+        extractor: on the device of this process.
+        accelerator: of the launch.
+        keep: of how many evenly spaced images to keep the features.
+        batch_size: images at a time in each process.
+        cache: folder for statistics; None = `statistics_folder()`.
+        console: for a line of progress; None = none.
+
+    Raises:
+        DataError: the data cannot be used; of several processes as a RunError.
+        OSError: the cache cannot be written.
+    """
+    whole = replace(data, held_out_split=None, held_out_images=0, horizontal_flip=False, in_memory=False)
+    images = main_first(accelerator, lambda: load_data(whole, image_size=image_size, in_channels=in_channels).train)
+    origin = Origin(
+        f"{display_name(str(data.path))}, split {data.split}",
+        extractor.name,
+        extractor.identity,
+        image_size,
+        data.crop,
+        len(images),
+    )
+
+    share = {"num_processes": accelerator.num_processes, "process_index": accelerator.process_index}
+    broken: list[str] = []
+
+    def batches() -> Iterator[Tensor]:
+        for batch in in_order(images, batch_size, data.num_workers, **share):
+            broken.extend(batch.broken)
+            yield batch.images
+
+    def compute() -> Reference:
+        found = _extract(extractor, batches(), len(images), keep, batch_size, accelerator, console)
+        names = tuple(sorted(set(gather_object(broken))))
+        return Reference(
+            replace(origin, broken=names),
+            found.pool.moments(),
+            None if found.spatial is None else found.spatial.moments(),
+            found.kept.pool,
+        )
+
+    fingerprint = _from_main(accelerator, lambda: _hash(asdict(origin), in_channels, keep, images.fingerprint()))
+    return _cached(cache or statistics_folder(), fingerprint, accelerator, compute)
+
+
+def read_reference(
+    path: Path,
+    *,
+    extractor: Extractor,
+    image_size: int,
+    crop: Crop,
+    accelerator: Accelerator,
+    keep: int = KEPT_IMAGES,
+    batch_size: int = 50,
+    cache: Path | None = None,
+    console: Console | None = None,
+) -> Reference:
+    """Statistics from a file: one that `reference_of` has kept, or an .npz file such as ADM's.
+
+    An .npz file holds arr_0, uint8 images (N, H, W, C), or mu and sigma of Inception's pooled features and mu_s and
+    sigma_s of its spatial ones, or both. With the published Inception the moments are taken as they are, and arr_0
+    gives the features to keep, which are cached; with any other extractor all comes from arr_0.
+
+    Args:
+        path: the file, whose name ends in .safetensors or .npz.
+        extractor: on the device of this process.
+        image_size: height and width of the samples in pixels.
+        crop: how the real images of the samples' model became square. An .npz file doesn't tell its own.
+        accelerator: of the launch; every process calls this, and gets the same.
+        keep: of how many evenly spaced images of arr_0 to keep the features.
+        batch_size: images at a time in each process.
+        cache: folder for the features of arr_0; None = `statistics_folder()`.
+        console: for a line of progress; None = none.
+
+    Raises:
+        OSError: there is no such file, or the cache cannot be written.
+        ValueError: it is damaged, or of another size, crop or extractor; both are named.
+    """
+    if not path.is_file():
+        raise OSError(f"{path} is no file; expected statistics of real images (.safetensors, or ADM's .npz).")
+    if path.suffix == ".safetensors":
+        reference = _read(path)
+        _check(path, reference.origin, extractor, image_size, crop)
+        return reference
+    arrays = _arrays(path)
+    shape, dtype = arrays.get("arr_0", ((0, image_size, image_size, 3), np.dtype(np.uint8)))
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
+        raise ValueError(f"{path} holds arr_0 of {dtype} {shape}; expected uint8 images (N, H, W, 3).")
+    if shape[1:3] != (image_size, image_size):
+        raise ValueError(
+            f"{path} holds images of {shape[2]} x {shape[1]} pixels, but the samples have {image_size} x {image_size};"
+            " use statistics of that size."
+        )
+    has_moments = extractor.name == INCEPTION and {"mu", "sigma"} <= arrays.keys()
+    if not has_moments and "arr_0" not in arrays:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}, and no images (arr_0) from which to compute the "
+            f"statistics of {extractor.name}; expected arr_0, or with {INCEPTION} mu and sigma."
+        )
+    known = image_size if "arr_0" in arrays else None
+    origin = Origin(path.name, extractor.name, extractor.identity, known, None, None if has_moments else shape[0])
+
+    def compute() -> Reference:
+        images = _load_array(path, "arr_0")
+        starts = range(accelerator.process_index * batch_size, len(images), accelerator.num_processes * batch_size)
+        share = (torch.from_numpy(images[at : at + batch_size]).permute(0, 3, 1, 2) for at in starts)
+        found = _extract(extractor, share, len(images), keep, batch_size, accelerator, console)
+        if has_moments:
+            return replace(_moments_of(path, arrays, origin), features=found.kept.pool)
+        spatial = None if found.spatial is None else found.spatial.moments()
+        return Reference(origin, found.pool.moments(), spatial, found.kept.pool)
+
+    if "arr_0" not in arrays:
+        return _moments_of(path, arrays, origin)
+    state = path.stat()
+    file = [str(path.resolve()), state.st_size, state.st_mtime_ns]
+    fingerprint = _from_main(accelerator, lambda: _hash(asdict(origin), keep, file))
+    return _cached(cache or statistics_folder(), fingerprint, accelerator, compute)
+
+
+def _extract(
+    extractor: Extractor,
+    share: Iterable[Tensor],
+    total: int,
+    keep: int,
+    batch_size: int,
+    accelerator: Accelerator,
+    console: Console | None,
+) -> Extracted:
+    """Of batches that are dealt to the processes in turn."""
+    shown = console if accelerator.is_main_process else None
+
+    def numbered() -> Iterator[tuple[Tensor, Tensor]]:
+        for number, images in enumerate(share):
+            start = (number * accelerator.num_processes + accelerator.process_index) * batch_size
+            yield torch.arange(start, start + len(images)), images
+
+    with image_progress(shown, "real images", -(-total // accelerator.num_processes), 0) as show:
+        return extract(extractor, numbered(), total, keep=keep, count=show)
+
+
+def _check(path: Path, origin: Origin, extractor: Extractor, image_size: int, crop: Crop) -> None:
+    for what, stored, wanted in (
+        ("extractor", origin.extractor, extractor.name),
+        ("extractor's weights", origin.identity, extractor.identity),
+        ("image_size", origin.image_size, image_size),
+        ("crop", origin.crop, crop),
+    ):
+        if stored != wanted:
+            raise ValueError(
+                f"{path} was made of {origin.source} with {what} {stored}, but {wanted} is wanted; the figures would "
+                "mean nothing. Compute statistics of the data set anew."
+            )
+
+
+def _cached(folder: Path, fingerprint: str, accelerator: Accelerator, compute: Callable[[], Reference]) -> Reference:
+    """What the folder holds under this fingerprint; else what all processes compute, and the main one keeps."""
+    path = folder / f"{fingerprint[:32]}.safetensors"
+    found: Reference | None = _from_main(accelerator, lambda: _read(path) if path.exists() else None)
+    if found is not None:
+        return found
+    on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))  # refused now, not after the work
+    reference = compute()
+    on_main(accelerator, lambda: _write(reference, path))
+    return reference
+
+
+def _from_main(accelerator: Accelerator, make: Callable[[], Any]) -> Any:
+    """What the main process makes, on all of them."""
+    made: list[Any] = [None]
+
+    def act() -> None:
+        made[0] = make()
+
+    on_main(accelerator, act)
+    return broadcast_object_list(made)[0]
+
+
+def _hash(*values: Any) -> str:
+    return hashlib.sha256(json.dumps([_VERSION, *values]).encode()).hexdigest()
+
+
+def _write(reference: Reference, path: Path) -> None:
+    tensors = {"mean": reference.pool.mean, "covariance": reference.pool.covariance}
+    if reference.spatial is not None:
+        tensors |= {"spatial_mean": reference.spatial.mean, "spatial_covariance": reference.spatial.covariance}
+    if reference.features is not None:
+        tensors["features"] = reference.features
+    with atomically(path) as partial:
+        save_file(tensors, partial, {_KEY: json.dumps(asdict(reference.origin))})
+
+
+def _read(path: Path) -> Reference:
+    try:
+        with safe_open(path, "pt") as file:
+            origin = json.loads(file.metadata()[_KEY])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        return Reference(
+            Origin(**origin | {"broken": tuple(origin["broken"])}),
+            Moments(tensors["mean"], tensors["covariance"]),
+            Moments(tensors["spatial_mean"], tensors["spatial_covariance"]) if "spatial_mean" in tensors else None,
+            tensors.get("features"),
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no statistics of real images, or is damaged ({error!r}); delete it, and they are computed "
+            "anew."
+        ) from error
+
+
+def _moments_of(path: Path, shapes: Mapping[str, Any], origin: Origin) -> Reference:
+    """Those that an .npz file holds, of Inception."""
+
+    def read(mean: str, covariance: str, count: int) -> Moments:
+        for name, wanted in ((mean, (count,)), (covariance, (count, count))):
+            if shapes[name][0] != wanted:
+                raise ValueError(f"{path} holds {name} of shape {shapes[name][0]}; expected {wanted}.")
+        return Moments(*(torch.from_numpy(_load_array(path, name).astype(np.float64)) for name in (mean, covariance)))
+
+    spatial = read("mu_s", "sigma_s", SPATIAL_FEATURES) if {"mu_s", "sigma_s"} <= shapes.keys() else None
+    return Reference(origin, read("mu", "sigma", POOL_FEATURES), spatial)
+
+
+def _arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and type of each array of an .npz file; the images, gigabytes perhaps, are not read."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {}
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    first = np.lib.format.read_magic(file) == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                found[name.removesuffix(".npy")] = (shape, dtype)
+            return found
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{path} is no readable .npz file: {error}; download it again.") from error
+
+
+def _load_array(path: Path, name: str) -> np.ndarray:
+    with np.load(path, allow_pickle=False) as file:
+        return file[name]
