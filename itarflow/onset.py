@@ -16,6 +16,8 @@ from torch import Tensor
 
 FALSE_ALARMS = 0.05
 """Share of real images, or of groups of them, in which a beginning is found though there is none."""
+STEP = 2.0
+"""Least factor between the fine energy, relative to real images, of other tokens and blurred ones."""
 RESAMPLES = 200
 """Of the images, for the interval."""
 
@@ -44,7 +46,7 @@ class Onset:
     order: Literal["raster", "reverse"]
     """raster = blurred from there to the end; reverse = from there back to the first token."""
     blurred: float
-    """Energy of fine structure in the blurred tokens, relative to real images: < 1."""
+    """Energy of fine structure in the blurred tokens, relative to real images: < 1, and < others / 2."""
     others: float
     """The same of the other tokens."""
 
@@ -80,31 +82,36 @@ def find_onset(energy: Tensor, normal: Normal, generator: torch.Generator) -> On
     """Where blur begins in images that have it in common, or None if no place stands out.
 
     The rule: the mean of the images' curves is split by the two-level fit. The strength of that fit must exceed
-    `normal.limit` / sqrt(n), which the mean of n real images does in 5 of 100 cases, and the lower level must be below
-    0, that of real images: where there is too much detail elsewhere, the rest is not blurred.
+    `normal.limit` / sqrt(n), which the mean of n real images does in 5 of 100 cases. The lower level must be below
+    that of real images, since next to too much detail the rest is not blurred, and have half the energy of the other
+    one or less, since with many images the least difference shows.
 
     Args:
         energy: fine energy (n, N) of the images, n >= 1.
         normal: of real images.
         generator: resamples the images for the interval.
     """
-    curves = (energy - normal.mean) / normal.std
-    mean = curves.mean(dim=0)
-    first, strength = (float(value) for value in level_change(mean[None]))
-    if abs(strength) <= normal.limit / math.sqrt(len(curves)):
+    relative = energy - normal.mean
+    curves, ratios = relative / normal.std, relative.mean(dim=0)
+    splits, strengths = level_change(curves.mean(dim=0, keepdim=True))
+    split, falls = int(splits), bool(strengths > 0)
+    before, after = (2.0 ** float(part.mean()) for part in (ratios[:split], ratios[split:]))
+    blurred, others = (after, before) if falls else (before, after)
+    if abs(float(strengths)) <= normal.limit / math.sqrt(len(curves)) or blurred >= 1 or others < STEP * blurred:
         return None
-    falls, split = strength > 0, int(first)
-    if float((mean[split:] if falls else mean[:split]).mean()) >= 0:
-        return None
+    low, high = _interval(curves, falls, generator)
+    if falls:
+        return Onset(split, low, high, "raster", blurred, others)
+    return Onset(split - 1, low - 1, high - 1, "reverse", blurred, others)
+
+
+def _interval(curves: Tensor, falls: bool, generator: torch.Generator) -> tuple[int, int]:
+    """Between which splits the same change lies for 95 of 100 resamplings of the curves (n, N)."""
     draws = torch.randint(len(curves), (RESAMPLES, len(curves)), generator=generator)
     weights = torch.zeros(RESAMPLES, len(curves)).scatter_add_(1, draws, torch.ones(draws.shape)) / len(curves)
-    strengths = _strengths(weights @ curves) * (1 if falls else -1)
-    low, high = (int(strengths.argmax(dim=1).float().quantile(q, interpolation="nearest")) + 1 for q in (0.025, 0.975))
-    ratios = (energy - normal.mean).mean(dim=0)
-    before, after = 2.0 ** float(ratios[:split].mean()), 2.0 ** float(ratios[split:].mean())
-    if falls:
-        return Onset(split, low, high, "raster", after, before)
-    return Onset(split - 1, low - 1, high - 1, "reverse", before, after)
+    splits = (_strengths(weights @ curves) * (1 if falls else -1)).argmax(dim=1) + 1
+    low, high = splits.float().quantile(torch.tensor([0.025, 0.975]), interpolation="nearest").int().tolist()
+    return low, high
 
 
 def _strengths(curves: Tensor) -> Tensor:
