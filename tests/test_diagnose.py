@@ -234,7 +234,7 @@ def test_the_command_shows_sets_side_by_side(tmp_path, capsys):
     words = ["--reference", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--nominal-rate", "0.1"]
     cli.main(["diagnose", *paths, *words])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "collapsed:" in printed
+    assert "black or flat" in printed
     assert "with.npz less without.npz: black background " in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["samples"]) == ["without.npz", "with.npz"]

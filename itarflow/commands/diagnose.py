@@ -122,21 +122,24 @@ def telling_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _table(diagnosis: Diagnosis) -> Table:
-    """A row for each kind of failure, a column for each set."""
-    table = Table(title="Images that fail", title_justify="left", caption_justify="left")
-    table.add_column("")
-    table.add_column("real images", justify="right")
-    for name in diagnosis.samples:
-        table.add_column(escape(name), justify="right")
-    for kind, parts in KINDS.items():
-        blind = all(diagnosis.measures[part]["threshold"] is None for part in parts)
-        cells = [_rate(diagnosis.reference["failures"][kind])]
-        for findings in diagnosis.samples.values():
-            found = findings.failures[kind]
-            cells.append(f"{_rate(found.rate)}\nexcess {_difference(found.excess)}")
-        table.add_row(_TITLES[kind], *(["can't be told"] * len(cells) if blind else cells), end_section=True)
-    cells = [f"{_rate(findings.broken)} of {findings.images:,}" for findings in diagnosis.samples.values()]
-    table.add_row("not finite", "", *cells)
+    """A row for each set and kind of failure."""
+    table = Table(title="Images that fail", title_justify="left")
+    table.add_column("images")
+    table.add_column("failure")
+    for title in ("share", "95 %", "over real", "95 %"):
+        table.add_column(title, justify="right", no_wrap=True)
+    blind = {
+        kind for kind, parts in KINDS.items() if all(diagnosis.measures[part]["threshold"] is None for part in parts)
+    }
+    for kind, found in diagnosis.reference["failures"].items():
+        name = f"{found.total:,} real ones" if kind == next(iter(KINDS)) else ""
+        table.add_row(name, _TITLES[kind], *(["can't be told"] if kind in blind else _rate(found)))
+    for name, findings in diagnosis.samples.items():
+        table.add_section()
+        table.add_row(f"{findings.images:,} of {escape(name)}", "not finite", *_rate(findings.broken))
+        for kind, failure in findings.failures.items():
+            figures = [*_rate(failure.rate), *_difference(failure.excess)]
+            table.add_row("", _TITLES[kind], *(["can't be told"] if kind in blind else figures))
     return table
 
 
@@ -144,7 +147,7 @@ _TITLES = {
     "black": "black background",
     "flat": "flat background",
     "blurred": "blurred",
-    "collapsed": "collapsed: black or flat",
+    "collapsed": "black or flat",
     "any": "any of these",
 }
 
@@ -167,17 +170,17 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
             )
     first = next(iter(diagnosis.samples))
     for name, kinds in diagnosis.differences.items():
-        told = ", ".join(f"{_TITLES[kind].partition(':')[0]} {_difference(value)}" for kind, value in kinds.items())
+        told = ", ".join(f"{_TITLES[kind]} {' '.join(_difference(value))}" for kind, value in kinds.items())
         lines.append(f"{name} less {first}: {told}.")
-    return [*lines, "In brackets: 95 % confidence."]
+    return [*lines, "Intervals are of 95 % confidence: Wilson's of shares, Newcombe's of their differences."]
 
 
-def _rate(value: Rate) -> str:
-    return f"{100 * value.value:.1f} % ({100 * value.low:.1f} to {100 * value.high:.1f})"
+def _rate(value: Rate) -> tuple[str, str]:
+    return f"{100 * value.value:.1f} %", f"({100 * value.low:.1f} to {100 * value.high:.1f})"
 
 
-def _difference(value: Difference) -> str:
-    return f"{100 * value.value:+.1f} % ({100 * value.low:+.1f} to {100 * value.high:+.1f})"
+def _difference(value: Difference) -> tuple[str, str]:
+    return f"{100 * value.value:+.1f} %", f"({100 * value.low:+.1f} to {100 * value.high:+.1f})"
 
 
 def _onset(onset: Onset | None) -> str:
