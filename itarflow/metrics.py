@@ -105,8 +105,8 @@ def precision_recall(samples: Tensor, real: Tensor, neighbours: int = _NEIGHBOUR
     numbers of images: compare at equal ones.
 
     Args:
-        samples: (N, F) features.
-        real: (M, F) features.
+        samples: (N, F) features, on any device.
+        real: (M, F) features, on the same.
         neighbours: k: the k-th nearest neighbour bounds the surroundings of an image.
 
     Raises:
@@ -174,14 +174,21 @@ class Scores:
         }
 
 
-def score(samples: Extracted, reference: Reference, extractor: Extractor, broken: int = 0) -> Scores:
-    """All figures that samples and reference allow.
+def score(
+    samples: Extracted,
+    reference: Reference,
+    extractor: Extractor,
+    broken: int = 0,
+    device: torch.device | str = "cpu",
+) -> Scores:
+    """All figures that samples and reference allow; one process computes them.
 
     Args:
         samples: of all samples, their features kept.
         reference: of the same extractor.
         extractor: that both were made by.
         broken: number of samples with values that were not finite.
+        device: where neighbours are sought; 50,000 samples among each other keep a core of a CPU busy for minutes.
 
     Raises:
         ValueError: fewer than 2 samples, another extractor, or features that are not finite.
@@ -226,7 +233,7 @@ def score(samples: Extracted, reference: Reference, extractor: Extractor, broken
         )
         if min(len(vectors), len(kept)) > _NEIGHBOURS:
             nearness = f"than that one's third nearest neighbour; {counts}, pooled features"
-            precision, recall = precision_recall(vectors, kept)
+            precision, recall = precision_recall(vectors.to(device), kept.to(device))
             figures["precision"] = Figure(
                 f"precision{of}", f"share of samples no farther from a real image {nearness}", precision
             )
@@ -253,9 +260,10 @@ def _warnings(samples: Extracted, reference: Reference, inception: bool, broken:
                 f"{count:,} {what} for {features:,} features: their covariance is singular, and the Fréchet distance "
                 "is biased upwards; compare only at equal counts, or use the kernel distance (KID)"
             )
-    if inception and features < samples.count < PUBLISHED_SAMPLES:
+    if features < samples.count < PUBLISHED_SAMPLES:
         found.append(
-            f"{samples.count:,} samples: published FIDs are of {PUBLISHED_SAMPLES:,}, and fewer give a higher one"
+            f"{samples.count:,} samples: published FIDs are of {PUBLISHED_SAMPLES:,}, and the fewer there are, the "
+            "higher is a Fréchet distance; compare only at equal counts"
         )
     if broken:
         found.append(f"{broken:,} samples have values that are not finite; they count as the pictures made of them")
@@ -280,12 +288,14 @@ def _warnings(samples: Extracted, reference: Reference, inception: bool, broken:
 def _among(points: Tensor, others: Tensor, neighbours: int) -> float:
     """Share of points (N, F) that are no farther from one of the others (M, F) than its k-th nearest neighbour is."""
     # One more, since the nearest to each is itself.
-    radii = torch.cat([_distances(rows, others).kthvalue(neighbours + 1).values for rows in others.split(_ROWS)])
-    return sum(int((_distances(rows, others) <= radii).any(dim=1).sum()) for rows in points.split(_ROWS)) / len(points)
+    radii = torch.cat([_nearest(rows, others, neighbours + 1) for rows in others.split(_ROWS)])
+    inside = [(torch.cdist(rows, others) <= radii).any(dim=1) for rows in points.split(_ROWS)]
+    return float(torch.cat(inside).float().mean())
 
 
-def _distances(rows: Tensor, others: Tensor) -> Tensor:
-    return torch.cdist(rows, others)
+def _nearest(rows: Tensor, others: Tensor, rank: int) -> Tensor:
+    """(B,) distance from each row to the one of the others that is its nearest but for rank - 1."""
+    return torch.cdist(rows, others).topk(rank, largest=False).values[:, -1]
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:

@@ -117,8 +117,8 @@ def reference_of(
         console: for a line of progress; None = none.
 
     Raises:
-        DataError: the data cannot be used; of several processes as a RunError.
-        OSError: the cache cannot be written.
+        RunError: the data cannot be used, a kept file is damaged, or the cache cannot be written.
+        DataError: too many images cannot be read.
     """
     whole = replace(data, held_out_split=None, held_out_images=0, horizontal_flip=False, in_memory=False)
     images = main_first(accelerator, lambda: load_data(whole, image_size=image_size, in_channels=in_channels).train)
@@ -183,8 +183,9 @@ def read_reference(
         console: for a line of progress; None = none.
 
     Raises:
-        OSError: there is no such file, or the cache cannot be written.
-        ValueError: it is damaged, or of another size, crop or extractor; both are named.
+        OSError: there is no such file.
+        RunError: a kept file is damaged, or the cache cannot be written.
+        ValueError: the file is damaged, or of another size, crop or extractor; both are named.
     """
     if not path.is_file():
         raise OSError(f"{path} is no file; expected statistics of real images (.safetensors, or ADM's .npz).")
