@@ -119,7 +119,7 @@ def _draw_curve(axis: Axes, detail: Detail) -> None:
         label = f"blurred {where.format(f'token {detail.onset.token}')}"
         axis.axvline(detail.onset.token, color="black", linestyle="--", linewidth=1, label=label)
     axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
     axis.set_xlabel("token in raster order", fontsize=8)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=7)

@@ -122,24 +122,24 @@ def telling_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _table(diagnosis: Diagnosis) -> Table:
-    """A row for each set and kind of failure."""
+    """A section for each set, a row for each kind of failure."""
     table = Table(title="Images that fail", title_justify="left")
-    table.add_column("images")
-    table.add_column("failure")
-    for title in ("share", "95 %", "over real", "95 %"):
-        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("", "share", "95 %", "over real", "95 %"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
     blind = {
         kind for kind, parts in KINDS.items() if all(diagnosis.measures[part]["threshold"] is None for part in parts)
     }
-    for kind, found in diagnosis.reference["failures"].items():
-        name = f"{found.total:,} real ones" if kind == next(iter(KINDS)) else ""
-        table.add_row(name, _TITLES[kind], *(["can't be told"] if kind in blind else _rate(found)))
+    real = diagnosis.reference["failures"]
+    table.add_row(f"[bold]real images[/] ({real['any'].total:,})")
+    for kind, found in real.items():
+        table.add_row(_TITLES[kind], *(["can't be told"] if kind in blind else _rate(found)))
     for name, findings in diagnosis.samples.items():
         table.add_section()
-        table.add_row(f"{findings.images:,} of {escape(name)}", "not finite", *_rate(findings.broken))
+        table.add_row(f"[bold]{escape(name)}[/] ({findings.images:,})")
+        table.add_row("not finite", *_rate(findings.broken))
         for kind, failure in findings.failures.items():
             figures = [*_rate(failure.rate), *_difference(failure.excess)]
-            table.add_row("", _TITLES[kind], *(["can't be told"] if kind in blind else figures))
+            table.add_row(_TITLES[kind], *(["can't be told"] if kind in blind else figures))
     return table
 
 
