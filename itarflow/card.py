@@ -53,6 +53,7 @@ def model_card(
     sampling: Mapping[str, Any],
     training: Mapping[str, Any] | None,
     class_names: list[str] | None,
+    evaluations: Mapping[str, str],
 ) -> ModelCard:
     """A card with metadata that the Hub reads and tables that people read.
 
@@ -61,6 +62,7 @@ def model_card(
         sampling: defaults of the pipeline.
         training: what `training.py` stores: "name", "data", "recipe" and "metrics"; None = unknown.
         class_names: names of the labels; None = unlabelled.
+        evaluations: figures of samples, by what was evaluated.
     """
     training = training or {}
     name, metrics = training.get("name", "itarflow"), training.get("metrics", {})
@@ -82,7 +84,7 @@ def model_card(
             architecture=_table(architecture),
             sampling=_table(sampling),
             training=_table(_flat(recipe)) if recipe else "Not recorded.",
-            results=_table(metrics) if metrics else "Not recorded.",
+            results=_table({**metrics, **evaluations}) if metrics or evaluations else "Not recorded.",
         )
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from itarflow.codec import Codec, Vae, check_same_codes, codec_of
 from itarflow.denoise import DenoiseScheduler, denoise, noise_levels
 from itarflow.diffusion import DiffusionDenoiser
+from itarflow.digest import weights_digest
 from itarflow.measures import Cleaned, parts
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
@@ -189,6 +190,15 @@ def clean(
         count(1)
     clean_codes = None if column.by_decoder else torch.cat(codes)
     return Cleaned(clean_codes, labels, torch.cat(images), seconds / len(noisy))
+
+
+def identity_of(denoiser: Denoiser | None) -> str | None:
+    """What a denoiser is: the digest of its weights, or of one that is neither flow nor diffusion model, its type."""
+    if isinstance(denoiser, FlowDenoiser):
+        return weights_digest(denoiser.flow.state_dict())
+    if isinstance(denoiser, DiffusionDenoiser):
+        return weights_digest(denoiser.model.state_dict())
+    return None if denoiser is None else type(denoiser).__name__
 
 
 def settings_of(scheduler: DenoiseScheduler) -> dict[str, Any]:

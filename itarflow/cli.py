@@ -9,17 +9,18 @@ from typing import Annotated, Any
 import tyro
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
-from rich.markup import escape
 
 from itarflow.commands.compare import Compare
 from itarflow.commands.convert import Convert
 from itarflow.commands.diagnose import Diagnose
+from itarflow.commands.evaluate import Evaluate
 from itarflow.commands.info import Info
 from itarflow.commands.plot import Plot
 from itarflow.commands.prepare import Prepare
 from itarflow.commands.profile import Profile
 from itarflow.commands.sample import Sample
 from itarflow.official_file import CheckpointError
+from itarflow.processes import refuse
 from itarflow.run import RunError
 
 Command = (
@@ -30,6 +31,7 @@ Command = (
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 
@@ -50,8 +52,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         command.run()
     except (CheckpointError, ImportError, OSError, RunError, ValueError) as error:
-        Console(stderr=True).print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        refuse(error)
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]Stopped.")
         sys.exit(130)

@@ -7,7 +7,6 @@ their units. Pixel space is the codec that changes nothing.
 from __future__ import annotations
 
 import copy
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeAlias
@@ -16,6 +15,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub import snapshot_download
 from torch import Tensor
+
+from itarflow.digest import weights_digest
 
 Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
 _KINDS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
@@ -203,14 +204,10 @@ class VaeIdentity:
 
 def vae_identity(vae: Vae) -> VaeIdentity:
     """The identity of a VAE; reads all weights of its encoder."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(name.encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    encoder = {key: value for key, value in vae.state_dict().items() if key.startswith(("encoder.", "quant_conv."))}
     return VaeIdentity(
         kind=type(vae).__name__,
-        encoder=digest.hexdigest(),
+        encoder=weights_digest(encoder),
         stride=vae_stride(vae),
         channels=vae.config.latent_channels,
         scaling_factor=float(vae.config.scaling_factor),

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from itarflow.calls import image_generators, to_pil
 from itarflow.cleaning import clean, columns_of, decoder_columns, settings_of, solvers_of
-from itarflow.codec import Vae, differing, to_pixels, vae_identity, vae_stride
+from itarflow.codec import Vae, differing, to_pixels, vae_identity
 from itarflow.data import DataConfig, load_data
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.embedding import NULL_LABEL
@@ -226,7 +226,7 @@ def _check_alike(pipelines: Mapping[str, ITARFlowPipeline]) -> None:
             raise ValueError(f"{name} and {other_name} model codes of different VAEs:\n  " + "\n  ".join(lines))
     for pipe_name, pipe in pipelines.items():
         check_level(pipe.flow, f"{pipe_name}: t_max", pipe.scheduler.config.t_max)
-    size, channels = _picture_size(first)
+    channels, size, _ = first.picture_shape
     if size < 3:
         raise ValueError(f"{name} makes images of {size} x {size} pixels; expected at least 3 x 3.")
     if channels not in (1, 3):
@@ -234,12 +234,6 @@ def _check_alike(pipelines: Mapping[str, ITARFlowPipeline]) -> None:
             f"{name} makes images of {channels} channels, which are no pictures; expected 1 or 3. If they are codes, "
             "the pipeline lacks their VAE."
         )
-
-
-def _picture_size(pipe: ITARFlowPipeline) -> tuple[int, int]:
-    """Side in pixels, and channels."""
-    size, channels = pipe.flow.config.image_size, pipe.flow.config.in_channels
-    return (size, channels) if pipe.vae is None else (size * vae_stride(pipe.vae), pipe.vae.config.out_channels)
 
 
 def _labels(pipe: ITARFlowPipeline, class_labels: Sequence[int | None]) -> Tensor | None:
@@ -256,7 +250,7 @@ def _guidance(pipe: ITARFlowPipeline, weight: float | None, labels: Tensor | Non
 
 def _real_images(pipe: ITARFlowPipeline, path: str) -> dict[str, float | None]:
     """The residual noise of images from all over a data set, in the size of those that are generated."""
-    size, channels = _picture_size(pipe)
+    channels, size, _ = pipe.picture_shape
     images = load_data(DataConfig(path=path, held_out_images=0), image_size=size, in_channels=channels).train
     count = min(len(images), REAL_IMAGES)
     chosen = torch.stack([images[index * len(images) // count].image for index in range(count)])

@@ -1,33 +1,29 @@
-"""The diffusers pipeline: noise -> flow's inverse -> denoising -> decoding -> images; how it is stored and shared."""
+"""The diffusers pipeline: noise -> flow's inverse -> denoising -> decoding -> images."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
 from itarflow.calls import Label, check_output, converted, image_generators, label_list, label_number, positive
 from itarflow.card import model_card
-from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes, upload
-from itarflow.codec import CodecConfig, Vae, codec_of, load_vae, vae_stride
+from itarflow.codec import Vae, codec_of, vae_stride
 from itarflow.denoise import DenoiseScheduler, Method, Spacing, denoise, lowest_level, noise_levels
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
 from itarflow.halving import in_batches
+from itarflow.hub import SharedPipeline
 from itarflow.inverse import Solver, sequential
 from itarflow.plan import InversePlan, choose
 from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
 
 
-class ITARFlowPipeline(DiffusionPipeline):
+class ITARFlowPipeline(SharedPipeline):
     """Generates images from class labels, or without any.
 
     Args:
@@ -39,6 +35,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         vae: the autoencoder whose codes the flow models; None = it models pixels.
         plans: the fastest inverse for a device and batch size each, `InversePlan.to_json`; written by `itarflow
             profile`.
+        evaluations: figures of its samples for people, by what was evaluated; written by `itarflow evaluate`.
 
     Raises:
         ValueError: names, guidance, plans or VAE that do not fit the flow.
@@ -62,6 +59,7 @@ class ITARFlowPipeline(DiffusionPipeline):
         training: dict[str, Any] | None = None,
         vae: Vae | None = None,
         plans: list[dict[str, Any]] | None = None,
+        evaluations: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         if class_names is not None and len(class_names) != flow.config.num_classes:
@@ -77,7 +75,9 @@ class ITARFlowPipeline(DiffusionPipeline):
                 f"{flow.config.in_channels}; expected the VAE that the flow was trained with."
             )
         self.register_modules(flow=flow, scheduler=scheduler, vae=vae)
-        self.register_to_config(guidance=guidance, class_names=class_names, training=training, plans=plans)
+        self.register_to_config(
+            guidance=guidance, class_names=class_names, training=training, plans=plans, evaluations=evaluations
+        )
 
     @torch.no_grad()
     def __call__(
@@ -143,12 +143,11 @@ class ITARFlowPipeline(DiffusionPipeline):
         Raises:
             ValueError: labels, counts, noise levels or settings out of range. Nothing has been computed then.
         """
-        channels = self.flow.config.in_channels if self.vae is None else self.vae.config.out_channels
-        check_output(output_type, channels)
+        check_output(output_type, self.picture_shape[0])
         codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
-        scheduler = self._scheduler(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
+        scheduler = self.schedule(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
         generators = image_generators(generator, count)
         size = positive("batch_size", batch_size) or count
         slice_size = positive("denoise_batch_size", denoise_batch_size)
@@ -159,7 +158,7 @@ class ITARFlowPipeline(DiffusionPipeline):
                 f"denoise_dtype is {denoise_dtype}, but a denoiser was given, which has a type of its own; leave it "
                 "out, or build the denoiser with it: FlowDenoiser(flow, dtype=...)."
             )
-        _check_denoiser(denoiser, scheduler, self.flow, labels)
+        check_denoiser(denoiser, scheduler, self.flow, labels)
         steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
         solver = self.planned_solver(min(size, count)) if solver is None else solver
         with self.progress_bar(total=count * (self.flow.num_solved_tokens + steps)) as bar:
@@ -216,6 +215,14 @@ class ITARFlowPipeline(DiffusionPipeline):
         """The plans stored with the checkpoint."""
         return [InversePlan.from_json(plan) for plan in self.config.plans or []]
 
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the pictures, which are the decoded codes if there is a VAE."""
+        if self.vae is None:
+            return self.flow.image_shape
+        side = self.flow.config.image_size * vae_stride(self.vae)
+        return self.vae.config.out_channels, side, side
+
     def planned_solver(self, batch_size: int) -> Solver | list[Solver]:
         """How so many images at a time are inverted by default, on the pipeline's device."""
         plan = choose(self.inverse_plans, self.flow.device.type, batch_size)
@@ -256,17 +263,21 @@ class ITARFlowPipeline(DiffusionPipeline):
             stored["blocks"] = tuple(stored["blocks"])
         return Guidance(**stored)
 
-    def _scheduler(
+    def schedule(
         self,
-        t_max: float | None,
-        t_min: float | None,
-        num_denoise_steps: int | None,
-        method: Method | None,
-        spacing: Spacing | None,
-        clip: bool | None,
-        denoiser: Denoiser | None,
+        t_max: float | None = None,
+        t_min: float | None = None,
+        num_denoise_steps: int | None = None,
+        method: Method | None = None,
+        spacing: Spacing | None = None,
+        clip: bool | None = None,
+        denoiser: Denoiser | None = None,
     ) -> DenoiseScheduler:
-        """The stored scheduler with a call's own values put in, all checked against the flow."""
+        """The stored scheduler with a call's own values put in; arguments as in a call.
+
+        Raises:
+            ValueError: values out of range, or that the flow does not know.
+        """
         stored = self.scheduler.config
         t_max = stored.t_max if t_max is None else t_max
         low = stored.t_min if t_min is None else t_min
@@ -285,29 +296,6 @@ class ITARFlowPipeline(DiffusionPipeline):
         check_level(self.flow, "t_max", scheduler.config.t_max)
         return scheduler
 
-    # -- storing and sharing ------------------------------------------------------------------------------------
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
-        """Write the pipeline: safetensors, configs, a model card, and shims for diffusers' generic loader.
-
-        Args:
-            save_directory: a folder; made if needed.
-            safe_serialization: as in diffusers, but False, which would write a pickle, is refused.
-            kwargs: as in diffusers; `push_to_hub` is refused.
-        """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle; itarflow only writes safetensors.")
-        if kwargs.pop("push_to_hub", False):
-            raise ValueError(
-                "push_to_hub=True is not an option of save_pretrained here; call pipe.push_to_hub(repo_id)."
-            )
-        folder = Path(save_directory)
-        super().save_pretrained(folder, **kwargs)
-        finish_folder(folder)
-        self.model_card().save(folder / "README.md")
-
     def model_card(self) -> Any:
         """The card of this pipeline, a `huggingface_hub.ModelCard`."""
         parameters = sum(parameter.numel() for parameter in self.flow.parameters())
@@ -320,80 +308,33 @@ class ITARFlowPipeline(DiffusionPipeline):
             },
             training=self.config.training,
             class_names=self.config.class_names,
+            evaluations=self.config.evaluations or {},
         )
 
     def vae_facts(self) -> dict[str, Any]:
         """What people want to know of the VAE; {} in pixel space."""
         if self.vae is None:
             return {}
-        side, config = self.flow.config.image_size * vae_stride(self.vae), self.vae.config
+        (_, height, width), config = self.picture_shape, self.vae.config
         return {
-            "codes of": f"{type(self.vae).__name__}, for images of {side} x {side} pixels",
+            "codes of": f"{type(self.vae).__name__}, for images of {height} x {width} pixels",
             "scaling factor of the codes": config.scaling_factor,
             "shift factor of the codes": config.shift_factor or 0.0,
         }
 
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but names the installed package's classes instead of a repository's shims."""
-        loaded = super().load_config(*args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config |= installed_classes(config)
-        return loaded
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> ITARFlowPipeline:
-        """Load from a folder or a Hub repository. No code from the repository is run, and no pickle is read.
+def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
+    """Refuse what the denoiser does not know, before anything is generated for it.
 
-        Args:
-            pretrained_model_name_or_path: a folder written by `save_pretrained`, or a Hub id ("name/model").
-            kwargs: as in diffusers; `revision`, `token`, `cache_dir` and `local_files_only` also guide the download.
+    Args:
+        denoiser: if it is no `CheckedDenoiser`, nothing is known of it.
+        scheduler: the noise levels at which it will be asked.
+        flow: makes the noisy images.
+        labels: (B,) their labels, -1 = none; None = all without.
 
-        Raises:
-            OSError: there is no such folder or repository, or it holds no pipeline, or its weights are damaged.
-        """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-            options = {name: kwargs.pop(name) for name in names if name in kwargs}
-            folder = download(str(pretrained_model_name_or_path), options)
-        check_folder(folder)
-        try:
-            if (folder / "vae").is_dir() and "vae" not in kwargs:
-                # By ourselves, because diffusers would fill up tensors that are missing.
-                vae = load_vae(CodecConfig(vae=str(folder / "vae")))
-                given = kwargs.get("torch_dtype", kwargs.get("dtype"))
-                wanted = given.get("vae", given.get("default")) if isinstance(given, dict) else given
-                kwargs["vae"] = vae.to(wanted) if isinstance(wanted, torch.dtype) else vae
-            return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            raise OSError(
-                f"The pipeline in {folder} can't be loaded: {error}\nIf a file is truncated or missing, copy or "
-                "download the folder again."
-            ) from error
-
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Upload the pipeline with its model card; returns the address of the commit.
-
-        Args:
-            repo_id: "name/model"; made if needed.
-            kwargs: `private`, `token`, `commit_message`, `create_pr`, and options of `save_pretrained`.
-
-        Raises:
-            OSError: the Hub can't be reached, knows no such user, or refuses the upload.
-        """
-        options = {
-            name: kwargs.pop(name) for name in ("private", "token", "commit_message", "create_pr") if name in kwargs
-        }
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **kwargs)
-            return upload(Path(folder), repo_id, **options)
-
-
-def _check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
-    """Refuse what the denoiser does not know, before anything is generated for it."""
+    Raises:
+        ValueError: naming what is asked for and what the denoiser is for.
+    """
     config = scheduler.config
     if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
         levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps, config.spacing)[:-1]

@@ -23,6 +23,7 @@ def card(**changes: Any) -> ModelCard:
         "sampling": {"t_max": 0.5, "guidance weight": 2.0},
         "training": TRAINING,
         "class_names": ["cat", "dog"],
+        "evaluations": {},
     }
     return model_card(**arguments | changes)
 
@@ -102,3 +103,9 @@ def test_the_example_suits_the_flow(num_classes, class_names, example):
     made = card(architecture={"num_classes": num_classes}, class_names=class_names)
     assert f"image = pipe({example}).images[0]" in made.text
     assert 'from_pretrained("pets")' in made.text
+
+
+def test_evaluations_are_results():
+    of = card(training=None, evaluations={"iterative, 10 steps: 50,000 samples": "FID 2.5"})
+    assert section(of, "Results")[-1] == "| iterative, 10 steps: 50,000 samples | FID 2.5 |"
+    assert section(card(evaluations={"raw": "FID 9"}), "Results")[-2:] == ["| bits/dim | 2 |", "| raw | FID 9 |"]

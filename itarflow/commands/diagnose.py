@@ -49,6 +49,8 @@ class Diagnose:
     """Split of the real images."""
     crop: Crop = "center"
     """How real images become square, as in training."""
+    image_column: str | None = None
+    """Column with the real images. None finds the first one."""
     reference_images: int = 10_000
     """How many real images are measured, at most: evenly from all of them."""
     nominal_rate: float = 0.01
@@ -80,7 +82,9 @@ class Diagnose:
         names = telling_names(self.samples)
         samples = {name: open_samples(path) for name, path in zip(names, self.samples, strict=True)}
         channels, _, width = next(iter(samples.values())).image_shape
-        config = DataConfig(path=self.reference, split=self.split, held_out_images=0, crop=self.crop)
+        config = DataConfig(
+            path=self.reference, split=self.split, held_out_images=0, crop=self.crop, image_column=self.image_column
+        )
         real = load_data(config, image_size=width, in_channels=channels).train
         extractor = None
         if self.extractor is not None:

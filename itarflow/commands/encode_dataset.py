@@ -6,21 +6,19 @@ import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import tyro
-from accelerate import PartialState
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 
 from itarflow.codes_card import training_command
-from itarflow.commands.shared import print_table, say, say_goes_on
+from itarflow.commands.shared import joined, print_table, say, say_goes_on
 from itarflow.encode import Encoded, begin, encode_share, finish
 from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.estimate import human_bytes
-from itarflow.processes import crash, first_to_say, on_cpu, on_main, refuse, shared_counter
+from itarflow.processes import crash, first_to_say, on_main, refuse, shared_counter
 from itarflow.progress import image_progress
 from itarflow.run import RunError, check_writable
 from itarflow.shards import alone
@@ -44,7 +42,7 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
         args: the command line; None = the process's.
     """
     disable_progress_bar()  # diffusers' own, for the loading of files
-    join()
+    joined()
     config = tyro.cli(Command, description=description, args=args)
     try:
         done = encode(config, console=Console(stderr=True))
@@ -93,7 +91,7 @@ def encode(config: EncodeConfig, *, console: Console | None = None) -> tuple[Enc
 
 def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> tuple[Encoded, float | None] | None:
     """See `encode`; the main process holds the folder in `locks`."""
-    state, plan, missing = join(), None, 0
+    state, plan, missing = joined(), None, 0
 
     def first() -> None:
         nonlocal plan, missing
@@ -133,12 +131,6 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
         return None
     speed = missing / (time.monotonic() - start) if missing else None
     return finish(plan), speed
-
-
-def join() -> PartialState:
-    """Make the processes of a launch know of one another."""
-    # A process that is done waits for the others for as long as a file may take them.
-    return PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
 
 
 def _report(config: EncodeConfig, encoded: Encoded, speed: float | None) -> None:

@@ -42,6 +42,7 @@ class Info:
         if names and names != [str(index) for index in range(len(names))]:
             more = {"...": f"{len(names)} in all"} if len(names) > 20 else {}
             print_table("Labels", {str(index): name for index, name in enumerate(names[:20])} | more)
+        print_table("Evaluations", pipe.config.evaluations or {})
         training = pipe.config.training
         if training:
             recipe = training.get("recipe", {})

@@ -19,8 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itarflow.calls import image_generators
-from itarflow.checkpoint import write_setting
-from itarflow.codec import codec_of, to_pixels, vae_stride
+from itarflow.codec import codec_of, to_pixels
 from itarflow.commands.shared import chosen_labels, say, usable_device
 from itarflow.data import DataConfig, load_data
 from itarflow.denoise import denoise
@@ -116,13 +115,8 @@ class Profile:
         blank_figure(1, 1)  # refuses where matplotlib is missing
 
     def _write(self, pipe: ITARFlowPipeline, plan: InversePlan) -> None:
-        card = self.checkpoint / "README.md"
-        generated = not card.exists() or card.read_text() == str(pipe.model_card())  # else somebody has written it
-        plans = replaced(pipe.inverse_plans, plan)
-        pipe.register_to_config(plans=[plan.to_json() for plan in plans])
-        write_setting(self.checkpoint, "plans", pipe.config.plans)
-        if generated:
-            pipe.model_card().save(card)
+        plans = [plan.to_json() for plan in replaced(pipe.inverse_plans, plan)]
+        pipe.record(self.checkpoint, "plans", plans)
 
     def _noisy(self, pipe: ITARFlowPipeline) -> tuple[Tensor, Tensor | None, float]:
         """Noisy images at t_max, with labels, for the metrics."""
@@ -132,10 +126,9 @@ class Profile:
             labels = _labels(pipe, chosen_labels(pipe, self.class_labels, min(self.batch_sizes)))
             z = flow.sample_prior(min(self.batch_sizes), generator)
             return flow.inverse(z, labels, t_max), labels, t_max
-        stride = 1 if pipe.vae is None else vae_stride(pipe.vae)
-        channels = flow.config.in_channels if pipe.vae is None else pipe.vae.config.in_channels
+        channels, side, _ = pipe.picture_shape
         config = DataConfig(path=self.data, held_out_images=0)
-        data = load_data(config, image_size=flow.config.image_size * stride, in_channels=channels)
+        data = load_data(config, image_size=side, in_channels=channels)
         count = min(len(data.train), _REAL_IMAGES)
         examples = [data.train[index * len(data.train) // count] for index in range(count)]
         images = to_pixels(torch.stack([example.image for example in examples])).to(flow.device)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from itarflow.embedding import NULL_LABEL
 from itarflow.pipeline import ITARFlowPipeline
+from itarflow.processes import on_cpu
 
 
 def chosen_labels(
@@ -64,6 +67,12 @@ def usable_device(name: str | None) -> str:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise ValueError(f"--device {name} can't be used: {reason}. Try cpu, or leave --device out.") from error
     return name
+
+
+def joined() -> PartialState:
+    """The processes of a launch, which know of one another from here on."""
+    # A process that is done waits for the others for as long as a file may take them.
+    return PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
 
 
 def say(text: str) -> None:

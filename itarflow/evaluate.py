@@ -1,0 +1,161 @@
+"""From a checkpoint to figures: samples are made by all processes, cleaned in each way, and scored in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch import Tensor
+
+from itarflow.cleaning import Column
+from itarflow.codec import codec_of
+from itarflow.denoise import DenoiseScheduler
+from itarflow.extraction import extract
+from itarflow.extractors import Extractor
+from itarflow.generate import Generation, begin, generate_share
+from itarflow.metrics import Scores, score
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.processes import on_main, shared_counter
+from itarflow.progress import image_progress
+from itarflow.reference import Reference
+from itarflow.run import RunError, check_writable
+from itarflow.samples import Samples
+from itarflow.score import Denoiser, FlowDenoiser
+from itarflow.shards import alone
+
+Way = Literal["raw", "self", "iterative"]
+WAYS: tuple[Way, ...] = ("raw", "self", "iterative")
+
+
+def ways_of(
+    pipe: ITARFlowPipeline,
+    schedule: DenoiseScheduler,
+    wanted: Sequence[Way] | None = None,
+    *,
+    denoiser: Denoiser | None = None,
+    dtype: torch.dtype | None = None,
+    slice_size: int | None = None,
+    decode_size: int | None = None,
+) -> dict[str, Column]:
+    """The ways in which a checkpoint's samples are cleaned, by the names of their folders.
+
+    "raw": not at all, as the flow has made them. "self": by one step of the flow itself, as a TARFlow does.
+    "iterative": by the schedule, as an iTARFlow does.
+
+    Args:
+        pipe: the checkpoint.
+        schedule: from t_max down, of `pipe.schedule`.
+        wanted: some of `WAYS`; None = all that apply: "iterative" needs a denoiser of a range of noise levels, and no
+            way but "raw" goes with the method "skip".
+        denoiser: cleans in "iterative"; None = the flow itself.
+        dtype: of the flow's layers while it denoises, see `FlowDenoiser`.
+        slice_size: images that the flow denoises at a time; None = all that are given.
+        decode_size: images that a VAE decodes at a time; None = all that are given.
+
+    Raises:
+        ValueError: a way is wanted that does not apply.
+    """
+    codec, config = codec_of(pipe.vae, slice_size=decode_size), schedule.config
+    columns = {"raw": Column("noisy", codec)}
+    if config.method != "skip":
+        own = FlowDenoiser(pipe.flow, slice_size, dtype=dtype)
+        one_step = DenoiseScheduler(t_max=config.t_max, t_min=config.t_min, num_denoise_steps=1, clip=config.clip)
+        columns["self"] = Column("self", codec, own, one_step)
+        several = pipe.flow.config.noise_conditioned and config.num_denoise_steps > 1
+        if denoiser is not None or several:
+            columns["iterative"] = Column("iterative", codec, denoiser or own, schedule)
+    for way in wanted or ():
+        if way not in columns:
+            raise ValueError(
+                f"the samples can't be cleaned in the way {way!r}: this checkpoint, by its schedule "
+                f"({config.num_denoise_steps} steps, method {config.method}), knows {', '.join(columns)}."
+            )
+    return {name: column for name, column in columns.items() if wanted is None or name in wanted}
+
+
+def make_samples(generation: Generation, folder: Path, state: PartialState, console: Console | None = None) -> int:
+    """Make what is missing of a generation, by all processes of a launch, which all call this.
+
+    Args:
+        generation: checked.
+        folder: gets samples.json, and a folder for each way of cleaning.
+        state: of the launch.
+        console: where the main process draws a bar; None = nowhere.
+
+    Returns:
+        How many pictures were made now, counting each way of cleaning.
+
+    Raises:
+        RunError: the folder holds something else, or can't be written; another process has stopped.
+    """
+    missing = 0
+    with ExitStack() as locks:
+
+        def first() -> None:
+            nonlocal missing
+            check_writable(folder)
+            locks.enter_context(alone(folder))
+            missing = begin(generation, folder)
+
+        on_main(state, first)
+        total = len(generation.labels) * len(generation.columns)
+        counted, shown = shared_counter(f"images made in {folder}"), 0
+        bar = image_progress(console if state.is_main_process else None, "making images", total, total - missing)
+        with bar as show:
+
+            def count(more: int) -> None:
+                nonlocal shown
+                now = counted(more)
+                show(now - shown)
+                shown = now
+
+            generate_share(
+                generation,
+                folder,
+                process_index=state.process_index,
+                num_processes=state.num_processes,
+                count=count,
+            )
+            try:
+                state.wait_for_everyone()
+            except RuntimeError as error:
+                raise RunError("another process has stopped; see what it said. The same command goes on.") from error
+            count(0)
+    return missing
+
+
+def score_samples(
+    samples: Samples,
+    reference: Reference,
+    extractor: Extractor,
+    state: PartialState,
+    *,
+    batch_size: int = 50,
+    console: Console | None = None,
+) -> Scores:
+    """The figures of a set of samples; all processes of a launch call this, and get the same.
+
+    Args:
+        samples: of the reference's size.
+        reference: statistics of real images.
+        extractor: that made the reference, on the device of this process.
+        state: of the launch.
+        batch_size: images that the extractor sees at a time.
+        console: where the main process draws a bar; None = nowhere.
+    """
+
+    def share() -> Iterator[tuple[Tensor, Tensor]]:
+        stride = state.num_processes * batch_size
+        for start in range(state.process_index * batch_size, len(samples), stride):
+            stop = min(start + batch_size, len(samples))
+            yield torch.arange(start, stop), samples.read(start, stop)
+
+    mine = -(-len(samples) // state.num_processes)
+    with image_progress(console if state.is_main_process else None, f"features of {samples.name}", mine, 0) as show:
+        found = extract(extractor, share(), len(samples), count=show)
+    return score(found, reference, extractor, broken=len(samples.broken))

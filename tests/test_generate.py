@@ -1,0 +1,166 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from itarflow.calls import image_generators
+from itarflow.cleaning import Column
+from itarflow.codec import PixelCodec, to_uint8
+from itarflow.denoise import DenoiseScheduler
+from itarflow.flow import TARFlow
+from itarflow.generate import Generation, begin, chosen_labels, generate_share
+from itarflow.guidance import Guidance
+from itarflow.images import DataError
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.samples import open_samples
+from itarflow.score import FlowDenoiser
+
+
+def tiny(num_classes: int = 3) -> ITARFlowPipeline:
+    torch.manual_seed(0)
+    flow = TARFlow(4, 1, 2, 64, (1, 1), num_classes=num_classes, noise_range=(0.05, 0.5))
+    for parameter in flow.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    pipe = ITARFlowPipeline(flow.eval(), DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=3), {"weight": 1.0})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def columns(pipe: ITARFlowPipeline) -> dict[str, Column]:
+    denoiser = FlowDenoiser(pipe.flow)
+    return {
+        "raw": Column("noisy", PixelCodec()),
+        "self": Column("self", PixelCodec(), denoiser, pipe.schedule(num_denoise_steps=1)),
+        "iterative": Column("own iterative", PixelCodec(), denoiser, pipe.schedule()),
+    }
+
+
+def generation(pipe: ITARFlowPipeline | None = None, count: int = 10, **options: Any) -> Generation:
+    pipe = pipe or tiny()
+    labels = chosen_labels("balanced", count, pipe.flow.config.num_classes)
+    return Generation(**{"pipe": pipe, "columns": columns(pipe), "labels": labels, "file_size": 4, **options})
+
+
+def make(wanted: Generation, folder: Path, processes: int = 1) -> dict[str, torch.Tensor]:
+    wanted.check()
+    begin(wanted, folder)
+    for index in range(processes):
+        generate_share(wanted, folder, process_index=index, num_processes=processes)
+    return {name: open_samples(folder / name).read(0, len(wanted.labels)) for name in wanted.columns}
+
+
+def test_images_are_those_of_the_pipeline_and_of_training_grids(tmp_path: Path) -> None:
+    pipe = tiny()
+    made = make(generation(pipe), tmp_path)
+    labels = [index % 3 for index in range(10)]
+    for name, options in {"raw": {"method": "skip"}, "self": {"num_denoise_steps": 1}, "iterative": {}}.items():
+        generators = image_generators(torch.Generator().manual_seed(0), 10)
+        images = pipe(class_labels=labels, generator=generators, output_type="pt", batch_size=4, **options).images
+        assert torch.equal(made[name], to_uint8(images * 2 - 1))
+    assert open_samples(tmp_path / "raw").labels.tolist() == labels  # type: ignore[union-attr]
+
+
+def test_any_number_of_processes_writes_the_same_files(tmp_path: Path) -> None:
+    make(generation(), tmp_path / "one")
+    make(generation(), tmp_path / "three", processes=3)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) == 1 + 3 * 3
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "three" / path).read_bytes()
+
+
+def test_what_was_killed_goes_on_and_makes_only_what_is_missing(tmp_path: Path) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill_after_two(_: int) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise Killed
+
+    wanted, calls = generation(), list[int]()
+    assert begin(wanted, tmp_path / "stopped") == 30
+    with pytest.raises(Killed):
+        generate_share(wanted, tmp_path / "stopped", count=kill_after_two)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").rglob("*.safetensors")}
+    assert begin(wanted, tmp_path / "stopped") == 30 - 8
+    counts = list[int]()
+    generate_share(wanted, tmp_path / "stopped", count=counts.append)
+    assert sum(counts) == 22
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    for name, images in make(wanted, tmp_path / "whole").items():
+        assert torch.equal(open_samples(tmp_path / "stopped" / name).read(0, 10), images)
+
+
+def test_image_i_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
+    few, many = make(generation(count=5), tmp_path / "few"), make(generation(count=10), tmp_path / "many")
+    other = make(generation(count=5, file_size=5), tmp_path / "other")
+    for name in few:
+        assert (few[name].int() - many[name][:5].int()).abs().max() <= 1
+        assert (few[name].int() - other[name].int()).abs().max() <= 1
+    assert not torch.equal(few["raw"], make(generation(count=5, seed=1), tmp_path / "seed")["raw"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"seed": 3}, "seed"), ({"guidance": Guidance(weight=2.0)}, "guidance"), ({"count": 11}, "num_samples")],
+)
+def test_a_folder_goes_on_only_with_what_began_it(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
+    begin(generation(), tmp_path)
+    with pytest.raises(DataError, match=named):
+        begin(generation(**changes), tmp_path)
+    other = tiny()
+    with torch.no_grad():
+        next(other.flow.parameters()).add_(1)
+    with pytest.raises(DataError, match="flow"):
+        begin(generation(other), tmp_path)
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(DataError, match="damaged"):
+        begin(generation(), tmp_path)
+
+
+def test_images_that_are_not_finite_are_grey_and_counted(tmp_path: Path) -> None:
+    def diverges(noisy: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor) -> torch.Tensor:
+        return torch.where(torch.arange(len(noisy))[:, None, None, None] == 1, torch.nan, noisy)
+
+    pipe = tiny()
+    bad = {"bad": Column("bad", PixelCodec(), diverges, pipe.schedule(num_denoise_steps=1))}
+    images = make(generation(pipe, columns=bad), tmp_path)["bad"]
+    assert open_samples(tmp_path / "bad").broken.tolist() == [1, 5, 9]
+    assert (images[[1, 5, 9]] == 128).all()
+
+
+def test_what_can_not_be_made_is_refused() -> None:
+    pipe = tiny()
+    for wrong, message in (
+        (generation(pipe, count=0), "no images"),
+        (generation(pipe, file_size=0), "file_size"),
+        (generation(pipe, labels=torch.tensor([3])), "labels reach from 3 to 3"),
+        (generation(pipe, labels=torch.tensor([-2])), "labels reach from -2"),
+        (generation(pipe, t_max=0.9), "t_max"),
+        (generation(pipe, t_max=0.4), "self denoises from t_max 0.5"),
+        (generation(pipe, labels=torch.full((2,), -1), guidance=Guidance(weight=1.0)), "no labels to guide by"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong.check()
+    with pytest.raises(ValueError, match="labels is 'some'"):
+        chosen_labels("some", 3, 3)  # type: ignore[arg-type]
+
+
+def test_labels_are_balanced_or_random_and_grow_at_the_end() -> None:
+    assert chosen_labels("balanced", 1000, 7).bincount().tolist() == [143] * 6 + [142]
+    drawn = chosen_labels("random", 7000, 7, seed=2)
+    assert torch.equal(drawn[:100], chosen_labels("random", 100, 7, seed=2))
+    assert not torch.equal(drawn, chosen_labels("random", 7000, 7, seed=3))
+    # Four standard deviations of a binomial count.
+    assert (drawn.bincount(minlength=7) - 1000).abs().max() < 4 * (7000 / 7 * 6 / 7) ** 0.5
+    assert chosen_labels("random", 3, 0).tolist() == [-1] * 3
+    assert chosen_labels("none", 3, 7).tolist() == [-1] * 3
+
+
+def test_unlabelled_flows_make_unlabelled_images(tmp_path: Path) -> None:
+    made = make(generation(tiny(num_classes=0)), tmp_path)
+    assert made["raw"].shape == (10, 1, 4, 4)
+    assert json.loads((tmp_path / "samples.json").read_text())["guidance"]["weight"] == 1.0
