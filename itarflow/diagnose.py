@@ -68,6 +68,8 @@ class Findings:
     """The same of the blurred images alone; None = nowhere, or fewer than two of them."""
     detail: list[list[float]]
     """Energy of fine structure relative to real images, geometric mean of the images, by row and column of tokens."""
+    detail_error: list[list[float]]
+    """Its standard error from the finite number of samples, in powers of two."""
     spectrum: list[float]
     distances: Without | None
     """Of all images and of those without any failure; None = not asked for, or nearly all fail."""
@@ -289,6 +291,7 @@ def _findings(
     side = math.isqrt(measured.energy.shape[1])
     blurred = measured.energy[measured.below(thresholds, "blurred")]
     ratio = (measured.energy.mean(dim=0) - normal.mean).exp2()
+    error = measured.energy.std(dim=0, correction=0) / len(measured.energy) ** 0.5
     return Findings(
         images=len(pictures),
         broken=rate(len(pictures.broken), len(pictures)),
@@ -299,6 +302,7 @@ def _findings(
         onset=find_onset(measured.energy, normal, generator),
         onset_of_blurred=find_onset(blurred, normal, generator) if len(blurred) > 1 else None,
         detail=ratio.view(side, side).tolist(),
+        detail_error=error.view(side, side).tolist(),
         spectrum=measured.spectrum.tolist(),
         distances=distances,
     )

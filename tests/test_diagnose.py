@@ -19,7 +19,7 @@ from itarflow.diagnose import Diagnosis, diagnose
 from itarflow.extractors import INCEPTION, Features
 from itarflow.measured import KINDS
 from itarflow.proportions import rate
-from itarflow.samples import ArraySamples, Samples
+from itarflow.samples import ArraySamples, Samples, shard_name, write_shard
 
 MIDDLE = slice(60, 100)
 """Where failures are planted among 200 images."""
@@ -72,7 +72,9 @@ def test_whole_images_fail_at_about_the_nominal_rate(real, tmp_path):
         excess = findings.failures[kind].excess
         assert excess.low < 0 < excess.high
     assert findings.onset is None
-    assert np.array(findings.detail) == pytest.approx(1, abs=0.3)
+    off = np.log2(findings.detail) / findings.detail_error
+    assert np.abs(off).max() < 6
+    assert 0.5 < off.std() < 2.5  # neighbours go together, and real images are no more than samples
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -228,16 +230,19 @@ def test_the_command_shows_sets_side_by_side(tmp_path, capsys):
     folder.mkdir(parents=True)
     for index, image in enumerate(natural_images(240, 8)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:03}.png")
-    for name, seed in (("without", 1), ("with", 2)):
-        np.savez(tmp_path / f"{name}.npz", arr_0=natural_images(120, 8, seed=seed).permute(0, 2, 3, 1).numpy())
-    paths = [str(tmp_path / "without.npz"), str(tmp_path / "with.npz")]
+    np.savez(tmp_path / "without.npz", arr_0=natural_images(120, 8, seed=1).permute(0, 2, 3, 1).numpy())
+    stored = tmp_path / "with" / "iterative"
+    broken = torch.arange(120) == 7
+    write_shard(stored / shard_name(0, 120), natural_images(120, 8, seed=2), torch.full((120,), -1), broken)
+    paths = [str(tmp_path / "without.npz"), str(stored)]
     words = ["--reference", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--nominal-rate", "0.1"]
     cli.main(["diagnose", *paths, *words])
     printed = " ".join(capsys.readouterr().out.split())
     assert "black or flat" in printed
-    assert "with.npz less without.npz: black background " in printed
+    assert "with-iterative less without.npz: black background " in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert list(report["samples"]) == ["without.npz", "with.npz"]
+    assert list(report["samples"]) == ["without.npz", "with-iterative"]
+    assert report["samples"]["with-iterative"]["broken"]["count"] == 1
     assert report["reference"]["images"] == 240
 
 
