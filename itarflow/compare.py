@@ -29,7 +29,7 @@ from itarflow.embedding import NULL_LABEL
 from itarflow.guidance import Guidance
 from itarflow.measures import METRICS, nats_per_dim, parts, residual_noise
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plot import blank_figure
+from itarflow.plot import blank_figure, draw_pictures
 from itarflow.progress import image_grid, step_progress
 from itarflow.run import check_writable
 from itarflow.score import check_level
@@ -162,7 +162,8 @@ def compare(
                 pictures[name, column.title] = cleaned.images[
                     :picture_rows
                 ].clone()  # not a view, which would keep all of them
-    _draw(pictures, output / "compare.png")
+    methods = sorted(dict.fromkeys(method for _, method in pictures), key=_kind)
+    draw_pictures({place: to_pil(images) for place, images in pictures.items()}, methods, output / "compare.png")
     return comparison
 
 
@@ -281,29 +282,6 @@ def _generate(
 def _save_grid(images: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image_grid(to_pil(images), math.ceil(math.sqrt(len(images)))).save(path)
-
-
-def _draw(pictures: Mapping[tuple[str, str], Tensor], path: Path) -> None:
-    """Rows are the first images of each generator, columns the ways of cleaning them; some don't apply."""
-    generators = list(dict.fromkeys(generator for generator, _ in pictures))
-    methods = sorted(dict.fromkeys(method for _, method in pictures), key=_kind)
-    rows = [(generator, index) for generator in generators for index in range(len(pictures[generator, "noisy"]))]
-    figure = blank_figure(1.6 * len(methods) + 0.6, 1.6 * len(rows) + 0.6)
-    axes = figure.subplots(len(rows), len(methods), squeeze=False)
-    for (generator, index), line in zip(rows, axes, strict=True):
-        for method, axis in zip(methods, line, strict=True):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if (generator, method) in pictures:
-                (picture,) = to_pil(pictures[generator, method][index : index + 1])
-                axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            else:
-                axis.set_frame_on(False)
-    for method, axis in zip(methods, axes[0], strict=True):
-        axis.set_title(method.replace(": ", ":\n"), fontsize=8)
-    for (generator, _), line in zip(rows, axes, strict=True):
-        line[0].set_ylabel(generator, fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 _KINDS = ("noisy", "self", "own iterative", "iterative", "diffusion", "decoder")

@@ -1,4 +1,4 @@
-"""The curves of a run, from its metrics.jsonl, as one picture."""
+"""Pictures of figures and of images: the curves of a run, from its metrics.jsonl, and rows of images side by side."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
 from itarflow.run import RunDir, RunError
 
@@ -76,6 +77,42 @@ def blank_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def draw_pictures(
+    pictures: Mapping[tuple[str, str], Sequence[Image.Image]], columns: Sequence[str], path: Path
+) -> None:
+    """Draw pictures into a file, as rows of what made them and columns of how they were cleaned.
+
+    Args:
+        pictures: of (what made them, how they were cleaned); a picture of each in every row. Pairs may be missing.
+        columns: the ways of cleaning, in order.
+        path: of the picture file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    generators = list(dict.fromkeys(generator for generator, _ in pictures))
+    height = {
+        generator: max(len(of) for (by, _), of in pictures.items() if by == generator) for generator in generators
+    }
+    rows = [(generator, index) for generator in generators for index in range(height[generator])]
+    figure = blank_figure(1.6 * len(columns) + 0.6, 1.6 * len(rows) + 0.6)
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for (generator, index), line in zip(rows, axes, strict=True):
+        for column, axis in zip(columns, line, strict=True):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if (generator, column) in pictures:
+                picture = pictures[generator, column][index]
+                axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            else:
+                axis.set_frame_on(False)
+    for column, axis in zip(columns, axes[0], strict=True):
+        axis.set_title(column.replace(": ", ":\n"), fontsize=8)
+    for (generator, _), line in zip(rows, axes, strict=True):
+        line[0].set_ylabel(generator, fontsize=8)
+    figure.savefig(path, dpi=150)
 
 
 def _logged(path: Path) -> list[dict[str, Any]]:

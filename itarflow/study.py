@@ -1,0 +1,342 @@
+"""Flows of one noise level beside a flow of a range: trained alike, sampled alike, cleaned in one to many steps.
+
+The folder of a study has a run for each flow, samples/FLOW with its samples in each way of cleaning, scores/FLOW with
+their figures, bpd/FLOW with its likelihoods, and what comes out: study.json, distances.png, samples.png. Whatever is
+there is not made again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+from torch import Tensor
+
+from itarflow.batches import in_order
+from itarflow.bpd import BpdConfig, measure
+from itarflow.calls import to_pil
+from itarflow.cleaning import Column
+from itarflow.codec import PixelCodec, to_pixels
+from itarflow.codes import display_name
+from itarflow.data import DataConfig, load_data
+from itarflow.evaluate import make_samples, score_samples
+from itarflow.extractors import Extractor, load_extractor
+from itarflow.generate import MANIFEST, Generation, chosen_labels
+from itarflow.metrics import Scores
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.plot import blank_figure, draw_pictures
+from itarflow.processes import main_first, on_main
+from itarflow.recipe import Recipe, differences, to_json
+from itarflow.reference import Reference, reference_of
+from itarflow.run import RunDir, check_writable
+from itarflow.samples import ArraySamples, Samples, open_samples
+from itarflow.score import FlowDenoiser
+from itarflow.shards import write_json
+from itarflow.training import train
+
+RAW, SELF, REAL = "raw", "self", "real images"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What is trained, made and measured."""
+
+    recipe: Recipe
+    """Of the flow of a range of levels, an iTARFlow; that of a TARFlow differs only in its noise."""
+    single_levels: tuple[float, ...]
+    """Noise levels of the TARFlows."""
+    num_samples: int
+    """Images of each flow."""
+    reference_split: str = "train"
+    """Images that the samples are compared with."""
+    extractor: str = "inception-v3-compat"
+    """Network whose features are compared."""
+    num_denoise_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
+    """Score evaluations of the iTARFlow that clean the images of each flow."""
+    likelihood_images: int = 500
+    """Held-out images whose likelihood is measured; as many real images are scored as samples."""
+    batch_size: int = 50
+    """Images that are made at a time."""
+    seed: int = 0
+    """Of samples and likelihoods; trainings have the recipe's."""
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The trainings, by name: the TARFlows, then the iTARFlow."""
+        singles = [self._single(level) for level in self.single_levels]
+        return {recipe.name: recipe for recipe in (*singles, self.recipe)}
+
+    def _single(self, level: float) -> Recipe:
+        return replace(
+            self.recipe,
+            name=f"tarflow-{level:g}",
+            model=replace(self.recipe.model, noise_conditioned=False),
+            noise=replace(self.recipe.noise, t_min=level, t_max=level, distribution="constant"),
+            sampling=replace(self.recipe.sampling, num_denoise_steps=1),
+        )
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Noise levels at which likelihoods are compared: those of the TARFlows that the iTARFlow knows too."""
+        low, high = self.recipe.noise.t_min, self.recipe.noise.t_max
+        return tuple(level for level in self.single_levels if low <= level <= high)
+
+
+def run_study(
+    study: Study, folder: Path, *, device: str, features: Path | None = None, console: Console | None = None
+) -> dict[str, Any]:
+    """Carry a study out, or go on with it; all processes of a launch call this.
+
+    Args:
+        study: what to do.
+        folder: of the study; made if needed.
+        device: for all but the training, which goes by the launcher.
+        features: file with the extractor's weights, if they are not downloaded.
+        console: where the main process draws bars; None = nowhere.
+
+    Returns:
+        What study.json holds.
+
+    Raises:
+        ImportError, OSError, ValueError: something is missing or does not fit; as far as can be known, before work.
+        RunError, TrainingError, Interrupted: as `training.train`; the same call goes on.
+    """
+    state = PartialState()
+    if study.recipe.data.held_out_split is None:
+        raise ValueError("data.held_out_split is None; a study measures on real images that are not trained on.")
+    blank_figure(1, 1)  # refuses now, if matplotlib is missing
+    check_writable(folder)
+    for recipe in study.recipes.values():
+        recipe.check(state.num_processes)
+    start = time.monotonic()
+    extractor = main_first(state, lambda: load_extractor(study.extractor, features, device))
+    reference = _reference(study, extractor, state, console)
+    for name, recipe in study.recipes.items():
+        _train(recipe, RunDir(folder / name), state)
+    pipes = {name: _open(folder / name / "pipeline", device) for name in study.recipes}
+    generations = {name: _generation(study, pipe, pipes[study.recipe.name]) for name, pipe in pipes.items()}
+    for generation in generations.values():
+        generation.check()
+    scores: dict[str, dict[str, Any]] = {}
+    for name, generation in generations.items():
+        make_samples(generation, folder / "samples" / name, state, console)
+        made = json.loads((folder / "samples" / name / MANIFEST).read_text())
+        scores[name] = {}
+        for way in generation.columns:
+            samples = open_samples(folder / "samples" / name / way)
+            scores[name][way] = _kept(
+                folder / "scores" / name / f"{way}.json",
+                {"samples": made, "reference": asdict(reference.origin)},
+                lambda samples=samples: score_samples(samples, reference, extractor, state, console=console),  # type: ignore[misc]
+                state,
+            )
+    real = _real_images(study)
+    scores[REAL] = {
+        RAW: _kept(
+            folder / "scores" / "real.json",
+            {"split": real.name, "count": len(real), "reference": asdict(reference.origin)},
+            lambda: score_samples(real, reference, extractor, state, console=console),
+            state,
+        )
+    }
+    likelihoods = {name: _likelihoods(study, name, folder, device, console) for name in study.recipes}
+    report = _report(study, pipes, scores, likelihoods, device, time.monotonic() - start)
+    if state.is_main_process:
+        write_json(folder / "study.json", report)
+        draw_distances(report, folder / "distances.png")
+        _draw_samples(generations, folder)
+    return report
+
+
+# -- the parts --------------------------------------------------------------------------------------------------
+
+
+def _reference(study: Study, extractor: Extractor, state: PartialState, console: Console | None) -> Reference:
+    """Statistics of real images, as large as those that the flows make."""
+    model, data = study.recipe.model, replace(study.recipe.data, split=study.reference_split)
+    return reference_of(
+        data,
+        image_size=model.image_size,
+        in_channels=model.in_channels,
+        extractor=extractor,
+        accelerator=state,
+        console=console,
+    )
+
+
+def _train(recipe: Recipe, run: RunDir, state: PartialState) -> None:
+    """Train, or go on with a training; one that has ended leaves a mark, and needs nothing but its pipeline then."""
+    mark = run.path / "finished.json"
+    if mark.exists() and run.pipeline.exists() and not differences(json.loads(mark.read_text()), recipe):
+        return
+    train(recipe, run.path, start="resume" if run.recipe.exists() else "fresh")
+    on_main(state, lambda: write_json(mark, to_json(recipe)))
+
+
+def _open(path: Path, device: str) -> ITARFlowPipeline:
+    pipe = ITARFlowPipeline.from_pretrained(path).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _generation(study: Study, pipe: ITARFlowPipeline, iterative: ITARFlowPipeline) -> Generation:
+    """Samples of a flow at its t_max: noisy, after one step of its own, and after some of the iTARFlow's."""
+    codec, denoiser = PixelCodec(), FlowDenoiser(iterative.flow, study.batch_size)
+    columns = {RAW: Column("noisy", codec)}
+    if pipe is not iterative:  # whose own single step is one of those below
+        own = FlowDenoiser(pipe.flow, study.batch_size)
+        columns[SELF] = Column("self", codec, own, pipe.schedule(num_denoise_steps=1))
+    low = study.recipe.noise.t_min
+    for steps in study.num_denoise_steps:
+        schedule = pipe.schedule(t_min=low, num_denoise_steps=steps, denoiser=denoiser)
+        columns[f"{steps:02d}"] = Column(f"{steps} steps", codec, denoiser, schedule)
+    return Generation(
+        pipe=pipe,
+        columns=columns,
+        labels=chosen_labels("balanced", study.num_samples, pipe.flow.config.num_classes),
+        seed=study.seed,
+        file_size=study.batch_size,
+    )
+
+
+def _real_images(study: Study) -> Samples:
+    """Held-out real images, as many as there are samples, if there are so many: how near real images come."""
+    config, model = study.recipe.data, study.recipe.model
+    held_out = DataConfig(
+        path=config.path, name=config.name, split=f"{config.held_out_split}[:{study.num_samples}]",
+        image_column=config.image_column, label_column=config.label_column, crop=config.crop, held_out_images=0,
+    )  # fmt: skip
+    images = load_data(held_out, image_size=model.image_size, in_channels=model.in_channels).train
+    array = torch.cat([batch.images for batch in in_order(images, study.batch_size)])
+    return ArraySamples(REAL, array.permute(0, 2, 3, 1).numpy(), None)
+
+
+def _kept(path: Path, key: Mapping[str, Any], make: Callable[[], Scores], state: PartialState) -> dict[str, Any]:
+    """The scores in a file if they are of the same samples and reference, else new ones, which are kept there."""
+    wanted = json.loads(json.dumps(dict(key)))
+    if path.exists():
+        stored = json.loads(path.read_text())
+        if stored["of"] == wanted:
+            return stored["scores"]
+    scores = make().to_json()
+
+    def keep() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"of": wanted, "scores": scores})
+
+    on_main(state, keep)
+    return scores
+
+
+def _likelihoods(study: Study, name: str, folder: Path, device: str, console: Console | None) -> list[dict[str, Any]]:
+    """nats/dim and bits/dim of held-out images, at the levels that a flow knows."""
+    recipe = study.recipes[name]
+    config = BpdConfig(
+        checkpoint=str(folder / name / "pipeline"),
+        data=str(recipe.data.path),
+        name=recipe.data.name,
+        split=str(recipe.data.held_out_split),
+        num_images=study.likelihood_images,
+        crop=recipe.data.crop,
+        noise="gaussian",
+        noise_levels=study.levels if recipe.model.noise_conditioned else (recipe.noise.t_max,),
+        seed=study.seed,
+        num_workers=0,
+        output=folder / "bpd" / name,
+        device=device,
+    )
+    report = measure(config, console=console)
+    return [] if report is None else [figures.to_json() for figures in report.figures]
+
+
+# -- what comes out ---------------------------------------------------------------------------------------------
+
+
+def _report(
+    study: Study,
+    pipes: Mapping[str, ITARFlowPipeline],
+    scores: Mapping[str, Mapping[str, Any]],
+    likelihoods: Mapping[str, Any],
+    device: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """Plain values, free of the machine's paths."""
+    recipe = to_json(study.recipe)
+    recipe["data"]["path"] = display_name(str(study.recipe.data.path))
+    training = {name: pipe.config.training for name, pipe in pipes.items()}
+    facts = ("steps", "total_steps", "seconds", "train_images", "bad_steps", "metrics")
+    return {
+        "flows": {
+            name: {
+                "t_max": study.recipes[name].noise.t_max,
+                "parameters": sum(parameter.numel() for parameter in pipes[name].flow.parameters()),
+                "training": {fact: record[fact] for fact in facts},
+                "scores": scores[name],
+                "likelihood": likelihoods[name],
+            }
+            for name, record in training.items()
+        },
+        REAL: scores[REAL][RAW],
+        "settings": {
+            "seed": study.seed,
+            "num_samples": study.num_samples,
+            "reference_split": study.reference_split,
+            "num_denoise_steps": list(study.num_denoise_steps),
+            "likelihood_images": study.likelihood_images,
+            "recipe": recipe,
+        },
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": {"training": sum(record["seconds"] for record in training.values()), "this call": seconds},
+    }
+
+
+def distance_of(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """The Fréchet distance among some scores, as {"title", "value", ...}; FID if it may be called so."""
+    figures = scores["figures"]
+    return figures.get("fid") or figures["frechet_distance"]
+
+
+def draw_distances(report: Mapping[str, Any], path: Path) -> None:
+    """Distance over the number of steps, a line for each flow; its own single step hollow, real images dashed."""
+    figure = blank_figure(6.4, 4.2)
+    axis = figure.subplots()
+    title = ""
+    for number, (name, flow) in enumerate(report["flows"].items()):
+        steps = [way for way in flow["scores"] if way.isdigit()]
+        values = [distance_of(flow["scores"][way]) for way in steps]
+        title = values[0]["title"]
+        axis.plot(list(map(int, steps)), [one["value"] for one in values], "o-", color=f"C{number}", label=name)
+        if SELF in flow["scores"]:
+            own = distance_of(flow["scores"][SELF])["value"]
+            axis.plot(1, own, "o", color=f"C{number}", markersize=10, fillstyle="none")
+    axis.axhline(distance_of(report[REAL])["value"], color="grey", linestyle="--", linewidth=1, label=REAL)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    ticks = report["settings"]["num_denoise_steps"]
+    axis.set_xticks(ticks, list(map(str, ticks)))
+    axis.minorticks_off()
+    axis.set_xlabel("score evaluations of the iTARFlow (ring: one of the flow's own)")
+    axis.set_ylabel(f"{title}, {report['settings']['num_samples']:,} samples")
+    axis.grid(linewidth=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def _draw_samples(generations: Mapping[str, Generation], folder: Path, rows: int = 4) -> None:
+    """The same first samples of each flow, in each way of cleaning."""
+    pictures = {}
+    for name, generation in generations.items():
+        for way, column in generation.columns.items():
+            images: Tensor = open_samples(folder / "samples" / name / way).read(0, rows)
+            pictures[name, column.title] = to_pil(to_pixels(images))
+    titles = list(dict.fromkeys(column.title for one in generations.values() for column in one.columns.values()))
+    draw_pictures(pictures, titles, folder / "samples.png")
