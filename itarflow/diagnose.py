@@ -144,6 +144,11 @@ def diagnose(
     thresholds = {part.name: _threshold(part, setting.values[part.name], nominal_rate) for part in MEASURES}
     real_rates = checking.rates(thresholds)
     normal = normal_detail(setting.energy)
+    output.mkdir(parents=True, exist_ok=True)
+    _write_json(
+        output / "failures.json",
+        {name: _numbers(samples[name], found, thresholds) for name, found in measured.items()},
+    )
     distances = _distances(samples, reference, measured, thresholds, extractor, batch_size, seed, console)
     findings = {
         name: _findings(samples[name], found, thresholds, real_rates, normal, seed, distances[name])
@@ -176,12 +181,7 @@ def diagnose(
             for name in others
         },
     )
-    output.mkdir(parents=True, exist_ok=True)
     _write_json(output / "report.json", asdict(diagnosis))
-    _write_json(
-        output / "failures.json",
-        {name: _numbers(samples[name], found, thresholds) for name, found in measured.items()},
-    )
     pictures = {REFERENCE: reference, **samples}
     for name, found in {REFERENCE: real, **measured}.items():
         for part in MEASURES:

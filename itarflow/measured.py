@@ -107,10 +107,12 @@ def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int
     for images in batches(pictures, batch_size):
         kept = images[whole[start : start + len(images)]]
         start += len(images)
+        count(len(images))
+        if len(kept) == 0:
+            continue
         for part in MEASURES:
             values[part.name].append(part.measure(kept))
         energy.append(fine_energy(kept, patch).flatten(1))
         power = power + spectrum(kept).sum(dim=0)
-        count(len(images))
     joined = {name: torch.cat(parts) for name, parts in values.items()}
     return Measured(whole.nonzero().flatten(), joined, torch.cat(energy), power / int(whole.sum()))

@@ -113,15 +113,15 @@ def test_sets_are_compared_with_the_first(real, tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_broken_images_are_counted_on_their_own(real, tmp_path):
-    images = natural_images(200, seed=5)
-    images[[3, 150]] = 128  # as `itarflow evaluate` stores them: flat and blurred
-    diagnosis = diagnose({"a": as_samples(images, (3, 150))}, real, output=tmp_path)
+    images, broken = natural_images(200, seed=5), (0, 1, 2, 150)  # the first batch is broken from end to end
+    images[list(broken)] = 128  # as `itarflow evaluate` stores them: flat and blurred
+    diagnosis = diagnose({"a": as_samples(images, broken)}, real, output=tmp_path, batch_size=3)
     findings = diagnosis.samples["a"]
-    assert findings.broken == rate(2, 200)
-    assert findings.failures["any"].rate.total == 198
+    assert findings.broken == rate(4, 200)
+    assert findings.failures["any"].rate.total == 196
     numbers = json.loads((tmp_path / "failures.json").read_text())["a"]
-    assert numbers["broken"] == [3, 150]
-    assert not {3, 150} & set(numbers["any"])
+    assert numbers["broken"] == list(broken)
+    assert not {*broken} & set(numbers["any"])
     with pytest.raises(ValueError, match="all 2 images of given are broken"), pytest.warns(UserWarning, match="wide"):
         diagnose({"a": as_samples(images[:2], (0, 1))}, real, output=tmp_path)
 
