@@ -13,6 +13,7 @@ from rich.console import Console
 from itarflow.commands.bpd import Bpd
 from itarflow.commands.compare import Compare
 from itarflow.commands.convert import Convert
+from itarflow.commands.diagnose import Diagnose
 from itarflow.commands.evaluate import Evaluate
 from itarflow.commands.info import Info
 from itarflow.commands.plot import Plot
@@ -30,6 +31,7 @@ Command = (
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Bpd, tyro.conf.subcommand("bpd")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
