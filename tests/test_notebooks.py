@@ -15,11 +15,11 @@ from itarflow.training import train
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def digits_pipeline(tmp_path):
+@pytest.fixture(scope="module")
+def digits_pipeline(tmp_path_factory):
     """A pipeline of the digits recipe, trained for a few seconds."""
     recipe = runpy.run_path(str(ROOT / "recipes" / "digits.py"))["recipe"]
-    return train(recipe, tmp_path / "run", max_steps=60).run.pipeline
+    return train(recipe, tmp_path_factory.mktemp("digits") / "run", max_steps=60).run.pipeline
 
 
 def run(name, monkeypatch, **places):
