@@ -19,17 +19,18 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from PIL import ImageFilter
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torchvision.transforms.v2.functional import gaussian_blur
 
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.calls import to_pil
-from itarflow.codec import Posterior, to_pixels, to_uint8
+from itarflow.codec import Posterior, to_pixels
 from itarflow.data import DataConfig, load_data
+from itarflow.images import to_array
 from itarflow.likelihood import Noise, likelihoods, noises_of
 
 BATCH = 50
@@ -69,7 +70,7 @@ def main(options: Options) -> None:
     for named in options.outside:
         name, _, path = named.partition("=")
         sets[name] = _images(pipe.flow, path, options.outside_split, options.num_images)
-    sets["blurred"] = to_uint8(to_pixels(gaussian_blur(inside, [5, 5], [1.0, 1.0])))
+    sets["blurred"] = _blurred(inside)
     sets["flat"] = inside.float().mean(dim=(2, 3), keepdim=True).round().byte().expand_as(inside)
     reference = _images(pipe.flow, options.inside, options.reference_split, options.num_images)
     nll = {name: _bits(pipe.flow, images, noises, options.draws) for name, images in sets.items()}
@@ -114,6 +115,12 @@ def _bits(flow: TARFlow, images: Tensor, noises: tuple[Noise, ...], draws: int) 
         numbers = range(start, start + len(part.mean))
         parts.append(likelihoods(flow, part, None, noises, draws=draws, numbers=numbers, bits=False).nll)
     return torch.cat(parts).numpy() / math.log(2)
+
+
+def _blurred(images: Tensor) -> Tensor:
+    """By a Gaussian of one pixel."""
+    pictures = [picture.filter(ImageFilter.GaussianBlur(1)) for picture in to_pil(to_pixels(images))]
+    return torch.from_numpy(np.stack([to_array(picture, images.shape[1]) for picture in pictures]))
 
 
 def _png_bits(image: Tensor) -> float:

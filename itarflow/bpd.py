@@ -86,7 +86,7 @@ class BpdConfig:
     num_workers: int = 2
     """Processes that decode images ahead; 0 = none."""
     max_broken: int = 100
-    """Unreadable images are left out and named; stop at more than this many."""
+    """Unreadable images are left out and named; a process stops at more than this many."""
     output: Path | None = None
     """Folder for bpd.json (means, settings and versions), images.csv (the figures of each image) and nll.png (the
     curve over the noise levels). The same command goes on with it if it is stopped. None = they are only printed."""
@@ -135,20 +135,25 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
 
     Raises:
         DataError: the data can't be used, or too many images can't be read.
-        ImportError: a folder is named, but matplotlib is not installed.
+        ImportError: a curve is to be drawn into the folder, but matplotlib is not installed.
         OSError: there is no such checkpoint, or the folder can't be written.
         ValueError: settings out of range, or that do not suit the checkpoint.
         RunError: one of these has met another process, or the folder holds other figures.
     """
     state = PartialState(cpu=on_cpu())
     _check_counts(config)
+    if config.device is not None and state.num_processes > 1:
+        raise ValueError(
+            f"device is {config.device}, but {state.num_processes} processes take one each; leave it out."
+        )
     with ExitStack() as locks:
         work = main_first(state, lambda: _open(config))
         folder, known = config.output, [dict[int, dict[str, Any]]()]
 
         def begin() -> None:
             if folder is not None:
-                blank_figure(1, 1)  # refuses now, not when the figures are there, if matplotlib is missing
+                if len(work.noises) > 1:
+                    blank_figure(1, 1)  # refuses now, not when the figures are there, if matplotlib is missing
                 check_writable(folder)
                 locks.enter_context(alone(folder))
                 known[0] = _begin(folder, work)
