@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -20,8 +16,9 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from itarflow import __version__
 from itarflow.batches import ignore_interrupts, without_alarm
+from itarflow.bpd_report import Figures, Report, Rows, append, finish
+from itarflow.bpd_report import begin as begin_folder
 from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_stride
 from itarflow.codes import display_name
 from itarflow.compare import short_names
@@ -31,18 +28,13 @@ from itarflow.digest import weights_digest
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
 from itarflow.images import Crop, DataError
-from itarflow.likelihood import Kind, Mean, Noise, likelihoods, mean_of, noises_of
+from itarflow.likelihood import Kind, Noise, likelihoods, mean_of, noises_of
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plot import blank_figure
 from itarflow.processes import main_first, on_cpu, on_main, shared_counter
 from itarflow.progress import image_progress
 from itarflow.run import RunError, check_writable
-from itarflow.shards import alone, atomically, write_json
-
-SUMMARY, TABLE, CURVE = "bpd.json", "images.csv", "nll.png"
-"""What a folder of figures holds."""
-_PROGRESS = ".rows-*.jsonl"
-"""What each process has measured, batch by batch; it stays, so that the same command has nothing left to do."""
+from itarflow.shards import alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,35 +86,6 @@ class BpdConfig:
     """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
 
 
-@dataclass(frozen=True)
-class Figures:
-    """The means over images with one kind of noise; what they mean is in `Noise` and `likelihood.Likelihoods`."""
-
-    noise: Noise
-    nll: Mean
-    bits: Mean | None
-    bits_one_draw: Mean | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        means = {"nats/dim": self.nll, "bits/dim": self.bits, "bits/dim, one draw": self.bits_one_draw}
-        values = {name: None if mean is None else mean._asdict() for name, mean in means.items()}
-        return {"noise": self.noise.kind, "noise_level": self.noise.level, **values}
-
-
-@dataclass(frozen=True)
-class Report:
-    """What has been measured."""
-
-    settings: Mapping[str, Any]
-    images: int
-    broken: tuple[str, ...]
-    """ "name: reason" of each image that could not be read, and is left out."""
-    figures: tuple[Figures, ...]
-    images_per_second: float | None
-    """Of all processes; None if nothing was left to do."""
-
-
 def measure(config: BpdConfig, *, console: Console | None = None) -> Report | None:
     """Measure the likelihood of each image; go on where an earlier call stopped. All processes of a launch call it.
 
@@ -148,7 +111,7 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
         )
     with ExitStack() as locks:
         work = main_first(state, lambda: _open(config))
-        folder, known = config.output, [dict[int, dict[str, Any]]()]
+        folder, known = config.output, [Rows()]
 
         def begin() -> None:
             if folder is not None:
@@ -156,7 +119,7 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
                     blank_figure(1, 1)  # refuses now, not when the figures are there, if matplotlib is missing
                 check_writable(folder)
                 locks.enter_context(alone(folder))
-                known[0] = _begin(folder, work)
+                known[0] = begin_folder(folder, work.settings)
 
         on_main(state, begin)
         broadcast_object_list(known)
@@ -169,13 +132,13 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
             len(work.numbers),
             len(work.numbers) - len(missing),
         )
-        done: dict[int, dict[str, Any]] = {}
+        done: Rows = {}
         with bar as show:
             shown = 0
             for part in _measured(work, missing, config, state):
                 done |= part
                 if folder is not None:
-                    _append(folder / _PROGRESS.replace("*", f"{state.process_index:05d}"), part)
+                    append(folder, state.process_index, part)
                 total = counted(len(part))
                 show(total - shown)
                 shown = total
@@ -190,9 +153,10 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
         for part in everywhere:
             rows = rows | part
         speed = len(missing) / (time.monotonic() - start) if missing else None
-        report = replace(_report(work, [rows[number] for number in work.numbers]), images_per_second=speed)
+        wanted = {number: rows[number] for number in work.numbers}
+        report = replace(_report(work, list(wanted.values())), images_per_second=speed)
         if folder is not None:
-            _finish(folder, work, report, [rows[number] for number in work.numbers])
+            finish(folder, report, wanted)
         return report
 
 
@@ -311,9 +275,7 @@ class _Readable(Dataset[tuple[int, Tensor | str]]):
         return number, self._dataset.read(number)
 
 
-def _measured(
-    work: _Work, missing: Sequence[int], config: BpdConfig, state: PartialState
-) -> Iterator[dict[int, dict[str, Any]]]:
+def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: PartialState) -> Iterator[Rows]:
     """The rows of this process's share of what is missing, batch by batch."""
     device = torch.device(config.device or state.device)
     lists = [list(missing[start : start + config.batch_size]) for start in range(0, len(missing), config.batch_size)]
@@ -331,7 +293,7 @@ def _measured(
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
     for batch in _watched(without_alarm(loader)):
-        rows: dict[int, dict[str, Any]] = {number: {"broken": read} for number, read in batch if isinstance(read, str)}
+        rows: Rows = {number: {"broken": read} for number, read in batch if isinstance(read, str)}
         broken += [row["broken"] for row in rows.values()]
         if len(broken) > config.max_broken:
             raise too_many_broken(broken, config.max_broken)
@@ -382,81 +344,3 @@ def _report(work: _Work, rows: Sequence[Mapping[str, Any]]) -> Report:
         for index, noise in enumerate(work.noises)
     )
     return Report(work.settings, len(values), broken, figures, None)
-
-
-# -- the folder --------------------------------------------------------------------------------------------------
-
-
-def _begin(folder: Path, work: _Work) -> dict[int, dict[str, Any]]:
-    """What is measured already, by the numbers of the images; the settings are written down if they are not yet."""
-    summary = folder / SUMMARY
-    if not summary.exists():
-        if (folder / TABLE).exists() or any(folder.glob(_PROGRESS)):
-            raise RunError(f"{folder} holds figures, but {SUMMARY} is missing; choose another folder.")
-        write_json(summary, {"settings": dict(work.settings)})
-        return {}
-    stored = json.loads(summary.read_text())["settings"]
-    changed = [
-        f"{name}: {stored.get(name)} -> {value}" for name, value in work.settings.items() if stored.get(name) != value
-    ]
-    if changed:
-        raise RunError(
-            f"{folder} holds figures of other settings:\n  " + "\n  ".join(changed) + "\nChoose another folder."
-        )
-    rows: dict[int, dict[str, Any]] = {}
-    for path in sorted(folder.glob(_PROGRESS)):
-        *whole, _torn = path.read_text().split("\n")
-        for line in whole:
-            rows |= {int(number): row for number, row in json.loads(line).items()}
-        # Else the next line would go on with a torn one.
-        path.write_text("".join(f"{line}\n" for line in whole))
-    return rows
-
-
-def _append(path: Path, rows: Mapping[int, Mapping[str, Any]]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(rows) + "\n")
-
-
-def _finish(folder: Path, work: _Work, report: Report, rows: Sequence[Mapping[str, Any]]) -> None:
-    names = [
-        f"{name}, {noise.title}" for name in ("nats/dim", "bits/dim", "bits/dim, one draw") for noise in work.noises
-    ]
-    with atomically(folder / TABLE) as partial, partial.open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "label", *names[: len(names) if not work.settings["codes"] else len(work.noises)]])
-        for number, row in zip(work.numbers, rows, strict=True):
-            if "values" in row:
-                parts = [part for part in row["values"] if part is not None]
-                table.writerow([number, row["label"], *(value for part in parts for value in part)])
-    gaussian = [figures for figures in report.figures if figures.noise.kind == "gaussian"]
-    if sum(figures.nll.mean is not None for figures in gaussian) > 1:
-        _draw(gaussian, report, folder / CURVE)
-    write_json(folder / SUMMARY, {
-        "settings": dict(work.settings),
-        "versions": {"itarflow": __version__, "torch": torch.__version__},
-        "images": report.images,
-        "broken": list(report.broken),
-        "results": [figures.to_json() for figures in report.figures],
-    })  # fmt: skip
-
-
-def _draw(figures: Sequence[Figures], report: Report, path: Path) -> None:
-    """Nats/dim over the noise level, beside the entropy of the noise, below which they can't be."""
-    known = [(one.noise.level or math.nan, one.nll) for one in sorted(figures, key=lambda one: one.noise.level or 0.0)]
-    drawn = [(level, mean.mean, mean.standard_error or 0.0) for level, mean in known if mean.mean is not None]
-    levels, means, errors = zip(*drawn, strict=True)
-    figure = blank_figure(6.0, 4.0)
-    axis = figure.subplots()
-    axis.errorbar(levels, means, errors, marker="o", markersize=4, capsize=3, label="noisy images")
-    fine = np.linspace(levels[0], levels[-1], 200)
-    entropy = [Noise("gaussian", float(level)).entropy for level in fine]
-    axis.plot(fine, entropy, "--", color="grey", linewidth=1, label="entropy of the noise alone: the least")
-    axis.set_xlabel("noise level t")
-    axis.set_ylabel("nats/dim")
-    axis.set_title(
-        f"{report.settings['checkpoint']}: {report.images:,} images of {report.settings['data']}", fontsize=10
-    )
-    axis.grid(linewidth=0.3)
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
