@@ -1,4 +1,4 @@
-"""`python -m itarflow`, which launchers of several processes start."""
+"""`python -m itarflow` is `itarflow`, so that several processes can share it: `accelerate launch -m itarflow bpd`."""
 
 from itarflow.cli import main
 

@@ -1,4 +1,4 @@
-"""The command `itarflow`: sample from checkpoints, compare, speed up, convert and explain them, and prepare images."""
+"""The command `itarflow`: sample from checkpoints, compare, measure, speed up and convert them, and prepare images."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import tyro
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 
+from itarflow.commands.bpd import Bpd
 from itarflow.commands.compare import Compare
 from itarflow.commands.convert import Convert
+from itarflow.commands.diagnose import Diagnose
 from itarflow.commands.evaluate import Evaluate
 from itarflow.commands.info import Info
 from itarflow.commands.plot import Plot
@@ -30,8 +32,10 @@ Command = (
     | Annotated[Prepare, tyro.conf.subcommand("prepare")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Bpd, tyro.conf.subcommand("bpd")]
     | Annotated[Profile, tyro.conf.subcommand("profile")]
 )
 

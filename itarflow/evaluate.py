@@ -145,6 +145,7 @@ def score_samples(
     state: PartialState,
     *,
     batch_size: int = 50,
+    device: torch.device | str = "cpu",
     console: Console | None = None,
     count: Callable[[int], object] = int,
 ) -> Scores:
@@ -156,6 +157,7 @@ def score_samples(
         extractor: that made the reference, on the device of this process.
         state: of the launch.
         batch_size: images that the extractor sees at a time.
+        device: where distances between features are computed.
         console: where the main process draws a bar; None = nowhere.
         count: called with the number of images whose features this process has taken since its last call.
     """
@@ -174,4 +176,4 @@ def score_samples(
             count(more)
 
         found = extract(extractor, share(), len(samples), count=counted)
-    return score(found, reference, extractor, broken=len(samples.broken))
+    return score(found, reference, extractor, broken=len(samples.broken), device=device)

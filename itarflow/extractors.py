@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -89,7 +90,13 @@ def load_extractor(
     inception = kind is fidelity.FeatureExtractorInceptionV3
     layers = ["2048", "logits_unbiased"] if inception else [kind.get_default_feature_layer_for_metric("fid")]
     options = {} if weights is None else {"feature_extractor_weights_path": str(weights)}
-    network = _load(name, weights, lambda: kind(name, layers, **options)).to(device)
+
+    def load() -> nn.Module:
+        if weights is not None and kind in (fidelity.FeatureExtractorInceptionV3, fidelity.FeatureExtractorVGG16):
+            torch.load(weights, map_location="cpu", weights_only=True)  # torch-fidelity would run code that is in it
+        return kind(name, layers, **options)
+
+    network = _load(name, weights, load).to(device)
     return _Network(_name(name, weights, _INCEPTION_HASH), network, _inception if inception else _registered)
 
 
@@ -113,10 +120,22 @@ class _Network:
                 f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, C, H, W), C = 1 or 3."
             )
         rgb = images.to(self._device).expand(-1, 3, -1, -1)
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with exact, torch.autocast(self._device.type, enabled=False):
+        with _full_float32(), torch.autocast(self._device.type, enabled=False):
             parts = [self._ask(self._network, part) for part in rgb.split(self._slice or len(rgb))]
         return _together(parts)
+
+
+@contextmanager
+def _full_float32() -> Iterator[None]:
+    """Inside, neither products of matrices nor convolutions are rounded to TF32, whatever a training has set."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _together(parts: Sequence[Features]) -> Features:
@@ -185,7 +204,6 @@ def _load(name: str, weights: Path | None, load: Callable[[], nn.Module]) -> nn.
     """What `load` makes; its many errors as OSError (of what it downloads) or ValueError (of a local file)."""
     if weights is not None:
         try:
-            torch.load(weights, map_location="cpu", weights_only=True)  # which can't run what is in the file
             return load()
         except NotImplementedError as error:
             raise ValueError(f"{name} takes no file of weights; leave --features out.") from error

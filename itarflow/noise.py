@@ -11,6 +11,8 @@ from torch import Tensor
 
 Distribution = Literal["uniform", "quadratic", "lognormal", "constant", "dequantise"]
 Weight = Literal["one", "t", "t2", "t_normalised", "t2_normalised"]
+LEVELS_PER_UNIT = 128
+"""Grey levels that share a unit of the axis once images are dequantised; 256 share [-1, 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,4 +104,9 @@ def dequantise(images: Tensor, u: Tensor) -> Tensor:
     Returns:
         (k + u) / 128 - 1, so that each level owns an interval of length 1/128.
     """
-    return ((images + 1) * 127.5 + u) / 128 - 1
+    return ((images + 1) * 127.5 + u) / LEVELS_PER_UNIT - 1
+
+
+def bits_per_dim(nats_per_dim: float) -> float:
+    """Bits/dim of 8-bit images from nats/dim of the dequantised ones, of whose axis a grey level owns 1/128."""
+    return (nats_per_dim + math.log(LEVELS_PER_UNIT)) / math.log(2)

@@ -166,8 +166,7 @@ def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: 
     dims = math.prod(flow.image_shape)
     means = [sum(column) / total / dims for column in zip(*(values for values, _ in everywhere), strict=True)]
     if dequantised:
-        # From a density over [-1, 1], of which a grey level owns 1/128, to a probability of the level, in bits.
-        return Evaluation({}, (means[0] + math.log(128)) / math.log(2), tuple(broken))
+        return Evaluation({}, noises.bits_per_dim(means[0]), tuple(broken))
     return Evaluation({f"{level:g}": mean for level, mean in zip(levels, means, strict=True)}, None, tuple(broken))
 
 

@@ -109,7 +109,7 @@ def claimed(
         yield stop
 
 
-def main_first(accelerator: Accelerator, open_: Callable[[], Opened]) -> Opened:
+def main_first(accelerator: Accelerator | PartialState, open_: Callable[[], Opened]) -> Opened:
     """What opens something, on all processes; the main one, which may download it, or refuse it for all, goes first.
 
     Raises:

@@ -148,3 +148,23 @@ def titled_grid(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.I
         middle = (column + 0.5) * width - 1
         draw.multiline_text((middle, top / 2), title, "black", font, anchor="mm", align="center", spacing=4)
     return page
+
+
+def captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
+    """A grid with a caption above each image; see `titled_grid`.
+
+    Args:
+        images: all of one size and mode, row by row.
+        captions: one an image, all of as many lines.
+        columns: images a row.
+    """
+    empty = Image.new(images[0].mode, images[0].size, "white")
+    rows = []
+    for start in range(0, len(images), columns):
+        row, titles = images[start : start + columns], captions[start : start + columns]
+        missing = columns - len(row) if start else 0
+        rows.append(titled_grid([*row, *[empty] * missing], [*titles, *[""] * missing]))
+    page = Image.new(rows[0].mode, (rows[0].width, sum(row.height for row in rows)), "white")
+    for number, part in enumerate(rows):
+        page.paste(part, (0, sum(above.height for above in rows[:number])))
+    return page

@@ -26,6 +26,7 @@ from torch import Tensor
 from itarflow.batches import in_order
 from itarflow.codes import display_name
 from itarflow.data import DataConfig, load_data
+from itarflow.dataset import too_many_broken
 from itarflow.extraction import Extracted, extract
 from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
 from itarflow.images import Crop
@@ -118,7 +119,7 @@ def reference_of(
 
     Raises:
         RunError: the data cannot be used, a kept file is damaged, or the cache cannot be written.
-        DataError: too many images cannot be read.
+        DataError: this process met more than `data.max_broken` images that cannot be read.
     """
     whole = replace(data, held_out_split=None, held_out_images=0, horizontal_flip=False, in_memory=False)
     images = main_first(accelerator, lambda: load_data(whole, image_size=image_size, in_channels=in_channels).train)
@@ -137,6 +138,8 @@ def reference_of(
     def batches() -> Iterator[Tensor]:
         for batch in in_order(images, batch_size, data.num_workers, **share):
             broken.extend(batch.broken)
+            if len(broken) > data.max_broken:
+                raise too_many_broken(broken, data.max_broken)
             yield batch.images
 
     def compute() -> Reference:

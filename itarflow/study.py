@@ -134,7 +134,9 @@ def run_study(
             scores[name][way] = _kept(
                 folder / "scores" / name / f"{way}.json",
                 {"samples": made, "reference": asdict(reference.origin)},
-                lambda samples=samples: score_samples(samples, reference, extractor, state, console=console),  # type: ignore[misc]
+                lambda samples=samples: score_samples(
+                    samples, reference, extractor, state, device=device, console=console
+                ),  # type: ignore[misc]
                 state,
             )
     real = _real_images(study)
@@ -142,7 +144,7 @@ def run_study(
         RAW: _kept(
             folder / "scores" / "real.json",
             {"split": real.name, "count": len(real), "reference": asdict(reference.origin)},
-            lambda: score_samples(real, reference, extractor, state, console=console),
+            lambda: score_samples(real, reference, extractor, state, device=device, console=console),
             state,
         )
     }
@@ -161,8 +163,14 @@ def run_study(
 def _reference(study: Study, extractor: Extractor, state: PartialState, console: Console | None) -> Reference:
     """Statistics of real images, as large as those that the flows make."""
     model, data = study.recipe.model, replace(study.recipe.data, split=study.reference_split)
-    size = {"image_size": model.image_size, "in_channels": model.in_channels}
-    return reference_of(data, **size, extractor=extractor, accelerator=state, console=console)
+    return reference_of(
+        data,
+        image_size=model.image_size,
+        in_channels=model.in_channels,
+        extractor=extractor,
+        accelerator=state,
+        console=console,
+    )
 
 
 def _train(recipe: Recipe, run: RunDir, state: PartialState) -> None:

@@ -201,6 +201,7 @@ def score_cells(
     reference: Reference,
     extractor: Extractor,
     state: PartialState,
+    device: torch.device | str = "cpu",
     console: Console | None = None,
 ) -> dict[Cell, Scores]:
     """The figures of all cells, whose samples are there; those that are kept are not computed again.
@@ -211,6 +212,7 @@ def score_cells(
         reference: statistics of real images.
         extractor: that made the reference, on the device of this process.
         state: of the launch; all processes call this, and get the same.
+        device: where distances between features are computed.
         console: where the main process draws a bar; None = nowhere.
     """
     keys: dict[Cell, dict[str, Any]] = {}
@@ -231,7 +233,7 @@ def score_cells(
     if missing:
         with image_progress(console if state.is_main_process else None, "taking features", mine, 0) as show:
             for cell, samples in missing.items():
-                scores[cell] = one = score_samples(samples, reference, extractor, state, count=show)
+                scores[cell] = one = score_samples(samples, reference, extractor, state, device=device, count=show)
                 path = folder / cell.generation / cell.way / SCORES
                 on_main(state, lambda path=path, cell=cell, one=one: write_json(  # type: ignore[misc]
                     path, {"of": keys[cell], "scores": one.to_json()}

@@ -38,7 +38,7 @@ cpu = Recipe(
     ),
     sampling=SamplingConfig(guidance=Guidance(weight=1.0, blocks=1), num_images=40),
 )
-# Weights of four such models, in bfloat16, are 60 MB.
+# Weights of four such models, in bfloat16, are 64 MB.
 gpu = Recipe(
     name="itarflow",
     model=ModelConfig(image_size=32, num_classes=10, patch_size=2, channels=256, num_layers=(1, 1, 1, 6)),

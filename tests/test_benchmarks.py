@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from image_files import write_classes
+from rich.console import Console
 
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.costs import Peak
@@ -21,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import floors
 import measure
+import ood
 import peaks
 import run
 from paths import Score
@@ -318,3 +322,15 @@ def test_reading_images_is_measured(tmp_path):
     found = json.loads((tmp_path / "loader.json").read_text())
     assert [record["variant"] for record in found] == ["JPEG files", "PNG in parquet", "PNG in parquet, streamed"]
     assert all(record["images_per_second"] > 0 and record["bytes_per_image"] > 0 for record in found)
+
+
+def test_likelihoods_of_foreign_images_are_compared_by_every_rule(make_flow, tmp_path, capsys, monkeypatch):
+    flow = make_flow(in_channels=1, num_classes=0, noise_range=(0.1, 0.5))
+    ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.1)).save_pretrained(tmp_path / "pipeline")
+    monkeypatch.setattr(ood, "console", Console(width=120))  # of this test's standard output
+    same = {"inside_split": "train", "outside_split": "train", "num_images": 40, "num_levels": 2}
+    ood.main(ood.Options(str(tmp_path / "pipeline"), "digits", ("again=digits",), **same))
+    printed = capsys.readouterr().out
+    assert re.search(r"again\s+│ -log p\s+│ 0\.500\s+│ 0\.500", printed)
+    assert re.search(r"flat\s+│ complexity\s+│ [01]\.\d+", printed)
+    assert ood._areas(np.array([[1.0, 2.0], [2.0, 1.0]]), np.array([[3.0, 0.0]])) == [1.0, 0.0]

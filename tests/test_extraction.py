@@ -1,13 +1,11 @@
 """Features of many images, by one process and by several."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import signal
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, debug_launcher
+from accelerate.state import AcceleratorState, PartialState
 from tiny_extractor import TinyExtractor
 
 from itarflow.data import DataConfig
@@ -15,16 +13,14 @@ from itarflow.extraction import evenly_spaced, extract
 from itarflow.moments import Sums
 from itarflow.reference import reference_of
 
-SCRIPT = """
-import sys
-import torch
-from accelerate import Accelerator
-from pathlib import Path
-from test_extraction import digits_twice
 
-accelerator, out = Accelerator(cpu=True), Path(sys.argv[1])
-torch.save(digits_twice(out / "cache", accelerator), out / f"{accelerator.process_index}.pt")
-"""
+def in_process(out):
+    """What one of several processes does; a fork, because imports take longer than the work."""
+    signal.alarm(60)  # a process that hangs ends, and fails the test
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True)
+    torch.save(digits_twice(out / "cache", accelerator), out / f"{accelerator.process_index}.pt")
 
 
 def digits_twice(cache, accelerator):
@@ -97,18 +93,7 @@ def test_no_images_are_refused():
 
 
 def test_two_processes_give_the_reference_of_one(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-    )
-    assert done.returncode == 0, done.stderr
+    debug_launcher(in_process, (tmp_path,), num_processes=2)
     assert len(list((tmp_path / "cache").iterdir())) == 1
     one = digits_twice(tmp_path / "other", Accelerator(cpu=True))
     two = [torch.load(tmp_path / f"{index}.pt", weights_only=False) for index in range(2)]

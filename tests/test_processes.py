@@ -11,6 +11,7 @@ from conftest import tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
 
+from itarflow import DenoiseScheduler, ITARFlowPipeline, cli
 from itarflow.data import DataConfig
 from itarflow.decoder import DecoderConfig, TuneConfig
 from itarflow.encode import begin, encode_share, finish
@@ -87,6 +88,23 @@ def test_two_processes_encode_the_codes_that_one_does(tmp_path):
     assert names == sorted(path.name for path in two.iterdir())
     assert len(names) == 5
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
+def test_two_processes_measure_the_likelihoods_that_one_does(make_flow, tmp_path):
+    flow = make_flow(in_channels=1, num_classes=10, noise_range=(0.1, 0.5))
+    ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.1)).save_pretrained(tmp_path / "pipeline")
+    words = ("bpd", tmp_path / "pipeline", "--data", "digits", "--split", "train", "--num-images", "60",
+             "--num-levels", "2", "--batch-size", "8", "--num-workers", "0", "--output")  # fmt: skip
+    cli.main([*map(str, words), str(tmp_path / "one")])
+    done = launch("-m", "itarflow", *words, tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "bpd.json").read_text()) for name in ("one", "two"))
+    assert two["settings"] == one["settings"]
+    assert [part["bits/dim"]["mean"] for part in two["results"]] == pytest.approx(
+        [part["bits/dim"]["mean"] for part in one["results"]], abs=1e-5
+    )
+    assert done.stdout.count("Likelihood of 60 images") == 1
+    assert len(list((tmp_path / "two").glob(".rows-*"))) == 2
 
 
 def test_two_processes_fine_tune_a_decoder_as_one(tmp_path):

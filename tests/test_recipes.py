@@ -100,5 +100,5 @@ def test_the_flows_of_a_study_differ_in_their_noise_alone(path):
             assert recipe.data == study.recipe.data
             same = {"noise_conditioned": True}
             assert replace(recipe.model, **same) == study.recipe.model
-        # 60 MB of weights of all four in bfloat16, as the recipe's comment says.
-        assert sum(recipe.model.build().num_parameters() for recipe in recipes.values()) * 2 < 62e6
+        # 64 MB of weights of all four in bfloat16, as the recipe's comment says.
+        assert sum(recipe.model.build().num_parameters() for recipe in recipes.values()) * 2 < 64e6

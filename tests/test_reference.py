@@ -12,6 +12,7 @@ from tiny_extractor import TinyExtractor, tiny_inception
 from itarflow import reference as references
 from itarflow.data import DataConfig
 from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES
+from itarflow.images import DataError
 from itarflow.moments import Sums
 from itarflow.reference import read_reference, reference_of
 from itarflow.run import RunError
@@ -34,7 +35,7 @@ def options(tmp_path):
 
 
 def compute(path, options, **changes):
-    data = {name: changes.pop(name) for name in ("crop", "split", "streaming") if name in changes}
+    data = {name: changes.pop(name) for name in ("crop", "split", "streaming", "max_broken") if name in changes}
     return reference_of(DataConfig(path=str(path), num_workers=0, **data), **{"in_channels": 3} | options | changes)
 
 
@@ -112,6 +113,15 @@ def test_unreadable_images_are_named(folder, options):
     for _ in range(2):  # the cache tells as well
         (broken,) = compute(folder, options).origin.broken
         assert "2.png: " in broken
+
+
+def test_too_many_unreadable_images_are_refused(folder, options):
+    for name in ("2.png", "4.png"):
+        damage(folder / name)
+    with pytest.raises(DataError, match="2 images could not be read"):
+        compute(folder, options, max_broken=1)
+    assert kept(options) == []
+    assert len(compute(folder, options, max_broken=2).origin.broken) == 2
 
 
 def test_a_folder_that_can_not_be_written_is_refused_before_the_work(folder, options):

@@ -78,7 +78,7 @@ class Evaluate(Making, _Ways):
         start = time.monotonic()
         for name in generation.columns:
             samples = open_samples(self.output / name)
-            scores[name] = score_samples(samples, reference, extractor, state, console=console)
+            scores[name] = score_samples(samples, reference, extractor, state, device=device, console=console)
         extracting = time.monotonic() - start
         if state.is_main_process:
             speed = {

@@ -80,7 +80,7 @@ class Sweep(Making, _Values):
         start = time.monotonic()
         made = make_all({self.output / name: one for name, one in generations.items()}, state, console)
         seconds = time.monotonic() - start
-        scores = score_cells(cells, self.output, reference, extractor, state, console)
+        scores = score_cells(cells, self.output, reference, extractor, state, device, console)
         if state.is_main_process:
             self._report(pipe, scores, made / seconds if made else None)
 

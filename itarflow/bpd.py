@@ -1,0 +1,346 @@
+"""The likelihood of each image of a data set, by one or several processes, so that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from itarflow.batches import ignore_interrupts, without_alarm
+from itarflow.bpd_report import Figures, Report, Rows, append, finish
+from itarflow.bpd_report import begin as begin_folder
+from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_stride
+from itarflow.codes import display_name
+from itarflow.compare import short_names
+from itarflow.data import DataConfig, load_data
+from itarflow.dataset import ImageDataset, too_many_broken
+from itarflow.digest import weights_digest
+from itarflow.embedding import NULL_LABEL
+from itarflow.flow import TARFlow
+from itarflow.images import Crop, DataError
+from itarflow.likelihood import Kind, Noise, likelihoods, mean_of, noises_of
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.plot import blank_figure
+from itarflow.processes import main_first, on_cpu, on_main, shared_counter
+from itarflow.progress import image_progress
+from itarflow.run import RunError, check_writable
+from itarflow.shards import alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class BpdConfig:
+    """What to measure, and how."""
+
+    checkpoint: str
+    """A folder with a pipeline, or a Hub id."""
+    data: str
+    """Where the images are: as `DataConfig.path`."""
+    name: str | None = None
+    """Configuration of a Hub data set that has several."""
+    split: str = "test"
+    """Split to measure on, such as test or train[:10%]."""
+    held_out_images: int = 0
+    """0 = all images of the split. N = those that a training with --data.held-out-images N sets aside from it."""
+    num_images: int | None = None
+    """So many, evenly spaced over the split. None = all."""
+    crop: Crop = "center"
+    """How images of another size become square: as --data.crop in training. The figures depend on it."""
+    image_column: str | None = None
+    """Column with the images. None = the first one."""
+    label_column: str | None = None
+    """Column with the class labels. None = it is found."""
+    unlabelled: bool = False
+    """Ask a flow with classes for the likelihood without a label, whatever labels the data has."""
+    noise: Kind | None = None
+    """uniform: that of one grey level, which gives the usual bits/dim. gaussian: that of the flow's training.
+    None = all that applies."""
+    noise_levels: tuple[float, ...] | None = None
+    """Of the Gaussian noise, inside the range that the flow was trained on. None = evenly over it; see num_levels."""
+    num_levels: int = 4
+    """How many noise levels, if they are not named."""
+    draws: int = 1
+    """k: times that noise is drawn for each image. bits/dim are importance-averaged: -log2 of the mean of k
+    probabilities, a bound that comes the nearer the larger k is. It takes k times as long."""
+    seed: int = 0
+    """Of the noise, 0 or more. An image's noise depends on it, on the image's number and on that of the draw alone."""
+    batch_size: int = 50
+    """Images at a time, in each process; lower it if memory runs out. Figures differ by rounding only."""
+    num_workers: int = 2
+    """Processes that decode images ahead; 0 = none."""
+    max_broken: int = 100
+    """Unreadable images are left out and named; a process stops at more than this many."""
+    output: Path | None = None
+    """Folder for bpd.json (means, settings and versions), images.csv (the figures of each image) and nll.png (the
+    curve over the noise levels). The same command goes on with it if it is stopped. None = they are only printed."""
+    device: str | None = None
+    """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
+
+
+def measure(config: BpdConfig, *, console: Console | None = None) -> Report | None:
+    """Measure the likelihood of each image; go on where an earlier call stopped. All processes of a launch call it.
+
+    Args:
+        config: what to measure, and how.
+        console: where the main process draws a bar; None = nowhere.
+
+    Returns:
+        On the main process what was measured, including what earlier calls did; None on the others.
+
+    Raises:
+        DataError: the data can't be used, or too many images can't be read.
+        ImportError: a curve is to be drawn into the folder, but matplotlib is not installed.
+        OSError: there is no such checkpoint, or the folder can't be written.
+        ValueError: settings out of range, or that do not suit the checkpoint.
+        RunError: one of these has met another process, or the folder holds other figures.
+    """
+    state = PartialState(cpu=on_cpu())
+    _check_counts(config)
+    if config.device is not None and state.num_processes > 1:
+        raise ValueError(
+            f"device is {config.device}, but {state.num_processes} processes take one each; leave it out."
+        )
+    with ExitStack() as locks:
+        work = main_first(state, lambda: _open(config))
+        folder, known = config.output, [Rows()]
+
+        def begin() -> None:
+            if folder is not None:
+                if len(work.noises) > 1:
+                    blank_figure(1, 1)  # refuses now, not when the figures are there, if matplotlib is missing
+                check_writable(folder)
+                locks.enter_context(alone(folder))
+                known[0] = begin_folder(folder, work.settings)
+
+        on_main(state, begin)
+        broadcast_object_list(known)
+        rows, start = known[0], time.monotonic()
+        missing = [number for number in work.numbers if number not in rows]
+        counted = shared_counter("images measured")
+        bar = image_progress(
+            console if state.is_main_process else None,
+            "measuring",
+            len(work.numbers),
+            len(work.numbers) - len(missing),
+        )
+        done: Rows = {}
+        with bar as show:
+            shown = 0
+            for part in _measured(work, missing, config, state):
+                done |= part
+                if folder is not None:
+                    append(folder, state.process_index, part)
+                total = counted(len(part))
+                show(total - shown)
+                shown = total
+            try:
+                everywhere = gather_object([done])
+            except RuntimeError as error:
+                goes_on = " The same command goes on." if folder is not None else ""
+                raise RunError(f"another process has stopped; see what it said.{goes_on}") from error
+            show(len(missing) - shown)
+        if not state.is_main_process:
+            return None
+        for part in everywhere:
+            rows = rows | part
+        speed = len(missing) / (time.monotonic() - start) if missing else None
+        wanted = {number: rows[number] for number in work.numbers}
+        report = replace(_report(work, list(wanted.values())), images_per_second=speed)
+        if folder is not None:
+            finish(folder, report, wanted)
+        return report
+
+
+# -- what there is to do, and what is refused --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    flow: TARFlow
+    codec: Codec
+    dataset: ImageDataset
+    labels: Tensor | None
+    """(N,) of all images of the set, as the flow numbers them; None = unlabelled."""
+    numbers: tuple[int, ...]
+    """Of the images to measure, in the set."""
+    noises: tuple[Noise, ...]
+    settings: Mapping[str, Any]
+    """All that decides the figures."""
+
+
+def _check_counts(config: BpdConfig) -> None:
+    lowest = {"num_images": 1, "draws": 1, "num_levels": 1, "batch_size": 1, "seed": 0, "held_out_images": 0}
+    for name, least in {**lowest, "num_workers": 0, "max_broken": 0}.items():
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} is {value}; expected a number >= {least}.")
+
+
+def _open(config: BpdConfig) -> _Work:
+    pipe = ITARFlowPipeline.from_pretrained(config.checkpoint)
+    flow: TARFlow = pipe.flow.float().eval().requires_grad_(False)
+    schedule = pipe.scheduler.config
+    noises = noises_of(
+        flow,
+        kind=config.noise,
+        levels=config.noise_levels,
+        count=config.num_levels,
+        noise_range=(schedule.t_min, schedule.t_max) if flow.config.noise_conditioned else None,
+        codes=pipe.vae is not None,
+    )
+    channels, size, _ = flow.image_shape
+    if pipe.vae is not None:
+        channels, size = pipe.vae.config.in_channels, size * vae_stride(pipe.vae)
+    opened = load_data(
+        DataConfig(
+            path=config.data,
+            name=config.name,
+            split=config.split,
+            held_out_images=config.held_out_images,
+            image_column=config.image_column,
+            label_column=config.label_column,
+            crop=config.crop,
+            max_broken=config.max_broken,
+        ),
+        image_size=size,
+        in_channels=channels,
+    )
+    dataset = opened.held_out if config.held_out_images else opened.train
+    count = len(dataset) if config.num_images is None else config.num_images
+    if count > len(dataset):
+        raise DataError(
+            f"num_images is {count}, but {config.data} has {len(dataset)} images; expected at most that many, or None "
+            "for all."
+        )
+    labels = None if config.unlabelled else _labels(pipe, dataset, opened.class_names, config.data)
+    settings = {
+        "checkpoint": short_names([config.checkpoint])[0],
+        "weights": weights_digest(flow.state_dict()),
+        "codes": pipe.vae is not None,
+        "data": display_name(config.data),
+        "name": config.name,
+        "split": config.split,
+        "held_out_images": config.held_out_images,
+        "images_of_the_set": len(dataset),
+        "num_images": count,
+        "crop": config.crop,
+        "trained_on": "gaussian" if flow.config.noise_range or flow.config.noise_conditioned else "not recorded",
+        "labels": "none" if labels is None else "of the data",
+        "noises": [{"noise": noise.kind, "noise_level": noise.level} for noise in noises],
+        "draws": config.draws,
+        "seed": config.seed,
+        "dtype": "float32",
+    }
+    numbers = tuple(index * len(dataset) // count for index in range(count))
+    return _Work(flow, codec_of(pipe.vae), dataset, labels, numbers, noises, settings)
+
+
+def _labels(pipe: ITARFlowPipeline, dataset: ImageDataset, names: Sequence[str], path: str) -> Tensor | None:
+    """The labels of a set by the numbers of the flow, whose names may come in another order."""
+    num_classes = pipe.flow.config.num_classes
+    if num_classes == 0:
+        return None
+    if len(names) != num_classes:
+        found = f"{len(names)} classes" if names else "no labels"
+        raise DataError(
+            f"the images in {path} have {found}, but the flow knows {num_classes}; expected the data it was trained "
+            "on, a label_column, or unlabelled, which asks for the likelihood without a label."
+        )
+    own = pipe.config.class_names or list(names)
+    if sorted(own) != sorted(names):  # such as "n01440764" for "tench": then their order has to do
+        return dataset.labels
+    order = torch.tensor([*(own.index(name) for name in names), NULL_LABEL])
+    return order[dataset.labels]
+
+
+# -- the work ----------------------------------------------------------------------------------------------------
+
+
+class _Readable(Dataset[tuple[int, Tensor | str]]):
+    """The number of an image and what is read of it, or "name: reason"."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
+        return number, self._dataset.read(number)
+
+
+def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: PartialState) -> Iterator[Rows]:
+    """The rows of this process's share of what is missing, batch by batch."""
+    device = torch.device(config.device or state.device)
+    lists = [list(missing[start : start + config.batch_size]) for start in range(0, len(missing), config.batch_size)]
+    own = lists[state.process_index :: state.num_processes]
+    flow, codec = work.flow.to(device), work.codec
+    if isinstance(codec, VaeCodec):
+        codec.vae.to(device)
+    workers, broken = min(config.num_workers, len(own)), list[str]()
+    loader = DataLoader(
+        _Readable(work.dataset),
+        batch_sampler=own,
+        num_workers=workers,
+        collate_fn=list,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
+    )
+    for batch in _watched(without_alarm(loader)):
+        rows: Rows = {number: {"broken": read} for number, read in batch if isinstance(read, str)}
+        broken += [row["broken"] for row in rows.values()]
+        if len(broken) > config.max_broken:
+            raise too_many_broken(broken, config.max_broken)
+        numbers = [number for number, read in batch if isinstance(read, Tensor)]
+        if numbers:
+            images = torch.stack([read for _, read in batch if isinstance(read, Tensor)]).to(device)
+            labels = None if work.labels is None else work.labels[numbers].to(device)
+            with torch.no_grad():
+                posterior = codec.encode(to_pixels(images))
+            found = likelihoods(
+                flow,
+                posterior,
+                labels,
+                work.noises,
+                draws=config.draws,
+                seed=config.seed,
+                numbers=numbers,
+                bits=not work.settings["codes"],
+            )
+            for row, number in enumerate(numbers):
+                values = [None if part is None else part[row].tolist() for part in found]
+                label = NULL_LABEL if work.labels is None else int(work.labels[number])
+                rows[number] = {"label": label, "values": values}
+        yield rows
+
+
+def _watched(stream: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from stream
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a process that decodes images has died ({error}). Often the system was out of memory; lower num_workers"
+        ) from error
+
+
+def _report(work: _Work, rows: Sequence[Mapping[str, Any]]) -> Report:
+    broken = tuple(row["broken"] for row in rows if "broken" in row)
+    values = [row["values"] for row in rows if "values" in row]
+    if not values:
+        raise DataError(f"none of {len(rows)} images can be read; the first one: {broken[0]}")
+    columns = [
+        None if part[0] is None else torch.tensor(part, dtype=torch.float64) for part in zip(*values, strict=True)
+    ]
+    figures = tuple(
+        Figures(noise, *(None if part is None else mean_of(part[:, index]) for part in columns))  # type: ignore[arg-type]
+        for index, noise in enumerate(work.noises)
+    )
+    return Report(work.settings, len(values), broken, figures, None)

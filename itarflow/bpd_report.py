@@ -1,0 +1,147 @@
+"""Likelihoods of images as they are told and kept: means over images, a table of all of them, and a curve."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from itarflow import __version__
+from itarflow.likelihood import Mean, Noise
+from itarflow.plot import blank_figure
+from itarflow.run import RunError
+from itarflow.shards import atomically, write_json
+
+SUMMARY, TABLE, CURVE = "bpd.json", "images.csv", "nll.png"
+"""What a folder of figures holds."""
+PROGRESS = ".rows-*.jsonl"
+"""What each process has measured, batch by batch; it stays, so that the same command has nothing left to do."""
+
+Rows: TypeAlias = dict[int, dict[str, Any]]
+"""What is known of an image, by its number: "label" and "values", or why it is "broken"."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The means over images with one kind of noise; what they mean is in `Noise` and `likelihood.Likelihoods`."""
+
+    noise: Noise
+    nll: Mean
+    bits: Mean | None
+    bits_one_draw: Mean | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        means = {"nats/dim": self.nll, "bits/dim": self.bits, "bits/dim, one draw": self.bits_one_draw}
+        values = {name: None if mean is None else mean._asdict() for name, mean in means.items()}
+        return {"noise": self.noise.kind, "noise_level": self.noise.level, **values}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What has been measured."""
+
+    settings: Mapping[str, Any]
+    images: int
+    broken: tuple[str, ...]
+    """ "name: reason" of each image that could not be read, and is left out."""
+    figures: tuple[Figures, ...]
+    images_per_second: float | None
+    """Of all processes; None if nothing was left to do."""
+
+
+def begin(folder: Path, settings: Mapping[str, Any]) -> Rows:
+    """What is measured already, by the numbers of the images; the settings are written down if they are not yet.
+
+    Raises:
+        RunError: the folder holds figures of other settings.
+    """
+    summary = folder / SUMMARY
+    if not summary.exists():
+        if (folder / TABLE).exists() or any(folder.glob(PROGRESS)):
+            raise RunError(f"{folder} holds figures, but {SUMMARY} is missing; choose another folder.")
+        write_json(summary, {"settings": dict(settings)})
+        return {}
+    stored = json.loads(summary.read_text())["settings"]
+    changed = [
+        f"{name}: {stored.get(name)} -> {value}" for name, value in settings.items() if stored.get(name) != value
+    ]
+    if changed:
+        raise RunError(
+            f"{folder} holds figures of other settings:\n  " + "\n  ".join(changed) + "\nChoose another folder."
+        )
+    rows: Rows = {}
+    for path in sorted(folder.glob(PROGRESS)):
+        *whole, _torn = path.read_text().split("\n")
+        for line in whole:
+            rows |= {int(number): row for number, row in json.loads(line).items()}
+        # Else the next line would go on with a torn one.
+        path.write_text("".join(f"{line}\n" for line in whole))
+    return rows
+
+
+def append(folder: Path, process_index: int, rows: Rows) -> None:
+    """Write down what a process has measured; a line, so that a torn one costs no more than itself."""
+    path = folder / PROGRESS.replace("*", f"{process_index:05d}")
+    with path.open("a") as file:
+        file.write(json.dumps(rows) + "\n")
+
+
+def finish(folder: Path, report: Report, rows: Rows) -> None:
+    """Write the figures of each image, the curve, and the report.
+
+    Args:
+        folder: as `begin` has left it.
+        report: of the rows.
+        rows: by the numbers of the images, in order.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+    codes, noises = report.settings["codes"], [figures.noise for figures in report.figures]
+    names = [f"{name}, {noise.title}" for name in ("nats/dim", "bits/dim", "bits/dim, one draw") for noise in noises]
+    with atomically(folder / TABLE) as partial, partial.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "label", *names[: len(noises) if codes else len(names)]])
+        for number, row in rows.items():
+            if "values" in row:
+                parts = [part for part in row["values"] if part is not None]
+                table.writerow([number, row["label"], *(value for part in parts for value in part)])
+    gaussian = [figures for figures in report.figures if figures.noise.kind == "gaussian"]
+    if sum(figures.nll.mean is not None for figures in gaussian) > 1:
+        _draw(gaussian, report, folder / CURVE)
+    write_json(folder / SUMMARY, {
+        "settings": dict(report.settings),
+        "versions": {"itarflow": __version__, "torch": torch.__version__},
+        "images": report.images,
+        "broken": list(report.broken),
+        "results": [figures.to_json() for figures in report.figures],
+    })  # fmt: skip
+
+
+def _draw(figures: Sequence[Figures], report: Report, path: Path) -> None:
+    """Nats/dim over the noise level, beside the entropy of the noise, below which they can't be."""
+    known = [(one.noise.level or math.nan, one.nll) for one in sorted(figures, key=lambda one: one.noise.level or 0.0)]
+    drawn = [(level, mean.mean, mean.standard_error or 0.0) for level, mean in known if mean.mean is not None]
+    levels, means, errors = zip(*drawn, strict=True)
+    figure = blank_figure(6.0, 4.0)
+    axis = figure.subplots()
+    axis.errorbar(levels, means, errors, marker="o", markersize=4, capsize=3, label="noisy images")
+    fine = np.linspace(levels[0], levels[-1], 200)
+    entropy = [Noise("gaussian", float(level)).entropy for level in fine]
+    axis.plot(fine, entropy, "--", color="grey", linewidth=1, label="entropy of the noise alone: the least")
+    axis.set_xlabel("noise level t")
+    axis.set_ylabel("nats/dim")
+    axis.set_title(
+        f"{report.settings['checkpoint']}: {report.images:,} images of {report.settings['data']}", fontsize=10
+    )
+    axis.grid(linewidth=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,198 @@
+"""`itarflow diagnose`: which samples fail, how often, and where their blur begins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from itarflow.commands.shared import say, usable_device
+from itarflow.data import DataConfig, load_data
+from itarflow.diagnose import Diagnosis, diagnose
+from itarflow.extractors import load_extractor
+from itarflow.images import Crop
+from itarflow.measured import KINDS, RealImages
+from itarflow.onset import Onset
+from itarflow.proportions import Difference, Rate
+from itarflow.run import check_writable
+from itarflow.samples import open_samples
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Find collapsed backgrounds and blur in samples, by measures that are compared with real images.
+
+    Example: itarflow diagnose evaluation/iterative --reference cifar10 --output diagnosis
+
+    An image fails if it has a darker background, less contrast in it, or less fine detail than nearly all real images
+    have: 99 of 100, unless --nominal-rate says otherwise. Real images that had no part in this are judged too, and the
+    excess over them is what the model does wrong. Name several sets, such as of a model with and one without
+    --model.learned-first-token, to have them side by side, with the differences to the first.
+    """
+
+    samples: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SAMPLES")]
+    """What `itarflow evaluate` has made in one way of cleaning, folders of pictures, or .npz files; all of one size.
+    Come first."""
+    reference: str
+    """Real images: as --data.path in training."""
+    output: Path = Path("diagnosis")
+    """Folder for report.json; failures.json, the numbers of the failed images; the worst images of each kind; and
+    diagrams."""
+    split: str = "train"
+    """Split of the real images."""
+    crop: Crop = "center"
+    """How real images become square, as in training."""
+    image_column: str | None = None
+    """Column with the real images. None finds the first one."""
+    reference_images: int = 10_000
+    """How many real images are measured, at most: evenly from all of them."""
+    nominal_rate: float = 0.01
+    """Share of real images that each measure counts as failed."""
+    patch_size: int | None = None
+    """Side in pixels of the cells in which detail is compared: that of the flow's patches, for its tokens. None = at
+    most 8 x 8 cells."""
+    extractor: str | None = None
+    """Also give the Fréchet distance to the real images with and without those that fail, by the features of this
+    network: inception-v3-compat for FID, or another one that `itarflow evaluate` knows. None = leave it out."""
+    features: Path | None = None
+    """Local file with the extractor's weights. None = those of its package, which may be downloaded."""
+    worst: int = 24
+    """Images in each contact sheet."""
+    batch_size: int = 64
+    """Images that are read and measured at a time."""
+    seed: int = 0
+    """Of what is drawn at random: the resampling for the interval of where blur begins, and subsets."""
+    device: str | None = None
+    """Where the extractor computes, such as cuda or cpu. None = a GPU if there is one."""
+
+    def run(self) -> None:
+        """Carry the command out."""
+        check_writable(self.output)
+        if not self.samples:
+            raise ValueError("no samples are named; expected folders such as evaluation/iterative.")
+        if self.reference_images < 1:
+            raise ValueError(f"--reference-images is {self.reference_images}; expected a number >= 1.")
+        names = telling_names(self.samples)
+        samples = {name: open_samples(path) for name, path in zip(names, self.samples, strict=True)}
+        channels, _, width = next(iter(samples.values())).image_shape
+        config = DataConfig(
+            path=self.reference, split=self.split, held_out_images=0, crop=self.crop, image_column=self.image_column
+        )
+        real = load_data(config, image_size=width, in_channels=channels).train
+        extractor = None
+        if self.extractor is not None:
+            extractor = load_extractor(self.extractor, self.features, usable_device(self.device))
+        diagnosis = diagnose(
+            samples,
+            RealImages(self.reference, real, self.reference_images),
+            output=self.output,
+            nominal_rate=self.nominal_rate,
+            patch_size=self.patch_size,
+            extractor=extractor,
+            worst=self.worst,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            console=Console(stderr=True),
+        )
+        Console().print(_table(diagnosis))
+        for line in _lines(diagnosis):
+            say(line)
+        say(f"figures, numbers of the failed images, contact sheets and diagrams in {self.output}/")
+
+
+def telling_names(paths: Sequence[Path]) -> list[str]:
+    """A name for each path, fit for a folder: what its parts have that the others' lack, or its last part.
+
+    a/evaluation/iterative and b/evaluation/iterative are "a" and "b".
+
+    Raises:
+        ValueError: a path is named twice.
+    """
+    split = [path.absolute().parts for path in paths]
+    if len(set(split)) < len(split):
+        twice = next(path for path in paths if split.count(path.absolute().parts) > 1)
+        raise ValueError(f"{twice} is named twice; name each set of samples once.")
+    shared = set.intersection(*(set(parts) for parts in split))
+    telling = ["-".join(part for part in parts if part not in shared) or parts[-1] for parts in split]
+    names = [re.sub(r"[^\w.-]+", "-", name).strip("-.") or "samples" for name in telling]
+    return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names, 1)]
+
+
+def _table(diagnosis: Diagnosis) -> Table:
+    """A section for each set, a row for each kind of failure."""
+    table = Table(title="Images that fail", title_justify="left")
+    for title in ("", "share", "95 %", "over real", "95 %"):
+        table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
+    blind = {
+        kind for kind, parts in KINDS.items() if all(diagnosis.measures[part]["threshold"] is None for part in parts)
+    }
+    real = diagnosis.reference["failures"]
+    table.add_row(f"[bold]real images[/] ({real['any'].total:,})")
+    for kind, found in real.items():
+        table.add_row(_TITLES[kind], *(["can't be told"] if kind in blind else _rate(found)))
+    for name, findings in diagnosis.samples.items():
+        table.add_section()
+        table.add_row(f"[bold]{escape(name)}[/] ({findings.images:,})")
+        table.add_row("not finite", *_rate(findings.broken))
+        for kind, failure in findings.failures.items():
+            figures = [*_rate(failure.rate), *_difference(failure.excess)]
+            table.add_row(_TITLES[kind], *(["can't be told"] if kind in blind else figures))
+    return table
+
+
+_TITLES = {
+    "black": "black background",
+    "flat": "flat background",
+    "blurred": "blurred",
+    "collapsed": "black or flat",
+    "any": "any of these",
+}
+
+
+def _lines(diagnosis: Diagnosis) -> list[str]:
+    """What the table does not hold."""
+    lines = [
+        f"{_TITLES[name]}: {part['title']} below {part['threshold']:.3g}; {part['meaning']}."
+        for name, part in diagnosis.measures.items()
+        if part["threshold"] is not None
+    ]
+    for name, findings in diagnosis.samples.items():
+        lines.append(f"{name}: blur of all images {_onset(findings.onset)}; of the blurred ones "
+                     f"{_onset(findings.onset_of_blurred)}.")  # fmt: skip
+        if (apart := findings.distances) is not None:
+            lines.append(
+                f"{name}: {apart.title} {apart.distance:.2f} of {apart.images:,} images; {apart.without:.2f} of the "
+                f"{apart.kept:,} that do not fail, {apart.as_many:.2f} of as many drawn at random. Only distances of "
+                f"as many images compare."
+            )
+    first = next(iter(diagnosis.samples))
+    for name, kinds in diagnosis.differences.items():
+        told = ", ".join(f"{_TITLES[kind]} {' '.join(_difference(value))}" for kind, value in kinds.items())
+        lines.append(f"{name} less {first}: {told}.")
+    return [*lines, "Intervals are of 95 % confidence: Wilson's of shares, Newcombe's of their differences."]
+
+
+def _rate(value: Rate) -> tuple[str, str]:
+    return f"{100 * value.value:.1f} %", f"({100 * value.low:.1f} to {100 * value.high:.1f})"
+
+
+def _difference(value: Difference) -> tuple[str, str]:
+    return f"{100 * value.value:+.1f} %", f"({100 * value.low:+.1f} to {100 * value.high:+.1f})"
+
+
+def _onset(onset: Onset | None) -> str:
+    if onset is None:
+        return "begins nowhere"
+    where = "goes from token {} to the end" if onset.order == "raster" else "goes from the first token to token {}"
+    interval = f"{onset.token} ({onset.low} to {onset.high})"
+    return (
+        f"{where.format(interval)}: {onset.blurred:.2g} times the fine energy of real images, elsewhere "
+        f"{onset.others:.2g} times"
+    )

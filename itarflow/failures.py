@@ -1,0 +1,230 @@
+"""How a generated image fails: a collapsed background, or blur. Measures of single images, compared with real ones.
+
+Each measure gives a number an image that is low where the image fails. What is too low, real images say: the threshold
+is the value below which a given share of them lies, one in a hundred for instance. `MEASURES` are those in use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SMALLEST = 8
+"""Pixels a side that an image must have, so that there is a background and detail."""
+CELLS = 8
+"""Cells a side, at most, in which the background is measured."""
+FINE = 0.25
+"""Cycles per pixel above which structure is fine: less than 4 pixels long."""
+ROUNDING = 1 / 12
+"""Variance of what rounding to 8 bits adds to a pixel, in squared grey levels."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number an image, low where it fails."""
+
+    name: str
+    """Of the failure."""
+    title: str
+    """Of the number."""
+    meaning: str
+    """What is computed, exactly."""
+    measure: Callable[[Tensor], Tensor]
+    """uint8 (N, C, H, W) -> float32 (N,)."""
+
+
+def background_brightness(images: Tensor) -> Tensor:
+    """How bright the border is: half of its cells are darker than this. (N,) in grey levels, 0 .. 255.
+
+    Cells are as in `cells`, `default_patch` pixels a side; a cell's brightness is the mean of its brightest channel.
+
+    Args:
+        images: uint8 (N, C, H, W), square, at least 8 x 8 pixels.
+
+    Raises:
+        ValueError: images of another kind.
+    """
+    check_images(images)
+    inside = cells(images, default_patch(images.shape[-1]))
+    return _median_of_border(inside.mean(dim=-1).amax(dim=1))
+
+
+def background_contrast(images: Tensor) -> Tensor:
+    """How much there is to see in the border: half of its cells have less contrast than this. (N,) in grey levels.
+
+    A cell's contrast is the standard deviation of its pixels, root mean square over the channels.
+
+    Args:
+        images: as in `background_brightness`.
+
+    Raises:
+        ValueError: images of another kind.
+    """
+    check_images(images)
+    inside = cells(images, default_patch(images.shape[-1]))
+    return _median_of_border(inside.var(dim=-1, correction=0).mean(dim=1).sqrt())
+
+
+def fine_detail(images: Tensor) -> Tensor:
+    """Share (N,) of an image's energy, its mean brightness left out, that is in structure finer than 4 pixels.
+
+    It does not depend on brightness or contrast. An image of one colour has 0. Noise is fine: it hides blur.
+
+    Args:
+        images: as in `background_brightness`.
+
+    Raises:
+        ValueError: images of another kind.
+    """
+    check_images(images)
+    power, frequency = _power(images), _frequencies(images.shape[-1])
+    whole = power.sum(dim=(1, 2)) - power[:, 0, 0]
+    return (power * (frequency > FINE)).sum(dim=(1, 2)) / (whole + ROUNDING)
+
+
+MEASURES = (
+    Measure(
+        "black",
+        "background brightness",
+        "median over the cells of the border of their brightness (mean of the brightest channel), in grey levels; an "
+        "image is split into at most 8 x 8 cells, of which the outermost ring is the border",
+        background_brightness,
+    ),
+    Measure(
+        "flat",
+        "background contrast",
+        "median over the cells of the border of their standard deviation (root mean square over the channels), in "
+        "grey levels",
+        background_contrast,
+    ),
+    Measure(
+        "blurred",
+        "fine detail",
+        "share of the energy of the grey image, without its mean, above 0.25 cycles per pixel, by the cosine "
+        "transform. It does not depend on contrast; noise counts as detail, and hides blur",
+        fine_detail,
+    ),
+)
+"""What an image is tested for. "black" and "flat" are the collapsed ones."""
+
+
+def spectrum(images: Tensor) -> Tensor:
+    """Power spectrum (N, S - 1) of grey images, mean over directions, in squared grey levels.
+
+    Entry k - 1 is the mean over the coefficients of the orthonormal cosine transform whose frequency is about
+    k / (2 S) cycles per pixel, k = 1 .. S - 1. White noise of variance v has v everywhere.
+
+    Args:
+        images: uint8 (N, C, S, S).
+
+    Raises:
+        ValueError: images of another kind.
+    """
+    check_images(images)
+    size = images.shape[-1]
+    ring = (_frequencies(size) * 2 * size).round().long().flatten()
+    sums = torch.zeros(len(images), int(ring.max()) + 1).index_add_(1, ring, _power(images).flatten(1))
+    return (sums / torch.bincount(ring))[:, 1:size]
+
+
+def fine_energy(images: Tensor, patch: int) -> Tensor:
+    """Energy of fine structure in each cell, (N, H / patch, W / patch), as log2 of squared grey levels.
+
+    The grey image less its binomial mean over 3 x 3 pixels, squared, mean over the cell. What rounding to 8 bits would
+    leave is added, so that cells of one colour have a value.
+
+    Args:
+        images: uint8 (N, C, H, W), square, at least 8 x 8 pixels.
+        patch: side of a cell in pixels, a divisor of H; with the patch size of a flow, the cells are its tokens.
+
+    Raises:
+        ValueError: images of another kind, or cells that do not fit.
+    """
+    check_images(images)
+    grey = images.float().mean(dim=1, keepdim=True)
+    line = torch.tensor([0.25, 0.5, 0.25])
+    smooth = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), torch.outer(line, line)[None, None])
+    return (cells((grey - smooth).square(), patch).mean(dim=(1, -1)) + ROUNDING).log2()
+
+
+def threshold(values: Tensor, share: float) -> float:
+    """The largest value (of one of `values`) that at most this share of `values` (N,) is below.
+
+    Raises:
+        ValueError: no values, or a share that is not between 0 and 1.
+    """
+    if not 0 < share < 1 or len(values) == 0:
+        raise ValueError(f"{len(values)} values have no quantile at {share}; expected some, and 0 < quantile < 1.")
+    return float(values.sort().values[math.floor(share * len(values))])
+
+
+# -- pixels -----------------------------------------------------------------------------------------------------
+
+
+def default_patch(size: int) -> int:
+    """Side of the cells, at most `CELLS` a side, that an image of this size is split into: its smallest divisor."""
+    return next(side for side in range(2, size + 1) if size % side == 0 and size // side <= CELLS)
+
+
+def check_patch(size: int, patch: int) -> None:
+    """Refuse cells that an image can't be split into.
+
+    Raises:
+        ValueError: the patch is no divisor of the size.
+    """
+    if patch < 1 or size % patch:
+        raise ValueError(f"patch size {patch} does not divide the {size} pixels of a side; use a divisor of {size}.")
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what is not a batch of square 8-bit images.
+
+    Raises:
+        ValueError: see above.
+    """
+    shape = tuple(images.shape)
+    if images.dtype != torch.uint8 or len(shape) != 4 or shape[2] != shape[3] or shape[3] < SMALLEST:
+        raise ValueError(
+            f"images are {images.dtype} of shape {shape}; expected uint8 (N, C, S, S) with S >= {SMALLEST}."
+        )
+
+
+def cells(images: Tensor, patch: int) -> Tensor:
+    """(N, C, H, W) -> float32 (N, C, H / patch, W / patch, patch * patch): the pixels of each cell.
+
+    Raises:
+        ValueError: the patch is no divisor of the size.
+    """
+    check_patch(images.shape[-1], patch)
+    return images.float().unfold(2, patch, patch).unfold(3, patch, patch).flatten(-2)
+
+
+def _median_of_border(values: Tensor) -> Tensor:
+    """(N, R, R) -> (N,): the median over the outermost ring."""
+    inner = torch.zeros(values.shape[1:], dtype=torch.bool)
+    inner[1:-1, 1:-1] = True
+    return values[:, ~inner].quantile(0.5, dim=1)
+
+
+def _power(images: Tensor) -> Tensor:
+    """Squared coefficients (N, S, S) of the orthonormal cosine transform of the grey images.
+
+    It sees an image continued by its mirror image, so that opposite edges need not fit, and no window is needed.
+    """
+    size = images.shape[-1]
+    steps = torch.arange(size, dtype=torch.float64)
+    basis = (2 / size) ** 0.5 * torch.cos(math.pi / size * steps[:, None] * (steps + 0.5))
+    basis[0] *= 0.5**0.5
+    basis = basis.float()
+    return (basis @ images.float().mean(dim=1) @ basis.T).square()
+
+
+def _frequencies(size: int) -> Tensor:
+    """Cycles per pixel (S, S) of the coefficients of the cosine transform."""
+    steps = torch.arange(size) / (2 * size)
+    return torch.hypot(steps[:, None], steps[None, :])

@@ -1,0 +1,89 @@
+"""Where blur begins: planted from a token on, it is found there; where there is none, nothing is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from natural_images import blurred_tokens, natural_images
+from torch import Tensor
+
+from itarflow.failures import fine_energy
+from itarflow.onset import Normal, find_onset, level_change, normal_detail
+
+PATCH = 4
+
+
+def energy(images: Tensor) -> Tensor:
+    return fine_energy(images, PATCH).flatten(1)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def normal() -> Normal:
+    return normal_detail(energy(natural_images(1000)))
+
+
+def test_the_two_level_fit_takes_most_off_the_sum_of_squares():
+    curves = torch.randn(5, 12, generator=seeded())
+    first, strength = level_change(curves)
+    for curve, split, found in zip(curves, first.tolist(), strength.tolist(), strict=True):
+        total = (curve - curve.mean()).square().sum()
+        left = [
+            sum(float((part - part.mean()).square().sum()) for part in (curve[:place], curve[place:]))
+            for place in range(1, 12)
+        ]
+        assert split == left.index(min(left)) + 1
+        assert found**2 == pytest.approx(float(total) - min(left), rel=1e-4)
+        assert (found > 0) == bool(curve[:split].mean() > curve[split:].mean())
+
+
+def test_one_token_has_no_change():
+    assert [value.tolist() for value in level_change(torch.ones(2, 1))] == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("token", [5, 24, 50])
+def test_blur_is_found_where_it_was_planted(normal, token):
+    planted = blurred_tokens(natural_images(30, seed=1), PATCH, range(token, 64))
+    onset = find_onset(energy(planted), normal, seeded())
+    assert onset is not None
+    assert onset.order == "raster"
+    assert abs(onset.token - token) <= 1
+    assert onset.low - 1 <= token <= onset.high + 1
+    assert onset.blurred < 0.3
+    assert onset.others == pytest.approx(1, abs=0.35)
+
+
+def test_blur_of_blocks_that_walk_backwards_is_found_too(normal):
+    planted = blurred_tokens(natural_images(30, seed=1), PATCH, range(20))
+    onset = find_onset(energy(planted), normal, seeded())
+    assert onset is not None
+    assert onset.order == "reverse"
+    assert abs(onset.token - 19) <= 1
+    assert onset.blurred < 0.3
+
+
+def test_real_images_have_no_onset_but_for_the_false_alarms_allowed(normal):
+    found = [find_onset(energy(natural_images(20, seed=seed)), normal, seeded()) for seed in range(100, 160)]
+    assert sum(onset is not None for onset in found) <= 7  # 3 are expected; more than 7 in 2 of 100 cases
+
+
+def test_blur_everywhere_begins_nowhere(normal):
+    planted = energy(blurred_tokens(natural_images(30, seed=1), PATCH, range(64)))
+    assert planted.mean() < normal.mean.mean() - 2
+    assert find_onset(planted, normal, seeded()) is None
+
+
+def test_detail_that_is_only_less_than_elsewhere_is_not_blurred(normal):
+    images = natural_images(30, seed=1)
+    too_much = energy(images)
+    too_much[:, :20] += 6
+    too_much[:, 20:] += 1
+    assert find_onset(too_much, normal, seeded()) is None
+
+
+def test_normal_detail_needs_a_spread():
+    with pytest.raises(ValueError, match="1 image has no spread"):
+        normal_detail(torch.zeros(1, 4))
