@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from torch import Tensor
 
 from itarflow.cleaning import Column
 from itarflow.codec import codec_of
@@ -161,19 +160,20 @@ def score_samples(
         console: where the main process draws a bar; None = nowhere.
         count: called with the number of images whose features this process has taken since its last call.
     """
-
-    def share() -> Iterator[tuple[Tensor, Tensor]]:
-        stride = state.num_processes * batch_size
-        for start in range(state.process_index * batch_size, len(samples), stride):
-            stop = min(start + batch_size, len(samples))
-            yield torch.arange(start, stop), samples.read(start, stop)
-
-    mine = -(-len(samples) // state.num_processes)
-    with image_progress(console if state.is_main_process else None, f"features of {samples.name}", mine, 0) as show:
+    mine = share_of(len(samples), state, batch_size)
+    batches = ((torch.arange(start, stop), samples.read(start, stop)) for start, stop in mine)
+    total = sum(stop - start for start, stop in mine)
+    with image_progress(console if state.is_main_process else None, f"features of {samples.name}", total, 0) as show:
 
         def counted(more: int) -> None:
             show(more)
             count(more)
 
-        found = extract(extractor, share(), len(samples), count=counted)
+        found = extract(extractor, batches, len(samples), count=counted)
     return score(found, reference, extractor, broken=len(samples.broken), device=device)
+
+
+def share_of(total: int, state: PartialState, batch_size: int = 50) -> list[tuple[int, int]]:
+    """First image, and one past the last, of each batch whose features this process takes."""
+    starts = range(state.process_index * batch_size, total, state.num_processes * batch_size)
+    return [(start, min(start + batch_size, total)) for start in starts]

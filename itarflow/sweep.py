@@ -27,7 +27,7 @@ from itarflow.cleaning import Column
 from itarflow.codec import codec_of
 from itarflow.denoise import Method, Spacing
 from itarflow.digest import weights_digest
-from itarflow.evaluate import score_samples
+from itarflow.evaluate import score_samples, share_of
 from itarflow.extractors import Extractor
 from itarflow.generate import MANIFEST, Generation
 from itarflow.metrics import Figure, Scores
@@ -229,7 +229,7 @@ def score_cells(
     on_main(state, look)
     scores = broadcast_object_list(found)[0]
     missing = {cell: open_samples(folder / cell.generation / cell.way) for cell in cells if cell not in scores}
-    mine = sum(-(-len(samples) // state.num_processes) for samples in missing.values())
+    mine = sum(stop - start for samples in missing.values() for start, stop in share_of(len(samples), state))
     if missing:
         with image_progress(console if state.is_main_process else None, "taking features", mine, 0) as show:
             for cell, samples in missing.items():
