@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from itarflow.cleaning import Column
@@ -16,19 +19,21 @@ from itarflow.codec import codec_of
 from itarflow.denoise import DenoiseScheduler
 from itarflow.extraction import extract
 from itarflow.extractors import Extractor
-from itarflow.generate import Generation, begin, generate_share, manifest_of
-from itarflow.metrics import Scores, score
+from itarflow.generate import MANIFEST, Generation, begin, generate_share, manifest_of
+from itarflow.metrics import Figure, Scores, score
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.processes import on_main, shared_counter
 from itarflow.progress import image_progress
 from itarflow.reference import Reference
 from itarflow.run import RunError, check_writable
-from itarflow.samples import Samples
+from itarflow.samples import Samples, open_samples
 from itarflow.score import Denoiser, FlowDenoiser
-from itarflow.shards import alone
+from itarflow.shards import alone, write_json
 
 Way = Literal["raw", "self", "iterative"]
 WAYS: tuple[Way, ...] = ("raw", "self", "iterative")
+SCORES = "scores.json"
+"""The figures of the samples in a folder."""
 
 
 def ways_of(
@@ -177,3 +182,72 @@ def share_of(total: int, state: PartialState, batch_size: int = 50) -> list[tupl
     """First image, and one past the last, of each batch whose features this process takes."""
     starts = range(state.process_index * batch_size, total, state.num_processes * batch_size)
     return [(start, min(start + batch_size, total)) for start in starts]
+
+
+def scores_of(
+    folders: Sequence[Path],
+    reference: Reference,
+    extractor: Extractor,
+    state: PartialState,
+    *,
+    device: torch.device | str = "cpu",
+    console: Console | None = None,
+) -> tuple[list[Scores], int]:
+    """The figures of sets of samples, kept beside them as scores.json; those that are kept are not computed again.
+
+    Args:
+        folders: of ways of cleaning, as `make_samples` has left them.
+        reference: statistics of real images.
+        extractor: that made the reference, on the device of this process.
+        state: of the launch; all processes call this, and get the same.
+        device: where distances between features are computed.
+        console: where the main process draws a bar; None = nowhere.
+
+    Returns:
+        The figures, in the order of the folders, and how many images were scored now.
+
+    Raises:
+        DataError: samples are missing or damaged.
+    """
+    keys: dict[Path, dict[str, Any]] = {}
+    found: list[dict[Path, Scores]] = [{}]
+
+    def look() -> None:
+        against = {"reference": reference.digest(), "extractor": extractor.identity}
+        for folder in folders:
+            keys[folder] = {"samples": _origin(folder), **against}
+            kept = _kept(folder / SCORES, keys[folder])
+            if kept is not None:
+                found[0][folder] = kept
+
+    on_main(state, look)
+    scores: dict[Path, Scores] = broadcast_object_list(found)[0]
+    missing = {folder: open_samples(folder) for folder in folders if folder not in scores}
+    mine = sum(stop - start for samples in missing.values() for start, stop in share_of(len(samples), state))
+    if missing:
+        with image_progress(console if state.is_main_process else None, "taking features", mine, 0) as show:
+            for folder, samples in missing.items():
+                one = score_samples(samples, reference, extractor, state, device=device, count=show)
+                content = {"of": keys.get(folder), "scores": one.to_json()}
+                on_main(state, partial(write_json, folder / SCORES, content))
+                scores[folder] = one
+    return [scores[folder] for folder in folders], sum(map(len, missing.values()))
+
+
+def _origin(folder: Path) -> dict[str, Any]:
+    """What decides on the samples in the folder of a way of cleaning, whatever other ways there are beside it."""
+    made = json.loads((folder.parent / MANIFEST).read_text())
+    return {**made, "cleaning": made["cleaning"][folder.name]}
+
+
+def _kept(path: Path, key: Mapping[str, Any]) -> Scores | None:
+    """The scores in a file, if they are of the same samples, reference and extractor."""
+    try:
+        stored = json.loads(path.read_text())
+        if stored["of"] != key:
+            return None
+        values = dict(stored["scores"])
+        figures = {name: Figure(**figure) for name, figure in values.pop("figures").items()}
+        return Scores(figures=figures, **values | {"warnings": tuple(values["warnings"])})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # what can't be read is computed anew
+        return None

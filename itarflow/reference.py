@@ -27,6 +27,7 @@ from itarflow.batches import in_order
 from itarflow.codes import display_name
 from itarflow.data import DataConfig, load_data
 from itarflow.dataset import too_many_broken
+from itarflow.digest import weights_digest
 from itarflow.extraction import Extracted, extract
 from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
 from itarflow.images import Crop
@@ -80,6 +81,15 @@ class Reference:
     pool: Moments
     spatial: Moments | None = None
     features: Tensor | None = None
+
+    def digest(self) -> str:
+        """A text that differs between statistics that differ."""
+        tensors = {"mean": self.pool.mean, "covariance": self.pool.covariance}
+        if self.spatial is not None:
+            tensors |= {"spatial_mean": self.spatial.mean, "spatial_covariance": self.spatial.covariance}
+        if self.features is not None:
+            tensors["features"] = self.features
+        return f"{weights_digest(tensors)} {json.dumps(asdict(self.origin))}"
 
 
 def statistics_folder() -> Path:

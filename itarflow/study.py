@@ -1,16 +1,17 @@
 """Flows of one noise level beside a flow of a range: trained alike, sampled alike, cleaned in one to many steps.
 
-The folder of a study has a run for each flow, samples/FLOW with its samples in each way of cleaning, scores/FLOW with
-their figures, bpd/FLOW with its likelihoods, and what comes out: study.json, distances.png, samples.png. Whatever is
-there is not made again.
+The folder of a study has a run for each flow, samples/FLOW with its samples in each way of cleaning and their figures,
+bpd/FLOW with its likelihoods, and what comes out: study.json, distances.png, samples.png. Whatever is there is not
+made again.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,16 @@ from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_pixels
 from itarflow.codes import display_name
 from itarflow.data import DataConfig, load_data
-from itarflow.evaluate import make_samples, score_samples
+from itarflow.evaluate import make_samples, scores_of
 from itarflow.extractors import Extractor, load_extractor
 from itarflow.generate import MANIFEST, Generation, chosen_labels
-from itarflow.metrics import Scores
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plot import blank_figure, draw_pictures
 from itarflow.processes import main_first, on_main
 from itarflow.recipe import Recipe, differences, to_json
 from itarflow.reference import Reference, reference_of
 from itarflow.run import RunDir, check_writable
-from itarflow.samples import ArraySamples, Samples, open_samples
+from itarflow.samples import open_samples, shard_name, write_shard
 from itarflow.score import FlowDenoiser
 from itarflow.shards import write_json
 from itarflow.training import train
@@ -124,32 +124,17 @@ def run_study(
     generations = {name: _generation(study, pipe, pipes[study.recipe.name]) for name, pipe in pipes.items()}
     for generation in generations.values():
         generation.check()
-    scores: dict[str, dict[str, Any]] = {}
+    real = folder / "samples" / "real" / RAW
+    on_main(state, lambda: _write_real(study, real))
+    ways = {(name, way): folder / "samples" / name / way for name, one in generations.items() for way in one.columns}
     for name, generation in generations.items():
         make_samples(generation, folder / "samples" / name, state, console)
-        made = json.loads((folder / "samples" / name / MANIFEST).read_text())
-        scores[name] = {}
-        for way in generation.columns:
-            samples = open_samples(folder / "samples" / name / way)
-            scores[name][way] = _kept(
-                folder / "scores" / name / f"{way}.json",
-                {"samples": made, "reference": asdict(reference.origin)},
-                lambda samples=samples: score_samples(
-                    samples, reference, extractor, state, device=device, console=console
-                ),  # type: ignore[misc]
-                state,
-            )
-    real = _real_images(study)
-    scores[REAL] = {
-        RAW: _kept(
-            folder / "scores" / "real.json",
-            {"split": real.name, "count": len(real), "reference": asdict(reference.origin)},
-            lambda: score_samples(real, reference, extractor, state, device=device, console=console),
-            state,
-        )
-    }
+    found, _ = scores_of([real, *ways.values()], reference, extractor, state, device=device, console=console)
+    scores: dict[str, dict[str, Any]] = {name: {} for name in generations}
+    for (name, way), one in zip(ways, found[1:], strict=True):
+        scores[name][way] = one.to_json()
     likelihoods = {name: _likelihoods(study, name, folder, device, console) for name in study.recipes}
-    report = _report(study, pipes, scores, likelihoods, device, time.monotonic() - start)
+    report = _report(study, pipes, scores, found[0].to_json(), likelihoods, device, time.monotonic() - start)
     if state.is_main_process:
         write_json(folder / "study.json", report)
         draw_distances(report, folder / "distances.png")
@@ -208,33 +193,28 @@ def _generation(study: Study, pipe: ITARFlowPipeline, iterative: ITARFlowPipelin
     )
 
 
-def _real_images(study: Study) -> Samples:
-    """Held-out real images, as many as there are samples, if there are so many: how near real images come."""
+def _write_real(study: Study, folder: Path) -> None:
+    """Held-out real images beside the samples, as many if there are so many: how near real images come."""
     config, model = study.recipe.data, study.recipe.model
     held_out = DataConfig(
         path=config.path, name=config.name, split=f"{config.held_out_split}[:{study.num_samples}]",
         image_column=config.image_column, label_column=config.label_column, crop=config.crop, held_out_images=0,
     )  # fmt: skip
-    images = load_data(held_out, image_size=model.image_size, in_channels=model.in_channels).train
-    array = torch.cat([batch.images for batch in in_order(images, study.batch_size)])
-    return ArraySamples(REAL, array.permute(0, 2, 3, 1).numpy(), None)
-
-
-def _kept(path: Path, key: Mapping[str, Any], make: Callable[[], Scores], state: PartialState) -> dict[str, Any]:
-    """The scores in a file if they are of the same samples and reference, else new ones, which are kept there."""
-    wanted = json.loads(json.dumps(dict(key)))
-    if path.exists():
-        stored = json.loads(path.read_text())
-        if stored["of"] == wanted:
-            return stored["scores"]
-    scores = make().to_json()
-
-    def keep() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"of": wanted, "scores": scores})
-
-    on_main(state, keep)
-    return scores
+    dataset = load_data(held_out, image_size=model.image_size, in_channels=model.in_channels).train
+    made = {
+        "images": dataset.fingerprint(),
+        "crop": config.crop,
+        "image_size": model.image_size,
+        "cleaning": {RAW: {}},
+    }
+    manifest = folder.parent / MANIFEST
+    if manifest.exists() and json.loads(manifest.read_text()) == made:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    images = torch.cat([batch.images for batch in in_order(dataset, study.batch_size)])
+    path = folder / shard_name(0, len(images))
+    write_shard(path, images, dataset.labels, torch.zeros(len(images), dtype=torch.bool))
+    write_json(manifest, made)
 
 
 def _likelihoods(study: Study, name: str, folder: Path, device: str, console: Console | None) -> list[dict[str, Any]]:
@@ -265,6 +245,7 @@ def _report(
     study: Study,
     pipes: Mapping[str, ITARFlowPipeline],
     scores: Mapping[str, Mapping[str, Any]],
+    real: Mapping[str, Any],
     likelihoods: Mapping[str, Any],
     device: str,
     seconds: float,
@@ -285,7 +266,7 @@ def _report(
             }
             for name, record in training.items()
         },
-        REAL: scores[REAL][RAW],
+        REAL: real,
         "settings": {
             "seed": study.seed,
             "num_samples": study.num_samples,

@@ -4,42 +4,35 @@ OUT/guidance-1.5_t-0.3/   samples.json   steps-01/   steps-10/   raw/
 
 Images are generated once for a guidance weight and a noise level, and cleaned in all numbers of steps. Noise and
 labels are the same in all cells, so that what differs between them is due to the settings. Scores lie beside the
-samples that they are of, as scores.json.
+samples that they are of.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from torch import Tensor
 
 from itarflow.cleaning import Column
 from itarflow.codec import codec_of
 from itarflow.denoise import Method, Spacing
-from itarflow.digest import weights_digest
-from itarflow.evaluate import score_samples, share_of
+from itarflow.evaluate import scores_of
 from itarflow.extractors import Extractor
-from itarflow.generate import MANIFEST, Generation
-from itarflow.metrics import Figure, Scores
+from itarflow.generate import Generation
+from itarflow.metrics import Scores
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.processes import on_main
-from itarflow.progress import image_progress
 from itarflow.reference import Reference
-from itarflow.samples import open_samples
 from itarflow.score import Denoiser, FlowDenoiser
-from itarflow.shards import atomically, write_json
+from itarflow.shards import atomically
 
-SCORES = "scores.json"
 HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall"})
 """Figures of `metrics.Scores` of which the highest is best; of all others the lowest."""
 
@@ -215,30 +208,9 @@ def score_cells(
         device: where distances between features are computed.
         console: where the main process draws a bar; None = nowhere.
     """
-    keys: dict[Cell, dict[str, Any]] = {}
-    found: list[dict[Cell, Scores]] = [{}]
-
-    def look() -> None:
-        against = {"reference": _reference_digest(reference), "extractor": extractor.identity}
-        for cell in cells:
-            keys[cell] = {"samples": _described(cell, folder), **against}
-            kept = _kept(folder / cell.generation / cell.way / SCORES, keys[cell])
-            if kept is not None:
-                found[0][cell] = kept
-
-    on_main(state, look)
-    scores = broadcast_object_list(found)[0]
-    missing = {cell: open_samples(folder / cell.generation / cell.way) for cell in cells if cell not in scores}
-    mine = sum(stop - start for samples in missing.values() for start, stop in share_of(len(samples), state))
-    if missing:
-        with image_progress(console if state.is_main_process else None, "taking features", mine, 0) as show:
-            for cell, samples in missing.items():
-                scores[cell] = one = score_samples(samples, reference, extractor, state, device=device, count=show)
-                path = folder / cell.generation / cell.way / SCORES
-                on_main(state, lambda path=path, cell=cell, one=one: write_json(  # type: ignore[misc]
-                    path, {"of": keys[cell], "scores": one.to_json()}
-                ))  # fmt: skip
-    return {cell: scores[cell] for cell in cells}
+    folders = [folder / cell.generation / cell.way for cell in cells]
+    scores, _ = scores_of(folders, reference, extractor, state, device=device, console=console)
+    return dict(zip(cells, scores, strict=True))
 
 
 def best_cells(scores: Mapping[Cell, Scores]) -> dict[str, Cell]:
@@ -279,31 +251,3 @@ def write_csv(scores: Mapping[Cell, Scores], path: Path) -> None:
         writer = csv.DictWriter(file, names)
         writer.writeheader()
         writer.writerows(lines)
-
-
-def _described(cell: Cell, folder: Path) -> dict[str, Any]:
-    """What decides on the samples of a cell, whatever other ways of cleaning there are."""
-    made = json.loads((folder / cell.generation / MANIFEST).read_text())
-    return {**made, "cleaning": made["cleaning"][cell.way]}
-
-
-def _reference_digest(reference: Reference) -> str:
-    tensors = {"mean": reference.pool.mean, "covariance": reference.pool.covariance}
-    if reference.spatial is not None:
-        tensors |= {"spatial_mean": reference.spatial.mean, "spatial_covariance": reference.spatial.covariance}
-    if reference.features is not None:
-        tensors["features"] = reference.features
-    return f"{weights_digest(tensors)} {json.dumps(astuple(reference.origin))}"
-
-
-def _kept(path: Path, key: Mapping[str, Any]) -> Scores | None:
-    """The scores in a file, if they are of the same samples, reference and extractor."""
-    try:
-        stored = json.loads(path.read_text())
-        if stored["of"] != key:
-            return None
-        values = dict(stored["scores"])
-        figures = {name: Figure(**figure) for name, figure in values.pop("figures").items()}
-        return Scores(figures=figures, **values | {"warnings": tuple(values["warnings"])})
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # what can't be read is computed anew
-        return None

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from itarflow import evaluate as evaluating
 from itarflow import study as studies
 from itarflow.commands import study as command
 from itarflow.data import DataConfig
@@ -117,8 +118,8 @@ def test_a_study_that_is_done_is_not_done_again(
         raise AssertionError("this was done before")
 
     folder, report = done
-    for name in ("train", "score_samples"):
-        monkeypatch.setattr(studies, name, refuse)
+    monkeypatch.setattr(studies, "train", refuse)
+    monkeypatch.setattr(evaluating, "score_samples", refuse)
     monkeypatch.setattr("itarflow.reference.statistics_folder", lambda: folder / "statistics")
     again = run_study(tiny, folder, device="cpu")
     for flow in report["flows"]:
@@ -147,16 +148,18 @@ def test_other_samples_are_scored_anew(
 ) -> None:
     folder, _ = done
     scored = list[str]()
-    real: Callable[..., Any] = studies.score_samples
-    monkeypatch.setattr(
-        studies,
-        "score_samples",
-        lambda samples, *rest, **options: scored.append(samples.name) or real(samples, *rest, **options),
-    )
+    real: Callable[..., Any] = evaluating.score_samples
+
+    def score(samples: Any, *rest: Any, **options: Any) -> Any:
+        scored.append(samples.name)
+        return real(samples, *rest, **options)
+
+    monkeypatch.setattr(evaluating, "score_samples", score)
     monkeypatch.setattr("itarflow.reference.statistics_folder", lambda: folder / "statistics")
-    stored = json.loads((folder / "scores" / "itarflow" / "03.json").read_text())
+    kept = folder / "samples" / "itarflow" / "03" / "scores.json"
+    stored = json.loads(kept.read_text())
     stored["of"]["samples"]["seed"] = 5
-    (folder / "scores" / "itarflow" / "03.json").write_text(json.dumps(stored))
+    kept.write_text(json.dumps(stored))
     run_study(tiny, folder, device="cpu")
     assert scored == ["itarflow/03"]
 

@@ -17,8 +17,8 @@ from tiny_extractor import TinyExtractor
 from torch import Tensor
 
 from itarflow import ITARFlowPipeline, TARFlow, cli, curves
+from itarflow import evaluate as evaluating
 from itarflow import generate as generating
-from itarflow import sweep as sweeping
 from itarflow.commands.sweep import table_of
 from itarflow.curves import draw_curves
 from itarflow.metrics import Figure, Scores
@@ -127,7 +127,7 @@ def test_what_was_stopped_goes_on_and_nothing_is_done_twice(
     itarflow("sweep", *GRID, "--output", "whole")
     of_data = 16
     assert extractor.seen == of_data + 8 * 6
-    for module, name in ((generating, "write_shard"), (sweeping, "score_samples")):
+    for module, name in ((generating, "write_shard"), (evaluating, "score_samples")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, stopping(getattr(module, name), 5))
             with pytest.raises(SystemExit):

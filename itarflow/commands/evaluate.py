@@ -15,7 +15,7 @@ from rich.table import Table
 from itarflow.codes import display_name
 from itarflow.commands.scoring import Judged, Making, device_name, figure_text, versions
 from itarflow.commands.shared import joined, say
-from itarflow.evaluate import Way, make_samples, score_samples, ways_of
+from itarflow.evaluate import Way, make_samples, scores_of, ways_of
 from itarflow.generate import CONVERSION, MANIFEST, Generation
 from itarflow.guidance import Guidance
 from itarflow.metrics import Scores
@@ -74,18 +74,16 @@ class Evaluate(Making, _Ways):
         start = time.monotonic()
         made = make_samples(generation, self.output, state, console)
         seconds = time.monotonic() - start
-        scores = dict[str, Scores]()
         start = time.monotonic()
-        for name in generation.columns:
-            samples = open_samples(self.output / name)
-            scores[name] = score_samples(samples, reference, extractor, state, device=device, console=console)
-        extracting = time.monotonic() - start
+        folders = [self.output / name for name in generation.columns]
+        found, scored = scores_of(folders, reference, extractor, state, device=device, console=console)
+        scoring = time.monotonic() - start
         if state.is_main_process:
             speed = {
                 "making, images/s": made / seconds if made else None,
-                "scoring, images/s": len(scores) * self.num_samples / extracting,
+                "scoring, images/s": scored / scoring if scored else None,
             }
-            self._report(pipe, generation, scores, speed)
+            self._report(pipe, generation, dict(zip(generation.columns, found, strict=True)), speed)
 
     def _generation(self, pipe: ITARFlowPipeline, device: str) -> Generation:
         """What is to be made."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import tyro
 from accelerate import PartialState
+from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -47,6 +48,7 @@ def main(studies: Mapping[str, Study], description: str | None = None, args: lis
         description: what --help says first; usually the recipe file's docstring.
         args: the command line; None = the process's.
     """
+    disable_progress_bar()  # diffusers' own, for the loading of files
     with reporting(Console(), "Try --scale cpu, or a smaller batch_size in the recipe."):
         options = tyro.cli(Options, description=description, args=args)
         study = _chosen(studies, options)
