@@ -193,11 +193,11 @@ def clean(
 
 
 def identity_of(denoiser: Denoiser | None) -> str | None:
-    """What a denoiser is: the digest of its weights, or of one that is neither flow nor diffusion model, its type."""
+    """What a denoiser is, by its weights and schedule; of one that is neither flow nor diffusion model, its type."""
     if isinstance(denoiser, FlowDenoiser):
         return weights_digest(denoiser.flow.state_dict())
     if isinstance(denoiser, DiffusionDenoiser):
-        return weights_digest(denoiser.model.state_dict())
+        return denoiser.identity
     return None if denoiser is None else type(denoiser).__name__
 
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
+from itarflow.digest import weights_digest
 from itarflow.embedding import NULL_LABEL
 from itarflow.score import frozen_view, named_ends
 
@@ -67,6 +68,12 @@ class DiffusionDenoiser:
         _check_model(self._config)
         self.model = frozen_view(model)
         self.slice_size = slice_size
+
+    @property
+    def identity(self) -> str:
+        """A text that differs between denoisers that differ: in weights, schedule, prediction or null label."""
+        schedule = {"log_sigmas": torch.as_tensor(self._log_sigmas), "steps": torch.as_tensor(self._steps)}
+        return f"{weights_digest({**self.model.state_dict(), **schedule})} {self.prediction} {self._classes}"
 
     @property
     def noise_range(self) -> tuple[float, float]:

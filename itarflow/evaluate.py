@@ -28,7 +28,7 @@ from itarflow.reference import Reference
 from itarflow.run import RunError, check_writable
 from itarflow.samples import Samples, open_samples
 from itarflow.score import Denoiser, FlowDenoiser
-from itarflow.shards import alone, write_json
+from itarflow.shards import alone, remove_partial, write_json
 
 Way = Literal["raw", "self", "iterative"]
 WAYS: tuple[Way, ...] = ("raw", "self", "iterative")
@@ -112,6 +112,8 @@ def make_all(generations: Mapping[Path, Generation], state: PartialState, consol
                 locks.enter_context(alone(folder))
             manifests = {folder: manifest_of(generation, folder) for folder, generation in generations.items()}
             for folder, generation in generations.items():
+                for name in generation.columns:
+                    remove_partial(folder / name)
                 missing += begin(generation, folder, manifests[folder])
 
         on_main(state, first)
@@ -175,7 +177,11 @@ def score_samples(
             count(more)
 
         found = extract(extractor, batches, len(samples), count=counted)
-    return score(found, reference, extractor, broken=len(samples.broken), device=device)
+    scores = list[Any]()
+    on_main(
+        state, lambda: scores.append(score(found, reference, extractor, broken=len(samples.broken), device=device))
+    )
+    return broadcast_object_list(scores or [None])[0]
 
 
 def share_of(total: int, state: PartialState, batch_size: int = 50) -> list[tuple[int, int]]:

@@ -31,11 +31,11 @@ from itarflow.score import check_level
 from itarflow.shards import write_json
 
 LabelRule = Literal["balanced", "random", "none"]
-CONVERSION = "round((clip(x, -1, 1) + 1) * 127.5) to uint8, values that are not finite as 0"
+CONVERSION = "round((clip(x, -1, 1) + 1) * 127.5) to uint8; values that are not finite become 128, mid-grey"
 MANIFEST = "samples.json"
 
 
-def chosen_labels(rule: LabelRule, count: int, num_classes: int, seed: int = 0) -> Tensor:
+def labels_by(rule: LabelRule, count: int, num_classes: int, seed: int = 0) -> Tensor:
     """The labels (count,) int64 of images 0, 1, ..., of which each depends on its number alone; -1 = none.
 
     Args:
@@ -128,6 +128,11 @@ class Generation:
             check_denoiser(column.denoiser, column.schedule, flow, self.labels if labelled else None)
 
     @property
+    def solvers(self) -> Solver | Sequence[Solver]:
+        """How the flow is inverted: by the plan for a whole file, also in the last one, which may be smaller."""
+        return self.pipe.planned_solver(self.file_size) if self.solver is None else self.solver
+
+    @property
     def level(self) -> float:
         """The noise level at which is generated."""
         return float(self.pipe.scheduler.config.t_max if self.t_max is None else self.t_max)
@@ -135,8 +140,7 @@ class Generation:
     def described(self) -> dict[str, Any]:
         """What decides on the images, as plain values; two generations with equal ones make equal images."""
         guidance = self.pipe.default_guidance if self.guidance is None else self.guidance
-        solver = self.pipe.planned_solver(self.file_size) if self.solver is None else self.solver
-        by_block = solver if isinstance(solver, Sequence) else [solver]
+        by_block = self.solvers if isinstance(self.solvers, Sequence) else [self.solvers]
         values = {
             "flow": weights_digest(self.pipe.flow.state_dict()),
             "vae": None if self.pipe.vae is None else asdict(vae_identity(self.pipe.vae)),
@@ -252,7 +256,7 @@ def _make_file(
         guidance=generation.guidance,
         method="skip",
         t_max=generation.t_max,
-        solver=generation.solver,
+        solver=generation.solvers,
         inverse_dtype=generation.inverse_dtype,
         generator=generators,
         output_type="codes",

@@ -101,7 +101,7 @@ def reporting(console: Console, advice: str) -> Iterator[None]:
     PartialState(cpu=on_cpu(), timeout=timedelta(hours=2))
     try:
         yield
-    except (DataError, OSError, RunError, TrainingError, ValueError) as error:
+    except (DataError, ImportError, OSError, RunError, TrainingError, ValueError) as error:
         refuse(error)
     except torch.OutOfMemoryError as error:
         refuse(RuntimeError(f"{error}\n{advice}"))

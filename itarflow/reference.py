@@ -34,6 +34,7 @@ from itarflow.images import Crop
 from itarflow.moments import Moments
 from itarflow.processes import main_first, on_main
 from itarflow.progress import image_progress
+from itarflow.run import check_writable
 from itarflow.shards import atomically
 
 KEPT_IMAGES = 10_000
@@ -283,7 +284,7 @@ def _cached(folder: Path, fingerprint: str, accelerator: Accelerator, compute: C
     found: Reference | None = _from_main(accelerator, lambda: _read(path) if path.exists() else None)
     if found is not None:
         return found
-    on_main(accelerator, lambda: folder.mkdir(parents=True, exist_ok=True))  # refused now, not after the work
+    on_main(accelerator, lambda: check_writable(folder))  # refused now, not after the work
     reference = compute()
     on_main(accelerator, lambda: _write(reference, path))
     return reference
@@ -310,6 +311,7 @@ def _write(reference: Reference, path: Path) -> None:
         tensors |= {"spatial_mean": reference.spatial.mean, "spatial_covariance": reference.spatial.covariance}
     if reference.features is not None:
         tensors["features"] = reference.features
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomically(path) as partial:
         save_file(tensors, partial, {_KEY: json.dumps(asdict(reference.origin))})
 

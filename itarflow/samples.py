@@ -71,9 +71,9 @@ def open_samples(path: Path) -> Samples:
             f"{path} is neither a folder nor an .npz file; expected samples, such as evaluation/iterative of "
             "`itarflow evaluate`, a folder of pictures, or an .npz file with uint8 arr_0."
         )
-    if shards := sorted(path.glob(f"*{SUFFIX}")):
+    if shards := _whole(path):
         return StoredSamples.open(path, shards)
-    if inside := sorted(folder.name for folder in path.iterdir() if any(folder.glob(f"*{SUFFIX}"))):
+    if inside := sorted(folder.name for folder in path.iterdir() if folder.is_dir() and _whole(folder)):
         raise DataError(f"{path} holds several sets of samples; name one of them: {path / inside[0]}, ({inside}).")
     return PictureSamples.open(path)
 
@@ -82,6 +82,11 @@ def batches(samples: Samples, size: int, start: int = 0, stop: int | None = None
     """Pictures start .. stop - 1 (None = all) in their order, at most `size` at a time."""
     end = len(samples) if stop is None else stop
     return (samples.read(first, min(first + size, end)) for first in range(start, end, size))
+
+
+def _whole(folder: Path) -> list[Path]:
+    """The files of pictures in a folder, in their order, without those that are half written."""
+    return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
 
 
 def shard_name(start: int, stop: int) -> str:
@@ -215,7 +220,13 @@ class PictureSamples:
     @classmethod
     def open(cls, folder: Path) -> PictureSamples:
         """All pictures in a folder and the folders in it; grey if the first one is."""
-        files = tuple(sorted(path for path in folder.rglob("*") if path.suffix.lower() in _PICTURES))
+        files = tuple(
+            sorted(
+                path
+                for path in folder.rglob("*")
+                if path.suffix.lower() in _PICTURES and not path.name.startswith(".")  # else it is half written
+            )
+        )
         if not files:
             raise DataError(
                 f"{folder} has no pictures ({', '.join(_PICTURES)}) and no samples of `itarflow evaluate`; expected "

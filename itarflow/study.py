@@ -20,19 +20,18 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
 
-from itarflow.batches import in_order
 from itarflow.bpd import BpdConfig, measure
 from itarflow.calls import to_pil
 from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_pixels
 from itarflow.codes import display_name
-from itarflow.data import DataConfig, load_data
+from itarflow.data import load_data
 from itarflow.evaluate import make_samples, scores_of
 from itarflow.extractors import Extractor, load_extractor
-from itarflow.generate import MANIFEST, Generation, chosen_labels
+from itarflow.generate import MANIFEST, Generation, labels_by
+from itarflow.images import DataError
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plot import blank_figure, draw_pictures
-from itarflow.processes import main_first, on_main
 from itarflow.recipe import Recipe, differences, to_json
 from itarflow.reference import Reference, reference_of
 from itarflow.run import RunDir, check_writable
@@ -92,7 +91,7 @@ class Study:
 def run_study(
     study: Study, folder: Path, *, device: str, features: Path | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Carry a study out, or go on with it; all processes of a launch call this.
+    """Carry a study out, or go on with it, in one process.
 
     Args:
         study: what to do.
@@ -109,6 +108,11 @@ def run_study(
         RunError, TrainingError, Interrupted: as `training.train`; the same call goes on.
     """
     state = PartialState()
+    if state.num_processes > 1:
+        raise ValueError(
+            f"a study runs in one process, but {state.num_processes} were started; leave the launcher out. To share a "
+            "training, launch the recipe of one flow."
+        )
     if study.recipe.data.held_out_split is None:
         raise ValueError("data.held_out_split is None; a study measures on real images that are not trained on.")
     blank_figure(1, 1)  # refuses now, if matplotlib is missing
@@ -116,16 +120,16 @@ def run_study(
     for recipe in study.recipes.values():
         recipe.check(state.num_processes)
     start = time.monotonic()
-    extractor = main_first(state, lambda: load_extractor(study.extractor, features, device))
+    extractor = load_extractor(study.extractor, features, device)
+    real = folder / "samples" / "real" / RAW
+    _write_real(study, real)
     reference = _reference(study, extractor, state, console)
     for name, recipe in study.recipes.items():
-        _train(recipe, RunDir(folder / name), state)
+        _train(recipe, RunDir(folder / name))
     pipes = {name: _open(folder / name / "pipeline", device) for name in study.recipes}
     generations = {name: _generation(study, pipe, pipes[study.recipe.name]) for name, pipe in pipes.items()}
     for generation in generations.values():
         generation.check()
-    real = folder / "samples" / "real" / RAW
-    on_main(state, lambda: _write_real(study, real))
     ways = {(name, way): folder / "samples" / name / way for name, one in generations.items() for way in one.columns}
     for name, generation in generations.items():
         make_samples(generation, folder / "samples" / name, state, console)
@@ -158,13 +162,13 @@ def _reference(study: Study, extractor: Extractor, state: PartialState, console:
     )
 
 
-def _train(recipe: Recipe, run: RunDir, state: PartialState) -> None:
+def _train(recipe: Recipe, run: RunDir) -> None:
     """Train, or go on with a training; one that has ended leaves a mark, and needs nothing but its pipeline then."""
     mark = run.path / "finished.json"
     if mark.exists() and run.pipeline.exists() and not differences(json.loads(mark.read_text()), recipe):
         return
     train(recipe, run.path, start="resume" if run.recipe.exists() else "fresh")
-    on_main(state, lambda: write_json(mark, to_json(recipe)))
+    write_json(mark, to_json(recipe))
 
 
 def _open(path: Path, device: str) -> ITARFlowPipeline:
@@ -187,33 +191,38 @@ def _generation(study: Study, pipe: ITARFlowPipeline, iterative: ITARFlowPipelin
     return Generation(
         pipe=pipe,
         columns=columns,
-        labels=chosen_labels("balanced", study.num_samples, pipe.flow.config.num_classes),
+        labels=labels_by("balanced", study.num_samples, pipe.flow.config.num_classes),
         seed=study.seed,
         file_size=study.batch_size,
     )
 
 
 def _write_real(study: Study, folder: Path) -> None:
-    """Held-out real images beside the samples, as many if there are so many: how near real images come."""
-    config, model = study.recipe.data, study.recipe.model
-    held_out = DataConfig(
-        path=config.path, name=config.name, split=f"{config.held_out_split}[:{study.num_samples}]",
-        image_column=config.image_column, label_column=config.label_column, crop=config.crop, held_out_images=0,
-    )  # fmt: skip
-    dataset = load_data(held_out, image_size=model.image_size, in_channels=model.in_channels).train
-    made = {
-        "images": dataset.fingerprint(),
-        "crop": config.crop,
-        "image_size": model.image_size,
-        "cleaning": {RAW: {}},
-    }
+    """Held-out real images beside the samples, as many if there are so many: how near real images come.
+
+    Raises:
+        DataError: they can't be read, or there are fewer than their likelihood is to be measured of.
+    """
+    size = study.recipe.model.image_size
+    data = replace(study.recipe.data, held_out_images=0, in_memory=False)  # all of the split
+    dataset = load_data(data, image_size=size, in_channels=study.recipe.model.in_channels).held_out
+    if len(dataset) < study.likelihood_images:
+        raise DataError(
+            f"split {data.held_out_split} of {data.path} has {len(dataset)} images, but likelihood_images is "
+            f"{study.likelihood_images}; expected at least that many."
+        )
+    count = min(study.num_samples, len(dataset))
+    made = {"images": dataset.fingerprint(), "count": count, "crop": data.crop, "size": size, "cleaning": {RAW: {}}}
     manifest = folder.parent / MANIFEST
     if manifest.exists() and json.loads(manifest.read_text()) == made:
         return
     shutil.rmtree(folder, ignore_errors=True)
-    images = torch.cat([batch.images for batch in in_order(dataset, study.batch_size)])
-    path = folder / shard_name(0, len(images))
-    write_shard(path, images, dataset.labels, torch.zeros(len(images), dtype=torch.bool))
+    examples = [dataset[index] for index in range(count)]
+    unreadable = [example.broken for example in examples if example.broken]
+    if unreadable:
+        raise DataError(f"{len(unreadable)} held-out images can't be read; the first: {unreadable[0]}")
+    images, labels = torch.stack([one.image for one in examples]), torch.tensor([one.label for one in examples])
+    write_shard(folder / shard_name(0, count), images, labels, torch.zeros(count, dtype=torch.bool))
     write_json(manifest, made)
 
 

@@ -105,7 +105,23 @@ def train(
         TrainingError: too many steps in a row were not finite.
         Interrupted: SIGINT or SIGTERM arrived; the state has been saved.
     """
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
+    try:
+        return _train(recipe, run_path, start, max_steps, allow_changes, find_micro_batch)
+    finally:  # what the process does next, samples for figures perhaps, is float32 as before
+        torch.set_float32_matmul_precision(precision)
+
+
+def _train(
+    recipe: Recipe,
+    run_path: Path,
+    start: Start,
+    max_steps: int | None,
+    allow_changes: bool,
+    find_micro_batch: bool,
+) -> Summary:
+    """See `train`."""
     recipe.check()
     accelerator = make_accelerator(run_path, accumulation=recipe.train.accumulation, trackers=recipe.train.trackers)
     sharded = (recipe.train.shard or launcher_asks_for_sharding()) and accelerator.num_processes > 1

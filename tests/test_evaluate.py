@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState, debug_launcher
 from evaluations import save_checkpoint, write_photos
 from PIL import Image
 from tiny_extractor import TinyExtractor
 from torch import Tensor
 
 from itarflow import ITARFlowPipeline, cli
+from itarflow import evaluate as evaluating
 from itarflow import generate as generating
+from itarflow.data import DataConfig
+from itarflow.evaluate import ways_of
+from itarflow.generate import Generation
 from itarflow.moments import Sums, frechet_distance
+from itarflow.reference import reference_of
 from itarflow.samples import open_samples
 
 Run = Callable[..., str]
@@ -90,7 +97,8 @@ def test_samples_are_made_scored_written_and_noted(evaluate: Run, tmp_path: Path
     assert len(noted) == 3
     name, line = list(noted.items())[2]
     assert name == (
-        "iterative, 3 steps, guidance 1, t_max 0.5: 10 samples, labels balanced, seed 0, against photos, split train"
+        "iterative, 3 steps euler even, guidance 1, t_max 0.5: 10 samples, labels balanced, seed 0, against photos, "
+        "split train, by tiny"
     )
     assert line.startswith("Fréchet distance (tiny) ")
     assert line in Path("pipeline", "README.md").read_text()
@@ -185,3 +193,74 @@ def test_images_that_are_not_finite_are_counted(evaluate: Run, monkeypatch: pyte
     assert {way: scores["broken"] for way, scores in report()["ways"].items()} == {"raw": 0, "self": 0, "iterative": 3}
     assert "not finite" in printed
     assert "3 samples have values that are not finite" in printed
+
+
+def test_the_crop_is_that_of_the_training(evaluate: Run, refused: Run, tmp_path: Path) -> None:
+    pipe = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+    pipe.record(tmp_path / "pipeline", "training", {"name": "tiny", "recipe": {"data": {"crop": "adm"}}})
+    assert "the checkpoint was trained on images with crop adm" in refused("--crop", "edm")
+    evaluate()
+    assert report()["reference"]["crop"] == "adm"
+
+
+def test_what_others_have_noted_meanwhile_stays(
+    evaluate: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def scored(*rest: Any, **options: Any) -> Any:
+        pipe = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline")
+        pipe.record(tmp_path / "pipeline", "evaluations", {"another one": "FID 3"})
+        return real(*rest, **options)
+
+    real = evaluating.scores_of
+    monkeypatch.setattr("itarflow.commands.evaluate.scores_of", scored)
+    evaluate("--ways", "raw")
+    noted = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline").config.evaluations
+    assert len(noted) == 2
+    assert noted["another one"] == "FID 3"
+
+
+def in_process(out: Path) -> None:
+    """What one of several processes does; a fork, because imports take longer than the work."""
+    signal.alarm(120)  # a process that hangs ends, and fails the test
+    PartialState._reset_state()
+    state = PartialState(cpu=True)
+    torch.save(sampled_and_scored(out, state), out / f"{state.process_index}.pt")
+
+
+def sampled_and_scored(out: Path, state: PartialState) -> list[dict[str, Any]]:
+    """All scores of 10 samples, and which images this process has taken the features of."""
+    pipe = ITARFlowPipeline.from_pretrained(out / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    labels = torch.arange(10) % 2
+    made = Generation(pipe=pipe, columns=ways_of(pipe, pipe.schedule()), labels=labels, file_size=4)
+    evaluating.make_samples(made, out / "samples", state)
+    extractor = TinyExtractor()
+    reference = reference_of(
+        DataConfig(path=str(out / "photos"), num_workers=0),
+        image_size=4,
+        in_channels=1,
+        extractor=extractor,
+        accelerator=state,
+        cache=out / "kept",
+    )
+    scores, scored = evaluating.scores_of([out / "samples" / way for way in made.columns], reference, extractor, state)
+    assert scored == 30
+    return [one.to_json() for one in scores]
+
+
+def test_two_processes_make_the_files_and_figures_of_one(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_checkpoint(tmp_path / name / "pipeline")
+        write_photos(tmp_path / name / "photos")
+    PartialState._reset_state()
+    one = sampled_and_scored(tmp_path / "one", PartialState(cpu=True))
+    debug_launcher(in_process, (tmp_path / "two",), num_processes=2)
+    for index in range(2):
+        two = torch.load(tmp_path / "two" / f"{index}.pt")
+        for expected, found in zip(one, two, strict=True):
+            for name, figure in expected["figures"].items():
+                assert found["figures"][name]["value"] == pytest.approx(figure["value"], rel=1e-9, abs=1e-12)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one" / "samples").rglob("0*"))
+    assert len(files) == 9
+    for path in files:
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()

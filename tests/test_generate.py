@@ -10,9 +10,10 @@ from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_uint8
 from itarflow.denoise import DenoiseScheduler
 from itarflow.flow import TARFlow
-from itarflow.generate import Generation, begin, chosen_labels, generate_share
+from itarflow.generate import Generation, begin, generate_share, labels_by
 from itarflow.guidance import Guidance
 from itarflow.images import DataError
+from itarflow.inverse import sequential
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.samples import open_samples
 from itarflow.score import FlowDenoiser
@@ -39,7 +40,7 @@ def columns(pipe: ITARFlowPipeline) -> dict[str, Column]:
 
 def generation(pipe: ITARFlowPipeline | None = None, count: int = 10, **options: Any) -> Generation:
     pipe = pipe or tiny()
-    labels = chosen_labels("balanced", count, pipe.flow.config.num_classes)
+    labels = labels_by("balanced", count, pipe.flow.config.num_classes)
     return Generation(**{"pipe": pipe, "columns": columns(pipe), "labels": labels, "file_size": 4, **options})
 
 
@@ -121,6 +122,19 @@ def test_a_folder_goes_on_only_with_what_began_it(tmp_path: Path, changes: dict[
         begin(generation(), tmp_path)
 
 
+def test_the_last_file_is_inverted_as_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    def planned(size: int) -> Any:
+        asked.append(size)
+        return sequential
+
+    pipe = tiny()
+    monkeypatch.setattr(pipe, "planned_solver", planned)
+    make(generation(pipe, count=6), tmp_path)
+    assert set(asked) == {4}
+
+
 def test_images_that_are_not_finite_are_grey_and_counted(tmp_path: Path) -> None:
     def diverges(noisy: torch.Tensor, labels: torch.Tensor | None, noise_level: torch.Tensor) -> torch.Tensor:
         return torch.where(torch.arange(len(noisy))[:, None, None, None] == 1, torch.nan, noisy)
@@ -146,18 +160,18 @@ def test_what_can_not_be_made_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             wrong.check()
     with pytest.raises(ValueError, match="labels is 'some'"):
-        chosen_labels("some", 3, 3)  # type: ignore[arg-type]
+        labels_by("some", 3, 3)  # type: ignore[arg-type]
 
 
 def test_labels_are_balanced_or_random_and_grow_at_the_end() -> None:
-    assert chosen_labels("balanced", 1000, 7).bincount().tolist() == [143] * 6 + [142]
-    drawn = chosen_labels("random", 7000, 7, seed=2)
-    assert torch.equal(drawn[:100], chosen_labels("random", 100, 7, seed=2))
-    assert not torch.equal(drawn, chosen_labels("random", 7000, 7, seed=3))
+    assert labels_by("balanced", 1000, 7).bincount().tolist() == [143] * 6 + [142]
+    drawn = labels_by("random", 7000, 7, seed=2)
+    assert torch.equal(drawn[:100], labels_by("random", 100, 7, seed=2))
+    assert not torch.equal(drawn, labels_by("random", 7000, 7, seed=3))
     # Four standard deviations of a binomial count.
     assert (drawn.bincount(minlength=7) - 1000).abs().max() < 4 * (7000 / 7 * 6 / 7) ** 0.5
-    assert chosen_labels("random", 3, 0).tolist() == [-1] * 3
-    assert chosen_labels("none", 3, 7).tolist() == [-1] * 3
+    assert labels_by("random", 3, 0).tolist() == [-1] * 3
+    assert labels_by("none", 3, 7).tolist() == [-1] * 3
 
 
 def test_unlabelled_flows_make_unlabelled_images(tmp_path: Path) -> None:

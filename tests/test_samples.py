@@ -83,6 +83,16 @@ def test_pngs_are_read_back_and_not_written_twice(tmp_path: Path, channels: int)
     assert [path.name for path in before if after[path] != before[path]] == ["00000003.png"]
 
 
+def test_files_that_a_kill_left_half_written_are_passed_over(tmp_path: Path) -> None:
+    images = pictures(4)
+    stored(tmp_path / "raw", images, 2)
+    (tmp_path / "raw" / ".partial-5e2dc20b00000004-00000008.safetensors").write_bytes(b"half")
+    assert torch.equal(open_samples(tmp_path / "raw").read(0, 4), images)
+    write_png(open_samples(tmp_path / "raw"), tmp_path / "png")
+    (tmp_path / "png" / ".partial-5e2dc20b00000004.png").write_bytes(b"half")
+    assert len(open_samples(tmp_path / "png")) == 4
+
+
 def test_what_holds_no_samples_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a folder nor"):
         open_samples(tmp_path / "nothing")

@@ -19,6 +19,7 @@ from itarflow import study as studies
 from itarflow.commands import study as command
 from itarflow.data import DataConfig
 from itarflow.extractors import Features
+from itarflow.images import DataError
 from itarflow.noise import NoiseConfig
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
@@ -187,3 +188,9 @@ def test_real_images_are_needed_that_are_not_trained_on(tiny: Study, tmp_path: P
     without = replace(tiny, recipe=replace(tiny.recipe, data=replace(tiny.recipe.data, held_out_split=None)))
     with pytest.raises(ValueError, match="held_out_split"):
         run_study(without, tmp_path, device="cpu")
+
+
+def test_too_few_real_images_are_refused_before_the_training(tiny: Study, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has 16 images, but likelihood_images is 17"):
+        run_study(replace(tiny, likelihood_images=17), tmp_path, device="cpu")
+    assert not (tmp_path / "itarflow").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,14 +12,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from itarflow.checkpoint import read_index
 from itarflow.codes import display_name
 from itarflow.commands.scoring import Judged, Making, device_name, figure_text, versions
 from itarflow.commands.shared import joined, say
 from itarflow.evaluate import Way, make_samples, scores_of, ways_of
-from itarflow.generate import CONVERSION, MANIFEST, Generation
-from itarflow.guidance import Guidance
+from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
 from itarflow.metrics import Scores
 from itarflow.pipeline import ITARFlowPipeline
+from itarflow.processes import on_main
+from itarflow.reference import Origin
 from itarflow.run import check_writable
 from itarflow.samples import open_samples, write_npz, write_png
 from itarflow.shards import write_json
@@ -68,6 +70,10 @@ class Evaluate(Making, _Ways):
         pipe, device = self.open_pipe(self.checkpoint, state)
         generation = self._generation(pipe, device)
         generation.check()
+        folder = Path(self.checkpoint)
+        on_main(state, lambda: manifest_of(generation, self.output))  # refused now, not after the reference
+        if self.record and folder.is_dir():
+            check_writable(folder)
         console = Console(stderr=True)
         extractor = self.open_extractor(state, device)
         reference = self.open_reference(pipe, extractor, state, self.num_workers, console)
@@ -83,7 +89,7 @@ class Evaluate(Making, _Ways):
                 "making, images/s": made / seconds if made else None,
                 "scoring, images/s": scored / scoring if scored else None,
             }
-            self._report(pipe, generation, dict(zip(generation.columns, found, strict=True)), speed)
+            self._report(pipe, generation, dict(zip(generation.columns, found, strict=True)), reference.origin, speed)
 
     def _generation(self, pipe: ITARFlowPipeline, device: str) -> Generation:
         """What is to be made."""
@@ -115,9 +121,13 @@ class Evaluate(Making, _Ways):
         )
 
     def _report(
-        self, pipe: ITARFlowPipeline, generation: Generation, scores: dict[str, Scores], speed: dict[str, float | None]
+        self,
+        pipe: ITARFlowPipeline,
+        generation: Generation,
+        scores: dict[str, Scores],
+        origin: Origin,
+        speed: dict[str, float | None],
     ) -> None:
-        first = next(iter(scores.values()))
         made = json.loads((self.output / MANIFEST).read_text())
         counts = generation.labels[generation.labels >= 0].bincount(minlength=pipe.flow.config.num_classes)
         report = {
@@ -125,9 +135,8 @@ class Evaluate(Making, _Ways):
             "samples": made,
             "labels": self.labels,
             "images of a class": sorted({int(count) for count in counts}) if self.labels != "none" else None,
-            "crop": self.crop,
-            "extractor": first.extractor,
-            "reference": first.reference,
+            "denoiser": None if self.denoiser is None else display_name(self.denoiser),
+            "reference": asdict(origin),
             "conversion": CONVERSION,
             "ways": {name: one.to_json() for name, one in scores.items()},
             "speed": speed,
@@ -155,20 +164,23 @@ class Evaluate(Making, _Ways):
         )
         folder = Path(self.checkpoint)
         if self.record and folder.is_dir():
-            lines = {_what(name, generation, one, self.labels): _line(one) for name, one in scores.items()}
-            pipe.record(folder, "evaluations", {**(pipe.config.evaluations or {}), **lines})
+            lines = {self._what(name, generation, one): _line(one) for name, one in scores.items()}
+            known = read_index(folder).get("evaluations") or {}  # as others may have written it meanwhile
+            pipe.record(folder, "evaluations", {**known, **lines})
             say(f"noted in {folder} and its model card")
 
-
-def _what(name: str, generation: Generation, scores: Scores, labels: str) -> str:
-    """What was evaluated, for the model card."""
-    schedule = generation.columns[name].schedule
-    steps = "" if schedule is None or name != "iterative" else f", {schedule.config.num_denoise_steps} steps"
-    guidance = generation.guidance or Guidance()
-    return (
-        f"{name}{steps}, guidance {guidance.weight:g}, t_max {generation.level:g}: {scores.samples:,} samples, labels "
-        f"{labels}, seed {generation.seed}, against {scores.reference}"
-    )
+    def _what(self, name: str, generation: Generation, scores: Scores) -> str:
+        """What was evaluated, for the model card."""
+        schedule, how = generation.columns[name].schedule, ""
+        if name == "iterative" and schedule is not None:
+            config = schedule.config
+            how = f", {config.num_denoise_steps} steps {config.method} {config.spacing}"
+            how += "" if self.denoiser is None else f" of {display_name(self.denoiser)}"
+        weight = 0.0 if generation.guidance is None else generation.guidance.weight
+        return (
+            f"{name}{how}, guidance {weight:g}, t_max {generation.level:g}: {scores.samples:,} samples, labels "
+            f"{self.labels}, seed {self.seed}, against {scores.reference}, by {scores.extractor}"
+        )
 
 
 def _line(scores: Scores) -> str:

@@ -23,7 +23,7 @@ from itarflow.data import DataConfig, load_data
 from itarflow.denoise import Method, Spacing
 from itarflow.denoisers import load_denoiser
 from itarflow.extractors import INCEPTION, Extractor, load_extractor
-from itarflow.generate import LabelRule, chosen_labels
+from itarflow.generate import LabelRule, labels_by
 from itarflow.images import Crop, DataError
 from itarflow.inverse import sequential
 from itarflow.metrics import Figure
@@ -43,8 +43,8 @@ class Judged:
     """Real images: as --data.path in training. Their statistics are computed once, and kept."""
     split: str = "train"
     """Split of the real images. Papers compare with the training images."""
-    crop: Crop = "center"
-    """How the real images become square, as --data.crop in training; figures depend on it."""
+    crop: Crop | None = None
+    """How the real images become square; figures depend on it. None = as in the checkpoint's training."""
     image_column: str | None = None
     """Column with the real images. None finds the first one."""
     reference: Path | None = None
@@ -71,10 +71,26 @@ class Judged:
             raise ValueError(
                 f"--num-samples is {self.num_samples}; expected 2 or more, since there is no covariance of one."
             )
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}; expected a number >= 0.")
 
     def sample_labels(self, pipe: ITARFlowPipeline) -> Tensor:
         """(N,) int64, a label each sample; -1 = none."""
-        return chosen_labels(self.labels, self.num_samples, pipe.flow.config.num_classes, self.seed)
+        return labels_by(self.labels, self.num_samples, pipe.flow.config.num_classes, self.seed)
+
+    def crop_for(self, pipe: ITARFlowPipeline) -> Crop:
+        """How real images become square: as asked for, else as in the checkpoint's training, as far as that is known.
+
+        Raises:
+            ValueError: another one is asked for than the checkpoint was trained with.
+        """
+        trained = ((pipe.config.training or {}).get("recipe") or {}).get("data", {}).get("crop")
+        if self.crop is not None and trained is not None and self.crop != trained:
+            raise ValueError(
+                f"--crop is {self.crop}, but the checkpoint was trained on images with crop {trained}; the figures "
+                "would tell the crops apart, not the images. Leave --crop out."
+            )
+        return self.crop or trained or "center"
 
     def open_extractor(self, state: PartialState, device: str) -> Extractor:
         """On all processes."""
@@ -89,6 +105,7 @@ class Judged:
             DataError: the images have another number of classes than the checkpoint.
         """
         channels, size, _ = pipe.picture_shape
+        crop = self.crop_for(pipe)
         shared: dict[str, Any] = {
             "extractor": extractor,
             "accelerator": state,
@@ -96,11 +113,11 @@ class Judged:
             "console": console,
         }
         if self.reference is not None:
-            return read_reference(self.reference, image_size=size, crop=self.crop, **shared)
+            return read_reference(self.reference, image_size=size, crop=crop, **shared)
         config = DataConfig(
             path=self.data,
             split=self.split,
-            crop=self.crop,
+            crop=crop,
             image_column=self.image_column,
             held_out_images=0,
             num_workers=num_workers,
@@ -151,7 +168,16 @@ class Making:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
 
     def open_pipe(self, checkpoint: str, state: PartialState) -> tuple[ITARFlowPipeline, str]:
-        """The checkpoint on this process's device, and that device."""
+        """The checkpoint on this process's device, and that device.
+
+        Raises:
+            ValueError: a device is named for several processes.
+            OSError: there is no such checkpoint.
+        """
+        if self.device is not None and state.num_processes > 1:
+            raise ValueError(
+                f"--device is {self.device}, but {state.num_processes} processes take one each; leave it out."
+            )
         device = str(state.device) if state.num_processes > 1 else usable_device(self.device)
         pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(checkpoint)).to(device)
         pipe.set_progress_bar_config(disable=True)

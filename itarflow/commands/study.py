@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from accelerate import PartialState
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 from rich.markup import escape
@@ -53,12 +52,10 @@ def main(studies: Mapping[str, Study], description: str | None = None, args: lis
         options = tyro.cli(Options, description=description, args=args)
         study = _chosen(studies, options)
         folder = options.output or Path("runs") / f"study_noise_dilemma-{options.scale}"
-        state = PartialState()
-        device = str(state.device) if state.num_processes > 1 else usable_device(options.device)
+        device = usable_device(options.device)
         report = run_study(study, folder, device=device, features=options.features, console=Console(stderr=True))
-        if state.is_main_process:
-            Console().print(table_of(report))
-            say(f"figures in {folder / 'study.json'}; see {folder / 'distances.png'} and {folder / 'samples.png'}")
+        Console().print(table_of(report))
+        say(f"figures in {folder / 'study.json'}; see {folder / 'distances.png'} and {folder / 'samples.png'}")
 
 
 def _chosen(studies: Mapping[str, Study], options: Options) -> Study:

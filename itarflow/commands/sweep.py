@@ -19,10 +19,12 @@ from itarflow.commands.scoring import Judged, Making, device_name, versions
 from itarflow.commands.shared import joined, say
 from itarflow.curves import draw_curves, draw_images
 from itarflow.evaluate import make_all
-from itarflow.generate import CONVERSION, MANIFEST, Generation
+from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
 from itarflow.metrics import Scores
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plot import blank_figure
+from itarflow.processes import on_main
+from itarflow.reference import Origin
 from itarflow.run import check_writable
 from itarflow.shards import write_json
 from itarflow.sweep import Cell, best_cells, cells_of, figure_names, generations_of, plain, score_cells, write_csv
@@ -75,14 +77,17 @@ class Sweep(Making, _Values):
         console = Console(stderr=True)
         if state.is_main_process:
             say(_plan(cells, generations, self.num_samples))
+        folders = {self.output / name: one for name, one in generations.items()}
+        # Refused now, not after the reference.
+        on_main(state, lambda: [manifest_of(one, folder) for folder, one in folders.items()])
         extractor = self.open_extractor(state, device)
         reference = self.open_reference(pipe, extractor, state, self.num_workers, console)
         start = time.monotonic()
-        made = make_all({self.output / name: one for name, one in generations.items()}, state, console)
+        made = make_all(folders, state, console)
         seconds = time.monotonic() - start
         scores = score_cells(cells, self.output, reference, extractor, state, device, console)
         if state.is_main_process:
-            self._report(pipe, scores, made / seconds if made else None)
+            self._report(pipe, scores, reference.origin, made / seconds if made else None)
 
     def _cells(self, pipe: ITARFlowPipeline, device: str) -> tuple[list[Cell], dict[str, Generation]]:
         """The grid, and what is made for it, all of it checked."""
@@ -112,17 +117,17 @@ class Sweep(Making, _Values):
         )
         return cells, generations
 
-    def _report(self, pipe: ITARFlowPipeline, scores: Mapping[Cell, Scores], speed: float | None) -> None:
-        first, best = next(iter(scores.values())), best_cells(scores)
+    def _report(
+        self, pipe: ITARFlowPipeline, scores: Mapping[Cell, Scores], origin: Origin, speed: float | None
+    ) -> None:
+        best = best_cells(scores)
         names = dict.fromkeys(cell.generation for cell in scores)
         report: dict[str, Any] = {
             "checkpoint": display_name(self.checkpoint),
             "denoiser": None if self.denoiser is None else display_name(self.denoiser),
             "samples": {name: json.loads((self.output / name / MANIFEST).read_text()) for name in names},
             "labels": self.labels,
-            "crop": self.crop,
-            "extractor": first.extractor,
-            "reference": first.reference,
+            "reference": asdict(origin),
             "conversion": CONVERSION,
             "cells": [{**asdict(cell), **one.to_json()} for cell, one in scores.items()],
             "best": {name: asdict(cell) for name, cell in best.items()},
