@@ -196,19 +196,8 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
-    stream, found = without_alarm(loader), list[Batch]()
-    while True:
-        try:
-            batch = next(stream)
-        except StopIteration:
-            return
-        except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two, if it died with a batch in hand
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a process that decodes images has died ({error}). Often the system was out of memory; lower "
-                "data.num_workers, and go on by --resume"
-            ) from error
+    found = list[Batch]()
+    for batch in watched(without_alarm(loader), "lower data.num_workers, and go on by --resume"):
         if isinstance(batch, DataError):
             raise batch
         found.append(batch)
@@ -246,6 +235,22 @@ def without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
     stream = iter(loader)
     signal.signal(signal.SIGCHLD, handler)
     return stream
+
+
+def watched(stream: Iterator[Any], advice: str) -> Iterator[Any]:
+    """What a loader's iterator gives; of a worker's death it tells what to do.
+
+    Raises:
+        DataError: a worker process died; the message ends with the advice.
+    """
+    try:
+        yield from stream
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two, if it died with a batch in hand
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            f"a process that decodes images has died ({error}). Often the system was out of memory; {advice}"
+        ) from error
 
 
 def ignore_interrupts(_worker: int) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,12 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from itarflow.batches import ignore_interrupts, without_alarm
+from itarflow.batches import ignore_interrupts, watched, without_alarm
 from itarflow.bpd_report import Figures, Report, Rows, append, finish
 from itarflow.bpd_report import begin as begin_folder
-from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_stride
+from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_stride
 from itarflow.codes import display_name
 from itarflow.compare import short_names
 from itarflow.data import DataConfig, load_data
@@ -34,7 +36,7 @@ from itarflow.plot import blank_figure
 from itarflow.processes import main_first, on_cpu, on_main, shared_counter
 from itarflow.progress import image_progress
 from itarflow.run import RunError, check_writable
-from itarflow.shards import alone
+from itarflow.shards import Reader, alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,8 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
         )
     with ExitStack() as locks:
         work = main_first(state, lambda: _open(config))
-        folder, known = config.output, [Rows()]
+        folder = config.output
+        known: list[Any] = [Rows(), uuid.uuid4().hex]  # the main process's, for all: what is done, a name of this call
 
         def begin() -> None:
             if folder is not None:
@@ -123,9 +126,10 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
 
         on_main(state, begin)
         broadcast_object_list(known)
-        rows, start = known[0], time.monotonic()
+        rows: Rows = known[0]
+        start = time.monotonic()
         missing = [number for number in work.numbers if number not in rows]
-        counted = shared_counter("images measured")
+        counted = shared_counter(f"images measured {known[1]}")
         bar = image_progress(
             console if state.is_main_process else None,
             "measuring",
@@ -226,15 +230,18 @@ def _open(config: BpdConfig) -> _Work:
         "checkpoint": short_names([config.checkpoint])[0],
         "weights": weights_digest(flow.state_dict()),
         "codes": pipe.vae is not None,
+        **({} if pipe.vae is None else {f"vae {name}": value for name, value in asdict(vae_identity(pipe.vae)).items()}),
         "data": display_name(config.data),
         "name": config.name,
         "split": config.split,
         "held_out_images": config.held_out_images,
         "images_of_the_set": len(dataset),
+        "images_digest": dataset.fingerprint(),
         "num_images": count,
         "crop": config.crop,
         "trained_on": "gaussian" if flow.config.noise_range or flow.config.noise_conditioned else "not recorded",
         "labels": "none" if labels is None else "of the data",
+        "labels_digest": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         "noises": [{"noise": noise.kind, "noise_level": noise.level} for noise in noises],
         "draws": config.draws,
         "seed": config.seed,
@@ -265,16 +272,6 @@ def _labels(pipe: ITARFlowPipeline, dataset: ImageDataset, names: Sequence[str],
 # -- the work ----------------------------------------------------------------------------------------------------
 
 
-class _Readable(Dataset[tuple[int, Tensor | str]]):
-    """The number of an image and what is read of it, or "name: reason"."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, number: int) -> tuple[int, Tensor | str]:
-        return number, self._dataset.read(number)
-
-
 def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: PartialState) -> Iterator[Rows]:
     """The rows of this process's share of what is missing, batch by batch."""
     device = torch.device(config.device or state.device)
@@ -285,21 +282,22 @@ def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: Par
         codec.vae.to(device)
     workers, broken = min(config.num_workers, len(own)), list[str]()
     loader = DataLoader(
-        _Readable(work.dataset),
-        batch_sampler=own,
+        Reader({config.split: work.dataset}, config.data),
+        batch_sampler=[[(config.split, number) for number in part] for part in own],
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
-    for batch in _watched(without_alarm(loader)):
-        rows: Rows = {number: {"broken": read} for number, read in batch if isinstance(read, str)}
+    for part, results in zip(own, watched(without_alarm(loader), "lower num_workers"), strict=True):
+        batch = dict(zip(part, results, strict=True))
+        rows: Rows = {number: {"broken": read} for number, read in batch.items() if isinstance(read, str)}
         broken += [row["broken"] for row in rows.values()]
         if len(broken) > config.max_broken:
             raise too_many_broken(broken, config.max_broken)
-        numbers = [number for number, read in batch if isinstance(read, Tensor)]
+        numbers = [number for number, read in batch.items() if isinstance(read, Tensor)]
         if numbers:
-            images = torch.stack([read for _, read in batch if isinstance(read, Tensor)]).to(device)
+            images = torch.stack([read for read in batch.values() if isinstance(read, Tensor)]).to(device)
             labels = None if work.labels is None else work.labels[numbers].to(device)
             with torch.no_grad():
                 posterior = codec.encode(to_pixels(images))
@@ -318,17 +316,6 @@ def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: Par
                 label = NULL_LABEL if work.labels is None else int(work.labels[number])
                 rows[number] = {"label": label, "values": values}
         yield rows
-
-
-def _watched(stream: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from stream
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a process that decodes images has died ({error}). Often the system was out of memory; lower num_workers"
-        ) from error
 
 
 def _report(work: _Work, rows: Sequence[Mapping[str, Any]]) -> Report:

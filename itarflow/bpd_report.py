@@ -17,7 +17,7 @@ from itarflow import __version__
 from itarflow.likelihood import Mean, Noise
 from itarflow.plot import blank_figure
 from itarflow.run import RunError
-from itarflow.shards import atomically, write_json
+from itarflow.shards import atomically, write_json, write_text
 
 SUMMARY, TABLE, CURVE = "bpd.json", "images.csv", "nll.png"
 """What a folder of figures holds."""
@@ -61,7 +61,7 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> Rows:
     """What is measured already, by the numbers of the images; the settings are written down if they are not yet.
 
     Raises:
-        RunError: the folder holds figures of other settings.
+        RunError: the folder holds figures of other settings, or a file in it is damaged.
     """
     summary = folder / SUMMARY
     if not summary.exists():
@@ -69,21 +69,32 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> Rows:
             raise RunError(f"{folder} holds figures, but {SUMMARY} is missing; choose another folder.")
         write_json(summary, {"settings": dict(settings)})
         return {}
-    stored = json.loads(summary.read_text())["settings"]
-    changed = [
-        f"{name}: {stored.get(name)} -> {value}" for name, value in settings.items() if stored.get(name) != value
-    ]
+    try:
+        stored = dict(json.loads(summary.read_text())["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"{summary} is damaged ({error!r}); expected the settings of the figures beside it. Bring it back, or "
+            "choose another folder."
+        ) from error
+    wanted = json.loads(json.dumps(settings))  # as they are stored: tuples are lists
+    changed = [f"{name}: {stored.get(name)} -> {value}" for name, value in wanted.items() if stored.get(name) != value]
     if changed:
         raise RunError(
             f"{folder} holds figures of other settings:\n  " + "\n  ".join(changed) + "\nChoose another folder."
         )
     rows: Rows = {}
     for path in sorted(folder.glob(PROGRESS)):
-        *whole, _torn = path.read_text().split("\n")
-        for line in whole:
-            rows |= {int(number): row for number, row in json.loads(line).items()}
-        # Else the next line would go on with a torn one.
-        path.write_text("".join(f"{line}\n" for line in whole))
+        *whole, torn = path.read_bytes().split(b"\n")
+        for place, line in enumerate(whole, 1):
+            try:
+                rows |= {int(number): row for number, row in json.loads(line).items()}
+            except (ValueError, AttributeError) as error:
+                raise RunError(
+                    f"line {place} of {path} is damaged ({error!r}); delete that line, and its images are measured "
+                    "again, or choose another folder."
+                ) from error
+        if torn:  # else the next line would go on with it
+            write_text(path, "".join(f"{line.decode()}\n" for line in whole))
     return rows
 
 

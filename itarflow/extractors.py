@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from itarflow.digest import weights_digest
+
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the Inception of 2015 that FID, sFID and the Inception Score are defined by."""
 EFFICIENTNET = "efficientnet-lite0"
@@ -105,7 +107,7 @@ class _Network:
 
     def __init__(self, name: str, network: nn.Module, ask: Callable[[nn.Module, Tensor], Features]) -> None:
         self.name = name
-        self.identity = _identity(network, ask.__name__)
+        self.identity = hashlib.sha256(f"{ask.__name__} {weights_digest(network.state_dict())}".encode()).hexdigest()
         # Of channels last, CPUs compute convolutions in half the time.
         self._network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._ask = ask
@@ -227,11 +229,3 @@ def _name(name: str, weights: Path | None, published: str) -> str:
     with weights.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     return name if found.startswith(published) else f"{name} of {found[:8]}"
-
-
-def _identity(network: nn.Module, how: str) -> str:
-    digest = hashlib.sha256(how.encode())
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

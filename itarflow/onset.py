@@ -32,6 +32,8 @@ class Normal:
     """(N,)"""
     limit: float
     """Strength of the two-level fit that 95 % of real images stay below: their objects have levels too."""
+    count: int
+    """m: how many real images these are taken from."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Onset:
     """Blur that begins at a token."""
 
     token: int
-    """Number of the first blurred token in raster order."""
+    """Where blurred tokens and others meet, numbered in raster order: the first blurred token of order raster, the
+    last one of order reverse."""
     low: int
     high: int
     """The interval in which `token` lies with 95 % confidence, by resampling the images."""
@@ -61,7 +64,7 @@ def normal_detail(energy: Tensor) -> Normal:
         raise ValueError(f"{len(energy)} image has no spread; expected two real images or more.")
     mean, std = energy.mean(dim=0), energy.std(dim=0).clamp(min=1e-3)
     _, strength = level_change((energy - mean) / std)
-    return Normal(mean, std, float(strength.abs().quantile(1 - FALSE_ALARMS)))
+    return Normal(mean, std, float(strength.abs().quantile(1 - FALSE_ALARMS)), len(energy))
 
 
 def level_change(curves: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,14 +85,15 @@ def find_onset(energy: Tensor, normal: Normal, generator: torch.Generator) -> On
     """Where blur begins in images that have it in common, or None if no place stands out.
 
     The rule: the mean of the images' curves is split by the two-level fit. The strength of that fit must exceed
-    `normal.limit` / sqrt(n), which the mean of n real images does in 5 of 100 cases. The lower level must be below
-    that of real images, since next to too much detail the rest is not blurred, and have half the energy of the other
-    one or less, since with many images the least difference shows.
+    `normal.limit` * sqrt(1 / n + 1 / m), which the mean of n real images does in 5 of 100 cases: what it differs by
+    from that of the m other ones is chance in both. The lower level must be below that of real images, since next to
+    too much detail the rest is not blurred, and have half the energy of the other one or less, since with many images
+    the least difference shows.
 
     Args:
         energy: fine energy (n, N) of the images, n >= 1.
         normal: of real images.
-        generator: resamples the images for the interval.
+        generator: resamples the images for the interval, which is widened by what chance does to `normal.mean`.
     """
     relative = energy - normal.mean
     curves, ratios = relative / normal.std, relative.mean(dim=0)
@@ -97,19 +101,25 @@ def find_onset(energy: Tensor, normal: Normal, generator: torch.Generator) -> On
     split, falls = int(splits), bool(strengths > 0)
     before, after = (2.0 ** float(part.mean()) for part in (ratios[:split], ratios[split:]))
     blurred, others = (after, before) if falls else (before, after)
-    if abs(float(strengths)) <= normal.limit / math.sqrt(len(curves)) or blurred >= 1 or others < STEP * blurred:
+    limit = normal.limit * math.sqrt(1 / len(curves) + 1 / normal.count)
+    if abs(float(strengths)) <= limit or blurred >= 1 or others < STEP * blurred:
         return None
-    low, high = _interval(curves, falls, generator)
+    low, high = _interval(curves, normal.count, falls, generator)
     if falls:
         return Onset(split, low, high, "raster", blurred, others)
     return Onset(split - 1, low - 1, high - 1, "reverse", blurred, others)
 
 
-def _interval(curves: Tensor, falls: bool, generator: torch.Generator) -> tuple[int, int]:
-    """Between which splits the same change lies for 95 of 100 resamplings of the curves (n, N)."""
+def _interval(curves: Tensor, count: int, falls: bool, generator: torch.Generator) -> tuple[int, int]:
+    """Between which splits the same change lies for 95 of 100 resamplings of the curves (n, N).
+
+    The `count` real images that they are compared with vary as they do: that adds n / count to the variance.
+    """
     draws = torch.randint(len(curves), (RESAMPLES, len(curves)), generator=generator)
     weights = torch.zeros(RESAMPLES, len(curves)).scatter_add_(1, draws, torch.ones(draws.shape)) / len(curves)
-    splits = (_strengths(weights @ curves) * (1 if falls else -1)).argmax(dim=1) + 1
+    mean = curves.mean(dim=0)
+    means = mean + (weights @ curves - mean) * math.sqrt(1 + len(curves) / count)
+    splits = (_strengths(means) * (1 if falls else -1)).argmax(dim=1) + 1
     low, high = splits.float().quantile(torch.tensor([0.025, 0.975]), interpolation="nearest").int().tolist()
     return low, high
 

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from itarflow.batches import ignore_interrupts, without_alarm
+from itarflow.batches import ignore_interrupts, watched, without_alarm
 from itarflow.dataset import ImageDataset
 from itarflow.images import DataError
 from itarflow.manifest import LOCK, PARTIAL
@@ -98,16 +98,17 @@ class Reader(Dataset[Tensor | str]):
     """
 
     def __init__(self, sets: Mapping[str, ImageDataset], source: str) -> None:
-        self._sets, self._root = sets, f"{os.path.abspath(os.path.expanduser(source))}{os.sep}"
+        self._sets, self._source = sets, source
 
     def __getitem__(self, place: tuple[str, int]) -> Tensor | str:
         split, row = place
         image = self._sets[split].read(row)
-        return _without_folders(image, self._root) if isinstance(image, str) else image
+        return without_folders(image, self._source) if isinstance(image, str) else image
 
 
-def _without_folders(report: str, root: str) -> str:
-    """A "name: reason" that names no folder of this machine."""
+def without_folders(report: str, source: str) -> str:
+    """A "name: reason" that names no folder of this machine, of an image of the data set at `source`."""
+    root = f"{os.path.abspath(os.path.expanduser(source))}{os.sep}"
     name, colon, reason = report.replace(root, "").partition(": ")
     inner = name.split("::")[0]  # of a file in an archive, which comes second
     short = os.path.basename(inner) if os.path.isabs(inner) else inner
@@ -145,23 +146,15 @@ def read_ahead(
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
     )
-    return _watched(without_alarm(loader))
+    return watched(
+        without_alarm(loader), "whole files are kept, and the same command goes on: run it with fewer num_workers"
+    )
 
 
 def _places(shards: Sequence[Shard], batch_size: int) -> Iterator[list[tuple[str, int]]]:
     for shard in shards:
         for start in range(0, len(shard.rows), batch_size):
             yield [(shard.split, row) for row in shard.rows[start : start + batch_size]]
-
-
-def _watched(stream: Iterator[Any]) -> Iterator[Any]:
-    try:
-        yield from stream
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        raise DataError(
-            f"a worker process died: {error}. Perhaps memory ran out; whole files are kept, and the same command "
-            "goes on: run it with fewer num_workers"
-        ) from error
 
 
 def write_shard(

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from conftest import tiny_vae
-from image_files import encoded, load, write_classes, write_one_broken, write_parquet
+from image_files import damage, encoded, load, write_classes, write_image, write_one_broken, write_parquet
 from PIL import Image
 from test_cli import refused, run, save  # noqa: F401
 
@@ -148,6 +149,92 @@ def test_figures_of_other_settings_or_weights_are_left_alone(measured, refused, 
     save({"seed": 1})
     assert "weights: " in refused(*words)
     assert Path("out/bpd.json").read_bytes() == before
+
+
+def test_figures_of_other_data_are_not_taken_for_the_same(measured, refused, checkpoint, data, tmp_path):  # noqa: F811
+    measured()
+    words = ("bpd", checkpoint, *QUICK, *LEVELS, "--output", "out", "--data")
+    namesake = write_classes(tmp_path / "elsewhere" / "images", {"bird": 3, "cat": 2, "dog": 2})
+    assert "images_digest: " in refused(*words, namesake)
+    write_image(data / "cat" / "000.png", 200, (12, 8))  # in place
+    message = refused(*words, data)
+    assert "images_digest: " in message
+    assert "labels_digest: " not in message
+
+
+def test_figures_of_other_labels_are_not_taken_for_the_same(run, refused, checkpoint, tmp_path):  # noqa: F811
+    labels, features = [0, 1, 2], datasets.ClassLabel(names=["cat", "dog", "bird"])
+    columns = {"image": [{"bytes": encoded(index), "path": None} for index in labels], "a": labels, "b": labels[::-1]}
+    kinds = datasets.Features({"image": datasets.Image(), "a": features, "b": features})
+    write_parquet(tmp_path / "parquet" / "train.parquet", columns, kinds)
+    words = ("bpd", checkpoint, "--data", tmp_path / "parquet", *QUICK, *LEVELS, "--output", "out", "--label-column")
+    run(*words, "a")
+    message = refused(*words, "b")
+    assert "labels_digest: " in message
+    assert "images_digest: " not in message
+
+
+def test_figures_of_another_vae_are_not_taken_for_the_same(run, refused, save, data):  # noqa: F811
+    def words(**vae: Any) -> tuple[object, ...]:
+        folder = save({"in_channels": 4}, vae=tiny_vae(in_channels=3, out_channels=3, **vae))
+        return "bpd", folder, "--data", data, *QUICK, *LEVELS, "--output", "out"
+
+    run(*words())
+    assert "nothing was left to do" in run(*words())
+    assert "vae encoder: " in refused(*words(seed=1))
+    assert "vae scaling_factor: 0.4 -> 0.3" in refused(*words(scaling_factor=0.3))
+
+
+def test_what_is_measured_is_not_written_anew(measured, refused, checkpoint, data, monkeypatch):  # noqa: F811
+    whole = measured()
+    (rows,) = Path("out").glob(".rows-*")
+    before = rows.stat()
+    assert measured() == whole
+    assert (rows.stat().st_ino, rows.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    with rows.open("a") as file:
+        file.write('{"4": {"lab')
+    monkeypatch.setattr(Path, "write_text", None)  # a full disk, say: what is there must not suffer
+    with pytest.raises(TypeError):
+        measured()
+    monkeypatch.undo()
+    assert rows.read_text().startswith('{"0": ')
+
+
+@pytest.mark.parametrize("line", ['{"4": {"lab\n', "[1]\n", '{"a": {}}\n'])
+def test_a_damaged_row_is_named(measured, refused, checkpoint, data, line):  # noqa: F811
+    measured("--batch-size", 3)
+    (rows,) = Path("out").glob(".rows-*")
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join([lines[0], line, *lines[1:]]))
+    message = refused("bpd", checkpoint, "--data", data, *QUICK, *LEVELS, "--output", "out")
+    assert f"line 2 of {rows} is damaged" in message
+    assert "delete that line" in message
+    rows.write_text("".join(lines))
+    assert measured()["images"] == 7
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_report_is_named(measured, refused, checkpoint, data, content):  # noqa: F811
+    measured()
+    Path("out/bpd.json").write_text(content)
+    message = refused("bpd", checkpoint, "--data", data, *QUICK, *LEVELS, "--output", "out")
+    assert "out/bpd.json is damaged" in message
+    assert "choose another folder" in message
+
+
+def test_processes_count_anew_in_each_call(measured, monkeypatch):
+    names, counter = [], measuring.shared_counter
+    monkeypatch.setattr(measuring, "shared_counter", lambda name: names.append(name) or counter(name))
+    measured()
+    measured()
+    assert len(set(names)) == 2
+
+
+def test_no_folder_of_this_machine_is_named(measured, data, tmp_path):
+    damage(data / "cat" / "001.png")
+    (broken,) = measured()["broken"]
+    assert broken.startswith("cat/001.png: ")
+    assert str(tmp_path) not in Path("out/bpd.json").read_text()
 
 
 def test_unreadable_images_are_left_out_and_named(run, refused, save, tmp_path):  # noqa: F811

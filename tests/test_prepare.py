@@ -260,7 +260,7 @@ def test_lost_worker(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed")
 
     _watch(monkeypatch, lose)
-    with pytest.raises(DataError, match=r"worker process died: .* fewer num_workers"):
+    with pytest.raises(DataError, match=r"a process that decodes images has died .* fewer num_workers"):
         run(source, tmp_path / "out")
 
 

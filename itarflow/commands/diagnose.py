@@ -40,8 +40,8 @@ class Diagnose:
     samples: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SAMPLES")]
     """What `itarflow evaluate` has made in one way of cleaning, folders of pictures, or .npz files; all of one size.
     Come first."""
-    reference: str
-    """Real images: as --data.path in training."""
+    reference: Annotated[str, tyro.conf.arg(aliases=["--data"])]
+    """A data set of real images, as --data.path in training; no file of statistics, as `itarflow evaluate` takes."""
     output: Path = Path("diagnosis")
     """Folder for report.json; failures.json, the numbers of the failed images; the worst images of each kind; and
     diagrams."""
