@@ -311,8 +311,8 @@ def draw_distances(report: Mapping[str, Any], path: Path) -> None:
             own = distance_of(flow["scores"][SELF])["value"]
             axis.plot(1, own, "o", color=f"C{number}", markersize=10, fillstyle="none")
     axis.axhline(distance_of(report[REAL])["value"], color="grey", linestyle="--", linewidth=1, label=REAL)
+    axis.set_ylim(bottom=0)
     axis.set_xscale("log")
-    axis.set_yscale("log")
     ticks = report["settings"]["num_denoise_steps"]
     axis.set_xticks(ticks, list(map(str, ticks)))
     axis.minorticks_off()
@@ -323,7 +323,7 @@ def draw_distances(report: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_samples(generations: Mapping[str, Generation], folder: Path, rows: int = 4) -> None:
+def _draw_samples(generations: Mapping[str, Generation], folder: Path, rows: int = 2) -> None:
     """The same first samples of each flow, in each way of cleaning."""
     pictures = {}
     for name, generation in generations.items():

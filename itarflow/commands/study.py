@@ -83,7 +83,7 @@ def table_of(report: Mapping[str, Any]) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    table.add_column("flow")
+    table.add_column("flow", no_wrap=True)
     for way in ways:
         table.add_column(f"{int(way)}" if way.isdigit() else way, justify="right")
     table.add_column("nats/dim")
