@@ -230,7 +230,11 @@ def _open(config: BpdConfig) -> _Work:
         "checkpoint": short_names([config.checkpoint])[0],
         "weights": weights_digest(flow.state_dict()),
         "codes": pipe.vae is not None,
-        **({} if pipe.vae is None else {f"vae {name}": value for name, value in asdict(vae_identity(pipe.vae)).items()}),
+        **(
+            {}
+            if pipe.vae is None
+            else {f"vae {name}": value for name, value in asdict(vae_identity(pipe.vae)).items()}
+        ),
         "data": display_name(config.data),
         "name": config.name,
         "split": config.split,

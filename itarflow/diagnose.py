@@ -149,7 +149,7 @@ def diagnose(
         output / "failures.json",
         {name: _numbers(samples[name], found, thresholds) for name, found in measured.items()},
     )
-    distances = _distances(samples, reference, measured, thresholds, extractor, batch_size, seed, console)
+    distances = _distances(samples, reference, real, measured, thresholds, extractor, batch_size, seed, console)
     findings = {
         name: _findings(samples[name], found, thresholds, real_rates, normal, seed, distances[name])
         for name, found in measured.items()
@@ -168,6 +168,7 @@ def diagnose(
         },
         reference={
             "images": len(real.numbers),
+            "unreadable": real.unreadable,
             "failures": real_rates,
             "medians": real.medians(),
             "spectrum": real.spectrum.tolist(),
@@ -311,6 +312,7 @@ def _findings(
 def _distances(
     samples: Mapping[str, Samples],
     reference: Samples,
+    real: Measured,
     measured: Mapping[str, Measured],
     thresholds: Mapping[str, float | None],
     extractor: Extractor | None,
@@ -320,16 +322,16 @@ def _distances(
 ) -> dict[str, Without | None]:
     if extractor is None:
         return dict.fromkeys(samples)
-    total = len(reference) + sum(map(len, samples.values()))
+    total = len(real.numbers) + sum(len(found.numbers) for found in measured.values())
     with image_progress(console, f"features by {extractor.name}", total, 0) as count:
-        real = real_moments(extractor, reference, batch_size, count)
+        moments = real_moments(extractor, reference, real.numbers, batch_size, count)
         return {
             name: distances_without(
                 extractor,
                 samples[name],
                 found.numbers,
                 found.below(thresholds, "any"),
-                real,
+                moments,
                 batch_size,
                 torch.Generator().manual_seed(seed),
                 count,

@@ -85,10 +85,10 @@ def find_onset(energy: Tensor, normal: Normal, generator: torch.Generator) -> On
     """Where blur begins in images that have it in common, or None if no place stands out.
 
     The rule: the mean of the images' curves is split by the two-level fit. The strength of that fit must exceed
-    `normal.limit` * sqrt(1 / n + 1 / m), which the mean of n real images does in 5 of 100 cases: what it differs by
-    from that of the m other ones is chance in both. The lower level must be below that of real images, since next to
-    too much detail the rest is not blurred, and have half the energy of the other one or less, since with many images
-    the least difference shows.
+    `normal.limit` * sqrt(1 / n + 1 / m), which the mean of n real images does in about 5 of 100 cases: what it
+    differs by from that of the m other ones is chance in both. The lower level must be below that of real images,
+    since next to too much detail the rest is not blurred, and have half the energy of the other one or less, since
+    with many images the least difference shows.
 
     Args:
         energy: fine energy (n, N) of the images, n >= 1.

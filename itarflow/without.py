@@ -35,13 +35,16 @@ class Without:
     """Of so many drawn at random from all."""
 
 
-def real_moments(extractor: Extractor, reference: Samples, batch_size: int, count: Callable[[int], None]) -> Moments:
-    """Moments of the features of real images.
+def real_moments(
+    extractor: Extractor, reference: Samples, numbers: Tensor, batch_size: int, count: Callable[[int], None]
+) -> Moments:
+    """Moments of the features of real images; `numbers` (n,) = which of them are not broken.
 
     Raises:
         ValueError: fewer than two images.
     """
-    return extract(extractor, _numbered(reference, batch_size), len(reference), keep=1, count=count).pool.moments()
+    images = _numbered(reference, numbers, batch_size)
+    return extract(extractor, images, len(numbers), keep=1, count=count).pool.moments()
 
 
 def distances_without(
@@ -68,8 +71,7 @@ def distances_without(
     """
     if int((~fails).sum()) < 2:
         return None
-    found = extract(extractor, _numbered(pictures, batch_size), len(pictures), count=count)
-    features = found.kept.pool[numbers]
+    features = extract(extractor, _numbered(pictures, numbers, batch_size), len(numbers), count=count).kept.pool
     kept = int((~fails).sum())
     drawn = torch.randperm(len(features), generator=generator)[:kept].sort().values
 
@@ -86,8 +88,14 @@ def distances_without(
     )
 
 
-def _numbered(pictures: Samples, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    start = 0
+def _numbered(pictures: Samples, numbers: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Those with these numbers (n,), ascending, counted anew from 0 on."""
+    whole = torch.zeros(len(pictures), dtype=torch.bool)
+    whole[numbers] = True
+    start = done = 0
     for images in batches(pictures, size):
-        yield torch.arange(start, start + len(images)), images
+        kept = images[whole[start : start + len(images)]]
         start += len(images)
+        if len(kept) > 0:
+            yield torch.arange(done, done + len(kept)), kept
+        done += len(kept)

@@ -21,6 +21,7 @@ from itarflow.batches import (
     batches,
     in_order,
     training_sampler,
+    watched,
 )
 from itarflow.data import DataConfig, load_data
 from itarflow.dataset import ImageDataset
@@ -298,3 +299,27 @@ def test_damaged_row_group_is_broken_images(tmp_path: Path) -> None:
         assert [name.split(": ")[0] for name in batch.broken] == [f"{file}, row {row}" for row in (6, 7, 8)]
     with pytest.raises(DataError, match=r"3 images could not be read, and data.max_broken is 2(.|\n)*row 6: "):
         list(in_order(load(file, streaming=True, max_broken=2).train, 12))
+
+
+def ending(error: Exception) -> Iterator[int]:
+    yield 1
+    raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed"),
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        ConnectionResetError("Connection reset by peer"),
+        EOFError(),
+    ],
+)
+def test_a_dead_worker_is_told_with_what_to_do(error: Exception) -> None:
+    with pytest.raises(DataError, match=r"a process that decodes images has died \(.*; take fewer$"):
+        list(watched(ending(error), "take fewer"))
+
+
+def test_what_a_worker_raises_is_no_death() -> None:
+    with pytest.raises(RuntimeError, match="Caught"):
+        list(watched(ending(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")), "take fewer"))

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
+from image_files import damage
 from natural_images import blurred, blurred_tokens, natural_images, with_background
 from PIL import Image
 from torch import Tensor
 
 from itarflow import cli
-from itarflow.commands.diagnose import telling_names
+from itarflow.commands.diagnose import Diagnose, telling_names
 from itarflow.diagnose import Diagnosis, diagnose
 from itarflow.extractors import INCEPTION, Features
 from itarflow.measured import KINDS
@@ -183,7 +185,11 @@ def test_the_distance_without_failures_is_smaller_than_that_of_as_many(real, tmp
     assert apart.kept == 200 - found.failures["any"].rate.count
     assert apart.without < 0.3 * apart.as_many
     assert apart.as_many == pytest.approx(apart.distance, rel=0.3)
-    again = diagnose(given, real, output=tmp_path, extractor=MeanAndSpread(INCEPTION), batch_size=9).samples["a"]
+    as_planted = torch.cat([torch.from_numpy(real.array).permute(0, 3, 1, 2), torch.zeros(9, 3, 32, 32).byte()])
+    with_broken = as_samples(as_planted, tuple(range(2000, 2009)))
+    again = diagnose(given, with_broken, output=tmp_path, extractor=MeanAndSpread(INCEPTION), batch_size=9).samples[
+        "a"
+    ]
     assert again.distances is not None
     assert again.distances.title == "FID"
     assert again.distances.as_many == pytest.approx(apart.as_many, rel=1e-4)
@@ -230,6 +236,7 @@ def test_the_command_shows_sets_side_by_side(tmp_path, capsys):
     folder.mkdir(parents=True)
     for index, image in enumerate(natural_images(240, 8)):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{index:03}.png")
+    damage(folder / "017.png")
     np.savez(tmp_path / "without.npz", arr_0=natural_images(120, 8, seed=1).permute(0, 2, 3, 1).numpy())
     stored = tmp_path / "with" / "iterative"
     broken = torch.arange(120) == 7
@@ -243,7 +250,15 @@ def test_the_command_shows_sets_side_by_side(tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["samples"]) == ["without.npz", "with-iterative"]
     assert report["samples"]["with-iterative"]["broken"]["count"] == 1
-    assert report["reference"]["images"] == 240
+    assert report["reference"]["images"] == 239
+    (unreadable,) = report["reference"]["unreadable"]
+    assert unreadable.startswith("train/pets/017.png: ")
+    assert f"Unreadable real images, left out: 1, such as {unreadable}" in printed
+
+
+def test_the_real_images_may_be_called_data():
+    for option in ("--reference", "--data"):
+        assert tyro.cli(Diagnose, args=["samples", option, "cifar10"]).reference == "cifar10"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from fidelity import torch_fidelity
 from torch import nn
 
-from itarflow.extractors import EFFICIENTNET, INCEPTION, load_extractor
+from itarflow.extractors import EFFICIENTNET, INCEPTION, _efficientnet_lite0, _Network, _registered, load_extractor
 
 
 def pictures(count=2, channels=3, size=20):
@@ -94,6 +94,11 @@ def test_other_weights_have_another_name_and_identity(lite, tmp_path):
     same, other = (load_extractor(EFFICIENTNET, tmp_path / name) for name in ("same.pth", "other.pth"))
     assert same.identity == lite.identity != other.identity
     assert other.name.startswith(f"{EFFICIENTNET} of ")
+
+
+def test_the_same_weights_asked_in_another_way_have_another_identity(lite):
+    resizes = _Network("one", lite._network, _efficientnet_lite0)
+    assert resizes.identity == lite.identity != _Network("one", lite._network, _registered).identity
 
 
 def test_inception_gives_what_adm_evaluates(inception_file):

@@ -70,6 +70,28 @@ def test_real_images_have_no_onset_but_for_the_false_alarms_allowed(normal):
     assert sum(onset is not None for onset in found) <= 7  # 3 are expected; more than 7 in 2 of 100 cases
 
 
+def test_chance_in_the_real_images_is_no_onset_however_many_samples_there_are(monkeypatch):
+    monkeypatch.setattr("itarflow.onset.STEP", 0.0)  # which leaves the strength to decide
+    generator, found = seeded(), []
+    for _ in range(100):
+        normal = normal_detail(torch.randn(100, 16, generator=generator))
+        found.append(find_onset(torch.randn(1000, 16, generator=generator), normal, generator))
+    assert 1 <= sum(onset is not None for onset in found) <= 13  # by the 1000 samples alone it would be most of them
+
+
+def test_the_interval_widens_with_what_is_not_known_of_real_images():
+    energies = torch.randn(400, 16, generator=seeded())
+    energies[:, 8:] -= 1.5
+    few, many = (Normal(torch.zeros(16), torch.ones(16), 0.5, count) for count in (10, 10**9))
+    widths = []
+    for normal in (few, many):
+        onset = find_onset(energies, normal, seeded())
+        assert onset is not None
+        assert onset.token == 8
+        widths.append(onset.high - onset.low)
+    assert widths[0] > widths[1]
+
+
 def test_blur_everywhere_begins_nowhere(normal):
     planted = energy(blurred_tokens(natural_images(30, seed=1), PATCH, range(64)))
     assert planted.mean() < normal.mean.mean() - 2

@@ -172,6 +172,11 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
                 f"{apart.kept:,} that do not fail, {apart.as_many:.2f} of as many drawn at random. Only distances of "
                 f"as many images compare."
             )
+    if unreadable := diagnosis.reference["unreadable"]:
+        named = "; ".join(unreadable[:3])
+        lines.append(
+            f"Unreadable real images, left out: {len(unreadable):,}, such as {named}. All are in report.json."
+        )
     first = next(iter(diagnosis.samples))
     for name, kinds in diagnosis.differences.items():
         told = ", ".join(f"{_TITLES[kind]} {' '.join(_difference(value))}" for kind, value in kinds.items())
