@@ -35,7 +35,7 @@ from itarflow.moments import Moments
 from itarflow.processes import main_first, on_main
 from itarflow.progress import image_progress
 from itarflow.run import check_writable
-from itarflow.shards import atomically
+from itarflow.shards import atomically, without_folders
 
 KEPT_IMAGES = 10_000
 """Real images whose features are kept, for kernel distances, precision and recall: as many as ADM's files hold."""
@@ -155,7 +155,7 @@ def reference_of(
 
     def compute() -> Reference:
         found = _extract(extractor, batches(), len(images), keep, batch_size, accelerator, console)
-        names = tuple(sorted(set(gather_object(broken))))
+        names = tuple(sorted({without_folders(name, str(data.path)) for name in gather_object(broken)}))
         return Reference(
             replace(origin, broken=names),
             found.pool.moments(),

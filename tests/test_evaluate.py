@@ -264,3 +264,16 @@ def test_two_processes_make_the_files_and_figures_of_one(tmp_path: Path) -> None
     assert len(files) == 9
     for path in files:
         assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes()
+
+
+def test_a_stop_is_told_with_the_way_on(
+    evaluate: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("itarflow.commands.evaluate.make_samples", stop)
+    with pytest.raises(SystemExit) as exit_:
+        evaluate()
+    assert exit_.value.code == 130
+    assert "The same command goes on with evaluation later." in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,10 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.bpd import BpdConfig, Report, measure
-from itarflow.commands.shared import say, say_goes_on, usable_device
+from itarflow.commands.shared import resumable, say, usable_device
 from itarflow.launch import reporting
 from itarflow.likelihood import Mean
-from itarflow.processes import first_to_say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +47,8 @@ class Bpd(BpdConfig):
         with reporting(Console(), f"Try a lower --batch-size (it was {self.batch_size})."):
             if self.device is not None:
                 usable_device(self.device)
-            try:
+            with resumable(self.output):
                 report = measure(self, console=Console(stderr=True))
-            except KeyboardInterrupt:
-                if first_to_say("stopped"):
-                    if self.output is not None:
-                        say_goes_on(self.output)
-                    else:
-                        Console(stderr=True).print("[yellow]Stopped.[/] Without --output nothing is kept.")
-                sys.exit(130)
             if report is not None:
                 self._show(report)
 

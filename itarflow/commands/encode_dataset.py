@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 
 from itarflow.codes_card import training_command
-from itarflow.commands.shared import joined, print_table, say, say_goes_on
+from itarflow.commands.shared import joined, print_table, resumable, say
 from itarflow.encode import Encoded, begin, encode_share, finish
 from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.estimate import human_bytes
-from itarflow.processes import crash, first_to_say, on_main, refuse, shared_counter
+from itarflow.processes import crash, on_main, refuse, shared_counter
 from itarflow.progress import image_progress
 from itarflow.run import RunError, check_writable
 from itarflow.shards import alone
@@ -45,11 +44,8 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
     joined()
     config = tyro.cli(Command, description=description, args=args)
     try:
-        done = encode(config, console=Console(stderr=True))
-    except KeyboardInterrupt:
-        if first_to_say("stopped"):
-            say_goes_on(config.out)
-        sys.exit(130)
+        with resumable(config.out):
+            done = encode(config, console=Console(stderr=True))
     except torch.OutOfMemoryError as error:
         refuse(
             RuntimeError(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,7 +16,7 @@ from rich.table import Table
 from itarflow.checkpoint import read_index
 from itarflow.codes import display_name
 from itarflow.commands.scoring import Judged, Making, device_name, figure_text, versions
-from itarflow.commands.shared import joined, say
+from itarflow.commands.shared import joined, resumable, say
 from itarflow.evaluate import Way, make_samples, scores_of, ways_of
 from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
 from itarflow.metrics import Scores
@@ -63,7 +64,10 @@ class Evaluate(Making, _Ways):
 
     def run(self) -> None:
         """Carry the command out."""
-        state = joined()
+        with resumable(self.output):
+            self._run(joined())
+
+    def _run(self, state: PartialState) -> None:
         self.check_judged()
         self.check_making()
         check_writable(self.output)

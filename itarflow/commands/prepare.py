@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
-from itarflow.commands.shared import print_table, say, say_goes_on
+from itarflow.commands.shared import print_table, resumable, say
 from itarflow.prepare import PrepareConfig, Prepared, prepare
 from itarflow.run import check_writable
 
@@ -33,11 +32,8 @@ class Prepare(PrepareConfig):
     def run(self) -> None:
         """Carry the command out."""
         check_writable(self.out)
-        try:
+        with resumable(self.out):
             prepared = prepare(self, console=Console(stderr=True))
-        except KeyboardInterrupt:
-            say_goes_on(self.out)
-            sys.exit(130)
         broken, speed = sum(map(len, prepared.broken.values())), prepared.images_per_second
         print_table("Prepared", {
             **{f"images in {split}": f"{count:,}" for split, count in prepared.images.items()},

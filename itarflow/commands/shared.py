@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from rich.table import Table
 
 from itarflow.embedding import NULL_LABEL
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.processes import on_cpu
+from itarflow.processes import first_to_say, on_cpu
 
 
 def chosen_labels(
@@ -80,11 +82,24 @@ def say(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def say_goes_on(out: Path) -> None:
-    """Print on the standard error that a command was stopped, and how it goes on."""
-    Console(stderr=True).print(
-        f"[yellow]Stopped.[/] The same command goes on with {escape(str(out))} later.", soft_wrap=True
-    )
+@contextmanager
+def resumable(out: Path | None) -> Iterator[None]:
+    """Around work in a folder that the same command goes on with: where it is stopped, that is said, once.
+
+    Args:
+        out: the folder; None = nothing is kept.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if first_to_say("stopped"):
+            kept = (
+                f"The same command goes on with {escape(str(out))} later."
+                if out
+                else "Without --output nothing is kept."
+            )
+            Console(stderr=True).print(f"[yellow]Stopped.[/] {kept}", soft_wrap=True)
+        sys.exit(130)
 
 
 def print_table(title: str, values: Mapping[str, Any]) -> None:

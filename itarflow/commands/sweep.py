@@ -10,13 +10,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from itarflow.codes import display_name
 from itarflow.commands.scoring import Judged, Making, device_name, versions
-from itarflow.commands.shared import joined, say
+from itarflow.commands.shared import joined, resumable, say
 from itarflow.curves import draw_curves, draw_images
 from itarflow.evaluate import make_all
 from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
@@ -65,7 +66,10 @@ class Sweep(Making, _Values):
 
     def run(self) -> None:
         """Carry the command out."""
-        state = joined()
+        with resumable(self.output):
+            self._run(joined())
+
+    def _run(self, state: PartialState) -> None:
         self.check_judged()
         self.check_making()
         if self.picture_rows < 1:
