@@ -244,7 +244,7 @@ def _open(config: BpdConfig) -> _Work:
         "num_images": count,
         "crop": config.crop,
         "trained_on": "gaussian" if flow.config.noise_range or flow.config.noise_conditioned else "not recorded",
-        "labels": "none" if labels is None else "of the data",
+        "labels": "none" if labels is None else _LABELS[_same_names(pipe, opened.class_names)],
         "labels_digest": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
         "noises": [{"noise": noise.kind, "noise_level": noise.level} for noise in noises],
         "draws": config.draws,
@@ -266,11 +266,19 @@ def _labels(pipe: ITARFlowPipeline, dataset: ImageDataset, names: Sequence[str],
             f"the images in {path} have {found}, but the flow knows {num_classes}; expected the data it was trained "
             "on, a label_column, or unlabelled, which asks for the likelihood without a label."
         )
-    own = pipe.config.class_names or list(names)
-    if sorted(own) != sorted(names):  # such as "n01440764" for "tench": then their order has to do
+    if not _same_names(pipe, names):  # such as "n01440764" for "tench": then their order has to do
         return dataset.labels
+    own = pipe.config.class_names or list(names)
     order = torch.tensor([*(own.index(name) for name in names), NULL_LABEL])
     return order[dataset.labels]
+
+
+_LABELS = {True: "of the data", False: "of the data, by number: its class names are not the checkpoint's"}
+
+
+def _same_names(pipe: ITARFlowPipeline, names: Sequence[str]) -> bool:
+    """Whether classes have the names that the flow knows them by, in whatever order."""
+    return sorted(pipe.config.class_names or names) == sorted(names)
 
 
 # -- the work ----------------------------------------------------------------------------------------------------

@@ -64,7 +64,8 @@ def model_card(
         class_names: names of the labels; None = unlabelled.
         evaluations: figures of samples, by what was evaluated.
     """
-    training = training or {}
+    # What was stored comes back in another order, and a card that is generated anew must be the same.
+    architecture, sampling, training = (_in_order(values) for values in (architecture, sampling, training or {}))
     name, metrics = training.get("name", "itarflow"), training.get("metrics", {})
     iterative = architecture.get("noise_conditioned", True)
     metadata = ModelCardData(
@@ -110,6 +111,11 @@ def _cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         text = ", ".join(map(str, value))
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _in_order(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values, by name."""
+    return {key: _in_order(value) if isinstance(value, Mapping) else value for key, value in sorted(values.items())}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

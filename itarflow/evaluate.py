@@ -119,7 +119,8 @@ def make_all(generations: Mapping[Path, Generation], state: PartialState, consol
         on_main(state, first)
         total = sum(len(one.labels) * len(one.columns) for one in generations.values())
         counted, shown = shared_counter(f"images made in {', '.join(map(str, generations))}"), 0
-        bar = image_progress(console if state.is_main_process else None, "making images", total, total - missing)
+        shows = console is not None and state.is_main_process and missing > 0
+        bar = image_progress(console if shows else None, "making images", total, total - missing)
         with bar as show:
 
             def count(more: int) -> None:

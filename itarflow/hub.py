@@ -42,10 +42,11 @@ class SharedPipeline(DiffusionPipeline):
         finish_folder(folder)
         self.model_card().save(folder / "README.md")
 
-    def record(self, folder: Path, name: str, value: Any) -> None:
+    def record(self, folder: Path, name: str, value: Any) -> bool:
         """Set a setting of this pipeline, and of the folder that it was loaded from, with its model card.
 
-        A card that somebody has rewritten stays as it is.
+        Returns:
+            Whether the card was written: one that somebody has rewritten stays as it is.
         """
         card = folder / "README.md"
         generated = not card.exists() or card.read_text() == str(self.model_card())
@@ -53,6 +54,7 @@ class SharedPipeline(DiffusionPipeline):
         write_setting(folder, name, value)
         if generated:
             self.model_card().save(card)
+        return generated
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:

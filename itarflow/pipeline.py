@@ -283,6 +283,7 @@ class ITARFlowPipeline(SharedPipeline):
         low = stored.t_min if t_min is None else t_min
         if denoiser is not None and t_min is None and low >= t_max:  # the flow has one level, but the denoiser more
             low = lowest_level(denoiser, t_max)
+        check_level(self.flow, "t_max", t_max)
         scheduler = DenoiseScheduler(
             t_max=t_max,
             t_min=low,
@@ -293,7 +294,6 @@ class ITARFlowPipeline(SharedPipeline):
         )
         if scheduler.config.clip and self.vae is not None:
             raise ValueError("clip is on, but codes are not limited to [-1, 1]; leave it out.")
-        check_level(self.flow, "t_max", scheduler.config.t_max)
         return scheduler
 
     def model_card(self) -> Any:

@@ -74,7 +74,8 @@ def open_samples(path: Path) -> Samples:
     if shards := _whole(path):
         return StoredSamples.open(path, shards)
     if inside := sorted(folder.name for folder in path.iterdir() if folder.is_dir() and _whole(folder)):
-        raise DataError(f"{path} holds several sets of samples; name one of them: {path / inside[0]}, ({inside}).")
+        names = ", ".join(str(path / name) for name in inside)
+        raise DataError(f"{path} holds several sets of samples; name one of them: {names}.")
     return PictureSamples.open(path)
 
 

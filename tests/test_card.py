@@ -71,11 +71,11 @@ def test_every_setting_has_its_row():
     assert section(made, "How it was trained") == [
         "| setting | value |",
         "| --- | --- |",
-        "| train.epochs | 3 |",
-        "| train.betas | 0.9, 0.95 |",
         "| noise.t_max | 0.123457 |",
+        "| train.betas | 0.9, 0.95 |",
+        "| train.epochs | 3 |",
     ]
-    assert section(made, "Results")[2:] == ["| held-out nll | -1.25 |", "| bits/dim | 2 |"]
+    assert section(made, "Results")[2:] == ["| bits/dim | 2 |", "| held-out nll | -1.25 |"]
 
 
 def test_private_entries_of_a_config_are_left_out():
@@ -108,4 +108,7 @@ def test_the_example_suits_the_flow(num_classes, class_names, example):
 def test_evaluations_are_results():
     of = card(training=None, evaluations={"iterative, 10 steps: 50,000 samples": "FID 2.5"})
     assert section(of, "Results")[-1] == "| iterative, 10 steps: 50,000 samples | FID 2.5 |"
-    assert section(card(evaluations={"raw": "FID 9"}), "Results")[-2:] == ["| bits/dim | 2 |", "| raw | FID 9 |"]
+    assert section(card(evaluations={"raw": "FID 9"}), "Results")[-2:] == [
+        "| held-out nll | -1.25 |",
+        "| raw | FID 9 |",
+    ]

@@ -40,6 +40,7 @@ def test_every_notebook_is_run_here():
         "quickstart.ipynb",
         "latent.ipynb",
         "likelihood.ipynb",
+        "noise_dilemma.ipynb",
     }
 
 
@@ -86,3 +87,14 @@ def test_the_notebook_of_latent_space_goes_from_pixels_to_codes_and_back(make_fl
     figures = [float(line.split()[-2]) for line in lines]
     assert len(lines) == 6
     assert all(plain != tuned for plain, tuned in zip(figures[::2], figures[1::2], strict=True))
+
+
+def test_the_notebook_of_the_noise_dilemma_shows_what_was_measured(monkeypatch):
+    printed, pictures = run("noise_dilemma.ipynb", monkeypatch, ITARFLOW_STUDY=ROOT / "docs" / "noise_dilemma")
+    assert pictures == 3
+    one, five = (float(printed.split("t = 0.3: ")[1].split(f" after {steps}")[0].split()[-1]) for steps in (1, 5))
+    assert one > 10 * five
+    table = {line.split()[0]: line.split()[1:8] for line in printed.splitlines() if line.startswith(("tar", "itar"))}
+    # From worst by its own step to best by five of the iTARFlow, as the text says.
+    own = {name: float(row[1]) for name, row in table.items() if name.startswith("tarflow-") and row[0] != "1,172"}
+    assert max(own, key=own.get) == "tarflow-0.3"

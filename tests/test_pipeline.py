@@ -739,3 +739,18 @@ def test_an_upload_that_fails_says_what_to_do(pipe, hub, monkeypatch):
     monkeypatch.setattr(checkpoint, "create_repo", unreachable)
     with pytest.raises(OSError, match=r"could not be uploaded to 'pets': Name or service(.|\n)*hf auth login"):
         pipe.push_to_hub("pets")
+
+
+def test_a_generated_card_follows_what_is_recorded_and_a_written_one_stays(make_flow, tmp_path):
+    # Settings come back from the disk in another order than they were given in.
+    training = {"name": "b", "recipe": {"train": {"epochs": 1, "batch_size": 2}, "data": {"path": "x"}}, "metrics": {}}
+    pipe = ITARFlowPipeline(make_flow(), DenoiseScheduler(t_max=0.5, t_min=0.1), {"weight": 1.0}, training=training)
+    pipe.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    loaded = ITARFlowPipeline.from_pretrained(tmp_path)
+    assert loaded.record(tmp_path, "evaluations", {"raw": "FID 3"})
+    assert "| raw | FID 3 |" in card.read_text()
+    card.write_text(card.read_text() + "And a word of mine.\n")
+    assert not ITARFlowPipeline.from_pretrained(tmp_path).record(tmp_path, "evaluations", {"raw": "FID 4"})
+    assert "FID 4" not in card.read_text()
+    assert ITARFlowPipeline.from_pretrained(tmp_path).config.evaluations == {"raw": "FID 4"}

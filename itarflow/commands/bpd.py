@@ -67,7 +67,7 @@ class Bpd(BpdConfig):
 
 def _table(report: Report) -> Table:
     settings, draws = report.settings, report.settings["draws"]
-    labels = "labels of the data" if settings["labels"] != "none" else "no labels"
+    labels = f"labels {settings['labels']}" if settings["labels"] != "none" else "no labels"
     where = f"{settings['data']}, {settings['split']}" + (", held out" if settings["held_out_images"] else "")
     table = Table(
         title=f"Likelihood of {_count(report.images, 'image')} ({where}), {labels}, {_count(draws, 'draw')} each, "

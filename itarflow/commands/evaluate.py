@@ -7,7 +7,9 @@ import time
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
@@ -34,7 +36,7 @@ class _Ways(Judged):
 
     output: Path = Path("evaluation")
     """Folder for evaluation.json, and for the samples of each way of cleaning."""
-    ways: tuple[Way, ...] | None = None
+    ways: Annotated[tuple[Way, ...] | None, tyro.conf.arg(metavar="WAY ...")] = None
     """Ways of cleaning that are scored: raw, self, iterative. None = all that the checkpoint knows."""
     guidance_weight: float | None = None
     """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
@@ -170,8 +172,9 @@ class Evaluate(Making, _Ways):
         if self.record and folder.is_dir():
             lines = {self._what(name, generation, one): _line(one) for name, one in scores.items()}
             known = read_index(folder).get("evaluations") or {}  # as others may have written it meanwhile
-            pipe.record(folder, "evaluations", {**known, **lines})
-            say(f"noted in {folder} and its model card")
+            noted = pipe.record(folder, "evaluations", {**known, **lines})
+            card = "and its model card" if noted else "but not in its README.md, which somebody has written"
+            say(f"noted in {folder} {card}")
 
     def _what(self, name: str, generation: Generation, scores: Scores) -> str:
         """What was evaluated, for the model card."""

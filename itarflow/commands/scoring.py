@@ -44,7 +44,8 @@ class Judged:
     split: str = "train"
     """Split of the real images. Papers compare with the training images."""
     crop: Crop | None = None
-    """How the real images become square; figures depend on it. None = as in the checkpoint's training."""
+    """How the real images become square; figures depend on it. None = as in the checkpoint's training,
+    where that is known: another one is then refused."""
     image_column: str | None = None
     """Column with the real images. None finds the first one."""
     reference: Path | None = None
