@@ -275,10 +275,11 @@ def _notes(
     ]
     if (beyond := _beyond(reference, share)) < FEW_BEYOND:
         there = len(reference.dataset) if isinstance(reference, RealImages) else len(reference)
-        better = min(there, math.ceil(2 * FEW_BEYOND / share))
+        enough = math.ceil(2 * FEW_BEYOND / share)
+        more = f"; take {enough:,} or more" if there >= enough else f"; take all {there:,}"
         notes.append(
             f"of {len(reference):,} real images only {beyond} of the half that sets the thresholds lie beyond each of "
-            "them, which is inexact" + (f"; take {better:,} or more" if there > len(reference) else "")
+            "them, which is inexact" + (more if there > len(reference) else "")
         )
     notes += [
         f"{part.title} is 0 in more than {100 * share:.3g} % of the real images already, so it can't tell which "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from itarflow import cli
 from itarflow.commands.diagnose import Diagnose, telling_names
+from itarflow.dataset import Example, ImageDataset
 from itarflow.diagnose import Diagnosis, diagnose
 from itarflow.extractors import INCEPTION, Features
-from itarflow.measured import KINDS
+from itarflow.measured import KINDS, RealImages
 from itarflow.proportions import rate
 from itarflow.samples import ArraySamples, Samples, shard_name, write_shard
 
@@ -139,11 +140,23 @@ def test_grey_images_and_other_batches(tmp_path):
     assert reports[0].spectrum == pytest.approx(reports[1].spectrum, rel=1e-4)
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("there", "taken", "advice"),
+    [(120, 120, "which is inexact"), (120, 60, "take all 120"), (220, 60, "take 200 or more")],
+)
+def test_more_real_images_are_asked_for_where_there_are_more(there, taken, advice, tmp_path):
+    images = natural_images(there, 8)
+    real = RealImages("real", cast(ImageDataset, [Example(image, -1, None) for image in images]), taken)
+    (note,) = diagnose({"a": as_samples(images[:100])}, real, output=tmp_path, nominal_rate=0.1).notes
+    assert note.endswith(advice)
+
+
 def test_files(tmp_path):
     real = as_samples(natural_images(400, 8))
     sets = {"one": as_samples(natural_images(100, 8, seed=7)), "two": as_samples(blurred(natural_images(100, 8)))}
     output = tmp_path / "new" / "diagnosis"
-    old = output / "one" / "black.png"
+    old = output / "one" / "blurred.png"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"")
     diagnosis = diagnose(sets, real, output=output, nominal_rate=0.02, worst=10)
@@ -155,7 +168,7 @@ def test_files(tmp_path):
     kinds = ("black", "flat", "blurred")
     sheets = {f"{name}/{kind}.png" for name in sets for kind in kinds if numbers[name][kind]}
     sheets |= {f"reference/{kind}.png" for kind in kinds}
-    assert "one/black.png" not in sheets
+    assert "one/blurred.png" not in sheets
     assert written == {"report.json", "failures.json", "detail.png", "spectrum.png", *sheets}
     report = json.loads((output / "report.json").read_text())
     assert set(report["samples"]["two"]["failures"]) == set(KINDS)
@@ -254,6 +267,8 @@ def test_the_command_shows_sets_side_by_side(tmp_path, capsys):
     cli.main(["diagnose", *paths, *words])
     printed = " ".join(capsys.readouterr().out.split())
     assert "black or flat" in printed
+    assert "black, flat or blurred" in printed
+    assert "without.npz: no token was found from which on, or up to which, all images have blur in common." in printed
     assert "with-iterative less without.npz: black background " in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["samples"]) == ["without.npz", "with-iterative"]
