@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from itarflow.codec import to_pixels
 from itarflow.diagrams import Detail, draw_detail, draw_spectra
 from itarflow.extractors import Extractor
 from itarflow.failures import MEASURES, SMALLEST, Measure, check_patch, default_patch, threshold
-from itarflow.measured import KINDS, Measured, measure
+from itarflow.measured import KINDS, Measured, RealImages, measure
 from itarflow.onset import Normal, Onset, find_onset, normal_detail
 from itarflow.plot import blank_figure
 from itarflow.progress import captioned_grid, image_progress
@@ -37,7 +37,7 @@ REFERENCE = "reference"
 MOST_CELLS = 1024
 """Places a picture at which detail is kept, 4 bytes each."""
 FEW_SAMPLES, FEW_BEYOND = 100, 10
-"""Fewer samples, or fewer real images beyond a threshold, and a warning is given."""
+"""Fewer samples, or fewer real images beyond a threshold, and a note says so."""
 SHEET_COLUMNS = 8
 
 
@@ -88,6 +88,8 @@ class Diagnosis:
     """By name."""
     differences: Mapping[str, Mapping[str, Difference]]
     """Rates less those of the first set: by name, by kind."""
+    notes: tuple[str, ...]
+    """What to keep in mind: that there are few images, or that a measure can't tell anything of such images."""
 
 
 def diagnose(
@@ -112,8 +114,8 @@ def diagnose(
         samples: by name, all of one shape, square, of 8 pixels a side or more. Differences are to the first one.
         reference: real images of that shape.
         output: folder for report.json; failures.json, the numbers of the images that fail by set and kind;
-            detail.png and spectrum.png; and NAME/KIND.png, the worst images of each measure, also of the real ones.
-            Made if needed; files of these names are replaced.
+            detail.png and spectrum.png; and NAME/KIND.png, the worst images of each measure that any fails by, also
+            of the real ones. Made if needed; files of these names are replaced, or removed where nothing fails.
         nominal_rate: share of real images that each measure counts as failed.
         patch_size: side in pixels of the cells in which detail is compared, the patch size of the flow for instance,
             so that they are its tokens. None = at most 8 x 8 cells.
@@ -129,9 +131,6 @@ def diagnose(
         ImportError: matplotlib is not installed.
         OSError: the folder can't be written.
         ValueError: sets that differ in shape, too few images, or settings out of range.
-
-    Warns:
-        UserWarning: there are so few images that little can be said, or a measure is blind.
     """
     patch = _check(samples, reference, nominal_rate, patch_size, worst, batch_size)
     check_writable(output)
@@ -141,7 +140,7 @@ def diagnose(
         real = measure(reference, patch, batch_size, count)
         measured = {name: measure(given, patch, batch_size, count) for name, given in samples.items()}
     setting, checking = real.every_other(0), real.every_other(1)
-    thresholds = {part.name: _threshold(part, setting.values[part.name], nominal_rate) for part in MEASURES}
+    thresholds = {part.name: _threshold(setting.values[part.name], nominal_rate) for part in MEASURES}
     real_rates = checking.rates(thresholds)
     normal = normal_detail(setting.energy)
     output.mkdir(parents=True, exist_ok=True)
@@ -181,6 +180,7 @@ def diagnose(
             }
             for name in others
         },
+        notes=_notes(samples, reference, nominal_rate, thresholds),
     )
     _write_json(output / "report.json", asdict(diagnosis))
     pictures = {REFERENCE: reference, **samples}
@@ -229,12 +229,6 @@ def _check(
             )
         if len(pictures) == 0:
             raise ValueError(f"{name} has no images; expected some hundreds.")
-        if len(pictures) < FEW_SAMPLES:
-            warnings.warn(
-                f"{name} has {len(pictures)} images: intervals are wide, and little can be told with fewer than "
-                f"{FEW_SAMPLES}.",
-                stacklevel=3,
-            )
     _, height, width = shape
     if height != width or width < SMALLEST:
         raise ValueError(
@@ -252,31 +246,48 @@ def _check(
             raise ValueError(f"{option} is {value}; expected a number >= 1.")
     if not 0 < nominal_rate < 0.5:
         raise ValueError(f"nominal_rate is {nominal_rate}; expected a share of real images between 0 and 0.5: 0.01.")
-    beyond = math.floor(nominal_rate * (len(reference) // 2))
-    if beyond < 1:
+    if _beyond(reference, nominal_rate) < 1:
         raise ValueError(
             f"{len(reference)} real images are too few to tell a share of {nominal_rate:g}; expected "
             f"{math.ceil(2 / nominal_rate):,} or more: take more of them, or raise nominal_rate."
         )
-    if beyond < FEW_BEYOND:
-        warnings.warn(
-            f"of {len(reference)} real images only {beyond} of the half that sets the thresholds lie beyond each of "
-            f"them, which is inexact; take {2 * FEW_BEYOND / nominal_rate:,.0f} or more.",
-            stacklevel=3,
-        )
     return patch
 
 
-def _threshold(part: Measure, values: Tensor, share: float) -> float | None:
+def _beyond(reference: Samples, share: float) -> int:
+    """How many of the real images that set the thresholds lie beyond each of them."""
+    return math.floor(share * (len(reference) // 2))
+
+
+def _threshold(values: Tensor, share: float) -> float | None:
+    """None = blind."""
     limit = threshold(values, share)
-    if limit > 0:
-        return limit
-    warnings.warn(
-        f"{part.title} is 0 in more than {share:.3g} of the real images already, so it can't tell which samples are "
-        f"{part.name}; that is left out.",
-        stacklevel=3,
-    )
-    return None
+    return limit if limit > 0 else None
+
+
+def _notes(
+    samples: Mapping[str, Samples], reference: Samples, share: float, thresholds: Mapping[str, float | None]
+) -> tuple[str, ...]:
+    notes = [
+        f"{name} has {len(pictures)} images: intervals are wide, and little can be told with fewer than {FEW_SAMPLES}"
+        for name, pictures in samples.items()
+        if len(pictures) < FEW_SAMPLES
+    ]
+    if (beyond := _beyond(reference, share)) < FEW_BEYOND:
+        there = len(reference.dataset) if isinstance(reference, RealImages) else len(reference)
+        enough = math.ceil(2 * FEW_BEYOND / share)
+        more = f"; take {enough:,} or more" if there >= enough else f"; take all {there:,}"
+        notes.append(
+            f"of {len(reference):,} real images only {beyond} of the half that sets the thresholds lie beyond each of "
+            "them, which is inexact" + (more if there > len(reference) else "")
+        )
+    notes += [
+        f"{part.title} is 0 in more than {100 * share:.3g} % of the real images already, so it can't tell which "
+        f"samples are {part.name}; that is left out"
+        for part in MEASURES
+        if thresholds[part.name] is None
+    ]
+    return tuple(notes)
 
 
 def _findings(
@@ -351,17 +362,31 @@ def _numbers(pictures: Samples, measured: Measured, thresholds: Mapping[str, flo
 def _save_sheet(
     path: Path, pictures: Samples, measured: Measured, part: Measure, limit: float | None, worst: int
 ) -> None:
-    """The images with the lowest values, the lowest first, with number and value; in brackets those that pass."""
+    """The images with the lowest values, with number and value; none where nothing fails, not even an earlier one."""
     values = measured.values[part.name]
+    if limit is None or not (values < limit).any():
+        path.unlink(missing_ok=True)
+        return
     lowest = values.argsort(stable=True)[:worst]
-    images, titles = [], []
+    images, captions = [], []
     for index in lowest.tolist():
         number, value = int(measured.numbers[index]), float(values[index])
         images += to_pil(to_pixels(pictures.read(number, number + 1)))
-        text = f"{value:.3g}" if limit is not None and value < limit else f"({value:.3g})"
-        titles.append(f"#{number}\n{text}")
+        captions.append(f"#{number}\n" + (f"{value:.3g}" if value < limit else f"({value:.3g})"))
+    title = f"{part.title}, lowest first; failed: below {limit:.3g}; in parentheses: not failed"
     path.parent.mkdir(parents=True, exist_ok=True)
-    captioned_grid(images, titles, SHEET_COLUMNS).save(path)
+    _titled(captioned_grid(images, captions, SHEET_COLUMNS), title).save(path)
+
+
+def _titled(sheet: Image.Image, title: str) -> Image.Image:
+    """A sheet with a line above it."""
+    font, top = ImageFont.load_default(13), 26
+    page = Image.new(
+        sheet.mode, (max(sheet.width, math.ceil(font.getlength(title)) + 12), sheet.height + top), "white"
+    )
+    page.paste(sheet, (0, top))
+    ImageDraw.Draw(page).text((6, top / 2), title, "black", font, anchor="lm")
+    return page
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -16,9 +16,10 @@ from itarflow.plot import blank_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_RATIOS = (0.03, 0.1, 0.3, 1, 3, 10, 30)
+_RATIOS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 _LEAST_RANGE = 1.0  # log2: a map of nearly normal detail is pale
 _STANDARD_ERRORS = 1.96
+_FEWEST = 10  # images: the mean of fewer says little, and stretches the axis
 
 
 class Detail(NamedTuple):
@@ -51,6 +52,7 @@ def draw_detail(sets: Mapping[str, Detail], side: int, path: Path) -> None:
         shown = axes[0, column].imshow(means[name].view(side, side).numpy(), cmap="RdBu", vmin=-reach, vmax=reach)
         axes[0, column].set_title(f"{name}\n{len(detail.relative):,} images", fontsize=9)
         axes[0, column].set_xlabel("token in its row", fontsize=8)
+        axes[0, column].locator_params(integer=True)
         _draw_curve(axes[1, column], detail)
     axes[0, 0].set_ylabel("row of tokens", fontsize=8)
     axes[1, 0].set_ylabel("energy of fine structure,\nreal images = 1", fontsize=8)
@@ -87,10 +89,9 @@ def draw_spectra(spectra: Mapping[str, Tensor], path: Path) -> None:
         axis.axvline(FINE, color="grey", linewidth=0.8, linestyle=":")
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
+        _number_plainly(axis)
     below.set_xscale("log", base=2)
     below.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
-    below.set_yscale("log", base=2)
-    below.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     low, high = below.get_ylim()
     below.set_ylim(min(low, 0.45), max(high, 2.2))  # so that nearly equal spectra look so
     above.annotate(
@@ -107,7 +108,7 @@ def _draw_curve(axis: Axes, detail: Detail) -> None:
     tokens = torch.arange(detail.relative.shape[1])
     groups = {"all images": (detail.relative, "C0"), "blurred images": (detail.relative[detail.blurred], "C3")}
     for name, (relative, colour) in groups.items():
-        if len(relative) < 2:
+        if len(relative) < _FEWEST:
             continue
         mean = relative.mean(dim=0)
         error = _STANDARD_ERRORS * relative.std(dim=0) / len(relative) ** 0.5
@@ -118,8 +119,19 @@ def _draw_curve(axis: Axes, detail: Detail) -> None:
         where = "from {} on" if detail.onset.order == "raster" else "up to {}"
         label = f"blurred {where.format(f'token {detail.onset.token}')}"
         axis.axvline(detail.onset.token, color="black", linestyle="--", linewidth=1, label=label)
-    axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    axis.set_yscale("log")
+    _number_plainly(axis)
     axis.set_xlabel("token in raster order", fontsize=8)
+    axis.locator_params(axis="x", integer=True)
     axis.grid(alpha=0.25)
-    axis.legend(fontsize=7)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+
+
+def _number_plainly(axis: Axes) -> None:
+    """Ticks 1, 2, 5, 10, .. up a logarithmic axis, without powers."""
+    from matplotlib.ticker import LogLocator
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axis.yaxis.minorticks_off()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from itarflow import cli
 from itarflow.commands.diagnose import Diagnose, telling_names
+from itarflow.dataset import Example, ImageDataset
 from itarflow.diagnose import Diagnosis, diagnose
 from itarflow.extractors import INCEPTION, Features
-from itarflow.measured import KINDS
+from itarflow.measured import KINDS, RealImages
 from itarflow.proportions import rate
 from itarflow.samples import ArraySamples, Samples, shard_name, write_shard
 
@@ -124,7 +125,7 @@ def test_broken_images_are_counted_on_their_own(real, tmp_path):
     numbers = json.loads((tmp_path / "failures.json").read_text())["a"]
     assert numbers["broken"] == list(broken)
     assert not {*broken} & set(numbers["any"])
-    with pytest.raises(ValueError, match="all 2 images of given are broken"), pytest.warns(UserWarning, match="wide"):
+    with pytest.raises(ValueError, match="all 2 images of given are broken"):
         diagnose({"a": as_samples(images[:2], (0, 1))}, real, output=tmp_path)
 
 
@@ -139,14 +140,35 @@ def test_grey_images_and_other_batches(tmp_path):
     assert reports[0].spectrum == pytest.approx(reports[1].spectrum, rel=1e-4)
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("there", "taken", "advice"),
+    [(120, 120, "which is inexact"), (120, 60, "take all 120"), (220, 60, "take 200 or more")],
+)
+def test_more_real_images_are_asked_for_where_there_are_more(there, taken, advice, tmp_path):
+    images = natural_images(there, 8)
+    real = RealImages("real", cast(ImageDataset, [Example(image, -1, None) for image in images]), taken)
+    (note,) = diagnose({"a": as_samples(images[:100])}, real, output=tmp_path, nominal_rate=0.1).notes
+    assert note.endswith(advice)
+
+
 def test_files(tmp_path):
     real = as_samples(natural_images(400, 8))
     sets = {"one": as_samples(natural_images(100, 8, seed=7)), "two": as_samples(blurred(natural_images(100, 8)))}
     output = tmp_path / "new" / "diagnosis"
-    with pytest.warns(UserWarning, match="of 400 real images only 4 of the half"):
-        diagnosis = diagnose(sets, real, output=output, nominal_rate=0.02, worst=10)
+    old = output / "one" / "blurred.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"")
+    diagnosis = diagnose(sets, real, output=output, nominal_rate=0.02, worst=10)
+    (note,) = diagnosis.notes
+    assert note.startswith("of 400 real images only 4 of the half")
+    assert "take" not in note
     written = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    sheets = {f"{name}/{kind}.png" for name in ("reference", "one", "two") for kind in ("black", "flat", "blurred")}
+    numbers = json.loads((output / "failures.json").read_text())
+    kinds = ("black", "flat", "blurred")
+    sheets = {f"{name}/{kind}.png" for name in sets for kind in kinds if numbers[name][kind]}
+    sheets |= {f"reference/{kind}.png" for kind in kinds}
+    assert "one/blurred.png" not in sheets
     assert written == {"report.json", "failures.json", "detail.png", "spectrum.png", *sheets}
     report = json.loads((output / "report.json").read_text())
     assert set(report["samples"]["two"]["failures"]) == set(KINDS)
@@ -199,11 +221,11 @@ def test_the_distance_without_failures_is_smaller_than_that_of_as_many(real, tmp
 def test_what_real_images_have_too_often_is_left_out(tmp_path):
     images = natural_images(400, 16, 1)
     images[::8] = with_background(images[::8], 0)
-    with pytest.warns(UserWarning, match="background brightness is 0 in more than 0.05 of the real images"):
-        diagnosis = diagnose(
-            {"a": as_samples(images[:100])}, as_samples(torch.cat([images, images])), output=tmp_path,
-            nominal_rate=0.05,
-        )  # fmt: skip
+    real = as_samples(torch.cat([images, images]))
+    diagnosis = diagnose({"a": as_samples(images[:99])}, real, output=tmp_path, nominal_rate=0.05)
+    few, blind, _ = diagnosis.notes
+    assert few.startswith("a has 99 images")
+    assert blind.startswith("background brightness is 0 in more than 5 % of the real images")
     assert diagnosis.measures["black"]["threshold"] is None
     assert diagnosis.samples["a"].failures["black"].rate.count == 0
 
@@ -215,7 +237,6 @@ def refused(match: str, tmp_path: Path, *, given: Tensor, real: Tensor, **settin
     return None
 
 
-@pytest.mark.filterwarnings("ignore:.*images:UserWarning")
 def test_what_can_not_be_diagnosed_is_refused(tmp_path):
     small, large = natural_images(200, 16), natural_images(2, 32)
     refused(r"shape \(C, H, W\) \(3, 32, 32\), the real ones \(3, 16, 16\)", tmp_path, given=large, real=small)
@@ -246,6 +267,8 @@ def test_the_command_shows_sets_side_by_side(tmp_path, capsys):
     cli.main(["diagnose", *paths, *words])
     printed = " ".join(capsys.readouterr().out.split())
     assert "black or flat" in printed
+    assert "black, flat or blurred" in printed
+    assert "without.npz: no token was found from which on, or up to which, all images have blur in common." in printed
     assert "with-iterative less without.npz: black background " in printed
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["samples"]) == ["without.npz", "with-iterative"]

@@ -101,7 +101,10 @@ class Diagnose:
             seed=self.seed,
             console=Console(stderr=True),
         )
-        Console().print(_table(diagnosis))
+        console = Console()
+        console.print(_table(diagnosis))
+        for note in diagnosis.notes:
+            console.print(f"[yellow]Note:[/] {escape(note)}.", soft_wrap=True, highlight=False)
         for line in _lines(diagnosis):
             say(line)
         say(f"figures, numbers of the failed images, contact sheets and diagrams in {self.output}/")
@@ -130,30 +133,35 @@ def _table(diagnosis: Diagnosis) -> Table:
     table = Table(title="Images that fail", title_justify="left")
     for title in ("", "share", "95 %", "over real", "95 %"):
         table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
-    blind = {
-        kind for kind, parts in KINDS.items() if all(diagnosis.measures[part]["threshold"] is None for part in parts)
-    }
+    titles = _titles(diagnosis)
     real = diagnosis.reference["failures"]
     table.add_row(f"[bold]real images[/] ({real['any'].total:,})")
-    for kind, found in real.items():
-        table.add_row(_TITLES[kind], *(["can't be told"] if kind in blind else _rate(found)))
+    for kind, title in titles.items():
+        table.add_row(title, *_rate(real[kind]))
     for name, findings in diagnosis.samples.items():
         table.add_section()
         table.add_row(f"[bold]{escape(name)}[/] ({findings.images:,})")
         table.add_row("not finite", *_rate(findings.broken))
-        for kind, failure in findings.failures.items():
-            figures = [*_rate(failure.rate), *_difference(failure.excess)]
-            table.add_row(_TITLES[kind], *(["can't be told"] if kind in blind else figures))
+        for kind, title in titles.items():
+            failure = findings.failures[kind]
+            table.add_row(title, *_rate(failure.rate), *_difference(failure.excess))
     return table
 
 
-_TITLES = {
-    "black": "black background",
-    "flat": "flat background",
-    "blurred": "blurred",
-    "collapsed": "black or flat",
-    "any": "any of these",
-}
+_TITLES = {"black": "black background", "flat": "flat background", "blurred": "blurred"}
+"""Of measures."""
+
+
+def _titles(diagnosis: Diagnosis) -> dict[str, str]:
+    """The kinds of failures that can be told, with titles; of kinds that come down to the same measures, the first."""
+    kinds: dict[tuple[str, ...], str] = {}
+    for kind, parts in KINDS.items():
+        kinds.setdefault(tuple(part for part in parts if diagnosis.measures[part]["threshold"] is not None), kind)
+    return {kind: _TITLES[told[0]] if len(told) == 1 else _either(told) for told, kind in kinds.items() if told}
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _lines(diagnosis: Diagnosis) -> list[str]:
@@ -164,8 +172,9 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
         if part["threshold"] is not None
     ]
     for name, findings in diagnosis.samples.items():
-        lines.append(f"{name}: blur of all images {_onset(findings.onset)}; of the blurred ones "
-                     f"{_onset(findings.onset_of_blurred)}.")  # fmt: skip
+        lines.append(f"{name}: {_onset('all images', findings.onset)}.")
+        if findings.failures["blurred"].rate.count > 1:  # as one image alone has nothing in common
+            lines.append(f"{name}: {_onset('the blurred images', findings.onset_of_blurred)}.")
         if (apart := findings.distances) is not None:
             lines.append(
                 f"{name}: {apart.title} {apart.distance:.2f} of {apart.images:,} images; {apart.without:.2f} of the "
@@ -179,7 +188,7 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
         )
     first = next(iter(diagnosis.samples))
     for name, kinds in diagnosis.differences.items():
-        told = ", ".join(f"{_TITLES[kind]} {' '.join(_difference(value))}" for kind, value in kinds.items())
+        told = "; ".join(f"{title} {' '.join(_difference(kinds[kind]))}" for kind, title in _titles(diagnosis).items())
         lines.append(f"{name} less {first}: {told}.")
     return [*lines, "Intervals are of 95 % confidence: Wilson's of shares, Newcombe's of their differences."]
 
@@ -192,12 +201,12 @@ def _difference(value: Difference) -> tuple[str, str]:
     return f"{100 * value.value:+.1f} %", f"({100 * value.low:+.1f} to {100 * value.high:+.1f})"
 
 
-def _onset(onset: Onset | None) -> str:
+def _onset(whose: str, onset: Onset | None) -> str:
     if onset is None:
-        return "begins nowhere"
+        return f"no token was found from which on, or up to which, {whose} have blur in common"
     where = "goes from token {} to the end" if onset.order == "raster" else "goes from the first token to token {}"
     interval = f"{onset.token} ({onset.low} to {onset.high})"
     return (
-        f"{where.format(interval)}: {onset.blurred:.2g} times the fine energy of real images, elsewhere "
-        f"{onset.others:.2g} times"
+        f"blur of {whose} {where.format(interval)}: {onset.blurred:.2g} times the fine energy of real images, "
+        f"elsewhere {onset.others:.2g} times"
     )
