@@ -74,7 +74,7 @@ def never_generates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves compare.png out, which takes longer than all the rest."""
-    monkeypatch.setattr("itarflow.compare._draw", lambda *_: None)
+    monkeypatch.setattr("itarflow.compare.draw_pictures", lambda *_: None)
 
 
 def methods(comparison: Comparison, generator: str) -> list[str]:
