@@ -59,10 +59,10 @@ def test_the_notebook_of_likelihoods_shows_what_they_are_good_for_and_the_pitfal
         line = next(line for line in lines if line.startswith(row))
         return [float(value) for value in line.removeprefix(row).split()]
 
-    assert min(figures("AUROC of digits", "inverted")) > 0.9
+    assert min(figures("AUROC, digits", "inverted")) > 0.9
     assert figures("mean nats/dim", "digits")[0] < figures("mean nats/dim", "upside down")[0]
-    assert max(figures("AUROC of photographs", "flat")) < 0.5
-    assert max(figures("AUROC of photographs", "blurred photographs")) < 0.5
+    assert max(figures("AUROC, photographs", "flat")) < 0.5
+    assert max(figures("AUROC, photographs", "blurred photographs")) < 0.5
     assert min(figures("against flat", "complexity")) > 0.95
     assert figures("against digits", "complexity")[-1] < figures("against digits", "-log p")[-1]
 
