@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_vae
 
 from itarflow.calls import image_generators
 from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_uint8
 from itarflow.denoise import DenoiseScheduler
+from itarflow.evaluate import WAYS, ways_of
 from itarflow.flow import TARFlow
 from itarflow.generate import Generation, begin, generate_share, labels_by
 from itarflow.guidance import Guidance
@@ -178,3 +180,25 @@ def test_unlabelled_flows_make_unlabelled_images(tmp_path: Path) -> None:
     made = make(generation(tiny(num_classes=0)), tmp_path)
     assert made["raw"].shape == (10, 1, 4, 4)
     assert json.loads((tmp_path / "samples.json").read_text())["guidance"]["weight"] == 1.0
+
+
+def test_codes_are_decoded_and_the_vae_is_a_part_of_what_is_made(tmp_path: Path) -> None:
+    def latent(seed: int) -> ITARFlowPipeline:
+        vae = tiny_vae("AutoencoderTiny", seed=seed, in_channels=3, out_channels=3)
+        torch.manual_seed(0)
+        flow = TARFlow(4, vae.config.latent_channels, 2, 64, (1, 1), num_classes=3, noise_range=(0.05, 0.5))
+        pipe = ITARFlowPipeline(flow.eval(), DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2), vae=vae)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    pipe = latent(seed=0)
+    made = make(generation(pipe, count=5, columns=ways_of(pipe, pipe.schedule(), decode_size=2)), tmp_path)
+    assert {name: tuple(images.shape) for name, images in made.items()} == dict.fromkeys(
+        WAYS, (5, *pipe.picture_shape)
+    )
+    generators = image_generators(torch.Generator().manual_seed(0), 5)
+    images = pipe(class_labels=[0, 1, 2, 0, 1], generator=generators, output_type="pt", batch_size=4).images
+    assert (made["iterative"].int() - to_uint8(images * 2 - 1).int()).abs().max() <= 1
+    other = latent(seed=1)
+    with pytest.raises(DataError, match="decoder"):
+        begin(generation(other, count=5, columns=ways_of(other, other.schedule())), tmp_path)
