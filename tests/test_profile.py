@@ -108,7 +108,8 @@ def test_a_plan_keeps_pictures_as_near_as_asked(long_flow, make_inputs):
         tried = [(t.solver.window, t.solver.guess) for t in block.timings[:3]]
         assert tried == [(1, "z"), (None, "z"), (None, "zero")]
         assert [t.solver.window for t in block.timings[3:]] == [4, 16]
-        assert solver == block.fastest.solver
+        # On a busy machine all blocks together may be no faster than one by one, which the plan then is.
+        assert found.plan.exact or solver == block.fastest.solver
         assert block.sequential.evaluations == 63
         for timing in block.timings:
             assert timing.evaluations <= 63
