@@ -22,10 +22,10 @@ from itarflow.extractors import Extractor
 from itarflow.generate import MANIFEST, Generation, begin, generate_share, manifest_of
 from itarflow.metrics import Figure, Scores, score
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.processes import on_main, shared_counter
+from itarflow.processes import on_main, shared_images
 from itarflow.progress import image_progress
 from itarflow.reference import Reference
-from itarflow.run import RunError, check_writable
+from itarflow.run import check_writable
 from itarflow.samples import Samples, open_samples
 from itarflow.score import Denoiser, FlowDenoiser
 from itarflow.shards import alone, remove_partial, write_json
@@ -118,17 +118,8 @@ def make_all(generations: Mapping[Path, Generation], state: PartialState, consol
 
         on_main(state, first)
         total = sum(len(one.labels) * len(one.columns) for one in generations.values())
-        counted, shown = shared_counter(f"images made in {', '.join(map(str, generations))}"), 0
-        shows = console is not None and state.is_main_process and missing > 0
-        bar = image_progress(console if shows else None, "making images", total, total - missing)
-        with bar as show:
-
-            def count(more: int) -> None:
-                nonlocal shown
-                now = counted(more)
-                show(now - shown)
-                shown = now
-
+        shown = console if missing else None
+        with shared_images(state, shown, "making images", total, total - missing) as count:
             for folder, generation in generations.items():
                 generate_share(
                     generation,
@@ -137,11 +128,6 @@ def make_all(generations: Mapping[Path, Generation], state: PartialState, consol
                     num_processes=state.num_processes,
                     count=count,
                 )
-            try:
-                state.wait_for_everyone()
-            except RuntimeError as error:
-                raise RunError("another process has stopped; see what it said. The same command goes on.") from error
-            count(0)
     return missing
 
 

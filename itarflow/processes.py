@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.markup import escape
 
 from itarflow import run as runs
 from itarflow.interrupt import StopSignal
+from itarflow.progress import image_progress
 from itarflow.recipe import Settings
 from itarflow.run import RunDir, RunError, Start
 from itarflow.states import newest_whole, set_aside_newer
@@ -176,6 +178,43 @@ def shared_counter(name: str) -> Callable[[int], int]:
         return count
     store = dist.distributed_c10d._get_default_store()
     return lambda more: int(store.add(f"itarflow counts {name}", more))
+
+
+@contextmanager
+def shared_images(
+    state: PartialState, console: Console | None, title: str, total: int, done: int
+) -> Iterator[Callable[[int], None]]:
+    """Around work on images that all processes share: the main one draws a bar of all, and at the end all wait.
+
+    Args:
+        state: of the launch.
+        console: where the bar is drawn; None = nowhere.
+        title: of the bar.
+        total: of the images.
+        done: how many were done before.
+
+    Yields:
+        A function to call with the number of images that this process has done since its last call.
+
+    Raises:
+        RunError: another process has stopped.
+    """
+    name = broadcast_object_list([uuid.uuid4().hex])[0]  # another one for each piece of work
+    counted, shown = shared_counter(name), 0
+    with image_progress(console if state.is_main_process else None, title, total, done) as show:
+
+        def count(more: int) -> None:
+            nonlocal shown
+            now = counted(more)
+            show(now - shown)
+            shown = now
+
+        yield count
+        try:
+            state.wait_for_everyone()
+        except RuntimeError as error:
+            raise RunError("another process has stopped; see what it said. The same command goes on.") from error
+        count(0)
 
 
 def processes_here() -> int:

@@ -17,8 +17,7 @@ from itarflow.commands.shared import joined, print_table, resumable, say
 from itarflow.encode import Encoded, begin, encode_share, finish
 from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.estimate import human_bytes
-from itarflow.processes import crash, on_main, refuse, shared_counter
-from itarflow.progress import image_progress
+from itarflow.processes import crash, on_main, refuse, shared_images
 from itarflow.run import RunError, check_writable
 from itarflow.shards import alone
 
@@ -98,19 +97,8 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
 
     on_main(state, first)  # it downloads what the others then find, and its refusal reaches them all
     plan = plan or plan_encoding(config)
-    start, counted = time.monotonic(), shared_counter("images encoded")
-    bar = image_progress(
-        console if state.is_main_process else None, "encoding", plan.num_images, plan.num_images - missing
-    )
-    with bar as show:
-        shown = 0
-
-        def count(more: int) -> None:
-            nonlocal shown
-            total = counted(more)
-            show(total - shown)
-            shown = total
-
+    start = time.monotonic()
+    with shared_images(state, console, "encoding", plan.num_images, plan.num_images - missing) as count:
         encode_share(
             plan,
             device=state.device,
@@ -118,11 +106,6 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
             num_processes=state.num_processes,
             count=count,
         )
-        try:
-            state.wait_for_everyone()
-        except RuntimeError as error:
-            raise RunError("another process has stopped; see what it said. The same command goes on.") from error
-        count(0)
     if not state.is_main_process:
         return None
     speed = missing / (time.monotonic() - start) if missing else None
