@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from itarflow.costs import Peak
-from itarflow.linear import linear
+from itarflow.runtime.linear import linear
 
 Peaks = Mapping[torch.dtype, Peak]
 """That of each type of numbers."""

@@ -13,7 +13,7 @@ import tyro
 
 from itarflow import FlowDenoiser, ITARFlowPipeline, denoise
 from itarflow.calls import to_pil
-from itarflow.progress import image_grid
+from itarflow.runtime.pictures import image_grid
 
 
 @dataclass

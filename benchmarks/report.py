@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from itarflow.estimate import human_bytes
+from itarflow.runtime.text import human_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from itarflow.calls import image_generators
 from itarflow.codec import codec_of
 from itarflow.denoise import Method, Spacing, denoise
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plot import blank_figure
+from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.seeds import image_generators
 from itarflow.score import FlowDenoiser
 
 Solver = tuple[Method, Spacing]

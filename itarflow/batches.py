@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from itarflow.dataset import Example, ImageDataset
-from itarflow.images import DataError
-from itarflow.streaming import StreamedEpoch, num_streams, permutation, window_size
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.seeds import permutation
+from itarflow.streaming import StreamedEpoch, num_streams, window_size
 
 
 class Batch(NamedTuple):
@@ -43,7 +44,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
     `accumulation` lists of m = B / (num_processes * accumulation) indices: list a of process p has the
     positions from (a * num_processes + p) * m on, counted from the start of the step.
 
-    Epoch e is the permutation named "itarflow epoch {seed} {e}"; see `streaming.permutation`.
+    Epoch e is the permutation named "itarflow epoch {seed} {e}"; see `seeds.permutation`.
 
     Raises:
         ValueError: an argument is out of range, or num_processes * accumulation does not divide the batch.

@@ -14,8 +14,8 @@ from itarflow import inverse as solvers
 from itarflow.conditioner import Cache, Conditioner, pack_layers
 from itarflow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
 from itarflow.guidance import Affine, Guidance, guide
-from itarflow.linear import pack
 from itarflow.replay import Replayed
+from itarflow.runtime.linear import pack
 from itarflow.transformer import Layer, Transformer
 
 

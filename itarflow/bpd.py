@@ -22,21 +22,21 @@ from itarflow.batches import ignore_interrupts, watched, without_alarm
 from itarflow.bpd_report import Figures, Report, Rows, append, finish
 from itarflow.bpd_report import begin as begin_folder
 from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_stride
-from itarflow.codes import display_name
-from itarflow.compare import short_names
 from itarflow.data import DataConfig, load_data
 from itarflow.dataset import ImageDataset, too_many_broken
-from itarflow.digest import weights_digest
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import TARFlow
-from itarflow.images import Crop, DataError
+from itarflow.images import Crop
 from itarflow.likelihood import Kind, Noise, likelihoods, mean_of, noises_of
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plot import blank_figure
-from itarflow.processes import main_first, on_cpu, on_main, shared_counter
-from itarflow.progress import image_progress
-from itarflow.run import RunError, check_writable
-from itarflow.shards import Reader, alone
+from itarflow.runtime.devices import on_cpu
+from itarflow.runtime.errors import DataError, RunError
+from itarflow.runtime.files import alone, check_writable, weights_digest
+from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.processes import main_first, on_main, shared_counter
+from itarflow.runtime.progress import image_progress
+from itarflow.runtime.text import display_name, short_names
+from itarflow.shards import Reader
 
 
 @dataclass(frozen=True, kw_only=True)

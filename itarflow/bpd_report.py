@@ -15,9 +15,9 @@ import torch
 
 from itarflow import __version__
 from itarflow.likelihood import Mean, Noise
-from itarflow.plot import blank_figure
-from itarflow.run import RunError
-from itarflow.shards import atomically, write_json, write_text
+from itarflow.runtime.errors import RunError
+from itarflow.runtime.files import atomically, write_json, write_text
+from itarflow.runtime.pictures import blank_figure
 
 SUMMARY, TABLE, CURVE = "bpd.json", "images.csv", "nll.png"
 """What a folder of figures holds."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
@@ -71,38 +70,6 @@ def label_number(label: Label, num_classes: int, names: Sequence[str]) -> int:
     if not 0 <= label < num_classes:
         raise ValueError(f"class label {label} is out of range; expected 0 .. {num_classes - 1}, or None.")
     return label
-
-
-def image_seeds(generator: torch.Generator | None, count: int) -> list[int]:
-    """A seed an image, so that image i depends neither on how many are made nor on the batch size.
-
-    Args:
-        generator: from which they are drawn; None = torch's global one.
-        count: number of images.
-    """
-    device = "cpu" if generator is None else generator.device
-    # Drawn one by one: a larger draw need not begin with the numbers of a smaller one.
-    return [int(torch.randint(2**62, (), generator=generator, device=device)) for _ in range(count)]
-
-
-def image_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, count: int
-) -> list[torch.Generator]:
-    """One generator an image, see `image_seeds`.
-
-    Args:
-        generator: one, from which a seed for each image is drawn; or already one an image; None = torch's global one.
-        count: number of images.
-
-    Raises:
-        ValueError: there are not as many generators as images.
-    """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        if len(generator) != count:
-            raise ValueError(f"{len(generator)} generators were given for {count} images; expected one, or one each.")
-        return list(generator)
-    device = "cpu" if generator is None else generator.device
-    return [torch.Generator(device).manual_seed(seed) for seed in image_seeds(generator, count)]
 
 
 def positive(name: str, value: int | None) -> int | None:

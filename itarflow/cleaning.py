@@ -13,10 +13,10 @@ from torch import Tensor
 from itarflow.codec import Codec, Vae, check_same_codes, codec_of
 from itarflow.denoise import DenoiseScheduler, denoise, noise_levels
 from itarflow.diffusion import DiffusionDenoiser
-from itarflow.digest import weights_digest
 from itarflow.measures import Cleaned, parts
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
+from itarflow.runtime.files import weights_digest
 from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser
 
 

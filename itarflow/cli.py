@@ -21,9 +21,8 @@ from itarflow.commands.prepare import Prepare
 from itarflow.commands.profile import Profile
 from itarflow.commands.sample import Sample
 from itarflow.commands.sweep import Sweep
-from itarflow.official_file import CheckpointError
-from itarflow.processes import refuse
-from itarflow.run import RunError
+from itarflow.runtime.errors import CheckpointError, RunError
+from itarflow.runtime.processes import refuse
 
 Command = (
     Annotated[Sample, tyro.conf.subcommand("sample")]

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from itarflow.digest import weights_digest
+from itarflow.runtime.files import weights_digest
 
 Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
 _KINDS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from itarflow.codec import VaeIdentity, differing
-from itarflow.images import Crop, DataError
+from itarflow.images import Crop
+from itarflow.runtime.errors import DataError
 
 CARD = "codes.json"
 """Name of the card in the folder of the parquet files."""
@@ -211,10 +211,3 @@ def check_card(
             f"data.horizontal_flip is on, but the codes in {path} have no mirrored images; set "
             "--data.no-horizontal-flip, or encode the images with flips"
         )
-
-
-def display_name(path: str) -> str:
-    """The name of a VAE or of images for others to read: of what lies here its last part, of the Hub all of it."""
-    place = os.path.expanduser(path)
-    local = path.startswith((".", "/", "~")) or path.endswith(".parquet") or glob.has_magic(path)
-    return os.path.basename(os.path.abspath(place)) if local or os.path.exists(place) else path

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from itarflow.calls import image_generators, to_pil
+from itarflow.calls import to_pil
 from itarflow.cleaning import clean, columns_of, decoder_columns, settings_of, solvers_of
 from itarflow.codec import Vae, differing, to_pixels, vae_identity
 from itarflow.data import DataConfig, load_data
@@ -29,9 +28,11 @@ from itarflow.embedding import NULL_LABEL
 from itarflow.guidance import Guidance
 from itarflow.measures import METRICS, nats_per_dim, parts, residual_noise
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plot import blank_figure, draw_pictures
-from itarflow.progress import image_grid, step_progress
-from itarflow.run import check_writable
+from itarflow.runtime.files import check_writable
+from itarflow.runtime.pictures import blank_figure, draw_pictures, image_grid
+from itarflow.runtime.progress import step_progress
+from itarflow.runtime.seeds import image_generators
+from itarflow.runtime.text import file_name
 from itarflow.score import check_level
 
 REAL_IMAGES = 256
@@ -152,7 +153,7 @@ def compare(
             for column in columns[name]:
                 count = partial(show, f"{name}: {column.title}")
                 cleaned = clean(column, noisy, labels, seeds, batch_size, pipe.flow.device, count)
-                grid = f"{name}/{_file_name(column.title)}.png"
+                grid = f"{name}/{file_name(column.title)}.png"
                 _save_grid(cleaned.images, output / grid)
                 values = {metric.title: _finite(metric.measure(cleaned)) for metric in metrics}
                 broken = int((~cleaned.images.isfinite().flatten(1).all(dim=1)).sum())
@@ -167,20 +168,6 @@ def compare(
     return comparison
 
 
-def short_names(paths: Sequence[str]) -> list[str]:
-    """A short name for each path or Hub id, fit for a file name; no two alike.
-
-    runs/digits/pipeline is "digits", runs/decoder/vae "decoder". Of equal names the second becomes NAME-2, and so on.
-    """
-    names: list[str] = []
-    for path in paths:
-        telling = [part for part in Path(path).parts if part not in ("pipeline", "vae", "..", "/")]
-        base = (_file_name(telling[-1]) if telling else "") or "pipeline"
-        candidates = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
-        names.append(next(name for name in candidates if name not in names))
-    return names
-
-
 # -- what there is to do, and what is refused -------------------------------------------------------------------
 
 
@@ -188,7 +175,7 @@ def _check_names(*named: Mapping[str, Any]) -> None:
     if not named[0]:
         raise ValueError("no checkpoint is named; expected folders such as runs/NAME/pipeline.")
     for name in itertools.chain(*named):
-        if not name or name in (".", "..") or _file_name(name) != name:
+        if not name or name in (".", "..") or file_name(name) != name:
             raise ValueError(f"the name {name!r} is not fit for a file; use letters, digits, '_', '.' and inner '-'.")
 
 
@@ -290,10 +277,6 @@ _KINDS = ("noisy", "self", "own iterative", "iterative", "diffusion", "decoder")
 def _kind(method: str) -> int:
     """The place of a method's kind; one generator may have kinds that another lacks."""
     return _KINDS.index(method.partition(":")[0])
-
-
-def _file_name(text: str) -> str:
-    return re.sub(r"[^\w.]+", "-", text).strip("-")
 
 
 def _finite(value: float | None) -> float | None:

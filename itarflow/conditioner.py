@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from itarflow.attention import attention
 from itarflow.guidance import Affine, Guidance, guide
-from itarflow.linear import PackedLinear, pack
+from itarflow.runtime.attention import attention
+from itarflow.runtime.linear import PackedLinear, pack
 from itarflow.transformer import Layer
 
 Norm = Callable[[Tensor], Tensor]

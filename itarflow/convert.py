@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from itarflow.flow import TARFlow
-from itarflow.official_file import CheckpointError, listed, read_state
+from itarflow.runtime.errors import CheckpointError
+from itarflow.runtime.text import listed
+from itarflow.runtime.torch_file import read_state
 
 HEAD_DIM = 64
 """Width of an attention head in all official models."""

@@ -11,8 +11,7 @@ from PIL import Image
 from itarflow.calls import to_pil
 from itarflow.codec import to_pixels
 from itarflow.metrics import Scores
-from itarflow.plot import blank_figure
-from itarflow.progress import titled_grid
+from itarflow.runtime.pictures import blank_figure, titled_grid
 from itarflow.samples import open_samples
 from itarflow.sweep import HIGHER_IS_BETTER, Cell, best_cells, figure_names, plain
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from itarflow.codec import VaeIdentity
 from itarflow.codes import CodeDecoder, check_card, find_card
 from itarflow.dataset import Decoder, ImageDataset, PictureDecoder
-from itarflow.images import Crop, DataError, check_picture
+from itarflow.images import Crop, check_picture
+from itarflow.runtime.errors import DataError
 from itarflow.sources import Rows, open_splits, open_tables
 from itarflow.streaming import ParquetRows
 

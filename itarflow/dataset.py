@@ -21,7 +21,8 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from itarflow.images import Crop, DataError, convert_image, crop_image, to_array
+from itarflow.images import Crop, convert_image, crop_image, to_array
+from itarflow.runtime.errors import DataError
 from itarflow.sources import Rows
 from itarflow.streaming import DamagedRowError, ParquetRows
 

@@ -25,10 +25,10 @@ from itarflow.extractors import Extractor
 from itarflow.failures import MEASURES, SMALLEST, Measure, check_patch, default_patch, threshold
 from itarflow.measured import KINDS, Measured, RealImages, measure
 from itarflow.onset import Normal, Onset, find_onset, normal_detail
-from itarflow.plot import blank_figure
-from itarflow.progress import captioned_grid, image_progress
 from itarflow.proportions import Difference, Rate, difference, rate
-from itarflow.run import check_writable
+from itarflow.runtime.files import check_writable
+from itarflow.runtime.pictures import blank_figure, captioned_grid
+from itarflow.runtime.progress import image_progress
 from itarflow.samples import Samples
 from itarflow.without import Without, distances_without, real_moments
 

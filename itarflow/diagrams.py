@@ -11,7 +11,7 @@ from torch import Tensor
 
 from itarflow.failures import FINE
 from itarflow.onset import Onset
-from itarflow.plot import blank_figure
+from itarflow.runtime.pictures import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

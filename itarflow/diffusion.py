@@ -15,8 +15,8 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from itarflow.digest import weights_digest
 from itarflow.embedding import NULL_LABEL
+from itarflow.runtime.files import weights_digest
 from itarflow.score import frozen_view, named_ends
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]

@@ -22,13 +22,14 @@ import torch
 from torch import Tensor
 
 from itarflow.codec import VaeCodec, to_pixels
-from itarflow.codes import CARD, CodesCard, display_name, read_card, to_bytes
+from itarflow.codes import CARD, CodesCard, read_card, to_bytes
 from itarflow.codes_card import codes_card, training_command
 from itarflow.encode_plan import Plan
-from itarflow.estimate import human_bytes
-from itarflow.images import DataError
-from itarflow.processes import processes_here
-from itarflow.run import check_writable
+from itarflow.runtime.devices import usable_cores
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import check_writable, remove_partial, write_json, write_text
+from itarflow.runtime.processes import processes_here
+from itarflow.runtime.text import display_name, human_bytes
 from itarflow.shards import (
     Content,
     Reader,
@@ -38,12 +39,8 @@ from itarflow.shards import (
     label_features,
     read_ahead,
     read_contents,
-    remove_partial,
     show_shards,
-    usable_cores,
-    write_json,
     write_shard,
-    write_text,
 )
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,7 +70,7 @@ class Encoded:
 
 
 def begin(plan: Plan) -> int:
-    """Write the manifest, unless it is there; one process does it, before any encodes, and `shards.alone`.
+    """Write the manifest, unless it is there; one process does it, before any encodes, and `files.alone`.
 
     Returns:
         How many images are in files that are missing.

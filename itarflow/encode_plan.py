@@ -12,10 +12,11 @@ from diffusers import AutoencoderKL
 
 from itarflow import __version__
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity
-from itarflow.codes import CARD, CodesCard, display_name, find_card, read_card
+from itarflow.codes import CARD, CodesCard, find_card, read_card
 from itarflow.dataset import ImageDataset
-from itarflow.images import DataError
 from itarflow.manifest import SourceConfig, check_folder, check_settings
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.text import display_name
 from itarflow.shards import Shard, plan_shards
 
 Precision = Literal["float32", "bf16", "fp16"]

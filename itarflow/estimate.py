@@ -287,21 +287,3 @@ class _Living(TorchDispatchMode):
 
 def _covers(moment: tuple[int, int], other: tuple[int, int]) -> bool:
     return moment[0] >= other[0] and moment[1] >= other[1]
-
-
-def human_bytes(count: float) -> str:
-    """Such as "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}" if unit != "B" and count < 999.5 else f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.3g} TiB"
-
-
-def human_number(count: float) -> str:
-    """Such as "417M" or "1.5T"."""
-    for unit in ("", "K", "M", "G"):
-        if count < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g}T"

@@ -22,13 +22,12 @@ from itarflow.extractors import Extractor
 from itarflow.generate import MANIFEST, Generation, begin, generate_share, manifest_of
 from itarflow.metrics import Figure, Scores, score
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.processes import on_main, shared_images
-from itarflow.progress import image_progress
 from itarflow.reference import Reference
-from itarflow.run import check_writable
+from itarflow.runtime.files import alone, check_writable, remove_partial, write_json
+from itarflow.runtime.processes import on_main, shared_images
+from itarflow.runtime.progress import image_progress
 from itarflow.samples import Samples, open_samples
 from itarflow.score import Denoiser, FlowDenoiser
-from itarflow.shards import alone, remove_partial, write_json
 
 Way = Literal["raw", "self", "iterative"]
 WAYS: tuple[Way, ...] = ("raw", "self", "iterative")

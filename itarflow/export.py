@@ -12,16 +12,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 
-from itarflow.calls import image_generators
 from itarflow.codec import Vae
-from itarflow.codes import display_name
 from itarflow.denoise import lowest_level, noise_levels
 from itarflow.denoisers import load_denoiser
 from itarflow.flow import TARFlow
 from itarflow.objective import Evaluation
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.progress import image_grid
 from itarflow.recipe import Recipe, to_json
+from itarflow.runtime.pictures import image_grid
+from itarflow.runtime.seeds import image_generators
+from itarflow.runtime.text import display_name
 from itarflow.score import CheckedDenoiser
 
 
@@ -64,7 +64,7 @@ def open_denoiser(recipe: Recipe, vae: Vae | None, device: torch.device | str = 
 def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelerator: Accelerator) -> None:
     """Write a grid of images from fixed noise and labels, classes in turn; the processes share the work.
 
-    Which process makes an image does not change it: see `calls.image_generators`.
+    Which process makes an image does not change it: see `seeds.image_generators`.
     """
     denoiser = open_denoiser(recipe, pipeline.vae, pipeline.device)
     count, num_classes = recipe.sampling.num_images, recipe.model.num_classes

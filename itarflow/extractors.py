@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itarflow.digest import weights_digest
+from itarflow.runtime.files import weights_digest
 
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the Inception of 2015 that FID, sFID and the Inception Score are defined by."""

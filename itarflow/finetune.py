@@ -37,12 +37,13 @@ from itarflow.decoder import (
     measure,
 )
 from itarflow.ema import averaged_weights
-from itarflow.interrupt import StopSignal
 from itarflow.loop import Loop
-from itarflow.processes import check_folder, claimed, main_first, make_accelerator, on_main
 from itarflow.recipe import learning_rate_factor
 from itarflow.reconstruction import PatchCritic, adversarial_loss, hinge_loss, load_lpips, reconstruction_terms
-from itarflow.run import RunDir, Start, replace_folder
+from itarflow.run import RunDir, Start
+from itarflow.runtime.files import replace_folder
+from itarflow.runtime.processes import check_folder, claimed, main_first, make_accelerator, on_main
+from itarflow.runtime.signals import StopSignal
 from itarflow.sharding import clip_grad_norm, load_tensors, save_tensors
 
 

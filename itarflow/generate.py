@@ -17,19 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itarflow.calls import image_seeds
 from itarflow.cleaning import Column, clean, identity_of, settings_of
 from itarflow.codec import to_uint8, vae_identity
-from itarflow.digest import weights_digest
 from itarflow.embedding import NULL_LABEL
 from itarflow.guidance import Guidance
-from itarflow.images import DataError
 from itarflow.inverse import Solver
 from itarflow.pipeline import ITARFlowPipeline, check_denoiser
-from itarflow.recipe import flat
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import weights_digest, write_json
+from itarflow.runtime.seeds import image_seeds
+from itarflow.runtime.text import flat
 from itarflow.samples import shard_name, write_shard
 from itarflow.score import check_level
-from itarflow.shards import write_json
 
 LabelRule = Literal["balanced", "random", "none"]
 CONVERSION = "round((clip(x, -1, 1) + 1) * 127.5) to uint8; values that are not finite become 128, mid-grey"
@@ -68,7 +67,7 @@ class Generation:
         pipe: the checkpoint, on its device.
         columns: the ways of cleaning by the names of their folders; an image is generated once for all of them.
         labels: (N,) int64, -1 = none; their number is that of the images.
-        seed: of the noise: that of image i is the i-th that `calls.image_seeds` gives, as in training's grids.
+        seed: of the noise: that of image i is the i-th that `seeds.image_seeds` gives, as in training's grids.
         guidance: in generating; None = the checkpoint's.
         t_max: noise level of generating; None = the checkpoint's.
         solver: as in a call of the pipeline; None = the checkpoint's plan, else exact.

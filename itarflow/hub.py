@@ -10,8 +10,9 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline
 
-from itarflow.checkpoint import check_folder, download, finish_folder, installed_classes, upload, write_setting
+from itarflow.checkpoint import check_folder, finish_folder, installed_classes
 from itarflow.codec import CodecConfig, load_vae
+from itarflow.runtime.hub import download, upload, write_setting
 
 
 class SharedPipeline(DiffusionPipeline):

@@ -8,12 +8,10 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageOps
 
+from itarflow.runtime.errors import DataError
+
 Crop = Literal["center", "adm", "edm"]
 """The published ways in which an image becomes square."""
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message names the thing, its value, what was expected and what to do."""
 
 
 def convert_image(image: Image.Image, in_channels: int) -> Image.Image:

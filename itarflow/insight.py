@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -19,21 +17,6 @@ from itarflow.recipe import Recipe
 
 NUM_BUCKETS = 4
 """Noise levels are told apart in so many buckets of equal width."""
-
-# Dense peak of the tensor cores in TFLOP/s, bfloat16 and TF32, as NVIDIA's data sheets give them without sparsity.
-PEAK_TFLOPS = {
-    "B200": (2250, 1125),
-    "H200": (989, 494),
-    "H100 PCIe": (756, 378),
-    "H100 NVL": (835, 417),
-    "H100": (989, 494),
-    "A100": (312, 156),
-    "L40S": (362, 183),
-    "L4": (121, 60),
-    "A10": (125, 62),
-    "RTX 4090": (165, 83),
-    "RTX 3090": (71, 36),
-}
 
 
 def bucket_edges(recipe: Recipe) -> Tensor | None:
@@ -141,23 +124,6 @@ def in_bits(metrics: Mapping[str, Any]) -> dict[str, Any]:
 def bits_per_dim(nll: float) -> float:
     """Of nats a dim of values in [-1, 1], in bits, counting in steps of 8-bit images: log2 of 128 is added."""
     return (nll + math.log(128)) / math.log(2)
-
-
-def peak_tflops(device: torch.device, mixed_precision: str) -> float | None:
-    """The device's peak for matrix products in the precision of the training; None = not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    found = (peaks for key, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
-    peaks = next(found, None)
-    return None if peaks is None else peaks[0 if mixed_precision == "bf16" else 1]
-
-
-def memory_gib(device: torch.device) -> float:
-    """The most that PyTorch has allocated so far on a GPU; elsewhere what the process has resident now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
 
 
 def rounded(values: Sequence[float], digits: int = 5) -> list[float]:

@@ -19,26 +19,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.estimate import (
-    USABLE,
-    Activations,
-    DeviceMemory,
-    accumulation_for,
-    activations,
-    device_memory,
-    estimate,
-    human_bytes,
-    human_number,
-)
-from itarflow.images import DataError
-from itarflow.insight import PEAK_TFLOPS
-from itarflow.interrupt import Interrupted
-from itarflow.loop import TrainingError
+from itarflow.estimate import USABLE, Activations, DeviceMemory, accumulation_for, activations, device_memory, estimate
 from itarflow.objective import describe
 from itarflow.presets import SIZES
-from itarflow.processes import crash, on_cpu, refuse
 from itarflow.recipe import Recipe, open_data, open_vae, to_json
-from itarflow.run import RunError, Start
+from itarflow.run import Start
+from itarflow.runtime.devices import PEAK_TFLOPS, on_cpu
+from itarflow.runtime.errors import DataError, RunError, TrainingError
+from itarflow.runtime.processes import crash, refuse
+from itarflow.runtime.signals import Interrupted
+from itarflow.runtime.text import human_bytes, human_number
 from itarflow.training import Summary, train
 
 

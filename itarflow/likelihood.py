@@ -26,7 +26,7 @@ from torch import Tensor
 from itarflow.codec import Posterior
 from itarflow.flow import LOG_2PI, TARFlow
 from itarflow.noise import LEVELS_PER_UNIT, dequantise
-from itarflow.objective import mixed_seed
+from itarflow.runtime.seeds import mixed_seed
 
 Kind = Literal["uniform", "gaussian"]
 """Of the noise that is added to images."""

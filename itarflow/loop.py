@@ -23,20 +23,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from itarflow.batches import Batch, batches, training_sampler
 from itarflow.data import ImageData
-from itarflow.images import DataError
-from itarflow.insight import memory_gib
-from itarflow.interrupt import Interrupted, StopSignal
 from itarflow.monitor import Monitor
-from itarflow.processes import agreed, agreed_state, on_main
-from itarflow.progress import training_progress
 from itarflow.recipe import Settings
-from itarflow.run import RunDir, RunError
+from itarflow.run import RunDir
+from itarflow.runtime.devices import memory_gib
+from itarflow.runtime.errors import DataError, RunError, TrainingError
+from itarflow.runtime.processes import agreed, agreed_state, on_main
+from itarflow.runtime.progress import training_progress
+from itarflow.runtime.signals import Interrupted, StopSignal
 from itarflow.sharding import load_tensors, save_tensors
 from itarflow.states import PROGRESS, first_cause, save_state
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on; the message says why and what to try."""
 
 
 class State(NamedTuple):

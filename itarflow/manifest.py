@@ -13,14 +13,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from itarflow.codes import display_name
 from itarflow.data import DataConfig, load_splits
 from itarflow.dataset import ImageDataset
-from itarflow.images import Crop, DataError
-
-LOCK = ".lock"
-PARTIAL = ".partial-"
-"""How the names of files begin that a call is writing, or had to leave behind."""
+from itarflow.images import Crop
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import LOCK, PARTIAL
+from itarflow.runtime.text import display_name
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from torch import Tensor
 from itarflow.dataset import ImageDataset
 from itarflow.failures import MEASURES, fine_energy, spectrum
 from itarflow.proportions import Rate, rate
+from itarflow.runtime.text import without_folders
 from itarflow.samples import Samples
-from itarflow.shards import without_folders
 
 KINDS: Mapping[str, tuple[str, ...]] = {
     **{measure.name: (measure.name,) for measure in MEASURES},

@@ -12,8 +12,9 @@ from rich.markup import escape
 
 from itarflow.dataset import too_many_broken
 from itarflow.objective import Evaluation, describe
-from itarflow.recipe import Settings, flat, to_json
+from itarflow.recipe import Settings, to_json
 from itarflow.run import RunDir
+from itarflow.runtime.text import flat
 
 _EXPLOSION = 10.0
 """A gradient norm so many times the usual one is reported."""

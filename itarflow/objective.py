@@ -19,6 +19,7 @@ from itarflow.dataset import ImageDataset
 from itarflow.embedding import NULL_LABEL
 from itarflow.flow import LOG_2PI, TARFlow, nll_per_dim
 from itarflow.recipe import Recipe
+from itarflow.runtime.seeds import mixed_seed
 
 EVALUATION_BATCH = 50
 """Held-out images at a time; fixed, since the noise is drawn by batch."""
@@ -76,11 +77,6 @@ def clean_images(recipe: Recipe, stored: Tensor, flip: Tensor, posterior: Tensor
         return stored_codes(stored, flip, posterior)
     images = to_pixels(stored)
     return torch.where(flip[:, None, None, None], images.flip(3), images)
-
-
-def mixed_seed(*numbers: int) -> int:
-    """A seed from some numbers >= 0; tuples of one length that differ give unrelated seeds."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Evaluation(NamedTuple):

@@ -10,16 +10,17 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from itarflow.calls import Label, check_output, converted, image_generators, label_list, label_number, positive
+from itarflow.calls import Label, check_output, converted, label_list, label_number, positive
 from itarflow.card import model_card
 from itarflow.codec import Vae, codec_of, vae_stride
 from itarflow.denoise import DenoiseScheduler, Method, Spacing, denoise, lowest_level, noise_levels
 from itarflow.flow import TARFlow
 from itarflow.guidance import Guidance
-from itarflow.halving import in_batches
 from itarflow.hub import SharedPipeline
 from itarflow.inverse import Solver, sequential
 from itarflow.plan import InversePlan, choose
+from itarflow.runtime.devices import in_batches
+from itarflow.runtime.seeds import image_generators
 from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
-from itarflow.run import RunDir, RunError
+from itarflow.run import RunDir
+from itarflow.runtime.errors import RunError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from itarflow.runtime.pictures import blank_figure
 
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name of a line -> steps and values; "" if the panel has one line a run."""
@@ -61,58 +61,6 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
     figure.suptitle(", ".join(f"{name} ({_STYLES[i % len(_STYLES)]})" for i, name in enumerate(names.values()))
                     if len(names) > 1 else next(iter(names.values())))  # fmt: skip
     figure.savefig(output, dpi=110)
-
-
-def blank_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches that is drawn into files only, whatever else the process draws.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "itarflow[plot]"') from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def draw_pictures(
-    pictures: Mapping[tuple[str, str], Sequence[Image.Image]], columns: Sequence[str], path: Path
-) -> None:
-    """Draw pictures into a file, as rows of what made them and columns of how they were cleaned.
-
-    Args:
-        pictures: of (what made them, how they were cleaned); a picture of each in every row. Pairs may be missing.
-        columns: the ways of cleaning, in order.
-        path: of the picture file.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    generators = list(dict.fromkeys(generator for generator, _ in pictures))
-    height = {
-        generator: max(len(of) for (by, _), of in pictures.items() if by == generator) for generator in generators
-    }
-    rows = [(generator, index) for generator in generators for index in range(height[generator])]
-    figure = blank_figure(1.6 * len(columns) + 0.6, 1.6 * len(rows) + 0.6)
-    axes = figure.subplots(len(rows), len(columns), squeeze=False)
-    for (generator, index), line in zip(rows, axes, strict=True):
-        for column, axis in zip(columns, line, strict=True):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if (generator, column) in pictures:
-                picture = pictures[generator, column][index]
-                axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            else:
-                axis.set_frame_on(False)
-    for column, axis in zip(columns, axes[0], strict=True):
-        axis.set_title(column.replace(": ", ":\n"), fontsize=8)
-    for (generator, _), line in zip(rows, axes, strict=True):
-        line[0].set_ylabel(generator, fontsize=8)
-    figure.savefig(path, dpi=150)
 
 
 def _logged(path: Path) -> list[dict[str, Any]]:

@@ -20,24 +20,22 @@ from torch.utils.data import Dataset
 
 from itarflow import __version__
 from itarflow.dataset import ImageDataset
-from itarflow.images import DataError
 from itarflow.manifest import SourceConfig, check_folder, check_settings
-from itarflow.progress import image_progress
+from itarflow.runtime.devices import usable_cores
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import alone, remove_partial, write_json
+from itarflow.runtime.progress import image_progress
 from itarflow.shards import (
     Content,
     Reader,
     Shard,
-    alone,
     broken_by_split,
     check_broken,
     label_features,
     plan_shards,
     read_ahead,
     read_contents,
-    remove_partial,
     show_shards,
-    usable_cores,
-    write_json,
     write_shard,
 )
 

@@ -16,10 +16,11 @@ from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity
 from itarflow.data import DataConfig, ImageData, load_data
 from itarflow.denoise import DenoiseScheduler, Method, Spacing
 from itarflow.guidance import Guidance
-from itarflow.images import DataError
 from itarflow.noise import NoiseConfig
 from itarflow.optimisation import Optimisation
 from itarflow.presets import ModelConfig
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.text import flat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,11 +361,3 @@ def _defaults(recipe: Settings) -> dict[str, Any]:
         if is_dataclass(section)
     }
     return flat(json.loads(json.dumps(values)))
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level, named like "train.epochs"."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

@@ -24,18 +24,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from itarflow.batches import in_order
-from itarflow.codes import display_name
 from itarflow.data import DataConfig, load_data
 from itarflow.dataset import too_many_broken
-from itarflow.digest import weights_digest
 from itarflow.extraction import Extracted, extract
 from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
 from itarflow.images import Crop
 from itarflow.moments import Moments
-from itarflow.processes import main_first, on_main
-from itarflow.progress import image_progress
-from itarflow.run import check_writable
-from itarflow.shards import atomically, without_folders
+from itarflow.runtime.files import atomically, check_writable, weights_digest
+from itarflow.runtime.processes import main_first, on_main
+from itarflow.runtime.progress import image_progress
+from itarflow.runtime.text import display_name, without_folders
 
 KEPT_IMAGES = 10_000
 """Real images whose features are kept, for kernel distances, precision and recall: as many as ADM's files hold."""

@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from filelock import FileLock, Timeout
 
 from itarflow.recipe import Settings, differences, write_recipe
+from itarflow.runtime.errors import RunError
+from itarflow.runtime.files import check_writable
 
 Start = Literal["fresh", "resume", "restart"]
-
-
-class RunError(RuntimeError):
-    """A run folder can't be used as asked; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -183,22 +178,6 @@ def check_free(run: RunDir) -> None:
         hold(run).release()
 
 
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that can't be written or made, by trying; nothing is left behind.
-
-    Raises:
-        OSError: naming the folder and the reason.
-    """
-    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not existing.is_dir():
-        raise OSError(f"{folder} can't be written: {existing} is a file.")
-    try:
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".itarflow-"):
-            pass
-    except OSError as error:
-        raise OSError(f"{folder} can't be written: nothing can be made in {existing} ({error.strerror}).") from error
-
-
 def _check_resumable(run: RunDir, recipe: Settings, allow_changes: bool) -> None:
     if not run.recipe.exists():
         raise RunError(f"{run.path} holds no run to resume; leave --resume out to begin one there.")
@@ -217,30 +196,6 @@ def _move_aside(path: Path) -> None:
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     path.rename(aside)
-
-
-def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside `target`, then put it in its place, so that a failed write leaves the old one.
-
-    Raises:
-        RunError: it can't be written; the old one is whole.
-    """
-    partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".old-{target.name}")
-    if old.exists() and not target.exists():  # killed between two renames
-        os.replace(old, target)
-    for folder in (partial, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        write(partial)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"{target} can't be written: {error}. What was there before is whole; make room.") from error
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _json_or_none(line: str) -> dict[str, Any] | None:

@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from itarflow.images import DataError, to_array
-from itarflow.shards import atomically
+from itarflow.images import to_array
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import atomically
 
 SUFFIX = ".safetensors"
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from itarflow.flow import TARFlow, log_density
-from itarflow.halving import in_batches
+from itarflow.runtime.devices import in_batches
 from itarflow.transformer import Layer
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -10,10 +10,7 @@ NAME.json is the `manifest`: what the files depend on.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +19,14 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itarflow.batches import ignore_interrupts, watched, without_alarm
 from itarflow.dataset import ImageDataset
-from itarflow.images import DataError
-from itarflow.manifest import LOCK, PARTIAL
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import atomically, write_json
+from itarflow.runtime.text import without_folders
 
 ROW_GROUP = 128
 """Rows that are read at a time by those who stream."""
@@ -104,15 +101,6 @@ class Reader(Dataset[Tensor | str]):
         split, row = place
         image = self._sets[split].read(row)
         return without_folders(image, self._source) if isinstance(image, str) else image
-
-
-def without_folders(report: str, source: str) -> str:
-    """A "name: reason" that names no folder of this machine, of an image of the data set at `source`."""
-    root = f"{os.path.abspath(os.path.expanduser(source))}{os.sep}"
-    name, colon, reason = report.replace(root, "").partition(": ")
-    inner = name.split("::")[0]  # of a file in an archive, which comes second
-    short = os.path.basename(inner) if os.path.isabs(inner) else inner
-    return short + colon + reason.replace(name, short)
 
 
 def read_ahead(
@@ -267,62 +255,3 @@ def show_shards(shards: Sequence[Shard]) -> None:
     for shard in shards:
         if not shard.path.exists():
             shard.hidden.rename(shard.path)
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Make a folder, and keep other commands from writing into it meanwhile; nothing of it stays behind.
-
-    Raises:
-        DataError: another command writes into it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DataError(
-            f"{out} is being written by another command; wait for its end, or choose another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        (out / LOCK).unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # of a folder with something in it
-            out.rmdir()
-
-
-def remove_partial(out: Path) -> None:
-    """Remove what a call that was killed has left behind."""
-    for left in out.glob(f"{PARTIAL}*"):
-        left.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    with atomically(path) as partial:
-        partial.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """A name to write a file under; if all goes well it comes to the disk and gets its own name, else it goes."""
-    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}{path.name}")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def usable_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

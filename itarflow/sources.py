@@ -28,7 +28,7 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
 from itarflow.streaming import ParquetRows, concatenate, open_parquet
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}

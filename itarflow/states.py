@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from itarflow.run import RunDir, RunError
+from itarflow.run import RunDir
+from itarflow.runtime.errors import RunError
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _CHUNK = 2**22

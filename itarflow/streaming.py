@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -22,12 +21,11 @@ import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-import torch
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
 
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.seeds import permutation
 
 STREAMS = 8
 """At most so many places of a data set are read at a time; a divisor of the batch, so that processes share them."""
@@ -244,16 +242,6 @@ def concatenate(tables: Sequence[ParquetRows]) -> ParquetRows:
         pieces.append(moved)
         files += table._files
     return ParquetRows(files, tables[0].features, np.concatenate(pieces))
-
-
-def permutation(name: str, length: int) -> Tensor:
-    """(length,) int64: 0..length-1 in an order that depends on the name alone.
-
-    The generator's seed is the first 8 bytes (big-endian) of the name's SHA-256.
-    """
-    digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-    return torch.randperm(length, generator=generator)
 
 
 class StreamedEpoch:

@@ -24,20 +24,20 @@ from itarflow.bpd import BpdConfig, measure
 from itarflow.calls import to_pil
 from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_pixels
-from itarflow.codes import display_name
 from itarflow.data import load_data
 from itarflow.evaluate import make_samples, scores_of
 from itarflow.extractors import Extractor, load_extractor
 from itarflow.generate import MANIFEST, Generation, labels_by
-from itarflow.images import DataError
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plot import blank_figure, draw_pictures
 from itarflow.recipe import Recipe, differences, to_json
 from itarflow.reference import Reference, reference_of
-from itarflow.run import RunDir, check_writable
+from itarflow.run import RunDir
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import check_writable, write_json
+from itarflow.runtime.pictures import blank_figure, draw_pictures
+from itarflow.runtime.text import display_name
 from itarflow.samples import open_samples, shard_name, write_shard
 from itarflow.score import FlowDenoiser
-from itarflow.shards import write_json
 from itarflow.training import train
 
 RAW, SELF, REAL = "raw", "self", "real images"

@@ -30,8 +30,8 @@ from itarflow.generate import Generation
 from itarflow.metrics import Scores
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.reference import Reference
+from itarflow.runtime.files import atomically
 from itarflow.score import Denoiser, FlowDenoiser
-from itarflow.shards import atomically
 
 HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall"})
 """Figures of `metrics.Scores` of which the highest is best; of all others the lowest."""

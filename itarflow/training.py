@@ -25,14 +25,16 @@ from itarflow.data import ImageData
 from itarflow.estimate import estimate
 from itarflow.export import make_pipeline, open_denoiser, sample_grid, training_record
 from itarflow.flow import TARFlow, updated_prior_variance
-from itarflow.insight import bucket_edges, in_bits, peak_tflops, step_metrics, step_sums, watch_blocks, worst_level
-from itarflow.interrupt import StopSignal
+from itarflow.insight import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
 from itarflow.loop import Loop
 from itarflow.microbatch import find_accumulation
 from itarflow.objective import Evaluation, Losses, draw, evaluate, training_losses
-from itarflow.processes import check_folder, claimed, main_first, make_accelerator, on_main
 from itarflow.recipe import Recipe, learning_rate_factor, open_data, open_vae, with_identity
-from itarflow.run import RunDir, Start, replace_folder
+from itarflow.run import RunDir, Start
+from itarflow.runtime.devices import peak_tflops
+from itarflow.runtime.files import replace_folder
+from itarflow.runtime.processes import check_folder, claimed, main_first, make_accelerator, on_main
+from itarflow.runtime.signals import StopSignal
 from itarflow.sharding import (
     clip_grad_norm,
     compile_layers,

@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from itarflow.attention import attention
-from itarflow.linear import Linear
+from itarflow.runtime.attention import attention
+from itarflow.runtime.linear import Linear
 
 
 class Attention(nn.Module):

@@ -24,14 +24,7 @@ from itarflow.convert import load_official, name_map
 from itarflow.denoise import Method, denoise, noise_levels
 from itarflow.flow import TARFlow, nll_per_dim, updated_prior_variance
 from itarflow.guidance import Guidance
-from itarflow.noise import (
-    NoiseConfig,
-    dequantise,
-    lognormal_level,
-    loss_weight,
-    quadratic_level,
-    uniform_level,
-)
+from itarflow.noise import NoiseConfig, dequantise, lognormal_level, loss_weight, quadratic_level, uniform_level
 from itarflow.score import FlowDenoiser
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itarflow import attention as module
-from itarflow.attention import _BLOCK, attention
+from itarflow.runtime import attention as module
+from itarflow.runtime.attention import _BLOCK, attention
 
 blocks = pytest.mark.skipif(not module._HAS_ONEDNN, reason="this CPU has no bfloat16")
 

@@ -25,7 +25,7 @@ from itarflow.batches import (
 )
 from itarflow.data import DataConfig, load_data
 from itarflow.dataset import ImageDataset
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
 
 
 def steps(count: int, **options: Any) -> list[list[int]]:

@@ -198,7 +198,7 @@ def test_what_is_measured_is_not_written_anew(measured, monkeypatch):
     with rows.open("a") as file:
         file.write('{"4": {"lab')
     with monkeypatch.context() as patch:
-        patch.setattr("itarflow.shards.os.fsync", no_space)
+        patch.setattr("itarflow.runtime.files.os.fsync", no_space)
         with pytest.raises(OSError, match="No space left"):
             begin(Path("out"), whole["settings"])
     assert set(begin(Path("out"), whole["settings"])) == set(range(7))

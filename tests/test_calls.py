@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from itarflow.calls import image_generators, label_list, to_pil
+from itarflow.calls import label_list, to_pil
+from itarflow.runtime.seeds import image_generators
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow, cli
-from itarflow.checkpoint import write_setting
 from itarflow.commands import profile as command
 from itarflow.commands.convert import Convert
 from itarflow.inverse import sequential
+from itarflow.runtime.hub import write_setting
 
 GOLDEN = Path(__file__).parent / "golden"
 TRAINING = {

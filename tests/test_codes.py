@@ -12,9 +12,10 @@ import torch
 from conftest import tiny_vae
 
 from itarflow.codec import vae_identity
-from itarflow.codes import CARD, CodeDecoder, CodesCard, check_card, display_name, find_card, read_card, to_bytes
+from itarflow.codes import CARD, CodeDecoder, CodesCard, check_card, find_card, read_card, to_bytes
 from itarflow.data import DataConfig, load_data
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.text import display_name
 
 IDENTITY = vae_identity(tiny_vae())
 

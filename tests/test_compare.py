@@ -19,10 +19,11 @@ from test_diffusion import UNET, Recorder
 from torch import Tensor
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, cleaning, cli, denoise
-from itarflow.calls import image_generators
 from itarflow.codec import VaeCodec
-from itarflow.compare import Comparison, compare, short_names
+from itarflow.compare import Comparison, compare
 from itarflow.diffusion import DiffusionDenoiser
+from itarflow.runtime.seeds import image_generators
+from itarflow.runtime.text import short_names
 
 LABELS = [0, 2, None, 1, 0]
 MakePipe = Callable[..., ITARFlowPipeline]

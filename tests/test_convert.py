@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from itarflow import convert
 from itarflow.convert import export_official, load_official, name_map, official_name
 from itarflow.flow import TARFlow
-from itarflow.official_file import CheckpointError
+from itarflow.runtime.errors import CheckpointError
 
 GOLDEN = Path(__file__).parent / "golden"
 OFFICIAL: dict[str, dict[str, Any]] = {

@@ -27,7 +27,7 @@ GUIDED = Guidance(weight=1.5, blocks=1)
 @pytest.fixture(autouse=True)
 def _products_of_pytorch(monkeypatch):
     """Those of oneDNN are the same, but nobody counts them."""
-    monkeypatch.setattr("itarflow.linear._HAS_ONEDNN", False)
+    monkeypatch.setattr("itarflow.runtime.linear._HAS_ONEDNN", False)
 
 
 def square(flow: TARFlow, batch_size: int) -> int:

@@ -32,7 +32,7 @@ from sklearn.datasets import load_digits
 
 from itarflow.data import DataConfig, load_data
 from itarflow.dataset import ImageDataset, PictureDecoder
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -25,9 +25,9 @@ from itarflow.commands import finetune_decoder
 from itarflow.data import DataConfig, ImageData, load_data
 from itarflow.decoder import DecoderConfig, Draws, TuneConfig, augmented, draw, measure
 from itarflow.finetune import fine_tune
-from itarflow.interrupt import Interrupted
-from itarflow.loop import TrainingError
 from itarflow.reconstruction import LossConfig, PatchCritic
+from itarflow.runtime.errors import TrainingError
+from itarflow.runtime.signals import Interrupted
 
 SCRIPT = Path(__file__).parents[1] / "vae" / "finetune_decoder.py"
 

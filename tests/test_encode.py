@@ -28,7 +28,7 @@ from itarflow.commands import encode_dataset
 from itarflow.data import DataConfig, load_data
 from itarflow.encode import Encoded, begin, encode_share, finish
 from itarflow.encode_plan import EncodeConfig, plan_encoding
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
 
 SCRIPT = Path(__file__).parents[1] / "vae" / "encode_dataset.py"
 

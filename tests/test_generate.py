@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import tiny_vae
 
-from itarflow.calls import image_generators
 from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_uint8
 from itarflow.denoise import DenoiseScheduler
@@ -14,9 +13,10 @@ from itarflow.evaluate import WAYS, ways_of
 from itarflow.flow import TARFlow
 from itarflow.generate import Generation, begin, generate_share, labels_by
 from itarflow.guidance import Guidance
-from itarflow.images import DataError
 from itarflow.inverse import sequential
 from itarflow.pipeline import ITARFlowPipeline
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.seeds import image_generators
 from itarflow.samples import open_samples
 from itarflow.score import FlowDenoiser
 

@@ -3,7 +3,7 @@ import warnings
 import pytest
 import torch
 
-from itarflow.halving import in_batches
+from itarflow.runtime.devices import in_batches
 
 
 def limited(limit, message="CUDA out of memory."):

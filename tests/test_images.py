@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itarflow.images import DataError, convert_image, crop_image, to_array
+from itarflow.images import convert_image, crop_image, to_array
+from itarflow.runtime.errors import DataError
 
 
 def through_file(image: Image.Image, kind: str, **options: Any) -> Image.Image:

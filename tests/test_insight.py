@@ -12,12 +12,11 @@ from itarflow.insight import (
     bucket_means,
     bucket_sums,
     mean_and_spread,
-    memory_gib,
-    peak_tflops,
     rounded,
     watch_blocks,
     worst_level,
 )
+from itarflow.runtime.devices import memory_gib, peak_tflops
 
 
 def test_values_are_averaged_by_noise_level():

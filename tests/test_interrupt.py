@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from itarflow import interrupt
-from itarflow.interrupt import StopSignal
+from itarflow.runtime import signals as interrupt
+from itarflow.runtime.signals import StopSignal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

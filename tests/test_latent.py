@@ -19,8 +19,7 @@ from itarflow.codec import CodecConfig, VaeCodec, to_pixels, vae_identity
 from itarflow.data import DataConfig, load_data
 from itarflow.denoisers import load_denoiser
 from itarflow.export import open_denoiser, training_record
-from itarflow.images import DataError
-from itarflow.run import RunError
+from itarflow.runtime.errors import DataError, RunError
 from itarflow.training import train
 
 STEPS = 5

@@ -14,13 +14,13 @@ from PIL import Image
 
 from itarflow import launch
 from itarflow.data import DataConfig
-from itarflow.interrupt import Interrupted
-from itarflow.loop import TrainingError
 from itarflow.noise import NoiseConfig
 from itarflow.objective import Evaluation
 from itarflow.presets import itarflow_model
 from itarflow.recipe import Recipe, TrainConfig
-from itarflow.run import RunDir, RunError
+from itarflow.run import RunDir
+from itarflow.runtime.errors import RunError, TrainingError
+from itarflow.runtime.signals import Interrupted
 from itarflow.training import Summary
 
 Run = Callable[..., str]

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itarflow import linear as module
-from itarflow.linear import Linear, _OneDnn, _prefers_onednn, linear, pack
+from itarflow.runtime import linear as module
+from itarflow.runtime.linear import Linear, _OneDnn, _prefers_onednn, linear, pack
 
 onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 

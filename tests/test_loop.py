@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from itarflow.batches import Batch
 from itarflow.data import load_data
-from itarflow.interrupt import Interrupted, StopSignal
-from itarflow.loop import Loop, TrainingError
-from itarflow.processes import claimed
+from itarflow.loop import Loop
 from itarflow.recipe import Recipe
 from itarflow.run import RunDir
+from itarflow.runtime.errors import TrainingError
+from itarflow.runtime.processes import claimed
+from itarflow.runtime.signals import Interrupted, StopSignal
 
 
 class _Told(NamedTuple):

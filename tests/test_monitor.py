@@ -6,10 +6,10 @@ import pytest
 from accelerate import Accelerator
 from test_training import tiny_recipe
 
-from itarflow.images import DataError
 from itarflow.insight import bits_per_dim
 from itarflow.monitor import Monitor
 from itarflow.run import prepare
+from itarflow.runtime.errors import DataError
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from itarflow.official_file import CheckpointError, flat_state, read_state
+from itarflow.runtime.errors import CheckpointError
+from itarflow.runtime.torch_file import flat_state, read_state
 
 STATE = {"blocks.1.layer.weight": torch.linspace(0.1, 0.9, 4096).reshape(64, 64), "var": torch.ones(4, 12)}
 

@@ -19,9 +19,10 @@ from diffusers.utils import dynamic_modules_utils
 from huggingface_hub import ModelCard
 from torch import Tensor
 
-from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, ITARFlowPipeline, TARFlow, checkpoint, denoise
-from itarflow.calls import image_generators
+from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, ITARFlowPipeline, TARFlow, denoise
 from itarflow.denoise import noise_levels
+from itarflow.runtime import hub as runtime_hub
+from itarflow.runtime.seeds import image_generators
 
 NAMES = ["cat", "dog", "bird"]
 TRAINING = {
@@ -652,7 +653,7 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name, monkeypat
     def download(*args: object, **kwargs: object) -> None:
         raise AssertionError("the Hub was asked")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(runtime_hub, "snapshot_download", download)
     with pytest.raises(OSError, match=r"neither a folder here nor a Hub id .* runs/NAME/pipeline"):
         ITARFlowPipeline.from_pretrained(name)
 
@@ -661,7 +662,7 @@ def test_a_hub_id_out_of_reach_is_named(monkeypatch):
     def download(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(runtime_hub, "snapshot_download", download)
     with pytest.raises(OSError, match=r"'runs/pets' is not a folder here, and .* no network\nCheck the spelling"):
         ITARFlowPipeline.from_pretrained("runs/pets")
 
@@ -676,7 +677,7 @@ def test_a_hub_id_is_downloaded_without_code_or_pickles(pipe, folder, monkeypatc
         asked.update(options, repo_id=repo_id)
         return str(folder)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(runtime_hub, "snapshot_download", download)
     loaded = ITARFlowPipeline.from_pretrained("someone/pets", revision="v1", token="secret")
     assert torch.equal(images_of(loaded), images_of(pipe))
     patterns = asked.pop("allow_patterns")
@@ -701,8 +702,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         asked["upload"] = options
         return "https://hub/someone/pets/commit/1"
 
-    monkeypatch.setattr(checkpoint, "create_repo", create_repo)
-    monkeypatch.setattr(checkpoint, "upload_folder", upload_folder)
+    monkeypatch.setattr(runtime_hub, "create_repo", create_repo)
+    monkeypatch.setattr(runtime_hub, "upload_folder", upload_folder)
     return asked
 
 
@@ -736,7 +737,7 @@ def test_an_upload_that_fails_says_what_to_do(pipe, hub, monkeypatch):
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(checkpoint, "create_repo", unreachable)
+    monkeypatch.setattr(runtime_hub, "create_repo", unreachable)
     with pytest.raises(OSError, match=r"could not be uploaded to 'pets': Name or service(.|\n)*hf auth login"):
         pipe.push_to_hub("pets")
 

@@ -12,7 +12,8 @@ from test_training import tiny_recipe
 
 from itarflow.plot import PANELS, _names, _smoothed, plot_runs
 from itarflow.reconstruction import LossConfig, reconstruction_terms
-from itarflow.run import RunError, prepare
+from itarflow.run import prepare
+from itarflow.runtime.errors import RunError
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from itarflow.dataset import ImageDataset
-from itarflow.images import DataError
 from itarflow.prepare import PrepareConfig, Prepared, prepare
+from itarflow.runtime.errors import DataError
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,9 @@ from tiny_extractor import TinyExtractor, tiny_inception
 from itarflow import reference as references
 from itarflow.data import DataConfig
 from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES
-from itarflow.images import DataError
 from itarflow.moments import Sums
 from itarflow.reference import read_reference, reference_of
-from itarflow.run import RunError
+from itarflow.runtime.errors import DataError, RunError
 
 SIZE = 8
 

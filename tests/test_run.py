@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from test_training import tiny_recipe
 
-from itarflow.run import RunDir, RunError, check, prepare, replace_folder
+from itarflow.run import RunDir, check, prepare
+from itarflow.runtime.errors import RunError
+from itarflow.runtime.files import replace_folder
 from itarflow.states import save_state
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
 from itarflow.samples import Samples, batches, open_samples, shard_name, write_npz, write_png, write_shard
 
 

@@ -14,11 +14,11 @@ import torch
 from torch.utils.data import Dataset
 
 from itarflow.dataset import ImageDataset
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import alone
 from itarflow.shards import (
     Reader,
     Shard,
-    alone,
     plan_shards,
     read_ahead,
     read_content,

@@ -22,7 +22,7 @@ from image_files import (
     write_row_groups,
 )
 
-from itarflow.images import DataError
+from itarflow.runtime.errors import DataError
 
 
 @pytest.fixture(autouse=True)

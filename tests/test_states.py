@@ -6,7 +6,8 @@ import os
 import pytest
 from test_training import tiny_recipe
 
-from itarflow.run import RunError, prepare
+from itarflow.run import prepare
+from itarflow.runtime.errors import RunError
 from itarflow.states import MANIFEST, fault, newest_whole, save_state, set_aside_newer
 
 

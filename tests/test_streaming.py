@@ -15,16 +15,9 @@ import pytest
 from image_files import TYPED, encoded, typed_columns, write_row_groups
 
 from itarflow import streaming
-from itarflow.images import DataError
-from itarflow.streaming import (
-    ParquetRows,
-    StreamedEpoch,
-    concatenate,
-    num_streams,
-    open_parquet,
-    permutation,
-    window_size,
-)
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.seeds import permutation
+from itarflow.streaming import ParquetRows, StreamedEpoch, concatenate, num_streams, open_parquet, window_size
 
 
 @pytest.fixture

@@ -19,10 +19,10 @@ from itarflow import study as studies
 from itarflow.commands import study as command
 from itarflow.data import DataConfig
 from itarflow.extractors import Features
-from itarflow.images import DataError
 from itarflow.noise import NoiseConfig
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.runtime.errors import DataError
 from itarflow.samples import open_samples
 from itarflow.study import REAL, Study, run_study
 

@@ -22,7 +22,7 @@ from itarflow import generate as generating
 from itarflow.commands.sweep import table_of
 from itarflow.curves import draw_curves
 from itarflow.metrics import Figure, Scores
-from itarflow.plot import blank_figure
+from itarflow.runtime.pictures import blank_figure
 from itarflow.samples import open_samples
 from itarflow.sweep import Cell, best_cells, cells_of
 

@@ -19,14 +19,13 @@ from itarflow import ITARFlowPipeline, data, objective, training
 from itarflow import run as runs
 from itarflow.data import DataConfig, load_data
 from itarflow.guidance import Guidance
-from itarflow.images import DataError
-from itarflow.interrupt import Interrupted
-from itarflow.loop import TrainingError
 from itarflow.noise import NoiseConfig
 from itarflow.prepare import PrepareConfig, prepare
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
-from itarflow.run import RunDir, RunError, hold
+from itarflow.run import RunDir, hold
+from itarflow.runtime.errors import DataError, RunError, TrainingError
+from itarflow.runtime.signals import Interrupted
 from itarflow.training import train
 
 

@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.bpd import BpdConfig, Report, measure
-from itarflow.commands.shared import resumable, say, usable_device
+from itarflow.commands.shared import resumable, say
 from itarflow.launch import reporting
 from itarflow.likelihood import Mean
+from itarflow.runtime.devices import usable_device
 
 
 @dataclass(frozen=True, kw_only=True)

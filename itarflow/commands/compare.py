@@ -12,12 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.codec import CodecConfig, load_vae
-from itarflow.commands.shared import chosen_labels, say, usable_device
-from itarflow.compare import Comparison, compare, short_names
+from itarflow.commands.shared import chosen_labels, say
+from itarflow.compare import Comparison, compare
 from itarflow.denoisers import load_denoiser
 from itarflow.diffusion import DiffusionDenoiser
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.run import check_writable
+from itarflow.runtime.devices import usable_device
+from itarflow.runtime.files import check_writable
+from itarflow.runtime.text import short_names
 
 
 @dataclass(frozen=True)

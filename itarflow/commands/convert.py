@@ -16,7 +16,7 @@ from itarflow.denoise import DenoiseScheduler
 from itarflow.flow import TARFlow
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
-from itarflow.run import check_writable, replace_folder
+from itarflow.runtime.files import check_writable, replace_folder
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.shared import say, usable_device
+from itarflow.commands.shared import say
 from itarflow.data import DataConfig, load_data
 from itarflow.diagnose import Diagnosis, diagnose
 from itarflow.extractors import load_extractor
@@ -21,7 +21,8 @@ from itarflow.images import Crop
 from itarflow.measured import KINDS, RealImages
 from itarflow.onset import Onset
 from itarflow.proportions import Difference, Rate
-from itarflow.run import check_writable
+from itarflow.runtime.devices import usable_device
+from itarflow.runtime.files import check_writable
 from itarflow.samples import open_samples
 
 

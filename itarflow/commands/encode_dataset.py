@@ -16,10 +16,10 @@ from itarflow.codes_card import training_command
 from itarflow.commands.shared import joined, print_table, resumable, say
 from itarflow.encode import Encoded, begin, encode_share, finish
 from itarflow.encode_plan import EncodeConfig, plan_encoding
-from itarflow.estimate import human_bytes
-from itarflow.processes import crash, on_main, refuse, shared_images
-from itarflow.run import RunError, check_writable
-from itarflow.shards import alone
+from itarflow.runtime.errors import RunError
+from itarflow.runtime.files import alone, check_writable
+from itarflow.runtime.processes import crash, on_main, refuse, shared_images
+from itarflow.runtime.text import human_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,19 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.checkpoint import read_index
-from itarflow.codes import display_name
 from itarflow.commands.scoring import Judged, Making, device_name, figure_text, versions
 from itarflow.commands.shared import joined, resumable, say
 from itarflow.evaluate import Way, make_samples, scores_of, ways_of
 from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
 from itarflow.metrics import Scores
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.processes import on_main
 from itarflow.reference import Origin
-from itarflow.run import check_writable
+from itarflow.runtime.files import check_writable, write_json
+from itarflow.runtime.hub import read_index
+from itarflow.runtime.processes import on_main
+from itarflow.runtime.text import display_name
 from itarflow.samples import open_samples, write_npz, write_png
-from itarflow.shards import write_json
 
 
 @dataclass(frozen=True, kw_only=True)

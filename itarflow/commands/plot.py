@@ -10,7 +10,7 @@ import tyro
 
 from itarflow.commands.shared import say
 from itarflow.plot import plot_runs
-from itarflow.run import check_writable
+from itarflow.runtime.files import check_writable
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from itarflow.commands.shared import print_table, resumable, say
 from itarflow.prepare import PrepareConfig, Prepared, prepare
-from itarflow.run import check_writable
+from itarflow.runtime.files import check_writable
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor
 
-from itarflow.calls import image_generators
 from itarflow.codec import codec_of, to_pixels
-from itarflow.commands.shared import chosen_labels, say, usable_device
+from itarflow.commands.shared import chosen_labels, say
 from itarflow.data import DataConfig, load_data
 from itarflow.denoise import denoise
 from itarflow.embedding import NULL_LABEL
@@ -28,9 +27,11 @@ from itarflow.guidance import Guidance
 from itarflow.inverse import Jacobi
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plan import InversePlan, replaced
-from itarflow.plot import blank_figure
 from itarflow.profile import BlockMetrics, FoundPlan, Timing, block_metrics, check_search, find_plan
-from itarflow.run import check_writable
+from itarflow.runtime.devices import usable_device
+from itarflow.runtime.files import check_writable
+from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.seeds import image_generators
 from itarflow.score import FlowDenoiser
 
 _REAL_IMAGES = 64

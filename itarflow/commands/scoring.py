@@ -18,18 +18,19 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
 
-from itarflow.commands.shared import usable_device
 from itarflow.data import DataConfig, load_data
 from itarflow.denoise import Method, Spacing
 from itarflow.denoisers import load_denoiser
 from itarflow.extractors import INCEPTION, Extractor, load_extractor
 from itarflow.generate import LabelRule, labels_by
-from itarflow.images import Crop, DataError
+from itarflow.images import Crop
 from itarflow.inverse import sequential
 from itarflow.metrics import Figure
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.processes import main_first
 from itarflow.reference import Reference, read_reference, reference_of
+from itarflow.runtime.devices import usable_device
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.processes import main_first
 from itarflow.score import Denoiser
 
 

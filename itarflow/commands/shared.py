@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +16,8 @@ from rich.table import Table
 
 from itarflow.embedding import NULL_LABEL
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.processes import first_to_say, on_cpu
+from itarflow.runtime.devices import on_cpu
+from itarflow.runtime.processes import first_to_say
 
 
 def chosen_labels(
@@ -51,24 +51,6 @@ def _label(pipe: ITARFlowPipeline, text: str) -> int | None:
         return pipe.label_id(text)
     number = int(text)
     return None if number == NULL_LABEL else pipe.label_id(number)
-
-
-def usable_device(name: str | None) -> str:
-    """The device of that name, or the best there is.
-
-    Raises:
-        ValueError: PyTorch can't compute on it.
-    """
-    if not name:
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise ValueError(f"--device {name} can't be used: {reason}. Try cpu, or leave --device out.") from error
-    return name
 
 
 def joined() -> PartialState:

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.shared import say, usable_device
+from itarflow.commands.shared import say
 from itarflow.launch import reporting
+from itarflow.runtime.devices import usable_device
 from itarflow.study import RAW, REAL, SELF, Study, distance_of, run_study
 
 

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.codes import display_name
 from itarflow.commands.scoring import Judged, Making, device_name, versions
 from itarflow.commands.shared import joined, resumable, say
 from itarflow.curves import draw_curves, draw_images
@@ -23,11 +22,11 @@ from itarflow.evaluate import make_all
 from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
 from itarflow.metrics import Scores
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plot import blank_figure
-from itarflow.processes import on_main
 from itarflow.reference import Origin
-from itarflow.run import check_writable
-from itarflow.shards import write_json
+from itarflow.runtime.files import check_writable, write_json
+from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.processes import on_main
+from itarflow.runtime.text import display_name
 from itarflow.sweep import Cell, best_cells, cells_of, figure_names, generations_of, plain, score_cells, write_csv
 
 

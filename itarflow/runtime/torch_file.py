@@ -9,19 +9,18 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from itarflow.runtime.errors import CheckpointError
+from itarflow.runtime.text import listed
+
 # What DistributedDataParallel, FSDP, activation checkpointing and torch.compile put into the names.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-class CheckpointError(ValueError):
-    """A file that can't be read as an official checkpoint; the message says why, and what to do."""
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -66,17 +65,6 @@ def flat_state(content: object) -> dict[str, Tensor]:
             "'module.' and '_orig_mod.' are taken off; expected one model. Save one model's state_dict() alone."
         )
     return clean
-
-
-def listed(names: Iterable[str], limit: int = 5) -> str:
-    """The first names, and how many there are if that is not all.
-
-    Example:
-        >>> listed("abc", limit=2)
-        'a, b, ... (3 in all)'
-    """
-    names = list(names)
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
 def _read(path: Path) -> object:

@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from itarflow import run as runs
-from itarflow.interrupt import StopSignal
-from itarflow.progress import image_progress
 from itarflow.recipe import Settings
-from itarflow.run import RunDir, RunError, Start
+from itarflow.run import RunDir, Start
+from itarflow.runtime.devices import on_cpu
+from itarflow.runtime.errors import RunError
+from itarflow.runtime.progress import image_progress
+from itarflow.runtime.signals import StopSignal
 from itarflow.states import newest_whole, set_aside_newer
 
 Opened = TypeVar("Opened")
@@ -56,11 +58,6 @@ def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[st
             log_with=list(trackers) or None,
             project_dir=run_path,
         )
-
-
-def on_cpu() -> bool:
-    """Whether to train on the CPU: Accelerate only joins several processes there when it is told so."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object]) -> None:

@@ -1,0 +1,116 @@
+"""The device: which one is used, what it can do, and batches that are halved where its memory runs out."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import psutil
+import torch
+from accelerate.utils import parse_flag_from_env
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+
+
+def usable_device(name: str | None) -> str:
+    """The device of that name, or the best there is.
+
+    Raises:
+        ValueError: PyTorch can't compute on it.
+    """
+    if not name:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n", maxsplit=1)[0]
+        raise ValueError(f"--device {name} can't be used: {reason}. Try cpu, or leave --device out.") from error
+    return name
+
+
+def on_cpu() -> bool:
+    """Whether to train on the CPU: Accelerate only joins several processes there when it is told so."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# Dense peak of the tensor cores in TFLOP/s, bfloat16 and TF32, as NVIDIA's data sheets give them without sparsity.
+PEAK_TFLOPS = {
+    "B200": (2250, 1125),
+    "H200": (989, 494),
+    "H100 PCIe": (756, 378),
+    "H100 NVL": (835, 417),
+    "H100": (989, 494),
+    "A100": (312, 156),
+    "L40S": (362, 183),
+    "L4": (121, 60),
+    "A10": (125, 62),
+    "RTX 4090": (165, 83),
+    "RTX 3090": (71, 36),
+}
+
+
+def peak_tflops(device: torch.device, mixed_precision: str) -> float | None:
+    """The device's peak for matrix products in the precision of the training; None = not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = (peaks for key, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
+    peaks = next(found, None)
+    return None if peaks is None else peaks[0 if mixed_precision == "bf16" else 1]
+
+
+def memory_gib(device: torch.device) -> float:
+    """The most that PyTorch has allocated so far on a GPU; elsewhere what the process has resident now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
+Part = TypeVar("Part")
+
+
+def in_batches(make: Callable[[slice], Part], count: int, size: int, what: str, option: str) -> tuple[list[Part], int]:
+    """make(part) for parts of 0 .. count - 1 in order, of at most `size` each, or fewer where memory runs out.
+
+    Args:
+        make: makes a part; called again for a smaller one if it fails for want of memory.
+        count: how many there are; with 0 it is asked for an empty part.
+        size: >= 1.
+        what: is made, for the warning: "the score of".
+        option: that sets the size, for the warning.
+
+    Returns:
+        What was made, and the size that fitted.
+
+    Raises:
+        RuntimeError: of `make`, if it is of another kind, or not even one fits.
+    """
+    made: list[Part] = []
+    start, size = 0, min(size, max(count, 1))
+    while start < count or not made:
+        tried = min(size, count - start)
+        try:
+            made.append(make(slice(start, start + tried)))
+            start += tried
+            continue
+        except RuntimeError as error:
+            if tried <= 1 or not should_reduce_batch_size(error):
+                raise
+        # Outside of the handler, which holds on to what the failed attempt had allocated.
+        clear_device_cache(garbage_collection=True)
+        warnings.warn(
+            f"{what} {tried} images at a time does not fit the memory; going on with {tried // 2}. To choose it "
+            f"yourself: {option}.",
+            stacklevel=3,
+        )
+        size = tried // 2
+    return made, size

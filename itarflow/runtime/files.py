@@ -1,0 +1,127 @@
+"""Files and folders that are written whole or not at all, by one command at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from itarflow.runtime.errors import DataError, RunError
+
+LOCK = ".lock"
+PARTIAL = ".partial-"
+"""How the names of files begin that a call is writing, or had to leave behind."""
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Make a folder, and keep other commands from writing into it meanwhile; nothing of it stays behind.
+
+    Raises:
+        DataError: another command writes into it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise DataError(
+            f"{out} is being written by another command; wait for its end, or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # of a folder with something in it
+            out.rmdir()
+
+
+def remove_partial(out: Path) -> None:
+    """Remove what a call that was killed has left behind."""
+    for left in out.glob(f"{PARTIAL}*"):
+        left.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with atomically(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A name to write a file under; if all goes well it comes to the disk and gets its own name, else it goes."""
+    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}{path.name}")
+    try:
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that can't be written or made, by trying; nothing is left behind.
+
+    Raises:
+        OSError: naming the folder and the reason.
+    """
+    existing = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not existing.is_dir():
+        raise OSError(f"{folder} can't be written: {existing} is a file.")
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".itarflow-"):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} can't be written: nothing can be made in {existing} ({error.strerror}).") from error
+
+
+def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder beside `target`, then put it in its place, so that a failed write leaves the old one.
+
+    Raises:
+        RunError: it can't be written; the old one is whole.
+    """
+    partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".old-{target.name}")
+    if old.exists() and not target.exists():  # killed between two renames
+        os.replace(old, target)
+    for folder in (partial, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        write(partial)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # safetensors has an error of its own for a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"{target} can't be written: {error}. What was there before is whole; make room.") from error
+    if target.exists():
+        os.replace(target, old)
+    os.replace(partial, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of named tensors as float32, in order of their names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,115 @@
+"""Folders of checkpoints, here or on the Hub: brought here, read and uploaded, without code and without pickles."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import create_repo, snapshot_download, upload_folder
+
+INDEX = "model_index.json"
+
+
+def write_setting(folder: Path, name: str, value: Any) -> None:
+    """Set a setting of the pipeline in a folder, whole or not at all."""
+    partial = folder / f".partial-{INDEX}"
+    partial.write_text((folder / INDEX).read_text())
+    rewrite_json(partial, {name: value})
+    os.replace(partial, folder / INDEX)
+
+
+def download(repo_id: str, options: dict[str, Any]) -> Path:
+    """Bring a Hub repository's weights and settings here, but neither its code nor pickles.
+
+    Args:
+        repo_id: "name/model".
+        options: of `huggingface_hub.snapshot_download`.
+
+    Raises:
+        OSError: it is no Hub id, or can't be downloaded.
+    """
+    if Path(repo_id).is_file():
+        raise OSError(
+            f"{repo_id} is a file; expected the folder of a pipeline. An official .pth file is turned into one by "
+            "`itarflow convert`."
+        )
+    looks_local = repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1
+    if looks_local:
+        raise OSError(
+            f"{repo_id!r} is neither a folder here nor a Hub id (NAME/MODEL). A finished training run has its "
+            "pipeline in runs/NAME/pipeline."
+        )
+    try:
+        patterns = ["*.json", "*.safetensors", "README.md"]
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
+    except Exception as error:
+        raise OSError(
+            f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}\nCheck the "
+            "spelling. A finished training run has its pipeline in runs/NAME/pipeline."
+        ) from error
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload a pipeline's folder to the Hub; returns the address of the commit.
+
+    Args:
+        folder: written by `save_pretrained`.
+        repo_id: "name/model"; made if needed.
+        private: whether a new repository is; None = as the account says.
+        token: None = that of `hf auth login`.
+        commit_message: None = a plain one.
+        create_pr: propose the commit instead of making it.
+
+    Raises:
+        OSError: the Hub can't be reached, knows no such user, or refuses the upload.
+    """
+    try:
+        repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        message = commit_message or "Upload an itarflow pipeline"
+        return str(
+            upload_folder(repo_id=repo, folder_path=folder, token=token, commit_message=message, create_pr=create_pr)
+        )
+    except Exception as error:  # of the Hub's client and of the network's
+        raise OSError(
+            f"The pipeline could not be uploaded to {repo_id!r}: {error}\nLog in by `hf auth login` with a "
+            "token that may write there, and check the network and the name (NAME/MODEL)."
+        ) from error
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What the model_index.json of a pipeline, of ours or of diffusers, names.
+
+    Raises:
+        OSError: there is none, or it is damaged.
+    """
+    if not (folder / INDEX).is_file():
+        raise OSError(
+            f"{folder} holds no pipeline: {INDEX} is missing. Expected a folder written by save_pretrained, "
+            "such as runs/NAME/pipeline. An official .pth file is turned into one by `itarflow convert`."
+        )
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        if not isinstance(index, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise OSError(f"{folder / INDEX} is damaged: {error}. Copy or download the folder again.") from error
+    return index
+
+
+def rewrite_json(path: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
+    """Put `changes` in, and take out the path that diffusers notes on loading: it is nobody else's business."""
+    content = {**json.loads(path.read_text()), **changes}
+    for name in ("_name_or_path", *without):
+        content.pop(name, None)
+    path.write_text(json.dumps(content, indent=2) + "\n")
