@@ -11,7 +11,7 @@ from rich.console import Console
 
 from itarflow.costs import H200, Cost, Peak, floor, inverse_costs, score_cost, total, training_cost
 from itarflow.flow import TARFlow
-from itarflow.guidance import Guidance
+from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig, itarflow_model, latent_itarflow_model, starflow_model
 
 GUIDANCE = Guidance(weight=1.5, blocks=1)

@@ -18,9 +18,10 @@ from torch import Tensor
 from itarflow import FlowDenoiser, Guidance, denoise
 from itarflow.codec import to_pixels
 from itarflow.costs import Cost, floor, inverse_costs, score_cost, training_cost
-from itarflow.embedding import NULL_LABEL
-from itarflow.inverse import Solver, sequential
-from itarflow.noise import loss_weight
+from itarflow.flow.embedding import NULL_LABEL
+from itarflow.flow.noise import loss_weight
+from itarflow.inverse import sequential
+from itarflow.inverse.solvers import Solver
 from itarflow.objective import draw, training_losses
 from itarflow.plan import choose
 from itarflow.sharding import clip_grad_norm

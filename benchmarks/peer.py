@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from itarflow.convert import export_official
-from itarflow.denoise import noise_levels
+from itarflow.denoisers.ode import noise_levels
 from itarflow.flow import TARFlow
-from itarflow.guidance import Guidance
+from itarflow.inverse import Guidance
 from itarflow.recipe import TrainConfig
 
 FILE = "transformer_flow.py"

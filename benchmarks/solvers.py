@@ -23,11 +23,11 @@ from rich.table import Table
 from torch import Tensor
 
 from itarflow.codec import codec_of
-from itarflow.denoise import Method, Spacing, denoise
+from itarflow.denoisers import FlowDenoiser, denoise
+from itarflow.denoisers.ode import Method, Spacing
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.pictures import blank_figure
 from itarflow.runtime.seeds import image_generators
-from itarflow.score import FlowDenoiser
 
 Solver = tuple[Method, Spacing]
 Errors = dict[int, tuple[float, float]]

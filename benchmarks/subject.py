@@ -15,8 +15,7 @@ from torch import Tensor
 
 from itarflow.codec import CodecConfig
 from itarflow.data import DataConfig
-from itarflow.flow import TARFlow
-from itarflow.noise import NoiseConfig
+from itarflow.flow import NoiseConfig, TARFlow
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plan import InversePlan
 from itarflow.presets import ModelConfig

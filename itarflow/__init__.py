@@ -1,12 +1,12 @@
 """Normalizing flows that generate images: TARFlow and iTARFlow, from training to a shared checkpoint."""
 
-from itarflow.denoise import DenoiseScheduler, denoise
-from itarflow.diffusion import DiffusionDenoiser
-from itarflow.flow import TARFlow
-from itarflow.guidance import Guidance
-from itarflow.inverse import Jacobi
+from itarflow.denoisers.diffusion import DiffusionDenoiser
+from itarflow.denoisers.ode import DenoiseScheduler, denoise
+from itarflow.denoisers.score import FlowDenoiser
+from itarflow.flow.tarflow import TARFlow
+from itarflow.inverse.guidance import Guidance
+from itarflow.inverse.solvers import Jacobi
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.score import FlowDenoiser
 
 __version__ = "0.1.0"
 

@@ -24,8 +24,8 @@ from itarflow.bpd_report import begin as begin_folder
 from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_stride
 from itarflow.data import DataConfig, load_data
 from itarflow.dataset import ImageDataset, too_many_broken
-from itarflow.embedding import NULL_LABEL
-from itarflow.flow import TARFlow
+from itarflow.flow.embedding import NULL_LABEL
+from itarflow.flow.tarflow import TARFlow
 from itarflow.images import Crop
 from itarflow.likelihood import Kind, Noise, likelihoods, mean_of, noises_of
 from itarflow.pipeline import ITARFlowPipeline

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from itarflow.codec import to_uint8
-from itarflow.embedding import NULL_LABEL
+from itarflow.flow.embedding import NULL_LABEL
 
 logger = logging.get_logger(__name__)
 

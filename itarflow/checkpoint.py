@@ -10,17 +10,21 @@ from typing import Any
 from itarflow.runtime.hub import INDEX, read_index, rewrite_json
 
 # Where our classes are found. diffusers' generic loader, given a Hub id, only looks for modules in the repository:
-# so there are one-line modules for those who use it and trust remote code. Ours needs neither.
-_INSTALLED = {"flow": ["itarflow.flow", "TARFlow"], "scheduler": ["itarflow.denoise", "DenoiseScheduler"]}
+# so there are one-line modules for those who use it and trust remote code. Ours needs neither, but
+# modules that hold the mixins of diffusers too, by which it knows how to load a class.
+_INSTALLED = {
+    "flow": ["itarflow.flow.tarflow", "TARFlow"],
+    "scheduler": ["itarflow.denoisers.ode", "DenoiseScheduler"],
+}
 _IN_REPOSITORY = {
     "_class_name": ["pipeline", "ITARFlowPipeline"],
     "flow": ["modeling_flow", "TARFlow"],
     "scheduler": ["scheduling_denoise", "DenoiseScheduler"],
 }
 _MODULES = {
-    "pipeline.py": "from itarflow.pipeline import ITARFlowPipeline  # noqa: F401\n",
-    "flow/modeling_flow.py": "from itarflow.flow import TARFlow  # noqa: F401\n",
-    "scheduler/scheduling_denoise.py": "from itarflow.denoise import DenoiseScheduler  # noqa: F401\n",
+    "pipeline.py": "from itarflow import ITARFlowPipeline  # noqa: F401\n",
+    "flow/modeling_flow.py": "from itarflow import TARFlow  # noqa: F401\n",
+    "scheduler/scheduling_denoise.py": "from itarflow import DenoiseScheduler  # noqa: F401\n",
 }
 
 

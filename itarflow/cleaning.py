@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from itarflow.codec import Codec, Vae, check_same_codes, codec_of
-from itarflow.denoise import DenoiseScheduler, denoise, noise_levels
-from itarflow.diffusion import DiffusionDenoiser
+from itarflow.denoisers.diffusion import DiffusionDenoiser
+from itarflow.denoisers.ode import DenoiseScheduler, denoise, noise_levels
+from itarflow.denoisers.score import CheckedDenoiser, Denoiser, FlowDenoiser
 from itarflow.measures import Cleaned, parts
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
 from itarflow.runtime.files import weights_digest
-from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,10 @@ from itarflow.calls import to_pil
 from itarflow.cleaning import clean, columns_of, decoder_columns, settings_of, solvers_of
 from itarflow.codec import Vae, differing, to_pixels, vae_identity
 from itarflow.data import DataConfig, load_data
-from itarflow.diffusion import DiffusionDenoiser
-from itarflow.embedding import NULL_LABEL
-from itarflow.guidance import Guidance
+from itarflow.denoisers.diffusion import DiffusionDenoiser
+from itarflow.denoisers.score import check_level
+from itarflow.flow.embedding import NULL_LABEL
+from itarflow.inverse.guidance import Guidance
 from itarflow.measures import METRICS, nats_per_dim, parts, residual_noise
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import check_writable
@@ -33,7 +34,6 @@ from itarflow.runtime.pictures import blank_figure, draw_pictures, image_grid
 from itarflow.runtime.progress import step_progress
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import file_name
-from itarflow.score import check_level
 
 REAL_IMAGES = 256
 """How many real images are measured for reference, at most."""

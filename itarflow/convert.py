@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itarflow.flow import TARFlow
+from itarflow.flow.tarflow import TARFlow
 from itarflow.runtime.errors import CheckpointError
 from itarflow.runtime.text import listed
 from itarflow.runtime.torch_file import read_state

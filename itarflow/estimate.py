@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from itarflow.block import AutoregressiveBlock
-from itarflow.flow import TARFlow, nll_per_dim
+from itarflow.flow.block import AutoregressiveBlock
+from itarflow.flow.tarflow import TARFlow, nll_per_dim
+from itarflow.flow.transformer import Layer
 from itarflow.recipe import Recipe
-from itarflow.transformer import Layer
 
 USABLE = 0.9
 """Part of a device's memory that tensors may fill; the rest goes to the driver, the kernels and fragmentation."""

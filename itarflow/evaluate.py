@@ -16,7 +16,8 @@ from rich.console import Console
 
 from itarflow.cleaning import Column
 from itarflow.codec import codec_of
-from itarflow.denoise import DenoiseScheduler
+from itarflow.denoisers.ode import DenoiseScheduler
+from itarflow.denoisers.score import Denoiser, FlowDenoiser
 from itarflow.extraction import extract
 from itarflow.extractors import Extractor
 from itarflow.generate import MANIFEST, Generation, begin, generate_share, manifest_of
@@ -27,7 +28,6 @@ from itarflow.runtime.files import alone, check_writable, remove_partial, write_
 from itarflow.runtime.processes import on_main, shared_images
 from itarflow.runtime.progress import image_progress
 from itarflow.samples import Samples, open_samples
-from itarflow.score import Denoiser, FlowDenoiser
 
 Way = Literal["raw", "self", "iterative"]
 WAYS: tuple[Way, ...] = ("raw", "self", "iterative")

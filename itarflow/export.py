@@ -13,16 +13,16 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from itarflow.codec import Vae
-from itarflow.denoise import lowest_level, noise_levels
-from itarflow.denoisers import load_denoiser
-from itarflow.flow import TARFlow
+from itarflow.denoisers.load import load_denoiser
+from itarflow.denoisers.ode import lowest_level, noise_levels
+from itarflow.denoisers.score import CheckedDenoiser
+from itarflow.flow.tarflow import TARFlow
 from itarflow.objective import Evaluation
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.recipe import Recipe, to_json
 from itarflow.runtime.pictures import image_grid
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import display_name
-from itarflow.score import CheckedDenoiser
 
 
 def make_pipeline(

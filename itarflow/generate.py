@@ -19,16 +19,16 @@ from torch import Tensor
 
 from itarflow.cleaning import Column, clean, identity_of, settings_of
 from itarflow.codec import to_uint8, vae_identity
-from itarflow.embedding import NULL_LABEL
-from itarflow.guidance import Guidance
-from itarflow.inverse import Solver
+from itarflow.denoisers.score import check_level
+from itarflow.flow.embedding import NULL_LABEL
+from itarflow.inverse.guidance import Guidance
+from itarflow.inverse.solvers import Solver
 from itarflow.pipeline import ITARFlowPipeline, check_denoiser
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import weights_digest, write_json
 from itarflow.runtime.seeds import image_seeds
 from itarflow.runtime.text import flat
 from itarflow.samples import shard_name, write_shard
-from itarflow.score import check_level
 
 LabelRule = Literal["balanced", "random", "none"]
 CONVERSION = "round((clip(x, -1, 1) + 1) * 127.5) to uint8; values that are not finite become 128, mid-grey"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itarflow.flow import TARFlow
+from itarflow.flow.tarflow import TARFlow
 from itarflow.objective import Losses
 from itarflow.recipe import Recipe
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from itarflow.codec import Posterior
-from itarflow.flow import LOG_2PI, TARFlow
-from itarflow.noise import LEVELS_PER_UNIT, dequantise
+from itarflow.flow.noise import LEVELS_PER_UNIT, dequantise
+from itarflow.flow.tarflow import LOG_2PI, TARFlow
 from itarflow.runtime.seeds import mixed_seed
 
 Kind = Literal["uniform", "gaussian"]

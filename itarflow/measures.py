@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from itarflow.codec import to_uint8
-from itarflow.flow import TARFlow
+from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline import ITARFlowPipeline
 
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import find_executable_batch_size, gather_object
 from diffusers.training_utils import EMAModel
 
-from itarflow.flow import nll_per_dim
+from itarflow.flow.tarflow import nll_per_dim
 from itarflow.recipe import Recipe
 
 

@@ -12,12 +12,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from itarflow import noise as noises
 from itarflow.batches import in_order
 from itarflow.codec import stored_codes, to_pixels
 from itarflow.dataset import ImageDataset
-from itarflow.embedding import NULL_LABEL
-from itarflow.flow import LOG_2PI, TARFlow, nll_per_dim
+from itarflow.flow import noise as noises
+from itarflow.flow.embedding import NULL_LABEL
+from itarflow.flow.tarflow import LOG_2PI, TARFlow, nll_per_dim
 from itarflow.recipe import Recipe
 from itarflow.runtime.seeds import mixed_seed
 

@@ -13,15 +13,15 @@ from torch import Tensor
 from itarflow.calls import Label, check_output, converted, label_list, label_number, positive
 from itarflow.card import model_card
 from itarflow.codec import Vae, codec_of, vae_stride
-from itarflow.denoise import DenoiseScheduler, Method, Spacing, denoise, lowest_level, noise_levels
-from itarflow.flow import TARFlow
-from itarflow.guidance import Guidance
+from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, denoise, lowest_level, noise_levels
+from itarflow.denoisers.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
+from itarflow.flow.tarflow import TARFlow
 from itarflow.hub import SharedPipeline
-from itarflow.inverse import Solver, sequential
+from itarflow.inverse.guidance import Guidance
+from itarflow.inverse.solvers import Solver, sequential
 from itarflow.plan import InversePlan, choose
 from itarflow.runtime.devices import in_batches
 from itarflow.runtime.seeds import image_generators
-from itarflow.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
 
 
 class ITARFlowPipeline(SharedPipeline):

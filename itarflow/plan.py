@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from itarflow.flow import TARFlow
-from itarflow.inverse import Jacobi, Solver, sequential
+from itarflow.flow.tarflow import TARFlow
+from itarflow.inverse.solvers import Jacobi, Solver, sequential
 
 
 @dataclass(frozen=True, kw_only=True)

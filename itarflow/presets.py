@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
-from itarflow.flow import TARFlow
+from itarflow.flow.tarflow import TARFlow
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from itarflow.block import AutoregressiveBlock, Condition
-from itarflow.flow import TARFlow
-from itarflow.guidance import Affine
-from itarflow.inverse import Conditioner, Guess, Jacobi, Progress, sequential
+from itarflow.flow.block import AutoregressiveBlock, Condition
+from itarflow.flow.tarflow import TARFlow
+from itarflow.inverse.guidance import Affine
+from itarflow.inverse.solvers import Conditioner, Guess, Jacobi, Progress, sequential
 from itarflow.plan import InversePlan, tokens_of_blocks
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)

@@ -14,9 +14,9 @@ import torch
 
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity
 from itarflow.data import DataConfig, ImageData, load_data
-from itarflow.denoise import DenoiseScheduler, Method, Spacing
-from itarflow.guidance import Guidance
-from itarflow.noise import NoiseConfig
+from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
+from itarflow.flow.noise import NoiseConfig
+from itarflow.inverse.guidance import Guidance
 from itarflow.optimisation import Optimisation
 from itarflow.presets import ModelConfig
 from itarflow.runtime.errors import DataError

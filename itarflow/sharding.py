@@ -33,9 +33,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from itarflow.ema import averaged_weights
-from itarflow.flow import TARFlow
+from itarflow.flow.tarflow import TARFlow
+from itarflow.flow.transformer import Layer
 from itarflow.recipe import Recipe
-from itarflow.transformer import Layer
 
 _FOLDER = "tensors"
 

@@ -25,6 +25,7 @@ from itarflow.calls import to_pil
 from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_pixels
 from itarflow.data import load_data
+from itarflow.denoisers.score import FlowDenoiser
 from itarflow.evaluate import make_samples, scores_of
 from itarflow.extractors import Extractor, load_extractor
 from itarflow.generate import MANIFEST, Generation, labels_by
@@ -37,7 +38,6 @@ from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.pictures import blank_figure, draw_pictures
 from itarflow.runtime.text import display_name
 from itarflow.samples import open_samples, shard_name, write_shard
-from itarflow.score import FlowDenoiser
 from itarflow.training import train
 
 RAW, SELF, REAL = "raw", "self", "real images"

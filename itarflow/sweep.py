@@ -23,7 +23,8 @@ from torch import Tensor
 
 from itarflow.cleaning import Column
 from itarflow.codec import codec_of
-from itarflow.denoise import Method, Spacing
+from itarflow.denoisers.ode import Method, Spacing
+from itarflow.denoisers.score import Denoiser, FlowDenoiser
 from itarflow.evaluate import scores_of
 from itarflow.extractors import Extractor
 from itarflow.generate import Generation
@@ -31,7 +32,6 @@ from itarflow.metrics import Scores
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.reference import Reference
 from itarflow.runtime.files import atomically
-from itarflow.score import Denoiser, FlowDenoiser
 
 HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall"})
 """Figures of `metrics.Scores` of which the highest is best; of all others the lowest."""

@@ -24,7 +24,7 @@ from itarflow.codec import Vae
 from itarflow.data import ImageData
 from itarflow.estimate import estimate
 from itarflow.export import make_pipeline, open_denoiser, sample_grid, training_record
-from itarflow.flow import TARFlow, updated_prior_variance
+from itarflow.flow.tarflow import TARFlow, updated_prior_variance
 from itarflow.insight import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
 from itarflow.loop import Loop
 from itarflow.microbatch import find_accumulation

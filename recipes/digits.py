@@ -6,9 +6,9 @@ It needs no download and no GPU, and takes two to three minutes on two CPU cores
 """
 
 from itarflow.data import DataConfig
-from itarflow.guidance import Guidance
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.noise import NoiseConfig
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 

@@ -9,9 +9,9 @@ Encode the images once, both as they are and mirrored (about 42 GB), then train;
 
 from itarflow.codec import CodecConfig
 from itarflow.data import DataConfig
-from itarflow.guidance import Guidance
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.noise import NoiseConfig
 from itarflow.presets import SD_VAE, T_MAX_CODES, T_MIN, latent_itarflow_model
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 

@@ -4,9 +4,9 @@ accelerate launch recipes/imagenet256_pixel.py --data.path /data/imagenet
 """
 
 from itarflow.data import DataConfig
-from itarflow.guidance import Guidance
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.noise import NoiseConfig
 from itarflow.presets import T_MAX, T_MIN, itarflow_model
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 

@@ -8,9 +8,9 @@ Encode a folder of pictures (one sub-folder a class) by TAESD, a tiny VAE, then 
 
 from itarflow.codec import CodecConfig
 from itarflow.data import DataConfig
-from itarflow.guidance import Guidance
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.noise import NoiseConfig
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 

@@ -13,9 +13,9 @@ As it stands the recipe decodes with the plain VAE, after TARFlow's single denoi
 
 from itarflow.codec import CodecConfig
 from itarflow.data import DataConfig
-from itarflow.guidance import Guidance
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.noise import NoiseConfig
 from itarflow.presets import SD_VAE, starflow_model
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 

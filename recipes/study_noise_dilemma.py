@@ -12,8 +12,8 @@ iTARFlow's. The same command goes on after an interruption:
 
 from itarflow.commands.study import main
 from itarflow.data import DataConfig
-from itarflow.guidance import Guidance
-from itarflow.noise import NoiseConfig
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.study import Study

@@ -4,8 +4,8 @@ accelerate launch recipes/tarflow_imagenet64_bpd.py --data.path /data/imagenet64
 """
 
 from itarflow.data import DataConfig
+from itarflow.flow import NoiseConfig
 from itarflow.launch import main
-from itarflow.noise import NoiseConfig
 from itarflow.presets import TARFLOW
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 

@@ -4,9 +4,9 @@ accelerate launch recipes/tarflow_imagenet64_uncond.py --data.path /data/imagene
 """
 
 from itarflow.data import DataConfig
-from itarflow.guidance import Guidance
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.noise import NoiseConfig
 from itarflow.presets import TARFLOW
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 

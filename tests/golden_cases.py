@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from itarflow.block import FlowOutput
 from itarflow.convert import load_official, name_map
-from itarflow.denoise import Method, denoise, noise_levels
-from itarflow.flow import TARFlow, nll_per_dim, updated_prior_variance
-from itarflow.guidance import Guidance
-from itarflow.noise import NoiseConfig, dequantise, lognormal_level, loss_weight, quadratic_level, uniform_level
-from itarflow.score import FlowDenoiser
+from itarflow.denoisers import FlowDenoiser, denoise
+from itarflow.denoisers.ode import Method, noise_levels
+from itarflow.flow import NoiseConfig, TARFlow, nll_per_dim
+from itarflow.flow.block import FlowOutput
+from itarflow.flow.noise import dequantise, lognormal_level, loss_weight, quadratic_level, uniform_level
+from itarflow.flow.tarflow import updated_prior_variance
+from itarflow.inverse import Guidance
 
 GOLDEN = Path(__file__).parent / "golden"
 RTOL, ATOL = 1e-4, 5e-5
@@ -252,7 +253,7 @@ def _iterative_denoising(case: Case, call: dict[str, Any]) -> dict[str, Tensor]:
         trace.update({f"trace.x.{index}": x.clone(), f"trace.x0.{index}": x0.clone()})
 
     draws = list(inputs.get("noise", ()))
-    with mock.patch("itarflow.denoise.randn_tensor", side_effect=draws) as drawn:
+    with mock.patch("itarflow.denoisers.ode.randn_tensor", side_effect=draws) as drawn:
         x = denoise(
             FlowDenoiser(case.flow(), slice_size=call.get("denoising_batch_size")),
             inputs["x"],

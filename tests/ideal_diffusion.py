@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from itarflow.diffusion import DiffusionDenoiser
+from itarflow.denoisers import DiffusionDenoiser
 
 SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.costs import Peak
-from itarflow.denoise import DenoiseScheduler
-from itarflow.embedding import NULL_LABEL
+from itarflow.denoisers import DenoiseScheduler
+from itarflow.flow.embedding import NULL_LABEL
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -216,7 +216,7 @@ def test_what_will_not_go_is_said(words, message, capsys):
 def test_peers_that_are_none_are_refused(tmp_path, capsys):
     (tmp_path / "transformer_flow.py").write_text("answer = 42\n")
     (tmp_path / "recipe.py").write_text(
-        "from itarflow.data import DataConfig\nfrom itarflow.noise import NoiseConfig\n"
+        "from itarflow.data import DataConfig\nfrom itarflow.flow import NoiseConfig\n"
         "from itarflow.presets import ModelConfig\nfrom itarflow.recipe import Recipe\n"
         "recipe = Recipe(name='one-level', data=DataConfig(), noise=NoiseConfig(distribution='constant'),\n"
         "                model=ModelConfig(image_size=8, channels=64, num_layers=(1,), noise_conditioned=False))\n"

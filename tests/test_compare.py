@@ -21,7 +21,7 @@ from torch import Tensor
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, cleaning, cli, denoise
 from itarflow.codec import VaeCodec
 from itarflow.compare import Comparison, compare
-from itarflow.diffusion import DiffusionDenoiser
+from itarflow.denoisers import DiffusionDenoiser
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import short_names
 

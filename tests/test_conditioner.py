@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from itarflow.conditioner import Cache
-from itarflow.guidance import Guidance, guide
-from itarflow.inverse import Jacobi
+from itarflow.inverse import Guidance, Jacobi, guide
+from itarflow.inverse.decoding import Cache
 
 GUIDANCE = Guidance(weight=1.5, rule="gaussian", temperature=0.7)
 

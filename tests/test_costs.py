@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from itarflow.costs import H200, Cost, Peak, floor, inverse_costs, score_cost, total, training_cost
+from itarflow.denoisers import FlowDenoiser
 from itarflow.flow import TARFlow, nll_per_dim
-from itarflow.guidance import Guidance
+from itarflow.inverse import Guidance
 from itarflow.presets import itarflow_model
-from itarflow.score import FlowDenoiser
 
 GUIDED = Guidance(weight=1.5, blocks=1)
 

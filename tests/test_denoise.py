@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from itarflow.denoise import DenoiseScheduler, denoise, noise_levels
-from itarflow.score import FlowDenoiser
+from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
+from itarflow.denoisers.ode import noise_levels
 
 METHODS = ["euler", "heun", "multistep", "predictor-corrector", "sde"]
 ODE_METHODS = ["euler", "heun", "multistep", "predictor-corrector"]

@@ -21,9 +21,9 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from test_diffusion import DIT, UNET
 
-from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, denoisers
-from itarflow.denoisers import load_denoiser
-from itarflow.diffusion import DiffusionDenoiser
+from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow
+from itarflow.denoisers import DiffusionDenoiser, load_denoiser
+from itarflow.denoisers import load as denoisers
 
 NOISY = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 

@@ -20,7 +20,7 @@ from ideal_diffusion import PREDICTIONS, SCHEDULES, IdealModel, mapping_error, p
 from torch import Tensor, nn
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, denoise
-from itarflow.diffusion import DiffusionDenoiser
+from itarflow.denoisers import DiffusionDenoiser
 
 DIT = {"num_attention_heads": 1, "attention_head_dim": 8, "in_channels": 2, "num_layers": 2, "sample_size": 4}
 UNET: dict[str, Any] = {

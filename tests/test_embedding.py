@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from itarflow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding, fourier_features
+from itarflow.flow.embedding import (
+    NULL_LABEL,
+    ClassEmbedding,
+    NoiseLevelEmbedding,
+    PositionEmbedding,
+    fourier_features,
+)
 
 
 @pytest.mark.parametrize("channels", [2, 7, 8])

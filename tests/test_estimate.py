@@ -23,9 +23,8 @@ from itarflow.estimate import (
     device_memory,
     estimate,
 )
-from itarflow.flow import nll_per_dim
-from itarflow.guidance import Guidance
-from itarflow.noise import NoiseConfig
+from itarflow.flow import NoiseConfig, nll_per_dim
+from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.runtime.text import human_bytes, human_number

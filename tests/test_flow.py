@@ -8,9 +8,10 @@ import torch
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
-from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify, updated_prior_variance
-from itarflow.guidance import Guidance
-from itarflow.transformer import Attention
+from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify
+from itarflow.flow.tarflow import updated_prior_variance
+from itarflow.flow.transformer import Attention
+from itarflow.inverse import Guidance
 
 
 def one_by_one(inputs):

@@ -8,17 +8,15 @@ from conftest import tiny_vae
 
 from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_uint8
-from itarflow.denoise import DenoiseScheduler
+from itarflow.denoisers import DenoiseScheduler, FlowDenoiser
 from itarflow.evaluate import WAYS, ways_of
 from itarflow.flow import TARFlow
 from itarflow.generate import Generation, begin, generate_share, labels_by
-from itarflow.guidance import Guidance
-from itarflow.inverse import sequential
+from itarflow.inverse import Guidance, sequential
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.seeds import image_generators
 from itarflow.samples import open_samples
-from itarflow.score import FlowDenoiser
 
 
 def tiny(num_classes: int = 3) -> ITARFlowPipeline:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from golden_cases import KNOWN_QUIRKS, OF_TRAINING, RTOL, Case, Comparison, compare, golden_calls, load_cases
 
-from itarflow.flow import LOG_2PI
-from itarflow.guidance import Guidance
-from itarflow.score import FlowDenoiser
+from itarflow.denoisers import FlowDenoiser
+from itarflow.flow.tarflow import LOG_2PI
+from itarflow.inverse import Guidance
 
 CALLS = golden_calls()
 # Relative to a tensor's largest value. The official float32 results are themselves up to 1e-6 off float64.

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from itarflow.guidance import Guidance, guide
+from itarflow.inverse import Guidance, guide
 
 RULES = ["log_scale", "scale", "gaussian"]
 

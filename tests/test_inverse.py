@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from itarflow.guidance import Guidance
-from itarflow.inverse import Jacobi, sequential
+from itarflow.inverse import Guidance, Jacobi, sequential
 
 B, N, D = 3, 9, 2
 
@@ -242,7 +241,7 @@ def test_a_solver_a_block_in_the_order_of_inversion(make_flow):
     flow.inverse(z, None, 0.2, solver=[solver("noise side"), solver("image side")])
     assert asked == [("noise side", 16), ("image side", 4)]
     for wrong in (4, "jacobi", [Jacobi(), None]):
-        with pytest.raises(ValueError, match=r"solver is .*; expected one of itarflow.inverse"):
+        with pytest.raises(ValueError, match=r"solver is .*; expected one of itarflow.inverse.solvers"):
             flow.inverse(z, None, 0.2, solver=wrong)
     with pytest.raises(ValueError, match="1 solvers were given for 2 blocks"):
         flow.inverse(z, None, 0.2, solver=[sequential])

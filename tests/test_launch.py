@@ -14,7 +14,7 @@ from PIL import Image
 
 from itarflow import launch
 from itarflow.data import DataConfig
-from itarflow.noise import NoiseConfig
+from itarflow.flow import NoiseConfig
 from itarflow.objective import Evaluation
 from itarflow.presets import itarflow_model
 from itarflow.recipe import Recipe, TrainConfig

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from itarflow.noise import (
-    NoiseConfig,
+from itarflow.flow import NoiseConfig
+from itarflow.flow.noise import (
     dequantise,
     draw_noise_level,
     lognormal_level,

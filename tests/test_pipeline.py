@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, ITARFlowPipeline, TARFlow, denoise
-from itarflow.denoise import noise_levels
+from itarflow.denoisers.ode import noise_levels
 from itarflow.runtime import hub as runtime_hub
 from itarflow.runtime.seeds import image_generators
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from itarflow import profile
-from itarflow.guidance import Guidance
-from itarflow.inverse import Jacobi, sequential
+from itarflow.inverse import Guidance, Jacobi, sequential
 from itarflow.profile import BlockProfile, Timing, block_metrics, find_plan
 
 

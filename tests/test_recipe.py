@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from itarflow.data import DataConfig
-from itarflow.guidance import Guidance
-from itarflow.noise import NoiseConfig
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig
 from itarflow.recipe import (
     Recipe,

@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from itarflow import replay
-from itarflow.guidance import Guidance
-from itarflow.inverse import Jacobi, sequential
-from itarflow.replay import Replayed
+from itarflow.inverse import Guidance, Jacobi, sequential
+from itarflow.inverse import cuda_graph as replay
+from itarflow.inverse.cuda_graph import Replayed
 
 
 def as_a_graph(evaluation, tokens, start):

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from itarflow.denoise import denoise
-from itarflow.score import FlowDenoiser
+from itarflow.denoisers import FlowDenoiser, denoise
 
 
 def seeded(seed=0):

@@ -19,7 +19,7 @@ from itarflow import study as studies
 from itarflow.commands import study as command
 from itarflow.data import DataConfig
 from itarflow.extractors import Features
-from itarflow.noise import NoiseConfig
+from itarflow.flow import NoiseConfig
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.runtime.errors import DataError

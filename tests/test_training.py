@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from itarflow import ITARFlowPipeline, data, objective, training
 from itarflow import run as runs
 from itarflow.data import DataConfig, load_data
-from itarflow.guidance import Guidance
-from itarflow.noise import NoiseConfig
+from itarflow.flow import NoiseConfig
+from itarflow.inverse import Guidance
 from itarflow.prepare import PrepareConfig, prepare
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
@@ -617,7 +617,7 @@ def test_dropped_labels_are_the_null_label():
             self.labels = labels
             return training_output
 
-    from itarflow.block import FlowOutput
+    from itarflow.flow.block import FlowOutput
 
     training_output = FlowOutput(torch.zeros(4, 1, 1), torch.zeros(4))
     draws = objective.Draws(

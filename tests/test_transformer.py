@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from itarflow.transformer import Attention, Layer, Transformer
+from itarflow.flow.transformer import Attention, Layer, Transformer
 
 B, N, C, E = 3, 6, 8, 4
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from itarflow.checkpoint import foreign_entries
 from itarflow.commands.shared import say
 from itarflow.convert import export_official, load_official
-from itarflow.denoise import DenoiseScheduler
-from itarflow.flow import TARFlow
+from itarflow.denoisers.ode import DenoiseScheduler
+from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.runtime.files import check_writable, replace_folder

@@ -21,10 +21,11 @@ from torch import Tensor
 from itarflow.codec import codec_of, to_pixels
 from itarflow.commands.shared import chosen_labels, say
 from itarflow.data import DataConfig, load_data
-from itarflow.denoise import denoise
-from itarflow.embedding import NULL_LABEL
-from itarflow.guidance import Guidance
-from itarflow.inverse import Jacobi
+from itarflow.denoisers.ode import denoise
+from itarflow.denoisers.score import FlowDenoiser
+from itarflow.flow.embedding import NULL_LABEL
+from itarflow.inverse.guidance import Guidance
+from itarflow.inverse.solvers import Jacobi
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.plan import InversePlan, replaced
 from itarflow.profile import BlockMetrics, FoundPlan, Timing, block_metrics, check_search, find_plan
@@ -32,7 +33,6 @@ from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.pictures import blank_figure
 from itarflow.runtime.seeds import image_generators
-from itarflow.score import FlowDenoiser
 
 _REAL_IMAGES = 64
 """Images of --data that CRM and IGM are computed on."""

@@ -14,15 +14,15 @@ from PIL import Image
 
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.commands.shared import chosen_labels, say
-from itarflow.denoise import Method, Spacing
-from itarflow.denoisers import load_denoiser
-from itarflow.inverse import sequential
+from itarflow.denoisers.load import load_denoiser
+from itarflow.denoisers.ode import Method, Spacing
+from itarflow.denoisers.score import Denoiser
+from itarflow.inverse.solvers import sequential
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.pictures import image_grid
 from itarflow.runtime.seeds import image_generators
-from itarflow.score import Denoiser
 
 
 @dataclass(frozen=True)

@@ -19,19 +19,19 @@ from rich.console import Console
 from torch import Tensor
 
 from itarflow.data import DataConfig, load_data
-from itarflow.denoise import Method, Spacing
-from itarflow.denoisers import load_denoiser
+from itarflow.denoisers.load import load_denoiser
+from itarflow.denoisers.ode import Method, Spacing
+from itarflow.denoisers.score import Denoiser
 from itarflow.extractors import INCEPTION, Extractor, load_extractor
 from itarflow.generate import LabelRule, labels_by
 from itarflow.images import Crop
-from itarflow.inverse import sequential
+from itarflow.inverse.solvers import sequential
 from itarflow.metrics import Figure
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.reference import Reference, read_reference, reference_of
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.processes import main_first
-from itarflow.score import Denoiser
 
 
 @dataclass(frozen=True, kw_only=True)

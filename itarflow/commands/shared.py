@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.embedding import NULL_LABEL
+from itarflow.flow.embedding import NULL_LABEL
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import on_cpu
 from itarflow.runtime.processes import first_to_say

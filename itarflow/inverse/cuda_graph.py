@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from itarflow.conditioner import Conditioner
-from itarflow.guidance import Affine
+from itarflow.inverse.decoding import Conditioner
+from itarflow.inverse.guidance import Affine
 
 Evaluation = Callable[[Tensor, Tensor], Affine]
 """(tokens (B, n, D), start (B,)) -> (shift, scale)."""
@@ -57,7 +57,7 @@ def record(evaluation: Evaluation, tokens: Tensor, start: Tensor) -> Evaluation:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A conditioner whose evaluations of small windows are replayed: an `inverse.Conditioner`.
+    """A conditioner whose evaluations of small windows are replayed: an `solvers.Conditioner`.
 
     What a call returns is overwritten by the next one.
     """

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from itarflow.flow import TARFlow, log_density
+from itarflow.flow.tarflow import TARFlow, log_density
+from itarflow.flow.transformer import Layer
 from itarflow.runtime.devices import in_batches
-from itarflow.transformer import Layer
 
 Module = TypeVar("Module", bound=nn.Module)
 

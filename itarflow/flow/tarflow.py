@@ -16,12 +16,12 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from itarflow import inverse as solvers
-from itarflow.architecture import check_architecture, check_scalars, per_block
-from itarflow.block import AutoregressiveBlock, FlowOutput
-from itarflow.embedding import NULL_LABEL
-from itarflow.guidance import Guidance
-from itarflow.transformer import Transformer
+from itarflow.flow.block import AutoregressiveBlock, FlowOutput
+from itarflow.flow.checks import check_architecture, check_scalars, per_block
+from itarflow.flow.embedding import NULL_LABEL
+from itarflow.flow.transformer import Transformer
+from itarflow.inverse import solvers
+from itarflow.inverse.guidance import Guidance
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -284,7 +284,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         by_block = [solver] * len(self.blocks) if callable(solver) else solver
         if not isinstance(by_block, Sequence) or isinstance(by_block, str) or not all(map(callable, by_block)):
             raise ValueError(
-                f"solver is {solver!r}; expected one of itarflow.inverse, or a list of them, one a block."
+                f"solver is {solver!r}; expected one of itarflow.inverse.solvers, or a list of them, one a block."
             )
         if len(by_block) != len(self.blocks):
             raise ValueError(f"{len(by_block)} solvers were given for {len(self.blocks)} blocks; expected one each.")

@@ -10,13 +10,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from itarflow import inverse as solvers
-from itarflow.conditioner import Cache, Conditioner, pack_layers
-from itarflow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
-from itarflow.guidance import Affine, Guidance, guide
-from itarflow.replay import Replayed
+from itarflow.flow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
+from itarflow.flow.transformer import Layer, Transformer, pack_layers
+from itarflow.inverse import solvers
+from itarflow.inverse.cuda_graph import Replayed
+from itarflow.inverse.decoding import Cache, Conditioner
+from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.linear import pack
-from itarflow.transformer import Layer, Transformer
 
 
 class FlowOutput(NamedTuple):

@@ -9,18 +9,16 @@ H heads, E head width (C = H * E), L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from itarflow.guidance import Affine, Guidance, guide
+from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.attention import attention
-from itarflow.runtime.linear import PackedLinear, pack
-from itarflow.transformer import Layer
+from itarflow.runtime.linear import PackedLinear
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -34,27 +32,6 @@ class PackedLayer(NamedTuple):
     mlp_norm: Norm
     up: PackedLinear
     down: PackedLinear
-
-
-def pack_layers(layers: Iterable[Layer], dtype: torch.dtype) -> tuple[PackedLayer, ...]:
-    """The layers of a transformer, with their products in that type."""
-    return tuple(
-        PackedLayer(
-            _norm(layer.attention_norm),
-            pack(layer.attention.qkv, dtype),
-            pack(layer.attention.proj, dtype),
-            _norm(layer.mlp_norm),
-            pack(cast(nn.Linear, layer.mlp[0]), dtype),
-            pack(cast(nn.Linear, layer.mlp[2]), dtype),
-        )
-        for layer in layers
-    )
-
-
-def _norm(module: nn.LayerNorm) -> Norm:
-    shape = tuple(module.normalized_shape)
-    weight, bias, epsilon = module.weight, module.bias, module.eps
-    return lambda x: F.layer_norm(x, shape, weight, bias, epsilon)  # a module takes half as long again to be called
 
 
 class Cache:
@@ -107,7 +84,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Conditioner:
-    """A block, ready to give shift and scale of the tokens that follow a window: an `inverse.Conditioner`.
+    """A block, ready to give shift and scale of the tokens that follow a window: an `solvers.Conditioner`.
 
     The cache is written with each call, at the window's positions, so the windows before must have been given.
     """

@@ -12,10 +12,10 @@ from diffusers import DiTTransformer2DModel, SchedulerMixin, UNet2DModel
 from huggingface_hub import snapshot_download
 
 from itarflow.codec import Vae, check_same_codes
-from itarflow.diffusion import DiffusionDenoiser
+from itarflow.denoisers.diffusion import DiffusionDenoiser
+from itarflow.denoisers.score import FlowDenoiser
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.hub import read_index
-from itarflow.score import FlowDenoiser
 
 _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
     "transformer": DiTTransformer2DModel,

@@ -1,0 +1,267 @@
+"""From a noisy sample to a clean one: the integrators of dx = -t * score dt.
+
+They see a denoiser only through its clean estimates: the ODE's slope is (x - denoiser(x)) / t.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from itarflow.denoisers.score import CheckedDenoiser, Denoiser
+
+Method = Literal["euler", "heun", "multistep", "predictor-corrector", "sde", "skip"]
+Spacing = Literal["even", "quadratic"]
+_METHODS, _SPACINGS = get_args(Method), get_args(Spacing)
+Generators = torch.Generator | list[torch.Generator] | None
+
+
+Callback = Callable[[int, float, Tensor, Tensor], None]
+"""callback(i, t, x, x0): before step i, at noise level t, with the noisy x and the estimate x0."""
+
+
+def lowest_level(denoiser: Denoiser, t_max: float) -> float:
+    """Where the steps of a denoiser may end that begin at t_max: at the smallest level that it knows.
+
+    If it doesn't say, at the papers' 0.01; if that is not below t_max, at half of t_max.
+    """
+    known = denoiser.noise_range if isinstance(denoiser, CheckedDenoiser) else None
+    low = known[0] if known else 0.01
+    return low if low < t_max else t_max / 2
+
+
+def noise_levels(t_max: float, t_min: float, num_steps: int, spacing: Spacing = "even") -> list[float]:
+    """The levels that are visited: num_steps of them from t_max down to t_min, both exactly, then 0.
+
+    Their spacing is "even" in t, or "quadratic": even in the square root of t, so closer together at low levels.
+
+    With one step t_min plays no part: the path goes from t_max to 0, which is TARFlow's denoising.
+
+    Raises:
+        ValueError: num_steps < 1, not 0 < t_min < t_max, or an unknown spacing.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_denoise_steps is {num_steps}; expected a number of score evaluations >= 1.")
+    if not (t_max > 0 and math.isfinite(t_max)):
+        raise ValueError(f"t_max is {t_max}; expected a noise level > 0.")
+    if num_steps > 1 and not 0 < t_min < t_max:
+        raise ValueError(f"t_min={t_min}, t_max={t_max}; expected 0 < t_min < t_max for {num_steps} steps.")
+    if spacing not in _SPACINGS:
+        raise ValueError(f"spacing is {spacing!r}; expected one of {', '.join(_SPACINGS)}.")
+    if num_steps == 1:
+        return [t_max, 0.0]
+    if spacing == "even":
+        return [*torch.linspace(t_max, t_min, num_steps, dtype=torch.float64).tolist(), 0.0]
+    roots = torch.linspace(math.sqrt(t_max), math.sqrt(t_min), num_steps, dtype=torch.float64)
+    return [t_max, *roots.square()[1:-1].tolist(), t_min, 0.0]
+
+
+@torch.no_grad()
+def denoise(
+    denoiser: Denoiser,
+    noisy: Tensor,
+    labels: Tensor | None = None,
+    *,
+    t_max: float,
+    t_min: float,
+    num_steps: int = 10,
+    method: Method = "euler",
+    spacing: Spacing = "even",
+    clip: bool = False,
+    generator: Generators = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Follow dx = -t * score dt from t_max to 0 (iTARFlow, section 3).
+
+    Args:
+        denoiser: gives the clean estimate at a noise level.
+        noisy: (B, C, H, W), clean images plus noise of standard deviation t_max.
+        labels: (B,) or None, handed to the denoiser.
+        t_max: noise level of `noisy`.
+        t_min: smallest level at which the denoiser is asked; from there one step leads to 0.
+        num_steps: evaluations of the denoiser, >= 1. 1 = TARFlow's single Tweedie step.
+        method: "euler": first order. "heun": second order, two evaluations a step (Karras et al. 2022, algorithm 1),
+            on fewer and larger steps. "multistep": second order from one evaluation a step and the one before
+            (Adams-Bashforth). "predictor-corrector": second order from one evaluation a step, which also corrects
+            the step that led to it; with quadratic spacing it needs the fewest evaluations. "sde": Euler that
+            replaces a part of the noise by a fresh draw. "skip": noisy is returned as it is, for flows that were
+            trained without Gaussian noise, or to see what denoising does.
+        spacing: of the levels, see `noise_levels`.
+        clip: clamp the clean estimates, not x, to [-1, 1].
+        generator: for "sde"; a list gives each image its own.
+        callback: called before each step.
+
+    Returns:
+        (B, C, H, W) in float32, on noisy's device.
+
+    Raises:
+        ValueError: num_steps < 1, t_min or t_max out of order, or an unknown method or spacing.
+    """
+    if method not in _METHODS:
+        raise ValueError(f"denoising method is {method!r}; expected one of {', '.join(_METHODS)}.")
+    steps = _heun_intervals(num_steps) if method == "heun" else num_steps
+    levels = noise_levels(t_max, t_min, steps, spacing)
+    x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
+
+    if method == "skip":
+        return x
+
+    def estimate(x: Tensor, t: float) -> Tensor:
+        x0 = denoiser(x, labels, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
+        return x0.clamp(-1, 1) if clip else x0
+
+    def report(index: int, t: float, x: Tensor, x0: Tensor) -> None:
+        if callback is not None:
+            callback(index, t, x, x0)
+
+    if method == "sde":
+        return _sde(estimate, x, levels, report, generator)
+    if method == "heun":
+        return _heun(estimate, x, levels, report, num_steps)
+    if method == "predictor-corrector":
+        return _predictor_corrector(estimate, x, levels, report)
+    return _euler(estimate, x, levels, report) if method == "euler" else _multistep(estimate, x, levels, report)
+
+
+Estimate = Callable[[Tensor, float], Tensor]
+
+
+def _euler(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        x = x0 + (t_next / t) * (x - x0)
+    return x
+
+
+def _heun(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, budget: int) -> Tensor:
+    """Heun steps as far as `budget` evaluations reach; one Euler step before the last if one is left over.
+
+    A single Euler step has a local error of the size that all Heun steps have together, so the order stays two.
+    """
+    spare = (budget - 1) - 2 * (len(levels) - 2)  # < 0: that many intervals must do with one evaluation
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        slope = (x - x0) / t
+        euler = x + (t_next - t) * slope
+        last_interval = index == len(levels) - 3
+        if t_next == 0:
+            return x0
+        if last_interval and spare < 0:
+            x = euler
+            continue
+        slope_next = (euler - estimate(euler, t_next)) / t_next
+        x = x + (t_next - t) * 0.5 * (slope + slope_next)
+    return x
+
+
+def _heun_intervals(num_steps: int) -> int:
+    """How many levels above 0 Heun visits with num_steps evaluations: the last takes one, each other two."""
+    return 1 + num_steps // 2 if num_steps > 1 else num_steps
+
+
+def _multistep(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+    """Adams-Bashforth: the slope is extrapolated through the last two evaluations; the first step is Euler's.
+
+    It steps in t, not in log t as DPM-Solver++(2M): on an even grid, whose last steps are long in log t, that
+    extrapolates too far and at ten steps is worse than Euler.
+    """
+    previous: tuple[float, Tensor] | None = None
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        if t_next == 0:
+            return x0
+        slope = (x - x0) / t
+        mean_slope = slope
+        if previous is not None:
+            t_before, slope_before = previous
+            mean_slope = slope + 0.5 * (t_next - t) / (t - t_before) * (slope - slope_before)
+        x = x + (t_next - t) * mean_slope
+        previous = t, slope
+    return x
+
+
+def _predictor_corrector(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+    """The clean estimate is taken as linear in t, for which the ODE is solved exactly.
+
+    To reach the next level, the line through the last two estimates is extended (the first step is Euler's); once
+    the estimate there is known, the step is done again with the line through its two ends.
+    """
+    before: tuple[float, Tensor, Tensor] | None = None
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        if t_next == 0:
+            return x0
+        change: Tensor | float = 0.0
+        if before is not None:
+            t_before, x_before, x0_before = before
+            change = (x0 - x0_before) / (t - t_before)
+            x = _linear_step(x_before, x0_before, change, t_before, t)
+        before = t, x, x0
+        x = _linear_step(x, x0, change, t, t_next)
+    return x
+
+
+def _linear_step(x: Tensor, x0: Tensor, change: Tensor | float, t: float, t_next: float) -> Tensor:
+    """The exact step from t to t_next if the clean estimate at level s is x0 + change * (s - t)."""
+    kept = t_next / t
+    return kept * x + (1 - kept) * (x0 - t * change) - t_next * math.log(kept) * change
+
+
+def _sde(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, generator: Generators) -> Tensor:
+    """Keep the share (t_next / t)^2 of the noise's variance and draw the rest anew."""
+    if isinstance(generator, list) and len(generator) != len(x):
+        raise ValueError(f"{len(generator)} generators were given for {len(x)} images; expected one each.")
+    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
+        x0 = estimate(x, t)
+        report(index, t, x, x0)
+        kept = (t_next / t) ** 2
+        x_next = x0 + t_next * math.sqrt(kept) * (x - x0) / t
+        if t_next > 0:
+            fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x_next = x_next + t_next * math.sqrt(1 - kept) * fresh
+        x = x_next
+    return x
+
+
+class DenoiseScheduler(SchedulerMixin, ConfigMixin):
+    """How a checkpoint is denoised unless told otherwise: the defaults of `denoise`, stored beside the weights.
+
+    Args:
+        t_max: noise level at which the flow is sampled.
+        t_min: smallest level at which the denoiser is asked.
+        num_denoise_steps: score evaluations.
+        method: see `denoise`.
+        clip: clamp the clean estimates to [-1, 1].
+        spacing: see `noise_levels`.
+
+    Raises:
+        ValueError: values that `denoise` would refuse.
+    """
+
+    config_name = "scheduler_config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        t_max: float,
+        t_min: float,
+        num_denoise_steps: int = 10,
+        method: Method = "euler",
+        clip: bool = False,
+        spacing: Spacing = "even",
+    ) -> None:
+        noise_levels(t_max, t_min, num_denoise_steps, spacing)
+        if method not in _METHODS:
+            raise ValueError(f"denoising method is {method!r}; expected one of {', '.join(_METHODS)}.")
