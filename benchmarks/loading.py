@@ -20,10 +20,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from itarflow.batches import batches, training_sampler
-from itarflow.data import DataConfig, ImageDataset, load_data
-from itarflow.images import convert_image, crop_image
-from itarflow.sources import open_splits
+from itarflow.data import DataConfig, load_data
+from itarflow.data.images import convert_image, crop_image
+from itarflow.data.load import ImageDataset
+from itarflow.data.loader import batches
+from itarflow.data.order import training_sampler
+from itarflow.data.sources import open_splits
 
 IMAGES_PER_FILE = 1000  # of parquet
 IMAGES_PER_ROW_GROUP = 32  # few, so that the small copies have many

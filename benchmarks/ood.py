@@ -27,10 +27,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from itarflow import ITARFlowPipeline, TARFlow
-from itarflow.calls import to_pil
-from itarflow.codec import Posterior, to_pixels
+from itarflow.codec import Posterior, to_pil, to_pixels
 from itarflow.data import DataConfig, load_data
-from itarflow.images import to_array
+from itarflow.data.images import to_array
 from itarflow.likelihood import Noise, likelihoods, noises_of
 
 BATCH = 50

@@ -23,7 +23,7 @@ from itarflow.flow.noise import loss_weight
 from itarflow.inverse import sequential
 from itarflow.inverse.solvers import Solver
 from itarflow.objective import draw, training_losses
-from itarflow.plan import choose
+from itarflow.pipeline.plan import choose
 from itarflow.sharding import clip_grad_norm
 
 

@@ -12,7 +12,7 @@ import torch
 import tyro
 
 from itarflow import FlowDenoiser, ITARFlowPipeline, denoise
-from itarflow.calls import to_pil
+from itarflow.codec import to_pil
 from itarflow.runtime.pictures import image_grid
 
 

@@ -17,7 +17,7 @@ from itarflow.codec import CodecConfig
 from itarflow.data import DataConfig
 from itarflow.flow import NoiseConfig, TARFlow
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plan import InversePlan
+from itarflow.pipeline.plan import InversePlan
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe
 

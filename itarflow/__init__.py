@@ -6,7 +6,7 @@ from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Jacobi
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 
 __version__ = "0.1.0"
 

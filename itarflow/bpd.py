@@ -18,17 +18,18 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from itarflow.batches import ignore_interrupts, watched, without_alarm
 from itarflow.bpd_report import Figures, Report, Rows, append, finish
 from itarflow.bpd_report import begin as begin_folder
 from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_stride
-from itarflow.data import DataConfig, load_data
-from itarflow.dataset import ImageDataset, too_many_broken
+from itarflow.data.dataset import ImageDataset, too_many_broken
+from itarflow.data.images import Crop
+from itarflow.data.load import DataConfig, load_data
+from itarflow.data.loader import ignore_interrupts, watched, without_alarm
+from itarflow.data.prepare.shards import Reader
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
-from itarflow.images import Crop
 from itarflow.likelihood import Kind, Noise, likelihoods, mean_of, noises_of
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import on_cpu
 from itarflow.runtime.errors import DataError, RunError
 from itarflow.runtime.files import alone, check_writable, weights_digest
@@ -36,7 +37,6 @@ from itarflow.runtime.pictures import blank_figure
 from itarflow.runtime.processes import main_first, on_main, shared_counter
 from itarflow.runtime.progress import image_progress
 from itarflow.runtime.text import display_name, short_names
-from itarflow.shards import Reader
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.ode import DenoiseScheduler, denoise, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser, Denoiser, FlowDenoiser
 from itarflow.measures import Cleaned, parts
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
 from itarflow.runtime.files import weights_digest
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import Tensor
 
 from itarflow.runtime.files import weights_digest
@@ -317,3 +318,9 @@ def _affine(vae: Vae, device: torch.device) -> tuple[Tensor, Tensor]:
     shift = torch.tensor(means if means is not None else [config.shift_factor or 0.0], device=device)
     spread = torch.tensor(stds if stds is not None else [1.0], device=device)
     return shift.float()[:, None, None], (config.scaling_factor / spread.float())[:, None, None]
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, C, H, W) in [-1, 1], C = 1 or 3 -> greyscale or RGB pictures."""
+    arrays = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]

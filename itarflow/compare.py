@@ -19,16 +19,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from itarflow.calls import to_pil
 from itarflow.cleaning import clean, columns_of, decoder_columns, settings_of, solvers_of
-from itarflow.codec import Vae, differing, to_pixels, vae_identity
-from itarflow.data import DataConfig, load_data
+from itarflow.codec import Vae, differing, to_pil, to_pixels, vae_identity
+from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.score import check_level
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.measures import METRICS, nats_per_dim, parts, residual_noise
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.pictures import blank_figure, draw_pictures, image_grid
 from itarflow.runtime.progress import step_progress

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from itarflow.calls import to_pil
-from itarflow.codec import to_pixels
+from itarflow.codec import to_pil, to_pixels
 from itarflow.metrics import Scores
 from itarflow.runtime.pictures import blank_figure, titled_grid
 from itarflow.samples import open_samples

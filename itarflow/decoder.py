@@ -17,9 +17,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-from itarflow.batches import in_order
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, to_pixels, to_uint8
-from itarflow.data import DataConfig, ImageDataset
+from itarflow.data.load import DataConfig, ImageDataset
+from itarflow.data.loader import in_order
 from itarflow.optimisation import Optimisation
 from itarflow.reconstruction import LossConfig, psnr
 from itarflow.runtime.pictures import titled_grid

@@ -18,8 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from torch import Tensor
 
-from itarflow.calls import to_pil
-from itarflow.codec import to_pixels
+from itarflow.codec import to_pil, to_pixels
 from itarflow.diagrams import Detail, draw_detail, draw_spectra
 from itarflow.extractors import Extractor
 from itarflow.failures import MEASURES, SMALLEST, Measure, check_patch, default_patch, threshold

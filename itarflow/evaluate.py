@@ -22,7 +22,7 @@ from itarflow.extraction import extract
 from itarflow.extractors import Extractor
 from itarflow.generate import MANIFEST, Generation, begin, generate_share, manifest_of
 from itarflow.metrics import Figure, Scores, score
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.reference import Reference
 from itarflow.runtime.files import alone, check_writable, remove_partial, write_json
 from itarflow.runtime.processes import on_main, shared_images

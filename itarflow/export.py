@@ -18,7 +18,7 @@ from itarflow.denoisers.ode import lowest_level, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser
 from itarflow.flow.tarflow import TARFlow
 from itarflow.objective import Evaluation
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.recipe import Recipe, to_json
 from itarflow.runtime.pictures import image_grid
 from itarflow.runtime.seeds import image_generators

@@ -20,10 +20,9 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from itarflow.batches import Batch
-from itarflow.checkpoint import finish_vae
 from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
-from itarflow.data import ImageData, load_data
+from itarflow.data.load import ImageData, load_data
+from itarflow.data.loader import Batch
 from itarflow.decoder import (
     DecoderConfig,
     Decoding,
@@ -38,6 +37,7 @@ from itarflow.decoder import (
 )
 from itarflow.ema import averaged_weights
 from itarflow.loop import Loop
+from itarflow.pipeline.storage import finish_vae
 from itarflow.recipe import learning_rate_factor
 from itarflow.reconstruction import PatchCritic, adversarial_loss, hinge_loss, load_lpips, reconstruction_terms
 from itarflow.run import RunDir, Start

@@ -23,7 +23,7 @@ from itarflow.denoisers.score import check_level
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
-from itarflow.pipeline import ITARFlowPipeline, check_denoiser
+from itarflow.pipeline.pipeline import ITARFlowPipeline, check_denoiser
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import weights_digest, write_json
 from itarflow.runtime.seeds import image_seeds

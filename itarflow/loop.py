@@ -21,8 +21,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from itarflow.batches import Batch, batches, training_sampler
-from itarflow.data import ImageData
+from itarflow.data.load import ImageData
+from itarflow.data.loader import Batch, batches
+from itarflow.data.order import training_sampler
 from itarflow.monitor import Monitor
 from itarflow.recipe import Settings
 from itarflow.run import RunDir

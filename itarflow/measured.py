@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from itarflow.dataset import ImageDataset
+from itarflow.data.dataset import ImageDataset
 from itarflow.failures import MEASURES, fine_energy, spectrum
 from itarflow.proportions import Rate, rate
 from itarflow.runtime.text import without_folders

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from itarflow.codec import to_uint8
 from itarflow.flow.tarflow import TARFlow
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 
 
 class Cleaned(NamedTuple):

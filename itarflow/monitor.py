@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.markup import escape
 
-from itarflow.dataset import too_many_broken
+from itarflow.data.dataset import too_many_broken
 from itarflow.objective import Evaluation, describe
 from itarflow.recipe import Settings, to_json
 from itarflow.run import RunDir

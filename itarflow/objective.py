@@ -12,9 +12,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from itarflow.batches import in_order
 from itarflow.codec import stored_codes, to_pixels
-from itarflow.dataset import ImageDataset
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.loader import in_order
 from itarflow.flow import noise as noises
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import LOG_2PI, TARFlow, nll_per_dim

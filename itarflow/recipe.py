@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity
-from itarflow.data import DataConfig, ImageData, load_data
+from itarflow.data.load import DataConfig, ImageData, load_data
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
 from itarflow.inverse.guidance import Guidance

@@ -23,12 +23,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from itarflow.batches import in_order
-from itarflow.data import DataConfig, load_data
-from itarflow.dataset import too_many_broken
+from itarflow.data.dataset import too_many_broken
+from itarflow.data.images import Crop
+from itarflow.data.load import DataConfig, load_data
+from itarflow.data.loader import in_order
 from itarflow.extraction import Extracted, extract
 from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
-from itarflow.images import Crop
 from itarflow.moments import Moments
 from itarflow.runtime.files import atomically, check_writable, weights_digest
 from itarflow.runtime.processes import main_first, on_main

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from itarflow.images import to_array
+from itarflow.data.images import to_array
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import atomically
 

@@ -21,15 +21,14 @@ from rich.console import Console
 from torch import Tensor
 
 from itarflow.bpd import BpdConfig, measure
-from itarflow.calls import to_pil
 from itarflow.cleaning import Column
-from itarflow.codec import PixelCodec, to_pixels
-from itarflow.data import load_data
+from itarflow.codec import PixelCodec, to_pil, to_pixels
+from itarflow.data.load import load_data
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.evaluate import make_samples, scores_of
 from itarflow.extractors import Extractor, load_extractor
 from itarflow.generate import MANIFEST, Generation, labels_by
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.recipe import Recipe, differences, to_json
 from itarflow.reference import Reference, reference_of
 from itarflow.run import RunDir

@@ -29,7 +29,7 @@ from itarflow.evaluate import scores_of
 from itarflow.extractors import Extractor
 from itarflow.generate import Generation
 from itarflow.metrics import Scores
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.reference import Reference
 from itarflow.runtime.files import atomically
 

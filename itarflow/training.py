@@ -19,9 +19,9 @@ from accelerate.utils import gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from itarflow.batches import Batch
 from itarflow.codec import Vae
-from itarflow.data import ImageData
+from itarflow.data.load import ImageData
+from itarflow.data.loader import Batch
 from itarflow.estimate import estimate
 from itarflow.export import make_pipeline, open_denoiser, sample_grid, training_record
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance

@@ -11,8 +11,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from PIL import Image
 
-from itarflow.data import DataConfig, ImageData, load_data
-from itarflow.dataset import ImageDataset
+from itarflow.data import DataConfig, load_data
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.load import ImageData
 
 datasets.disable_progress_bars()
 

@@ -12,19 +12,11 @@ import pytest
 import torch
 from image_files import load, write_classes, write_one_broken, write_row_groups
 
-from itarflow import streaming
-from itarflow.batches import (
-    Batch,
-    GlobalBatchSampler,
-    StreamedBatchSampler,
-    _divided,
-    batches,
-    in_order,
-    training_sampler,
-    watched,
-)
 from itarflow.data import DataConfig, load_data
-from itarflow.dataset import ImageDataset
+from itarflow.data import parquet as streaming
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.loader import Batch, _divided, batches, in_order, watched
+from itarflow.data.order import GlobalBatchSampler, StreamedBatchSampler, training_sampler
 from itarflow.runtime.errors import DataError
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from itarflow.calls import label_list, to_pil
+from itarflow.codec import to_pil
+from itarflow.pipeline.labels import label_list
 from itarflow.runtime.seeds import image_generators
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from itarflow.card import model_card
+from itarflow.pipeline.model_card import model_card
 
 TRAINING = {
     "name": "pets",

@@ -12,8 +12,8 @@ import torch
 from conftest import tiny_vae
 
 from itarflow.codec import vae_identity
-from itarflow.codes import CARD, CodeDecoder, CodesCard, check_card, find_card, read_card, to_bytes
 from itarflow.data import DataConfig, load_data
+from itarflow.data.codes import CARD, CodeDecoder, CodesCard, check_card, find_card, read_card, to_bytes
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import display_name
 

@@ -31,7 +31,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from itarflow.data import DataConfig, load_data
-from itarflow.dataset import ImageDataset, PictureDecoder
+from itarflow.data.dataset import ImageDataset, PictureDecoder
 from itarflow.runtime.errors import DataError
 
 

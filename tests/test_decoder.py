@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from itarflow import decoder, finetune
 from itarflow.codec import CodecConfig, VaeCodec, load_vae, vae_identity
 from itarflow.commands import finetune_decoder
-from itarflow.data import DataConfig, ImageData, load_data
+from itarflow.data import DataConfig, load_data
+from itarflow.data.load import ImageData
 from itarflow.decoder import DecoderConfig, Draws, TuneConfig, augmented, draw, measure
 from itarflow.finetune import fine_tune
 from itarflow.reconstruction import LossConfig, PatchCritic

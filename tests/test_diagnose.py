@@ -17,7 +17,7 @@ from torch import Tensor
 
 from itarflow import cli
 from itarflow.commands.diagnose import Diagnose, telling_names
-from itarflow.dataset import Example, ImageDataset
+from itarflow.data.dataset import Example, ImageDataset
 from itarflow.diagnose import Diagnosis, diagnose
 from itarflow.extractors import INCEPTION, Features
 from itarflow.measured import KINDS, RealImages

@@ -21,13 +21,13 @@ from image_files import damage, write_classes, write_row_groups
 from PIL import Image
 from torch import Tensor
 
-from itarflow import encode
 from itarflow.codec import CodecConfig, VaeCodec, load_vae, to_pixels, vae_identity
-from itarflow.codes import read_card
 from itarflow.commands import encode_dataset
 from itarflow.data import DataConfig, load_data
-from itarflow.encode import Encoded, begin, encode_share, finish
-from itarflow.encode_plan import EncodeConfig, plan_encoding
+from itarflow.data.codes import read_card
+from itarflow.data.prepare import encode
+from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
+from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.runtime.errors import DataError
 
 SCRIPT = Path(__file__).parents[1] / "vae" / "encode_dataset.py"

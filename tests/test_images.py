@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itarflow.images import convert_image, crop_image, to_array
+from itarflow.data.images import convert_image, crop_image, to_array
 from itarflow.runtime.errors import DataError
 
 

@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 from test_training import tiny_recipe
 from torch import Tensor, nn
 
-from itarflow.batches import Batch
 from itarflow.data import load_data
+from itarflow.data.loader import Batch
 from itarflow.loop import Loop
 from itarflow.recipe import Recipe
 from itarflow.run import RunDir

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from itarflow.inverse import Jacobi, sequential
-from itarflow.plan import InversePlan, choose, replaced, tokens_of_blocks
+from itarflow.pipeline.plan import InversePlan, choose, replaced, tokens_of_blocks
 
 
 def plan(**changes):

@@ -18,8 +18,8 @@ from image_files import TYPED, damage, load, typed_columns, write_classes, write
 from PIL import Image
 from torch import Tensor
 
-from itarflow.dataset import ImageDataset
-from itarflow.prepare import PrepareConfig, Prepared, prepare
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.prepare.crop import PrepareConfig, Prepared, prepare
 from itarflow.runtime.errors import DataError
 
 
@@ -50,7 +50,7 @@ def _watch(monkeypatch: pytest.MonkeyPatch, see: Callable[[int], Any]) -> None:
         return original(self, index)
 
     monkeypatch.setattr(ImageDataset, "read", read)
-    monkeypatch.setattr("itarflow.prepare._TASK", 1)  # nothing is read ahead
+    monkeypatch.setattr("itarflow.data.prepare.crop._TASK", 1)  # nothing is read ahead
 
 
 def write_pictures(folder: Path, classes: dict[str, int], seed: int = 0) -> Path:
@@ -237,7 +237,7 @@ def test_nothing_is_done_twice(tmp_path: Path, reads: list[int]) -> None:
 
 def test_another_version_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("itarflow.prepare.__version__", "0.0.1")
+        patch.setattr("itarflow.data.prepare.crop.__version__", "0.0.1")
         run(source, tmp_path / "out")
     run(source, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "prepare.json").read_text())["itarflow"] == "0.0.1"

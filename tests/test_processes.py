@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, cli
 from itarflow.data import DataConfig
+from itarflow.data.prepare.encode import begin, encode_share, finish
+from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.decoder import DecoderConfig, TuneConfig
-from itarflow.encode import begin, encode_share, finish
-from itarflow.encode_plan import EncodeConfig, plan_encoding
 from itarflow.finetune import fine_tune
 from itarflow.reconstruction import LossConfig
 

@@ -4,9 +4,9 @@ from functools import partial
 import pytest
 import torch
 
-from itarflow import profile
 from itarflow.inverse import Guidance, Jacobi, sequential
-from itarflow.profile import BlockProfile, Timing, block_metrics, find_plan
+from itarflow.pipeline import plan_search as profile
+from itarflow.pipeline.plan_search import BlockProfile, Timing, block_metrics, find_plan
 
 
 @pytest.fixture

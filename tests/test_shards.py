@@ -13,10 +13,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from itarflow.dataset import ImageDataset
-from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import alone
-from itarflow.shards import (
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.prepare.shards import (
     Reader,
     Shard,
     plan_shards,
@@ -26,6 +24,8 @@ from itarflow.shards import (
     show_shards,
     write_shard,
 )
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import alone
 
 FEATURES = datasets.Features({"value": datasets.Value("int64")})
 
@@ -86,7 +86,7 @@ def test_a_worker_that_dies_with_a_batch_in_hand_is_told(tmp_path: Path, monkeyp
         yield []
         raise ConnectionResetError("Connection reset by peer")
 
-    monkeypatch.setattr("itarflow.shards.without_alarm", dying)
+    monkeypatch.setattr("itarflow.data.prepare.shards.without_alarm", dying)
     with pytest.raises(DataError, match=r"images has died \(Connection reset.* fewer num_workers"):
         list(read_ahead(_Rows(), plan_shards(tmp_path, {"train": 5}, 3), batch_size=2, num_workers=0))
 

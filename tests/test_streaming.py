@@ -14,10 +14,11 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from image_files import TYPED, encoded, typed_columns, write_row_groups
 
-from itarflow import streaming
+from itarflow.data import parquet as streaming
+from itarflow.data.order import StreamedEpoch, num_streams, window_size
+from itarflow.data.parquet import ParquetRows, concatenate, open_parquet
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.seeds import permutation
-from itarflow.streaming import ParquetRows, StreamedEpoch, concatenate, num_streams, open_parquet, window_size
 
 
 @pytest.fixture

@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from itarflow import ITARFlowPipeline, data, objective, training
+from itarflow import ITARFlowPipeline, objective, training
 from itarflow import run as runs
 from itarflow.data import DataConfig, load_data
+from itarflow.data import load as data
+from itarflow.data.prepare.crop import PrepareConfig, prepare
 from itarflow.flow import NoiseConfig
 from itarflow.inverse import Guidance
-from itarflow.prepare import PrepareConfig, prepare
 from itarflow.presets import ModelConfig
 from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.run import RunDir, hold
@@ -511,7 +512,7 @@ def test_a_broken_image_in_memory_is_named_and_counted(tmp_path, capfd):
 
 
 def test_labels_are_compared_before_images_are_decoded(tmp_path, monkeypatch):
-    monkeypatch.setattr("itarflow.data.ImageData.decoded", lambda self: pytest.fail("images were decoded"))
+    monkeypatch.setattr("itarflow.data.load.ImageData.decoded", lambda self: pytest.fail("images were decoded"))
     with pytest.raises(ValueError, match="10 classes"):
         train(tiny_recipe(num_classes=4), tmp_path / "run")
 

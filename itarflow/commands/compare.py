@@ -16,7 +16,7 @@ from itarflow.commands.shared import chosen_labels, say
 from itarflow.compare import Comparison, compare
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.load import load_denoiser
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.text import short_names

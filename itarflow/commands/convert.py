@@ -9,12 +9,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from itarflow.checkpoint import foreign_entries
 from itarflow.commands.shared import say
 from itarflow.convert import export_official, load_official
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.flow.tarflow import TARFlow
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.storage import foreign_entries
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.runtime.files import check_writable, replace_folder
 

@@ -14,10 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.commands.shared import say
-from itarflow.data import DataConfig, load_data
+from itarflow.data.images import Crop
+from itarflow.data.load import DataConfig, load_data
 from itarflow.diagnose import Diagnosis, diagnose
 from itarflow.extractors import load_extractor
-from itarflow.images import Crop
 from itarflow.measured import KINDS, RealImages
 from itarflow.onset import Onset
 from itarflow.proportions import Difference, Rate

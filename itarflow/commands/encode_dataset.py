@@ -12,10 +12,10 @@ import tyro
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 
-from itarflow.codes_card import training_command
 from itarflow.commands.shared import joined, print_table, resumable, say
-from itarflow.encode import Encoded, begin, encode_share, finish
-from itarflow.encode_plan import EncodeConfig, plan_encoding
+from itarflow.data.prepare.codes_card import training_command
+from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
+from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import alone, check_writable
 from itarflow.runtime.processes import crash, on_main, refuse, shared_images

@@ -20,7 +20,7 @@ from itarflow.commands.shared import joined, resumable, say
 from itarflow.evaluate import Way, make_samples, scores_of, ways_of
 from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
 from itarflow.metrics import Scores
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.reference import Origin
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.hub import read_index

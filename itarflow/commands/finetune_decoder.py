@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.data import DataConfig
+from itarflow.data.load import DataConfig
 from itarflow.decoder import DecoderConfig
 from itarflow.finetune import Tuned, fine_tune
 from itarflow.launch import reporting

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from itarflow.commands.shared import print_table
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 
 
 @dataclass(frozen=True)

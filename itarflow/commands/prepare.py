@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 
 from itarflow.commands.shared import print_table, resumable, say
-from itarflow.prepare import PrepareConfig, Prepared, prepare
+from itarflow.data.prepare.crop import PrepareConfig, Prepared, prepare
 from itarflow.runtime.files import check_writable
 
 

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from itarflow.codec import codec_of, to_pixels
 from itarflow.commands.shared import chosen_labels, say
-from itarflow.data import DataConfig, load_data
+from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Jacobi
-from itarflow.pipeline import ITARFlowPipeline
-from itarflow.plan import InversePlan, replaced
-from itarflow.profile import BlockMetrics, FoundPlan, Timing, block_metrics, check_search, find_plan
+from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.plan import InversePlan, replaced
+from itarflow.pipeline.plan_search import BlockMetrics, FoundPlan, Timing, block_metrics, check_search, find_plan
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.pictures import blank_figure

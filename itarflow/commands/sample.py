@@ -18,7 +18,7 @@ from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser
 from itarflow.inverse.solvers import sequential
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.pictures import image_grid

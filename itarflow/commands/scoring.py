@@ -18,16 +18,16 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
 
-from itarflow.data import DataConfig, load_data
+from itarflow.data.images import Crop
+from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser
 from itarflow.extractors import INCEPTION, Extractor, load_extractor
 from itarflow.generate import LabelRule, labels_by
-from itarflow.images import Crop
 from itarflow.inverse.solvers import sequential
 from itarflow.metrics import Figure
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.reference import Reference, read_reference, reference_of
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.errors import DataError

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.flow.embedding import NULL_LABEL
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import on_cpu
 from itarflow.runtime.processes import first_to_say
 

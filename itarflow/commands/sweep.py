@@ -21,7 +21,7 @@ from itarflow.curves import draw_curves, draw_images
 from itarflow.evaluate import make_all
 from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
 from itarflow.metrics import Scores
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.reference import Origin
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.pictures import blank_figure

@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from itarflow.codec import Vae, check_same_codes
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.score import FlowDenoiser
-from itarflow.pipeline import ITARFlowPipeline
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.hub import read_index
 
 _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from itarflow.codec import CodecConfig
-from itarflow.codes import CodesCard
+from itarflow.data.codes import CodesCard
 
 _TEMPLATE = """---
 {metadata}

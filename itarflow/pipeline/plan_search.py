@@ -21,7 +21,7 @@ from itarflow.flow.block import AutoregressiveBlock, Condition
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Affine
 from itarflow.inverse.solvers import Conditioner, Guess, Jacobi, Progress, sequential
-from itarflow.plan import InversePlan, tokens_of_blocks
+from itarflow.pipeline.plan import InversePlan, tokens_of_blocks
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
 """Of the solvers; tried from the first on until the images are near enough."""

@@ -19,13 +19,9 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 from itarflow import __version__
-from itarflow.dataset import ImageDataset
-from itarflow.manifest import SourceConfig, check_folder, check_settings
-from itarflow.runtime.devices import usable_cores
-from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import alone, remove_partial, write_json
-from itarflow.runtime.progress import image_progress
-from itarflow.shards import (
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.prepare.manifest import SourceConfig, check_folder, check_settings
+from itarflow.data.prepare.shards import (
     Content,
     Reader,
     Shard,
@@ -38,6 +34,10 @@ from itarflow.shards import (
     show_shards,
     write_shard,
 )
+from itarflow.runtime.devices import usable_cores
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import alone, remove_partial, write_json
+from itarflow.runtime.progress import image_progress
 
 Format = Literal["png", "jpeg", "webp"]
 """Picture formats that images are stored in."""

@@ -12,12 +12,12 @@ from diffusers import AutoencoderKL
 
 from itarflow import __version__
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity
-from itarflow.codes import CARD, CodesCard, find_card, read_card
-from itarflow.dataset import ImageDataset
-from itarflow.manifest import SourceConfig, check_folder, check_settings
+from itarflow.data.codes import CARD, CodesCard, find_card, read_card
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.prepare.manifest import SourceConfig, check_folder, check_settings
+from itarflow.data.prepare.shards import Shard, plan_shards
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import display_name
-from itarflow.shards import Shard, plan_shards
 
 Precision = Literal["float32", "bf16", "fp16"]
 """In which a VAE computes."""

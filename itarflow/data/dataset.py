@@ -21,10 +21,10 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from itarflow.images import Crop, convert_image, crop_image, to_array
+from itarflow.data.images import Crop, convert_image, crop_image, to_array
+from itarflow.data.parquet import DamagedRowError, ParquetRows
+from itarflow.data.sources import Rows
 from itarflow.runtime.errors import DataError
-from itarflow.sources import Rows
-from itarflow.streaming import DamagedRowError, ParquetRows
 
 
 class Example(NamedTuple):

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from itarflow.codec import VaeIdentity, differing
-from itarflow.images import Crop
+from itarflow.data.images import Crop
 from itarflow.runtime.errors import DataError
 
 CARD = "codes.json"

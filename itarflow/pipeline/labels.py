@@ -1,18 +1,13 @@
-"""What a call of the pipeline is given and gives: labels, a generator an image, and the types of its output."""
+"""The labels of a call: numbers or names, one an image."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-from diffusers.utils import logging
-from PIL import Image
 from torch import Tensor
 
-from itarflow.codec import to_uint8
 from itarflow.flow.embedding import NULL_LABEL
-
-logger = logging.get_logger(__name__)
 
 Label = int | str | None
 """A number, a name, or none."""
@@ -70,52 +65,3 @@ def label_number(label: Label, num_classes: int, names: Sequence[str]) -> int:
     if not 0 <= label < num_classes:
         raise ValueError(f"class label {label} is out of range; expected 0 .. {num_classes - 1}, or None.")
     return label
-
-
-def positive(name: str, value: int | None) -> int | None:
-    """The value of a setting of that name, unless it is below 1.
-
-    Raises:
-        ValueError: it is.
-    """
-    if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}; expected a number >= 1, or None.")
-    return value
-
-
-def check_output(output_type: str, channels: int) -> None:
-    """Refuse a type of output that there is not, or not for images of so many channels.
-
-    Raises:
-        ValueError: naming the types that there are.
-    """
-    if output_type not in ("pil", "np", "pt", "codes"):
-        raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'codes'.")
-    if output_type == "pil" and channels not in (1, 3):
-        raise ValueError(
-            f"output_type 'pil' makes pictures of 1 or 3 channels, but this pipeline's images have {channels}; "
-            "use 'pt', 'np' or, if they are codes of a VAE that is not in it, 'codes'."
-        )
-
-
-def converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
-    """(B, C, H, W) in [-1, 1], or codes as they are -> the output type; says which images are not finite."""
-    broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
-    if broken:
-        logger.warning(
-            f"Images {broken} contain NaN or infinite values: the flow's inverse or the denoising diverged. Less "
-            "guidance or float32 weights often help."
-        )
-    if output_type == "codes":
-        return images
-    if output_type == "pt":
-        return (images.clamp(-1, 1) + 1) / 2
-    if output_type == "np":
-        return ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy()
-    return to_pil(images)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, C, H, W) in [-1, 1], C = 1 or 3 -> greyscale or RGB pictures."""
-    arrays = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]

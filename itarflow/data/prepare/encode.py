@@ -22,15 +22,10 @@ import torch
 from torch import Tensor
 
 from itarflow.codec import VaeCodec, to_pixels
-from itarflow.codes import CARD, CodesCard, read_card, to_bytes
-from itarflow.codes_card import codes_card, training_command
-from itarflow.encode_plan import Plan
-from itarflow.runtime.devices import usable_cores
-from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import check_writable, remove_partial, write_json, write_text
-from itarflow.runtime.processes import processes_here
-from itarflow.runtime.text import display_name, human_bytes
-from itarflow.shards import (
+from itarflow.data.codes import CARD, CodesCard, read_card, to_bytes
+from itarflow.data.prepare.codes_card import codes_card, training_command
+from itarflow.data.prepare.encode_plan import Plan
+from itarflow.data.prepare.shards import (
     Content,
     Reader,
     Shard,
@@ -42,6 +37,11 @@ from itarflow.shards import (
     show_shards,
     write_shard,
 )
+from itarflow.runtime.devices import usable_cores
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import check_writable, remove_partial, write_json, write_text
+from itarflow.runtime.processes import processes_here
+from itarflow.runtime.text import display_name, human_bytes
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU_PIXELS = 2**15  # at a time: with more, CPUs spend their time on getting memory

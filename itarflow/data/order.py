@@ -1,38 +1,22 @@
-"""The order of training images, and batches of them.
+"""The order of training images: a function of (seed, step) alone, never of the number of processes.
 
-The order depends on (seed, step) alone, never on the number of processes (`GlobalBatchSampler`), also if images are
-streamed from files row group by row group (`StreamedBatchSampler`). Images stay uint8 (C, H, W) tensors on their way;
-the training loop makes pixels of them on the device.
+Also if images are streamed from files, row group by row group (`StreamedBatchSampler`).
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Sampler
 
-from itarflow.dataset import Example, ImageDataset
-from itarflow.runtime.errors import DataError
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.parquet import STREAMS
 from itarflow.runtime.seeds import permutation
-from itarflow.streaming import StreamedEpoch, num_streams, window_size
-
-
-class Batch(NamedTuple):
-    """Images, int64 labels (B,), -1 = none, and "name: reason" of each replaced image.
-
-    The images are uint8 (B, C, H, W), or stored codes, float16 (B, V, P, C, H, W); see `codec.stored_codes`.
-    """
-
-    images: Tensor
-    labels: Tensor
-    broken: tuple[str, ...]
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -164,132 +148,73 @@ def training_sampler(
     return StreamedBatchSampler(row_groups, global_batch_size, shuffle_buffer=shuffle_buffer, **share)
 
 
-def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int = 0) -> Iterator[Batch]:
-    """A batch for every list of indices that the sampler yields, in its order.
+class StreamedEpoch:
+    """The images of one epoch in an order that reads few row groups at a time; sliced like a list of N indices.
+
+    The row groups are permuted, and their images strung together. The string is cut into V = gcd(B, STREAMS) streams,
+    where B is the batch size, and each stream is shuffled within consecutive windows of shuffle_buffer / V images.
+    Of each B positions of the epoch, the first B / V come from the first stream, and so on; so whoever reads a fixed
+    part of every batch reads fixed streams. What the streams have left when less than a batch is left comes last,
+    stream by stream. Their lengths are made to fit: every stream has B / V images of each whole batch, and the rest
+    is divided as evenly as whole numbers allow.
+
+    Nothing is computed but the order of the row groups, and the windows that are asked for. Permutations:
+    "itarflow row groups {seed} {epoch}", "itarflow window {seed} {epoch} {stream} {window}"; see `permutation`.
 
     Args:
-        dataset: the images; a set that is held in memory is indexed directly, without workers.
-        sampler: lists of indices, such as a `GlobalBatchSampler`.
-        num_workers: processes that decode ahead; 0 decodes here. Each decodes every num_workers-th list, or, of a
-            `StreamedBatchSampler`, its part of the lists, so that it always reads the same streams.
-
-    Yields:
-        Batches, endlessly if the sampler is endless.
-
-    Raises:
-        DataError: too many images could not be read.
+        groups: (G,) number of images in each row group; image indices count through them.
+        batch_size: B, images of a whole batch, over all processes.
+        shuffle_buffer: images that are mixed with one another, over all streams.
+        seed: seed of the run.
+        epoch: which epoch it is, from 0.
     """
-    if dataset.images is not None:
-        for indices in sampler:
-            yield Batch(dataset.images[indices], dataset.labels[indices], ())
-        return
-    parts = 1
-    if isinstance(sampler, StreamedBatchSampler):
-        parts = sampler.parts(num_workers)
-        dataset = dataset.keeping(*sampler.windows(num_workers))
-    loader = DataLoader(
-        _Reporting(dataset),
-        batch_sampler=_divided(sampler, parts),
-        num_workers=num_workers,
-        persistent_workers=num_workers > 0,
-        prefetch_factor=4 if num_workers else None,
-        collate_fn=_collate,
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
-    )
-    found = list[Batch]()
-    for batch in watched(without_alarm(loader), "lower data.num_workers, and go on by --resume"):
-        if isinstance(batch, DataError):
-            raise batch
-        found.append(batch)
-        if len(found) == parts:
-            yield _joined(found)
-            found = []
+
+    def __init__(self, groups: np.ndarray, *, batch_size: int, shuffle_buffer: int, seed: int, epoch: int) -> None:
+        order = permutation(f"itarflow row groups {seed} {epoch}", len(groups)).numpy()
+        begins = np.cumsum(groups) - groups
+        self._ends = np.cumsum(groups[order])  # in the string of images, of each row group in its new order
+        self._shifts = begins[order] - (self._ends - groups[order])  # from places in the string to indices
+        self._total, self._batch, self._streams = int(groups.sum()), batch_size, num_streams(batch_size)
+        self._share = batch_size // self._streams
+        self._whole, left = divmod(self._total, batch_size)
+        # Per stream, and at the end of the last: places of the rest that come before it, and where it begins.
+        self._rest_begins = left * np.arange(self._streams + 1) // self._streams
+        self._begins = self._whole * self._share * np.arange(self._streams + 1) + self._rest_begins
+        self._window = window_size(batch_size, shuffle_buffer)
+        self._name = f"itarflow window {seed} {epoch}"
+        self._shuffled = functools.lru_cache(2 * self._streams)(self._shuffle)
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, positions: slice) -> np.ndarray:
+        """int64 indices of the images at these positions of the epoch."""
+        position = np.arange(*positions.indices(self._total))
+        batch, within = np.divmod(position, self._batch)
+        stream, place = within // self._share, batch * self._share + within % self._share
+        rest = batch == self._whole
+        stream[rest] = np.searchsorted(self._rest_begins, within[rest], side="right") - 1
+        place[rest] = self._whole * self._share + within[rest] - self._rest_begins[stream[rest]]
+        window, place = np.divmod(place, self._window)
+        indices = np.empty_like(position)
+        for pair in set(zip(stream.tolist(), window.tolist(), strict=True)):
+            chosen = (stream == pair[0]) & (window == pair[1])
+            indices[chosen] = self._shuffled(*pair)[place[chosen]]
+        return indices
+
+    def _shuffle(self, stream: int, window: int) -> np.ndarray:
+        """int64 indices of the images of a window."""
+        begin = int(self._begins[stream]) + window * self._window
+        length = min(self._window, int(self._begins[stream + 1]) - begin)
+        places = begin + permutation(f"{self._name} {stream} {window}", length).numpy()
+        return places + self._shifts[np.searchsorted(self._ends, places, side="right")]
 
 
-def in_order(
-    dataset: ImageDataset,
-    batch_size: int,
-    num_workers: int = 0,
-    *,
-    num_processes: int = 1,
-    process_index: int = 0,
-) -> Iterator[Batch]:
-    """Every image once, in the order of the set; the last batch may be smaller.
-
-    Of several processes each gets every num_processes-th batch, beginning with its own index. Other arguments as in
-    `batches`.
-    """
-    indices = list(range(len(dataset)))
-    lists = [indices[i : i + batch_size] for i in indices[::batch_size]]
-    return batches(dataset, lists[process_index::num_processes], num_workers)
+def num_streams(batch_size: int) -> int:
+    """Streams that batches of this size are read from: the greatest common divisor with `STREAMS`."""
+    return math.gcd(batch_size, STREAMS)
 
 
-def without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator, which tells of a dead worker when it is asked for a batch, and not by a signal.
-
-    PyTorch's handler of that signal raises wherever the program is: in the middle of an optimiser step, for instance.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    stream = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
-    return stream
-
-
-def watched(stream: Iterator[Any], advice: str) -> Iterator[Any]:
-    """What a loader's iterator gives; of a worker's death it tells what to do.
-
-    Raises:
-        DataError: a worker process died; the message ends with the advice.
-    """
-    try:
-        yield from stream
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two, if it died with a batch in hand
-        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
-            raise
-        raise DataError(
-            f"a process that decodes images has died ({error}). Often the system was out of memory; {advice}"
-        ) from error
-
-
-def ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one still needs its workers to finish the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _divided(lists: Iterable[list[int]], parts: int) -> Iterator[list[int]]:
-    """Each list as so many contiguous ones."""
-    for indices in lists:
-        cuts = [len(indices) * part // parts for part in range(parts + 1)]
-        for begin, end in itertools.pairwise(cuts):
-            yield indices[begin:end]
-
-
-def _joined(parts: Sequence[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    images, labels, broken = zip(*parts, strict=True)
-    return Batch(torch.cat(images), torch.cat(labels), tuple(itertools.chain(*broken)))
-
-
-class _Reporting(Dataset[Example | DataError]):
-    """Hands a data error over as a value: raised in a worker, it would arrive with the worker's traceback as text."""
-
-    def __init__(self, dataset: ImageDataset) -> None:
-        self._dataset = dataset
-
-    def __getitem__(self, index: int) -> Example | DataError:
-        try:
-            return self._dataset[index]
-        except DataError as error:
-            return error
-
-
-def _collate(examples: Sequence[Example | DataError]) -> Batch | DataError:
-    for example in examples:
-        if isinstance(example, DataError):
-            return example
-    images, labels, broken = zip(*(example for example in examples if isinstance(example, Example)), strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(filter(None, broken)))
+def window_size(batch_size: int, shuffle_buffer: int) -> int:
+    """Images of one stream that are mixed with one another."""
+    return max(shuffle_buffer // num_streams(batch_size), 1)

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils import logging
+from PIL import Image
 from torch import Tensor
 
-from itarflow.calls import Label, check_output, converted, label_list, label_number, positive
-from itarflow.card import model_card
-from itarflow.codec import Vae, codec_of, vae_stride
+from itarflow.codec import Vae, codec_of, to_pil, vae_stride
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, denoise, lowest_level, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
-from itarflow.hub import SharedPipeline
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver, sequential
-from itarflow.plan import InversePlan, choose
+from itarflow.pipeline.labels import Label, label_list, label_number
+from itarflow.pipeline.model_card import model_card
+from itarflow.pipeline.plan import InversePlan, choose
+from itarflow.pipeline.storage import SharedPipeline
 from itarflow.runtime.devices import in_batches
 from itarflow.runtime.seeds import image_generators
 
@@ -341,3 +344,49 @@ def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlo
         levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps, config.spacing)[:-1]
         num_classes, unlabelled = (0, True) if labels is None else (flow.config.num_classes, bool((labels < 0).any()))
         denoiser.check(flow.image_shape, num_classes, levels, unlabelled=unlabelled)
+
+
+logger = logging.get_logger(__name__)
+
+
+def positive(name: str, value: int | None) -> int | None:
+    """The value of a setting of that name, unless it is below 1.
+
+    Raises:
+        ValueError: it is.
+    """
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; expected a number >= 1, or None.")
+    return value
+
+
+def check_output(output_type: str, channels: int) -> None:
+    """Refuse a type of output that there is not, or not for images of so many channels.
+
+    Raises:
+        ValueError: naming the types that there are.
+    """
+    if output_type not in ("pil", "np", "pt", "codes"):
+        raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'codes'.")
+    if output_type == "pil" and channels not in (1, 3):
+        raise ValueError(
+            f"output_type 'pil' makes pictures of 1 or 3 channels, but this pipeline's images have {channels}; "
+            "use 'pt', 'np' or, if they are codes of a VAE that is not in it, 'codes'."
+        )
+
+
+def converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
+    """(B, C, H, W) in [-1, 1], or codes as they are -> the output type; says which images are not finite."""
+    broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        logger.warning(
+            f"Images {broken} contain NaN or infinite values: the flow's inverse or the denoising diverged. Less "
+            "guidance or float32 weights often help."
+        )
+    if output_type == "codes":
+        return images
+    if output_type == "pt":
+        return (images.clamp(-1, 1) + 1) / 2
+    if output_type == "np":
+        return ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy()
+    return to_pil(images)

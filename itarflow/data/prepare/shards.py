@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from itarflow.batches import ignore_interrupts, watched, without_alarm
-from itarflow.dataset import ImageDataset
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.loader import ignore_interrupts, watched, without_alarm
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import atomically, write_json
 from itarflow.runtime.text import without_folders

@@ -13,9 +13,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from itarflow.data import DataConfig, load_splits
-from itarflow.dataset import ImageDataset
-from itarflow.images import Crop
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.images import Crop
+from itarflow.data.load import DataConfig, load_splits
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import LOCK, PARTIAL
 from itarflow.runtime.text import display_name
@@ -45,7 +45,7 @@ class SourceConfig:
     """Column with the class labels. None finds it, if there is one."""
 
     def open(self, in_channels: int) -> tuple[dict[str, ImageDataset], tuple[str, ...]]:
-        """All images of each split, and the names of the classes: `data.load_splits` of these settings.
+        """All images of each split, and the names of the classes: `load.load_splits` of these settings.
 
         Args:
             in_channels: 3 for RGB, 1 for grey.

@@ -28,8 +28,8 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
+from itarflow.data.parquet import ParquetRows, concatenate, open_parquet
 from itarflow.runtime.errors import DataError
-from itarflow.streaming import ParquetRows, concatenate, open_parquet
 
 _SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")

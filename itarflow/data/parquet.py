@@ -6,9 +6,7 @@ A row group is the smallest part of a parquet file that can be read alone: a hun
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
-import math
 import os
 import warnings
 from collections import OrderedDict
@@ -25,7 +23,6 @@ from rich.console import Console
 from rich.progress import track
 
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.seeds import permutation
 
 STREAMS = 8
 """At most so many places of a data set are read at a time; a divisor of the batch, so that processes share them."""
@@ -242,78 +239,6 @@ def concatenate(tables: Sequence[ParquetRows]) -> ParquetRows:
         pieces.append(moved)
         files += table._files
     return ParquetRows(files, tables[0].features, np.concatenate(pieces))
-
-
-class StreamedEpoch:
-    """The images of one epoch in an order that reads few row groups at a time; sliced like a list of N indices.
-
-    The row groups are permuted, and their images strung together. The string is cut into V = gcd(B, STREAMS) streams,
-    where B is the batch size, and each stream is shuffled within consecutive windows of shuffle_buffer / V images.
-    Of each B positions of the epoch, the first B / V come from the first stream, and so on; so whoever reads a fixed
-    part of every batch reads fixed streams. What the streams have left when less than a batch is left comes last,
-    stream by stream. Their lengths are made to fit: every stream has B / V images of each whole batch, and the rest
-    is divided as evenly as whole numbers allow.
-
-    Nothing is computed but the order of the row groups, and the windows that are asked for. Permutations:
-    "itarflow row groups {seed} {epoch}", "itarflow window {seed} {epoch} {stream} {window}"; see `permutation`.
-
-    Args:
-        groups: (G,) number of images in each row group; image indices count through them.
-        batch_size: B, images of a whole batch, over all processes.
-        shuffle_buffer: images that are mixed with one another, over all streams.
-        seed: seed of the run.
-        epoch: which epoch it is, from 0.
-    """
-
-    def __init__(self, groups: np.ndarray, *, batch_size: int, shuffle_buffer: int, seed: int, epoch: int) -> None:
-        order = permutation(f"itarflow row groups {seed} {epoch}", len(groups)).numpy()
-        begins = np.cumsum(groups) - groups
-        self._ends = np.cumsum(groups[order])  # in the string of images, of each row group in its new order
-        self._shifts = begins[order] - (self._ends - groups[order])  # from places in the string to indices
-        self._total, self._batch, self._streams = int(groups.sum()), batch_size, num_streams(batch_size)
-        self._share = batch_size // self._streams
-        self._whole, left = divmod(self._total, batch_size)
-        # Per stream, and at the end of the last: places of the rest that come before it, and where it begins.
-        self._rest_begins = left * np.arange(self._streams + 1) // self._streams
-        self._begins = self._whole * self._share * np.arange(self._streams + 1) + self._rest_begins
-        self._window = window_size(batch_size, shuffle_buffer)
-        self._name = f"itarflow window {seed} {epoch}"
-        self._shuffled = functools.lru_cache(2 * self._streams)(self._shuffle)
-
-    def __len__(self) -> int:
-        return self._total
-
-    def __getitem__(self, positions: slice) -> np.ndarray:
-        """int64 indices of the images at these positions of the epoch."""
-        position = np.arange(*positions.indices(self._total))
-        batch, within = np.divmod(position, self._batch)
-        stream, place = within // self._share, batch * self._share + within % self._share
-        rest = batch == self._whole
-        stream[rest] = np.searchsorted(self._rest_begins, within[rest], side="right") - 1
-        place[rest] = self._whole * self._share + within[rest] - self._rest_begins[stream[rest]]
-        window, place = np.divmod(place, self._window)
-        indices = np.empty_like(position)
-        for pair in set(zip(stream.tolist(), window.tolist(), strict=True)):
-            chosen = (stream == pair[0]) & (window == pair[1])
-            indices[chosen] = self._shuffled(*pair)[place[chosen]]
-        return indices
-
-    def _shuffle(self, stream: int, window: int) -> np.ndarray:
-        """int64 indices of the images of a window."""
-        begin = int(self._begins[stream]) + window * self._window
-        length = min(self._window, int(self._begins[stream + 1]) - begin)
-        places = begin + permutation(f"{self._name} {stream} {window}", length).numpy()
-        return places + self._shifts[np.searchsorted(self._ends, places, side="right")]
-
-
-def num_streams(batch_size: int) -> int:
-    """Streams that batches of this size are read from: the greatest common divisor with `STREAMS`."""
-    return math.gcd(batch_size, STREAMS)
-
-
-def window_size(batch_size: int, shuffle_buffer: int) -> int:
-    """Images of one stream that are mixed with one another."""
-    return max(shuffle_buffer // num_streams(batch_size), 1)
 
 
 def _open(file: str) -> IO[bytes]:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from itarflow.codec import VaeIdentity
-from itarflow.codes import CodeDecoder, check_card, find_card
-from itarflow.dataset import Decoder, ImageDataset, PictureDecoder
-from itarflow.images import Crop, check_picture
+from itarflow.data.codes import CodeDecoder, check_card, find_card
+from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
+from itarflow.data.images import Crop, check_picture
+from itarflow.data.parquet import ParquetRows
+from itarflow.data.sources import Rows, open_splits, open_tables
 from itarflow.runtime.errors import DataError
-from itarflow.sources import Rows, open_splits, open_tables
-from itarflow.streaming import ParquetRows
 
 _LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 _NO_PATH = 'path is missing; give "digits", a folder of images, parquet files or a Hub name'

@@ -1,0 +1,162 @@
+"""Batches of images, in the order that a sampler gives.
+
+Images stay uint8 (C, H, W) tensors on their way; the training loop makes pixels of them on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from itarflow.data.dataset import Example, ImageDataset
+from itarflow.data.order import StreamedBatchSampler
+from itarflow.runtime.errors import DataError
+
+
+class Batch(NamedTuple):
+    """Images, int64 labels (B,), -1 = none, and "name: reason" of each replaced image.
+
+    The images are uint8 (B, C, H, W), or stored codes, float16 (B, V, P, C, H, W); see `codec.stored_codes`.
+    """
+
+    images: Tensor
+    labels: Tensor
+    broken: tuple[str, ...]
+
+
+def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int = 0) -> Iterator[Batch]:
+    """A batch for every list of indices that the sampler yields, in its order.
+
+    Args:
+        dataset: the images; a set that is held in memory is indexed directly, without workers.
+        sampler: lists of indices, such as a `GlobalBatchSampler`.
+        num_workers: processes that decode ahead; 0 decodes here. Each decodes every num_workers-th list, or, of a
+            `StreamedBatchSampler`, its part of the lists, so that it always reads the same streams.
+
+    Yields:
+        Batches, endlessly if the sampler is endless.
+
+    Raises:
+        DataError: too many images could not be read.
+    """
+    if dataset.images is not None:
+        for indices in sampler:
+            yield Batch(dataset.images[indices], dataset.labels[indices], ())
+        return
+    parts = 1
+    if isinstance(sampler, StreamedBatchSampler):
+        parts = sampler.parts(num_workers)
+        dataset = dataset.keeping(*sampler.windows(num_workers))
+    loader = DataLoader(
+        _Reporting(dataset),
+        batch_sampler=_divided(sampler, parts),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=4 if num_workers else None,
+        collate_fn=_collate,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
+    )
+    found = list[Batch]()
+    for batch in watched(without_alarm(loader), "lower data.num_workers, and go on by --resume"):
+        if isinstance(batch, DataError):
+            raise batch
+        found.append(batch)
+        if len(found) == parts:
+            yield _joined(found)
+            found = []
+
+
+def in_order(
+    dataset: ImageDataset,
+    batch_size: int,
+    num_workers: int = 0,
+    *,
+    num_processes: int = 1,
+    process_index: int = 0,
+) -> Iterator[Batch]:
+    """Every image once, in the order of the set; the last batch may be smaller.
+
+    Of several processes each gets every num_processes-th batch, beginning with its own index. Other arguments as in
+    `batches`.
+    """
+    indices = list(range(len(dataset)))
+    lists = [indices[i : i + batch_size] for i in indices[::batch_size]]
+    return batches(dataset, lists[process_index::num_processes], num_workers)
+
+
+def without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The loader's iterator, which tells of a dead worker when it is asked for a batch, and not by a signal.
+
+    PyTorch's handler of that signal raises wherever the program is: in the middle of an optimiser step, for instance.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    stream = iter(loader)
+    signal.signal(signal.SIGCHLD, handler)
+    return stream
+
+
+def watched(stream: Iterator[Any], advice: str) -> Iterator[Any]:
+    """What a loader's iterator gives; of a worker's death it tells what to do.
+
+    Raises:
+        DataError: a worker process died; the message ends with the advice.
+    """
+    try:
+        yield from stream
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two, if it died with a batch in hand
+        if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
+            raise
+        raise DataError(
+            f"a process that decodes images has died ({error}). Often the system was out of memory; {advice}"
+        ) from error
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the main one still needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _divided(lists: Iterable[list[int]], parts: int) -> Iterator[list[int]]:
+    """Each list as so many contiguous ones."""
+    for indices in lists:
+        cuts = [len(indices) * part // parts for part in range(parts + 1)]
+        for begin, end in itertools.pairwise(cuts):
+            yield indices[begin:end]
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    images, labels, broken = zip(*parts, strict=True)
+    return Batch(torch.cat(images), torch.cat(labels), tuple(itertools.chain(*broken)))
+
+
+class _Reporting(Dataset[Example | DataError]):
+    """Hands a data error over as a value: raised in a worker, it would arrive with the worker's traceback as text."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, index: int) -> Example | DataError:
+        try:
+            return self._dataset[index]
+        except DataError as error:
+            return error
+
+
+def _collate(examples: Sequence[Example | DataError]) -> Batch | DataError:
+    for example in examples:
+        if isinstance(example, DataError):
+            return example
+    images, labels, broken = zip(*(example for example in examples if isinstance(example, Example)), strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(filter(None, broken)))
