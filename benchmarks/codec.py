@@ -18,7 +18,7 @@ from rich.table import Table
 
 from itarflow.codec import CodecConfig, VaeCodec, load_vae, stored_codes, to_pixels, to_uint8, vae_identity
 from itarflow.data import DataConfig, load_data
-from itarflow.reconstruction import psnr
+from itarflow.training.decoder.losses import psnr
 
 
 @dataclass(frozen=True)

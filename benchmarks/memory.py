@@ -22,10 +22,10 @@ from resident import give_back_freed_tensors, one_step_of_a_tiny_model, peak_res
 from rich.console import Console
 from rich.table import Table
 
-from itarflow.estimate import activations, device_memory
-from itarflow.objective import draw, training_losses
-from itarflow.recipe import Recipe
 from itarflow.runtime.text import human_bytes
+from itarflow.training import Recipe
+from itarflow.training.estimate import activations, device_memory
+from itarflow.training.objective import draw, training_losses
 
 
 @dataclass

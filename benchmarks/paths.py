@@ -22,9 +22,9 @@ from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.noise import loss_weight
 from itarflow.inverse import sequential
 from itarflow.inverse.solvers import Solver
-from itarflow.objective import draw, training_losses
 from itarflow.pipeline.plan import choose
-from itarflow.sharding import clip_grad_norm
+from itarflow.training.objective import draw, training_losses
+from itarflow.training.sharding import clip_grad_norm
 
 
 @dataclass(frozen=True, kw_only=True)

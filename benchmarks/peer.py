@@ -22,7 +22,7 @@ from itarflow.convert import export_official
 from itarflow.denoisers.ode import noise_levels
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance
-from itarflow.recipe import TrainConfig
+from itarflow.training import TrainConfig
 
 FILE = "transformer_flow.py"
 

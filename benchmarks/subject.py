@@ -19,7 +19,7 @@ from itarflow.flow import NoiseConfig, TARFlow
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.pipeline.plan import InversePlan
 from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe
+from itarflow.training import Recipe
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 

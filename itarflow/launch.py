@@ -19,17 +19,26 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.estimate import USABLE, Activations, DeviceMemory, accumulation_for, activations, device_memory, estimate
-from itarflow.objective import describe
 from itarflow.presets import SIZES
-from itarflow.recipe import Recipe, open_data, open_vae, to_json
-from itarflow.run import Start
 from itarflow.runtime.devices import PEAK_TFLOPS, on_cpu
 from itarflow.runtime.errors import DataError, RunError, TrainingError
 from itarflow.runtime.processes import crash, refuse
 from itarflow.runtime.signals import Interrupted
 from itarflow.runtime.text import human_bytes, human_number
-from itarflow.training import Summary, train
+from itarflow.training.estimate import (
+    USABLE,
+    Activations,
+    DeviceMemory,
+    accumulation_for,
+    activations,
+    device_memory,
+    estimate,
+)
+from itarflow.training.held_out import describe
+from itarflow.training.recipe import Recipe, open_data, open_vae
+from itarflow.training.run_folder import Start
+from itarflow.training.settings import to_json
+from itarflow.training.train import Summary, train
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,15 +29,16 @@ from itarflow.evaluate import make_samples, scores_of
 from itarflow.extractors import Extractor, load_extractor
 from itarflow.generate import MANIFEST, Generation, labels_by
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.recipe import Recipe, differences, to_json
 from itarflow.reference import Reference, reference_of
-from itarflow.run import RunDir
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.pictures import blank_figure, draw_pictures
 from itarflow.runtime.text import display_name
 from itarflow.samples import open_samples, shard_name, write_shard
-from itarflow.training import train
+from itarflow.training.recipe import Recipe
+from itarflow.training.run_folder import RunDir
+from itarflow.training.settings import differences, to_json
+from itarflow.training.train import train
 
 RAW, SELF, REAL = "raw", "self", "real images"
 
@@ -104,7 +105,7 @@ def run_study(
 
     Raises:
         ImportError, OSError, ValueError: something is missing or does not fit; as far as can be known, before work.
-        RunError, TrainingError, Interrupted: as `training.train`; the same call goes on.
+        RunError, TrainingError, Interrupted: as `train.train`; the same call goes on.
     """
     state = PartialState()
     if state.num_processes > 1:

@@ -3,12 +3,8 @@
 accelerate launch recipes/cifar10.py
 """
 
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import DataConfig, Guidance, ModelConfig, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 # The paper has no CIFAR-10 model: this one follows its shape (shallow blocks, then a deep one) at a fitting size.
 recipe = Recipe(

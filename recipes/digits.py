@@ -5,12 +5,8 @@ It needs no download and no GPU, and takes two to three minutes on two CPU cores
     accelerate launch recipes/digits.py
 """
 
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import DataConfig, Guidance, ModelConfig, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 recipe = Recipe(
     name="digits",

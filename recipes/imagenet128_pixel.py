@@ -3,12 +3,9 @@
 accelerate launch recipes/imagenet128_pixel.py --data.path /data/imagenet
 """
 
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
 from itarflow.launch import main
 from itarflow.presets import T_MAX, T_MIN, itarflow_model
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 recipe = Recipe(
     name="imagenet128_pixel",

@@ -7,13 +7,9 @@ Encode the images once, both as they are and mirrored (about 42 GB), then train;
     accelerate launch recipes/imagenet256_latent.py
 """
 
-from itarflow.codec import CodecConfig
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
 from itarflow.launch import main
 from itarflow.presets import SD_VAE, T_MAX_CODES, T_MIN, latent_itarflow_model
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import CodecConfig, DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 # Epochs and guidance weight are ours: the paper's table has the model and the noise levels.
 recipe = Recipe(

@@ -6,13 +6,17 @@ Encode a folder of pictures (one sub-folder a class) by TAESD, a tiny VAE, then 
     accelerate launch recipes/photos_latent.py --data.path codes/photos --model.num-classes 5
 """
 
-from itarflow.codec import CodecConfig
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
 from itarflow.launch import main
-from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import (
+    CodecConfig,
+    DataConfig,
+    Guidance,
+    ModelConfig,
+    NoiseConfig,
+    Recipe,
+    SamplingConfig,
+    TrainConfig,
+)
 
 recipe = Recipe(
     name="photos_latent",

@@ -11,13 +11,9 @@ Its samples keep their noise, which a decoder that knows it removes. Encode the 
 As it stands the recipe decodes with the plain VAE, after TARFlow's single denoising step.
 """
 
-from itarflow.codec import CodecConfig
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
 from itarflow.launch import main
 from itarflow.presets import SD_VAE, starflow_model
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import CodecConfig, DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 # 400 million images of ImageNet's 1.28 million are 312 epochs. The guidance weight is ours.
 recipe = Recipe(

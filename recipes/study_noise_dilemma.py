@@ -11,12 +11,8 @@ iTARFlow's. The same command goes on after an interruption:
 """
 
 from itarflow.commands.study import main
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
-from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.study import Study
+from itarflow.training import DataConfig, Guidance, ModelConfig, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 data = DataConfig(path="uoft-cs/cifar10", held_out_split="test")
 cpu = Recipe(

@@ -3,12 +3,9 @@
 accelerate launch recipes/tarflow_afhq256.py --data.path /data/afhq
 """
 
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
 from itarflow.launch import main
 from itarflow.presets import TARFLOW
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 row = TARFLOW["afhq256"]
 

@@ -3,11 +3,9 @@
 accelerate launch recipes/tarflow_imagenet64_bpd.py --data.path /data/imagenet64
 """
 
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
 from itarflow.launch import main
 from itarflow.presets import TARFLOW
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import DataConfig, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 row = TARFLOW["imagenet64_bpd"]
 

@@ -3,12 +3,9 @@
 accelerate launch recipes/tarflow_imagenet64_cond.py --data.path /data/imagenet
 """
 
-from itarflow.data import DataConfig
-from itarflow.flow import NoiseConfig
-from itarflow.inverse import Guidance
 from itarflow.launch import main
 from itarflow.presets import TARFLOW
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
+from itarflow.training import DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 row = TARFLOW["imagenet64_cond"]
 

@@ -217,7 +217,7 @@ def test_peers_that_are_none_are_refused(tmp_path, capsys):
     (tmp_path / "transformer_flow.py").write_text("answer = 42\n")
     (tmp_path / "recipe.py").write_text(
         "from itarflow.data import DataConfig\nfrom itarflow.flow import NoiseConfig\n"
-        "from itarflow.presets import ModelConfig\nfrom itarflow.recipe import Recipe\n"
+        "from itarflow.presets import ModelConfig\nfrom itarflow.training import Recipe\n"
         "recipe = Recipe(name='one-level', data=DataConfig(), noise=NoiseConfig(distribution='constant'),\n"
         "                model=ModelConfig(image_size=8, channels=64, num_layers=(1,), noise_conditioned=False))\n"
     )

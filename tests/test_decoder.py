@@ -19,16 +19,17 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
 from safetensors.torch import load_file
 
-from itarflow import decoder, finetune
 from itarflow.codec import CodecConfig, VaeCodec, load_vae, vae_identity
 from itarflow.commands import finetune_decoder
 from itarflow.data import DataConfig, load_data
 from itarflow.data.load import ImageData
-from itarflow.decoder import DecoderConfig, Draws, TuneConfig, augmented, draw, measure
-from itarflow.finetune import fine_tune
-from itarflow.reconstruction import LossConfig, PatchCritic
 from itarflow.runtime.errors import TrainingError
 from itarflow.runtime.signals import Interrupted
+from itarflow.training.decoder import config as decoder
+from itarflow.training.decoder import finetune
+from itarflow.training.decoder.config import DecoderConfig, Draws, TuneConfig, augmented, draw, measure
+from itarflow.training.decoder.finetune import fine_tune
+from itarflow.training.decoder.losses import LossConfig, PatchCritic
 
 SCRIPT = Path(__file__).parents[1] / "vae" / "finetune_decoder.py"
 

@@ -13,7 +13,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from itarflow.data import DataConfig
-from itarflow.estimate import (
+from itarflow.flow import NoiseConfig, nll_per_dim
+from itarflow.inverse import Guidance
+from itarflow.presets import ModelConfig
+from itarflow.runtime.text import human_bytes, human_number
+from itarflow.training import Recipe, SamplingConfig, TrainConfig
+from itarflow.training.estimate import (
     USABLE,
     Activations,
     DeviceMemory,
@@ -23,11 +28,6 @@ from itarflow.estimate import (
     device_memory,
     estimate,
 )
-from itarflow.flow import NoiseConfig, nll_per_dim
-from itarflow.inverse import Guidance
-from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
-from itarflow.runtime.text import human_bytes, human_number
 
 
 def recipe(train: dict[str, Any] | None = None, **model: Any) -> Recipe:

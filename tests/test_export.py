@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from test_training import tiny_recipe
 
-from itarflow import export
-from itarflow.export import make_pipeline, sample_grid
+from itarflow.training import export
+from itarflow.training.export import make_pipeline, sample_grid
 
 
 @pytest.mark.parametrize("num_processes", [1, 2, 4, 16])

@@ -7,7 +7,8 @@ import torch
 from test_training import tiny_recipe
 
 from itarflow.flow import TARFlow
-from itarflow.insight import (
+from itarflow.runtime.devices import memory_gib, peak_tflops
+from itarflow.training.metrics import (
     bucket_edges,
     bucket_means,
     bucket_sums,
@@ -16,7 +17,6 @@ from itarflow.insight import (
     watch_blocks,
     worst_level,
 )
-from itarflow.runtime.devices import memory_gib, peak_tflops
 
 
 def test_values_are_averaged_by_noise_level():

@@ -13,14 +13,16 @@ from safetensors.torch import load_file, save_file
 from test_codes import make_card, write_codes
 from test_training import losses, shared_weights, tiny_recipe
 
-from itarflow import DenoiseScheduler, ITARFlowPipeline, objective
+from itarflow import DenoiseScheduler, ITARFlowPipeline
 from itarflow.cli import main
 from itarflow.codec import CodecConfig, VaeCodec, to_pixels, vae_identity
 from itarflow.data import DataConfig, load_data
 from itarflow.denoisers import load_denoiser
-from itarflow.export import open_denoiser, training_record
 from itarflow.runtime.errors import DataError, RunError
-from itarflow.training import train
+from itarflow.training import objective
+from itarflow.training.export import open_denoiser, training_record
+from itarflow.training.held_out import Evaluation
+from itarflow.training.train import train
 
 STEPS = 5
 
@@ -284,4 +286,4 @@ def test_what_is_told_of_a_training_names_no_folders_of_this_machine(recipe, tmp
         codec=dataclasses.replace(recipe.codec, vae=str(tmp_path / "vae")),
     )
     (tmp_path / "vae").mkdir()
-    assert str(tmp_path) not in json.dumps(training_record(private, objective.Evaluation({}, None), {}))
+    assert str(tmp_path) not in json.dumps(training_record(private, Evaluation({}, None), {}))

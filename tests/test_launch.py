@@ -15,13 +15,13 @@ from PIL import Image
 from itarflow import launch
 from itarflow.data import DataConfig
 from itarflow.flow import NoiseConfig
-from itarflow.objective import Evaluation
 from itarflow.presets import itarflow_model
-from itarflow.recipe import Recipe, TrainConfig
-from itarflow.run import RunDir
 from itarflow.runtime.errors import RunError, TrainingError
 from itarflow.runtime.signals import Interrupted
-from itarflow.training import Summary
+from itarflow.training import Recipe, TrainConfig
+from itarflow.training.held_out import Evaluation
+from itarflow.training.run_folder import RunDir
+from itarflow.training.train import Summary
 
 Run = Callable[..., str]
 
@@ -247,7 +247,7 @@ def test_a_command_that_makes_no_sense_is_refused(refused, trained, words, messa
 
 
 def test_settings_are_refused_before_data_are_read_or_a_run_is_begun(refused, monkeypatch, tmp_path):
-    monkeypatch.setattr("itarflow.training.open_data", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr("itarflow.training.train.open_data", lambda *_, **__: pytest.fail("data were read"))
     assert "patch_size 3 does not divide" in refused("--model.patch-size", "3")
     assert list(tmp_path.iterdir()) == []
 

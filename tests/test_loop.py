@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from itarflow.data import load_data
 from itarflow.data.loader import Batch
-from itarflow.loop import Loop
-from itarflow.recipe import Recipe
-from itarflow.run import RunDir
 from itarflow.runtime.errors import TrainingError
-from itarflow.runtime.processes import claimed
 from itarflow.runtime.signals import Interrupted, StopSignal
+from itarflow.training import Recipe
+from itarflow.training.loop import Loop
+from itarflow.training.run_folder import RunDir, claimed
 
 
 class _Told(NamedTuple):

@@ -5,9 +5,9 @@ import torch
 from accelerate import Accelerator
 from test_training import losses, tiny_recipe
 
-from itarflow import microbatch
-from itarflow.microbatch import find_accumulation
-from itarflow.training import train
+from itarflow.training import estimate as microbatch
+from itarflow.training.estimate import find_accumulation
+from itarflow.training.train import train
 
 
 @pytest.fixture

@@ -6,10 +6,9 @@ import pytest
 from accelerate import Accelerator
 from test_training import tiny_recipe
 
-from itarflow.insight import bits_per_dim
-from itarflow.monitor import Monitor
-from itarflow.run import prepare
 from itarflow.runtime.errors import DataError
+from itarflow.training.metrics import Monitor, bits_per_dim
+from itarflow.training.run_folder import prepare
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from conftest import randomise, tiny_vae
 from nbclient import NotebookClient
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline
-from itarflow.training import train
+from itarflow.training.train import train
 
 ROOT = Path(__file__).parents[1]
 

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from test_training import tiny_recipe
 
-from itarflow.plot import PANELS, _names, _smoothed, plot_runs
-from itarflow.reconstruction import LossConfig, reconstruction_terms
-from itarflow.run import prepare
 from itarflow.runtime.errors import RunError
+from itarflow.training.curves import PANELS, _names, _smoothed, plot_runs
+from itarflow.training.decoder.losses import LossConfig, reconstruction_terms
+from itarflow.training.run_folder import prepare
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ from itarflow import DenoiseScheduler, ITARFlowPipeline, cli
 from itarflow.data import DataConfig
 from itarflow.data.prepare.encode import begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
-from itarflow.decoder import DecoderConfig, TuneConfig
-from itarflow.finetune import fine_tune
-from itarflow.reconstruction import LossConfig
+from itarflow.training.decoder.config import DecoderConfig, TuneConfig
+from itarflow.training.decoder.finetune import fine_tune
+from itarflow.training.decoder.losses import LossConfig
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # more would disturb one another

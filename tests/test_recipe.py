@@ -15,15 +15,9 @@ from itarflow.data import DataConfig
 from itarflow.flow import NoiseConfig
 from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig
-from itarflow.recipe import (
-    Recipe,
-    SamplingConfig,
-    TrainConfig,
-    differences,
-    learning_rate_factor,
-    to_json,
-    write_recipe,
-)
+from itarflow.training import Recipe, SamplingConfig, TrainConfig
+from itarflow.training.loop import learning_rate_factor
+from itarflow.training.settings import differences, to_json, write_recipe
 
 GOLDEN = Path(__file__).parent / "golden"
 SECTIONS = ("model", "data", "codec", "noise", "train", "sampling")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from itarflow.recipe import Recipe
+from itarflow.training import Recipe
 
 FILES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
 STUDIES = [path for path in FILES if path.stem.startswith("study_")]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from itarflow.reconstruction import (
+from itarflow.training.decoder.losses import (
     LossConfig,
     PatchCritic,
     adversarial_loss,

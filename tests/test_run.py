@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from test_training import tiny_recipe
 
-from itarflow.run import RunDir, check, prepare
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import replace_folder
-from itarflow.states import save_state
+from itarflow.training.run_folder import RunDir, check, prepare
+from itarflow.training.states import save_state
 
 
 def write_step(folder):

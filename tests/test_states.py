@@ -6,9 +6,9 @@ import os
 import pytest
 from test_training import tiny_recipe
 
-from itarflow.run import prepare
 from itarflow.runtime.errors import RunError
-from itarflow.states import MANIFEST, fault, newest_whole, save_state, set_aside_newer
+from itarflow.training.run_folder import prepare
+from itarflow.training.states import MANIFEST, fault, newest_whole, save_state, set_aside_newer
 
 
 def write_step(folder):
@@ -110,7 +110,7 @@ def test_a_read_error_is_a_fault_and_not_the_end(state, monkeypatch):
     def fails(*args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("itarflow.states._digest", fails)
+    monkeypatch.setattr("itarflow.training.states._digest", fails)
     assert "Input/output error" in fault(state)
 
 

@@ -21,10 +21,10 @@ from itarflow.data import DataConfig
 from itarflow.extractors import Features
 from itarflow.flow import NoiseConfig
 from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
 from itarflow.runtime.errors import DataError
 from itarflow.samples import open_samples
 from itarflow.study import REAL, Study, run_study
+from itarflow.training import Recipe, SamplingConfig, TrainConfig
 
 
 class Means:

@@ -15,19 +15,20 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from itarflow import ITARFlowPipeline, objective, training
-from itarflow import run as runs
+from itarflow import ITARFlowPipeline
 from itarflow.data import DataConfig, load_data
 from itarflow.data import load as data
 from itarflow.data.prepare.crop import PrepareConfig, prepare
 from itarflow.flow import NoiseConfig
 from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig
-from itarflow.recipe import Recipe, SamplingConfig, TrainConfig
-from itarflow.run import RunDir, hold
 from itarflow.runtime.errors import DataError, RunError, TrainingError
 from itarflow.runtime.signals import Interrupted
-from itarflow.training import train
+from itarflow.training import Recipe, SamplingConfig, TrainConfig, objective
+from itarflow.training import run_folder as runs
+from itarflow.training import train as training
+from itarflow.training.run_folder import RunDir, hold
+from itarflow.training.train import train
 
 
 def tiny_recipe(**changes):

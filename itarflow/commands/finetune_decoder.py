@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.data.load import DataConfig
-from itarflow.decoder import DecoderConfig
-from itarflow.finetune import Tuned, fine_tune
 from itarflow.launch import reporting
-from itarflow.run import Start
+from itarflow.training.decoder.config import DecoderConfig
+from itarflow.training.decoder.finetune import Tuned, fine_tune
+from itarflow.training.run_folder import Start
 
 
 @dataclass(frozen=True, kw_only=True)

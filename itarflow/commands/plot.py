@@ -9,8 +9,8 @@ from typing import Annotated
 import tyro
 
 from itarflow.commands.shared import say
-from itarflow.plot import plot_runs
 from itarflow.runtime.files import check_writable
+from itarflow.training.curves import plot_runs
 
 
 @dataclass(frozen=True)

@@ -7,57 +7,21 @@ import os
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_environment
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.markup import escape
 
-from itarflow import run as runs
-from itarflow.recipe import Settings
-from itarflow.run import RunDir, Start
-from itarflow.runtime.devices import on_cpu
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.progress import image_progress
-from itarflow.runtime.signals import StopSignal
-from itarflow.states import newest_whole, set_aside_newer
 
 Opened = TypeVar("Opened")
-
-
-def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[str]) -> Accelerator:
-    """The Accelerator of a training: devices, processes and trackers are its business, the rest is ours.
-
-    Precision is the loop's own autocast, so that evaluation and samples are float32, and sharding is torch's own.
-
-    Args:
-        run_path: folder of the run, where trackers that write files do so.
-        accumulation: micro-batches of an optimiser step.
-        trackers: names, as Accelerate knows them.
-
-    Raises:
-        ValueError: the launcher asks for an engine that brings an optimiser and states of its own.
-    """
-    for engine in ("DEEPSPEED", "MEGATRON_LM"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
-            raise ValueError(
-                f"the Accelerate config asks for {engine}, which keeps optimiser and states in ways of its own; use "
-                "recipes/launch/fsdp2.yaml or --train.shard, which split a model over devices as well."
-            )
-    with patch_environment(accelerate_use_fsdp="false"):
-        return Accelerator(
-            cpu=on_cpu(),
-            mixed_precision="no",
-            gradient_accumulation_steps=accumulation,
-            log_with=list(trackers) or None,
-            project_dir=run_path,
-        )
 
 
 def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object]) -> None:
@@ -81,33 +45,6 @@ def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object
         raise RunError(refusal[0])
 
 
-def check_folder(run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool) -> None:
-    """Refuse a run's folder that can't be used, or is in use, before any work and without touching it.
-
-    Raises:
-        RunError: on all processes; as `run.check` and `run.check_free`.
-    """
-    on_main(accelerator, lambda: runs.check(run.path, settings, start, allow_changes, run.option))
-    on_main(accelerator, lambda: runs.check_free(run))
-
-
-@contextmanager
-def claimed(
-    run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool
-) -> Iterator[StopSignal]:
-    """While inside, the run's folder is ready, and held by the main process, and the first signal is a request.
-
-    Yields:
-        Where that request is seen.
-
-    Raises:
-        RunError: on all processes; as `run.claim`.
-    """
-    with ExitStack() as locks, StopSignal() as stop:
-        on_main(accelerator, lambda: runs.claim(run, settings, start, allow_changes, locks))
-        yield stop
-
-
 def main_first(accelerator: Accelerator | PartialState, open_: Callable[[], Opened]) -> Opened:
     """What opens something, on all processes; the main one, which may download it, or refuse it for all, goes first.
 
@@ -125,30 +62,6 @@ def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
         return values
     everywhere = accelerator.gather(torch.tensor([values], device=accelerator.device))
     return tuple(everywhere.max(dim=0).values.tolist())
-
-
-def agreed_state(run: RunDir, accelerator: Accelerator, say: Callable[[str], None]) -> Path:
-    """The newest whole state, as the main process finds it; newer ones are set aside, and named.
-
-    Raises:
-        RunError: there is none.
-    """
-    found: list[Any] = [None]
-
-    def look() -> None:
-        state, passed_over = newest_whole(run)
-        if state is None:
-            raise RunError(
-                f"{run.path} has no whole state to resume from:\n  " + "\n  ".join(passed_over) + "\nBegin anew by "
-                "--restart, or bring the files back."
-            )
-        for reason in passed_over:
-            say(f"Passed over {reason}. It is set aside as torn-{reason.split(':')[0]}, to be deleted.")
-        set_aside_newer(run, state)
-        found[0] = str(state)
-
-    on_main(accelerator, look)
-    return Path(broadcast_object_list(found)[0])
 
 
 def first_to_say(text: str) -> bool:

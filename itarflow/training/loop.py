@@ -24,16 +24,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, batches
 from itarflow.data.order import training_sampler
-from itarflow.monitor import Monitor
-from itarflow.recipe import Settings
-from itarflow.run import RunDir
 from itarflow.runtime.devices import memory_gib
 from itarflow.runtime.errors import DataError, RunError, TrainingError
-from itarflow.runtime.processes import agreed, agreed_state, on_main
+from itarflow.runtime.processes import agreed, on_main
 from itarflow.runtime.progress import training_progress
 from itarflow.runtime.signals import Interrupted, StopSignal
-from itarflow.sharding import load_tensors, save_tensors
-from itarflow.states import PROGRESS, first_cause, save_state
+from itarflow.training.metrics import Monitor
+from itarflow.training.run_folder import RunDir
+from itarflow.training.settings import Settings
+from itarflow.training.sharding import load_tensors, save_tensors
+from itarflow.training.states import PROGRESS, agreed_state, first_cause, save_state
 
 
 class State(NamedTuple):
@@ -379,3 +379,14 @@ class Loop(ABC, Generic[ToldT, Result]):
         self.accelerator.wait_for_everyone()
         on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
         self.monitor.say(f"Resuming from {folder} at step {self.state.step} of {self.total_steps}.")
+
+
+def learning_rate_factor(step: int, warmup: int, total: int, lowest: float) -> float:
+    """The learning rate of step 0, 1, ... in units of the highest.
+
+    Linear from `lowest` to 1 over `warmup` steps, then half a cosine back to `lowest` at `total`, and there it stays.
+    """
+    if step < warmup:
+        return lowest + (1 - lowest) * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))

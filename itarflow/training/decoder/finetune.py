@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
 from itarflow.data.load import ImageData, load_data
 from itarflow.data.loader import Batch
-from itarflow.decoder import (
+from itarflow.pipeline.storage import finish_vae
+from itarflow.runtime.files import replace_folder
+from itarflow.runtime.processes import main_first, on_main
+from itarflow.runtime.signals import StopSignal
+from itarflow.training.decoder.config import (
     DecoderConfig,
     Decoding,
     Draws,
@@ -35,16 +39,16 @@ from itarflow.decoder import (
     examples,
     measure,
 )
-from itarflow.ema import averaged_weights
-from itarflow.loop import Loop
-from itarflow.pipeline.storage import finish_vae
-from itarflow.recipe import learning_rate_factor
-from itarflow.reconstruction import PatchCritic, adversarial_loss, hinge_loss, load_lpips, reconstruction_terms
-from itarflow.run import RunDir, Start
-from itarflow.runtime.files import replace_folder
-from itarflow.runtime.processes import check_folder, claimed, main_first, make_accelerator, on_main
-from itarflow.runtime.signals import StopSignal
-from itarflow.sharding import clip_grad_norm, load_tensors, save_tensors
+from itarflow.training.decoder.losses import (
+    PatchCritic,
+    adversarial_loss,
+    hinge_loss,
+    load_lpips,
+    reconstruction_terms,
+)
+from itarflow.training.loop import Loop, learning_rate_factor
+from itarflow.training.run_folder import RunDir, Start, check_folder, claimed
+from itarflow.training.sharding import averaged_weights, clip_grad_norm, load_tensors, make_accelerator, save_tensors
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def fine_tune(
     Args:
         config: all settings.
         out: the folder.
-        start: "fresh", "resume" or "restart", see `run.prepare`.
+        start: "fresh", "resume" or "restart", see `run_folder.prepare`.
         max_steps: stop after so many optimiser steps; the schedule is still that of the whole fine-tuning.
         allow_changes: resume although settings differ from the stored ones.
 

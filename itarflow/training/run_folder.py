@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from itarflow.recipe import Settings, differences, write_recipe
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import check_writable
+from itarflow.runtime.processes import on_main
+from itarflow.runtime.signals import StopSignal
+from itarflow.training import run_folder as runs
+from itarflow.training.settings import Settings, differences, write_recipe
 
 Start = Literal["fresh", "resume", "restart"]
 
@@ -207,3 +211,30 @@ def _json_or_none(line: str) -> dict[str, Any] | None:
 
 def _step(state: Path) -> int:
     return int(state.name.removeprefix("step-"))
+
+
+def check_folder(run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool) -> None:
+    """Refuse a run's folder that can't be used, or is in use, before any work and without touching it.
+
+    Raises:
+        RunError: on all processes; as `run_folder.check` and `run_folder.check_free`.
+    """
+    on_main(accelerator, lambda: runs.check(run.path, settings, start, allow_changes, run.option))
+    on_main(accelerator, lambda: runs.check_free(run))
+
+
+@contextmanager
+def claimed(
+    run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool
+) -> Iterator[StopSignal]:
+    """While inside, the run's folder is ready, and held by the main process, and the first signal is a request.
+
+    Yields:
+        Where that request is seen.
+
+    Raises:
+        RunError: on all processes; as `run_folder.claim`.
+    """
+    with ExitStack() as locks, StopSignal() as stop:
+        on_main(accelerator, lambda: runs.claim(run, settings, start, allow_changes, locks))
+        yield stop

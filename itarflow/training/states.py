@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch.distributed.checkpoint.api import CheckpointException
 
-from itarflow.run import RunDir
 from itarflow.runtime.errors import RunError
+from itarflow.runtime.processes import on_main
+from itarflow.training.run_folder import RunDir
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _CHUNK = 2**22
@@ -164,3 +167,27 @@ def _digest(file: Path) -> str:
         while chunk := handle.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def agreed_state(run: RunDir, accelerator: Accelerator, say: Callable[[str], None]) -> Path:
+    """The newest whole state, as the main process finds it; newer ones are set aside, and named.
+
+    Raises:
+        RunError: there is none.
+    """
+    found: list[Any] = [None]
+
+    def look() -> None:
+        state, passed_over = newest_whole(run)
+        if state is None:
+            raise RunError(
+                f"{run.path} has no whole state to resume from:\n  " + "\n  ".join(passed_over) + "\nBegin anew by "
+                "--restart, or bring the files back."
+            )
+        for reason in passed_over:
+            say(f"Passed over {reason}. It is set aside as torn-{reason.split(':')[0]}, to be deleted.")
+        set_aside_newer(run, state)
+        found[0] = str(state)
+
+    on_main(accelerator, look)
+    return Path(broadcast_object_list(found)[0])

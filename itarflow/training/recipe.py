@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -17,10 +14,9 @@ from itarflow.data.load import DataConfig, ImageData, load_data
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
 from itarflow.inverse.guidance import Guidance
-from itarflow.optimisation import Optimisation
 from itarflow.presets import ModelConfig
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.text import flat
+from itarflow.training.settings import Optimisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,20 +115,6 @@ class SamplingConfig:
         for name in ("num_denoise_steps", "num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"sampling.{name} is {getattr(self, name)}; expected a number >= 1.")
-
-
-class Settings(Protocol):
-    """All settings of a run, a dataclass of plain values: a `Recipe`, or what else is trained on images."""
-
-    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
-
-    @property
-    def data(self) -> DataConfig:
-        """The images."""
-
-    @property
-    def train(self) -> Optimisation:
-        """The optimisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,61 +285,3 @@ def check_classes(recipe: Recipe, data: ImageData) -> None:
             f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
             f"set --model.num-classes {found}, or 0 to ignore the labels."
         )
-
-
-def learning_rate_factor(step: int, warmup: int, total: int, lowest: float) -> float:
-    """The learning rate of step 0, 1, ... in units of the highest.
-
-    Linear from `lowest` to 1 over `warmup` steps, then half a cosine back to `lowest` at `total`, and there it stays.
-    """
-    if step < warmup:
-        return lowest + (1 - lowest) * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def to_json(recipe: Settings) -> dict[str, Any]:
-    """Plain values, tuples as lists: what recipe.json holds."""
-    return json.loads(json.dumps(asdict(recipe)))
-
-
-def write_recipe(recipe: Settings, path: Path) -> None:
-    """Store the resolved recipe as JSON, whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(to_json(recipe), indent=2) + "\n")
-    os.replace(partial, path)
-
-
-# Settings that change neither weights nor losses, so that a run may go on with other values.
-_FREE = {
-    "codec.vae", "codec.revision",  # another decoder, at most: see `with_identity`
-    "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
-    "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.shard",
-    "train.compile", "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",
-    "train.evaluate_every",
-}  # fmt: skip
-
-
-def differences(stored: dict[str, Any], recipe: Settings) -> list[str]:
-    """The settings on which a stored recipe and `recipe` disagree so that a run can't go on, "name: old -> new".
-
-    A setting that was not there yet when the run began had its default.
-    """
-    old, new = _defaults(recipe) | flat(stored), flat(to_json(recipe))
-    names = sorted((old.keys() | new.keys()) - _FREE)
-    return [
-        f"{name}: {old.get(name)} -> {new.get(name)}"
-        for name in names
-        if not name.startswith("sampling.") and old.get(name) != new.get(name)
-    ]
-
-
-def _defaults(recipe: Settings) -> dict[str, Any]:
-    """The defaults of all settings that have one, as `flat` of a stored recipe would give them."""
-    sections = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    values = {
-        name: {field.name: field.default for field in fields(section) if field.default is not MISSING}
-        for name, section in sections.items()
-        if is_dataclass(section)
-    }
-    return flat(json.loads(json.dumps(values)))

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from itarflow.run import RunDir
 from itarflow.runtime.errors import RunError
+from itarflow.runtime.pictures import blank_figure
+from itarflow.training.run_folder import RunDir
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-from itarflow.runtime.pictures import blank_figure
+
 
 Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Name of a line -> steps and values; "" if the panel has one line a run."""

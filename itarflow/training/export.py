@@ -17,12 +17,13 @@ from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import lowest_level, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser
 from itarflow.flow.tarflow import TARFlow
-from itarflow.objective import Evaluation
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.recipe import Recipe, to_json
 from itarflow.runtime.pictures import image_grid
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import display_name
+from itarflow.training.held_out import Evaluation
+from itarflow.training.recipe import Recipe
+from itarflow.training.settings import to_json
 
 
 def make_pipeline(
@@ -93,7 +94,7 @@ def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, An
 
     Args:
         recipe: resolved. Of data, VAE or denoiser in a folder on this machine, only the folder's name is told.
-        held_out: as `objective.evaluate` returns it.
+        held_out: as `held_out.evaluate` returns it.
         facts: such as steps, seconds and numbers of images.
     """
     settings = to_json(recipe)

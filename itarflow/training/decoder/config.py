@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, to_pixels, to_uint8
 from itarflow.data.load import DataConfig, ImageDataset
 from itarflow.data.loader import in_order
-from itarflow.optimisation import Optimisation
-from itarflow.reconstruction import LossConfig, psnr
 from itarflow.runtime.pictures import titled_grid
 from itarflow.runtime.seeds import mixed_seed
+from itarflow.training.decoder.losses import LossConfig, psnr
+from itarflow.training.settings import Optimisation
 
 _EVALUATION_BATCH = 16
 """Held-out images at a time; fixed, since the noise is drawn by batch."""

@@ -1,9 +1,17 @@
-"""The settings that every training on images has in its section `train`, and what is checked of them."""
+"""Settings that any training has, and how they are stored and compared with those of a stored run."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from itarflow.data.load import DataConfig
+from itarflow.runtime.text import flat
 
 
 class Optimisation:
@@ -66,3 +74,64 @@ class Optimisation:
                 f"train.batch_size {self.batch_size} can't be shared evenly by {num_processes} processes with "
                 f"train.accumulation {self.accumulation}; expected a multiple of {share}."
             )
+
+
+class Settings(Protocol):
+    """All settings of a run, a dataclass of plain values: a `Recipe`, or what else is trained on images."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def data(self) -> DataConfig:
+        """The images."""
+
+    @property
+    def train(self) -> Optimisation:
+        """The optimisation."""
+
+
+def to_json(recipe: Settings) -> dict[str, Any]:
+    """Plain values, tuples as lists: what recipe.json holds."""
+    return json.loads(json.dumps(asdict(recipe)))
+
+
+def write_recipe(recipe: Settings, path: Path) -> None:
+    """Store the resolved recipe as JSON, whole or not at all."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(json.dumps(to_json(recipe), indent=2) + "\n")
+    os.replace(partial, path)
+
+
+# Settings that change neither weights nor losses, so that a run may go on with other values.
+_FREE = {
+    "codec.vae", "codec.revision",  # another decoder, at most: see `with_identity`
+    "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
+    "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.shard",
+    "train.compile", "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",
+    "train.evaluate_every",
+}  # fmt: skip
+
+
+def differences(stored: dict[str, Any], recipe: Settings) -> list[str]:
+    """The settings on which a stored recipe and `recipe` disagree so that a run can't go on, "name: old -> new".
+
+    A setting that was not there yet when the run began had its default.
+    """
+    old, new = _defaults(recipe) | flat(stored), flat(to_json(recipe))
+    names = sorted((old.keys() | new.keys()) - _FREE)
+    return [
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in names
+        if not name.startswith("sampling.") and old.get(name) != new.get(name)
+    ]
+
+
+def _defaults(recipe: Settings) -> dict[str, Any]:
+    """The defaults of all settings that have one, as `flat` of a stored recipe would give them."""
+    sections = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    values = {
+        name: {field.name: field.default for field in fields(section) if field.default is not MISSING}
+        for name, section in sections.items()
+        if is_dataclass(section)
+    }
+    return flat(json.loads(json.dumps(values)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, patch_environment
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader
@@ -32,10 +32,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from itarflow.ema import averaged_weights
 from itarflow.flow.tarflow import TARFlow
 from itarflow.flow.transformer import Layer
-from itarflow.recipe import Recipe
+from itarflow.runtime.devices import on_cpu
+from itarflow.training.recipe import Recipe
 
 _FOLDER = "tensors"
 
@@ -172,3 +172,46 @@ def _quiet() -> Iterator[None]:
 
 def _alone() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+@contextmanager
+def averaged_weights(ema: EMAModel | None, model: nn.Module) -> Iterator[None]:
+    """While inside, the model has its averaged weights, if there are any."""
+    if ema is None:
+        yield
+        return
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(model.parameters())
+
+
+def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[str]) -> Accelerator:
+    """The Accelerator of a training: devices, processes and trackers are its business, the rest is ours.
+
+    Precision is the loop's own autocast, so that evaluation and samples are float32, and sharding is torch's own.
+
+    Args:
+        run_path: folder of the run, where trackers that write files do so.
+        accumulation: micro-batches of an optimiser step.
+        trackers: names, as Accelerate knows them.
+
+    Raises:
+        ValueError: the launcher asks for an engine that brings an optimiser and states of its own.
+    """
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
+            raise ValueError(
+                f"the Accelerate config asks for {engine}, which keeps optimiser and states in ways of its own; use "
+                "recipes/launch/fsdp2.yaml or --train.shard, which split a model over devices as well."
+            )
+    with patch_environment(accelerate_use_fsdp="false"):
+        return Accelerator(
+            cpu=on_cpu(),
+            mixed_precision="no",
+            gradient_accumulation_steps=accumulation,
+            log_with=list(trackers) or None,
+            project_dir=run_path,
+        )

@@ -22,25 +22,26 @@ from torch import Tensor
 from itarflow.codec import Vae
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch
-from itarflow.estimate import estimate
-from itarflow.export import make_pipeline, open_denoiser, sample_grid, training_record
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance
-from itarflow.insight import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
-from itarflow.loop import Loop
-from itarflow.microbatch import find_accumulation
-from itarflow.objective import Evaluation, Losses, draw, evaluate, training_losses
-from itarflow.recipe import Recipe, learning_rate_factor, open_data, open_vae, with_identity
-from itarflow.run import RunDir, Start
 from itarflow.runtime.devices import peak_tflops
 from itarflow.runtime.files import replace_folder
-from itarflow.runtime.processes import check_folder, claimed, main_first, make_accelerator, on_main
+from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.signals import StopSignal
-from itarflow.sharding import (
+from itarflow.training.estimate import estimate, find_accumulation
+from itarflow.training.export import make_pipeline, open_denoiser, sample_grid, training_record
+from itarflow.training.held_out import Evaluation, evaluate
+from itarflow.training.loop import Loop, learning_rate_factor
+from itarflow.training.metrics import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
+from itarflow.training.objective import Losses, draw, training_losses
+from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
+from itarflow.training.run_folder import RunDir, Start, check_folder, claimed
+from itarflow.training.sharding import (
     clip_grad_norm,
     compile_layers,
     distribute,
     launcher_asks_for_checkpointing,
     launcher_asks_for_sharding,
+    make_accelerator,
     whole_flow,
 )
 
@@ -95,7 +96,7 @@ def train(
     Args:
         recipe: resolved settings.
         run_path: folder of the run.
-        start: "fresh", "resume" or "restart", see `run.prepare`.
+        start: "fresh", "resume" or "restart", see `run_folder.prepare`.
         max_steps: stop after so many optimiser steps; the learning-rate schedule is still the whole training's, so
             that a resumed run continues it.
         allow_changes: resume although settings differ from the stored ones.

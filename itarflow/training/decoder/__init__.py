@@ -1,0 +1,1 @@
+"""A VAE's decoder, fine-tuned for noisy codes."""
