@@ -30,7 +30,7 @@ from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.codec import Posterior, to_pil, to_pixels
 from itarflow.data import DataConfig, load_data
 from itarflow.data.images import to_array
-from itarflow.likelihood import Noise, likelihoods, noises_of
+from itarflow.evaluation.likelihood.bounds import Noise, likelihoods, noises_of
 
 BATCH = 50
 console = Console(width=120)

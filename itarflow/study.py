@@ -20,21 +20,21 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
 
-from itarflow.bpd import BpdConfig, measure
-from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_pil, to_pixels
 from itarflow.data.load import load_data
 from itarflow.denoisers.score import FlowDenoiser
-from itarflow.evaluate import make_samples, scores_of
-from itarflow.extractors import Extractor, load_extractor
-from itarflow.generate import MANIFEST, Generation, labels_by
+from itarflow.evaluation.evaluate import make_samples, scores_of
+from itarflow.evaluation.likelihood.bpd import BpdConfig, measure
+from itarflow.evaluation.metrics.extractors import Extractor, load_extractor
+from itarflow.evaluation.metrics.reference import Reference, reference_of
+from itarflow.evaluation.samples.denoising import Column
+from itarflow.evaluation.samples.files import open_samples, shard_name, write_shard
+from itarflow.evaluation.samples.generate import MANIFEST, Generation, labels_by
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.reference import Reference, reference_of
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.pictures import blank_figure, draw_pictures
 from itarflow.runtime.text import display_name
-from itarflow.samples import open_samples, shard_name, write_shard
 from itarflow.training.recipe import Recipe
 from itarflow.training.run_folder import RunDir
 from itarflow.training.settings import differences, to_json

@@ -18,10 +18,10 @@ from PIL import Image
 from test_cli import refused, run, save  # noqa: F401
 
 from itarflow import ITARFlowPipeline, TARFlow, cli
-from itarflow import bpd as measuring
-from itarflow.bpd_report import begin
 from itarflow.codec import Posterior, VaeCodec, to_pixels
-from itarflow.likelihood import Noise, likelihoods
+from itarflow.evaluation.likelihood import bpd as measuring
+from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
+from itarflow.evaluation.likelihood.report import begin
 
 Run = Callable[..., str]
 LEVELS = ("--noise-levels", "0.1", "0.5")

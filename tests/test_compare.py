@@ -18,10 +18,11 @@ from PIL import Image
 from test_diffusion import UNET, Recorder
 from torch import Tensor
 
-from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, cleaning, cli, denoise
+from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, cli, denoise
 from itarflow.codec import VaeCodec
-from itarflow.compare import Comparison, compare
 from itarflow.denoisers import DiffusionDenoiser
+from itarflow.evaluation.compare import Comparison, compare
+from itarflow.evaluation.samples import denoising as cleaning
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import short_names
 
@@ -63,7 +64,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
         found.setdefault(str(len(found)), {}).update(title=column.title, noisy=noisy, cleaned=cleaned)
         return cleaned
 
-    monkeypatch.setattr("itarflow.compare.clean", remember)
+    monkeypatch.setattr("itarflow.evaluation.compare.clean", remember)
     return found
 
 
@@ -75,7 +76,7 @@ def never_generates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves compare.png out, which takes longer than all the rest."""
-    monkeypatch.setattr("itarflow.compare.draw_pictures", lambda *_: None)
+    monkeypatch.setattr("itarflow.evaluation.compare.draw_pictures", lambda *_: None)
 
 
 def methods(comparison: Comparison, generator: str) -> list[str]:

@@ -18,11 +18,10 @@ from torch import Tensor
 from itarflow import cli
 from itarflow.commands.diagnose import Diagnose, telling_names
 from itarflow.data.dataset import Example, ImageDataset
-from itarflow.diagnose import Diagnosis, diagnose
-from itarflow.extractors import INCEPTION, Features
-from itarflow.measured import KINDS, RealImages
-from itarflow.proportions import rate
-from itarflow.samples import ArraySamples, Samples, shard_name, write_shard
+from itarflow.evaluation.diagnosis.diagnose import Diagnosis, diagnose
+from itarflow.evaluation.diagnosis.rates import KINDS, RealImages, rate
+from itarflow.evaluation.metrics.extractors import INCEPTION, Features
+from itarflow.evaluation.samples.files import ArraySamples, Samples, shard_name, write_shard
 
 MIDDLE = slice(60, 100)
 """Where failures are planted among 200 images."""
@@ -42,7 +41,7 @@ def real() -> Samples:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves diagrams and contact sheets out, which take longer than all the rest."""
     for name in ("draw_detail", "draw_spectra", "_save_sheet"):
-        monkeypatch.setattr(f"itarflow.diagnose.{name}", lambda *_: None)
+        monkeypatch.setattr(f"itarflow.evaluation.diagnosis.diagnose.{name}", lambda *_: None)
 
 
 def planted(kind: str, count: int = 200, channels: int = 3) -> Tensor:

@@ -18,14 +18,14 @@ from tiny_extractor import TinyExtractor
 from torch import Tensor
 
 from itarflow import ITARFlowPipeline, cli
-from itarflow import evaluate as evaluating
-from itarflow import generate as generating
 from itarflow.data import DataConfig
-from itarflow.evaluate import ways_of
-from itarflow.generate import Generation
-from itarflow.moments import Sums, frechet_distance
-from itarflow.reference import reference_of
-from itarflow.samples import open_samples
+from itarflow.evaluation import evaluate as evaluating
+from itarflow.evaluation.evaluate import ways_of
+from itarflow.evaluation.metrics.features import Sums, frechet_distance
+from itarflow.evaluation.metrics.reference import reference_of
+from itarflow.evaluation.samples import generate as generating
+from itarflow.evaluation.samples.files import open_samples
+from itarflow.evaluation.samples.generate import Generation
 
 Run = Callable[..., str]
 FIGURES = ["frechet_distance", "kernel_distance", "precision", "recall"]

@@ -9,9 +9,8 @@ from accelerate.state import AcceleratorState, PartialState
 from tiny_extractor import TinyExtractor
 
 from itarflow.data import DataConfig
-from itarflow.extraction import evenly_spaced, extract
-from itarflow.moments import Sums
-from itarflow.reference import reference_of
+from itarflow.evaluation.metrics.features import Sums, evenly_spaced, extract
+from itarflow.evaluation.metrics.reference import reference_of
 
 
 def in_process(out):

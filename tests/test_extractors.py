@@ -11,7 +11,14 @@ import torch
 from fidelity import torch_fidelity
 from torch import nn
 
-from itarflow.extractors import EFFICIENTNET, INCEPTION, _efficientnet_lite0, _Network, _registered, load_extractor
+from itarflow.evaluation.metrics.extractors import (
+    EFFICIENTNET,
+    INCEPTION,
+    _efficientnet_lite0,
+    _Network,
+    _registered,
+    load_extractor,
+)
 
 
 def pictures(count=2, channels=3, size=20):
@@ -123,7 +130,7 @@ def test_inception_gives_what_adm_evaluates(inception_file):
 
 
 def test_the_published_weights_are_known_by_their_hash(inception_file):
-    with patch("itarflow.extractors._INCEPTION_HASH", ""):
+    with patch("itarflow.evaluation.metrics.extractors._INCEPTION_HASH", ""):
         assert load_extractor(INCEPTION, inception_file).name == INCEPTION
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from natural_images import blurred, natural_images, with_background
 
-from itarflow.failures import (
+from itarflow.evaluation.diagnosis.failures import (
     MEASURES,
     background_brightness,
     background_contrast,

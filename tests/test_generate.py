@@ -6,17 +6,17 @@ import pytest
 import torch
 from conftest import tiny_vae
 
-from itarflow.cleaning import Column
 from itarflow.codec import PixelCodec, to_uint8
 from itarflow.denoisers import DenoiseScheduler, FlowDenoiser
-from itarflow.evaluate import WAYS, ways_of
+from itarflow.evaluation.evaluate import WAYS, ways_of
+from itarflow.evaluation.samples.denoising import Column
+from itarflow.evaluation.samples.files import open_samples
+from itarflow.evaluation.samples.generate import Generation, begin, generate_share, labels_by
 from itarflow.flow import TARFlow
-from itarflow.generate import Generation, begin, generate_share, labels_by
 from itarflow.inverse import Guidance, sequential
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.seeds import image_generators
-from itarflow.samples import open_samples
 
 
 def tiny(num_classes: int = 3) -> ITARFlowPipeline:

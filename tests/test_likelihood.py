@@ -13,7 +13,7 @@ from torch import Tensor
 
 from itarflow import TARFlow
 from itarflow.codec import Posterior, to_pixels
-from itarflow.likelihood import Likelihoods, Noise, likelihoods, log_cover, mean_of, noises_of
+from itarflow.evaluation.likelihood.bounds import Likelihoods, Noise, likelihoods, log_cover, mean_of, noises_of
 
 MakeFlow = Callable[..., TARFlow]
 UNIFORM = Noise("uniform", None)

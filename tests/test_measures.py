@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline
-from itarflow.measures import METRICS, Cleaned, nats_per_dim, parts, residual_noise
+from itarflow.evaluation.compare import METRICS, nats_per_dim, residual_noise
+from itarflow.evaluation.samples.denoising import Cleaned, parts
 
 
 def noise(*shape: int) -> Tensor:

@@ -9,11 +9,10 @@ import torch
 from fidelity import torch_fidelity
 from tiny_extractor import TinyExtractor
 
-from itarflow.extraction import extract
-from itarflow.extractors import INCEPTION
-from itarflow.metrics import inception_score, kernel_distance, precision_recall, score
-from itarflow.moments import frechet_distance
-from itarflow.reference import Origin, Reference
+from itarflow.evaluation.metrics.extractors import INCEPTION
+from itarflow.evaluation.metrics.features import extract, frechet_distance
+from itarflow.evaluation.metrics.reference import Origin, Reference
+from itarflow.evaluation.metrics.scores import inception_score, kernel_distance, precision_recall, score
 
 
 def features(count, size=6, seed=0, shift=0.0, scale=1.0):
@@ -90,7 +89,7 @@ def test_surroundings_reach_to_the_third_neighbour():
 @pytest.mark.parametrize("rows", [7, 2048])
 def test_precision_and_recall_are_torch_fidelitys(monkeypatch, rows):
     fidelity = torch_fidelity()
-    monkeypatch.setattr("itarflow.metrics._ROWS", rows)
+    monkeypatch.setattr("itarflow.evaluation.metrics.scores._ROWS", rows)
     samples, real = features(80, seed=1, scale=0.7, shift=20.0), features(60, seed=2, shift=20.0)
     theirs = fidelity.metric_prc.prc_features_to_metric(samples, real, verbose=False)
     ours = precision_recall(samples, real)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fidelity import torch_fidelity
 
-from itarflow.moments import Moments, Sums, frechet_distance
+from itarflow.evaluation.metrics.features import Moments, Sums, frechet_distance
 
 
 def features(count, size=6, seed=0, shift=0.0):

@@ -7,8 +7,8 @@ import torch
 from natural_images import blurred_tokens, natural_images
 from torch import Tensor
 
-from itarflow.failures import fine_energy
-from itarflow.onset import Normal, find_onset, level_change, normal_detail
+from itarflow.evaluation.diagnosis.failures import fine_energy
+from itarflow.evaluation.diagnosis.onset import Normal, find_onset, level_change, normal_detail
 
 PATCH = 4
 
@@ -71,7 +71,7 @@ def test_real_images_have_no_onset_but_for_the_false_alarms_allowed(normal):
 
 
 def test_chance_in_the_real_images_is_no_onset_however_many_samples_there_are(monkeypatch):
-    monkeypatch.setattr("itarflow.onset.STEP", 0.0)  # which leaves the strength to decide
+    monkeypatch.setattr("itarflow.evaluation.diagnosis.onset.STEP", 0.0)  # which leaves the strength to decide
     generator, found = seeded(), []
     for _ in range(100):
         normal = normal_detail(torch.randn(100, 16, generator=generator))

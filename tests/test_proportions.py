@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from itarflow.proportions import difference, rate
+from itarflow.evaluation.diagnosis.rates import difference, rate
 
 
 # Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I, method 3.

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from image_files import TYPED, damage, typed_columns, write_image, write_parquet
 from tiny_extractor import TinyExtractor, tiny_inception
 
-from itarflow import reference as references
 from itarflow.data import DataConfig
-from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES
-from itarflow.moments import Sums
-from itarflow.reference import read_reference, reference_of
+from itarflow.evaluation.metrics import reference as references
+from itarflow.evaluation.metrics.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES
+from itarflow.evaluation.metrics.features import Sums
+from itarflow.evaluation.metrics.reference import read_reference, reference_of
 from itarflow.runtime.errors import DataError, RunError
 
 SIZE = 8

@@ -6,8 +6,16 @@ import pytest
 import torch
 from PIL import Image
 
+from itarflow.evaluation.samples.files import (
+    Samples,
+    batches,
+    open_samples,
+    shard_name,
+    write_npz,
+    write_png,
+    write_shard,
+)
 from itarflow.runtime.errors import DataError
-from itarflow.samples import Samples, batches, open_samples, shard_name, write_npz, write_png, write_shard
 
 
 def pictures(count: int, channels: int = 3, size: int = 6) -> torch.Tensor:

@@ -14,15 +14,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from itarflow import evaluate as evaluating
 from itarflow import study as studies
 from itarflow.commands import study as command
 from itarflow.data import DataConfig
-from itarflow.extractors import Features
+from itarflow.evaluation import evaluate as evaluating
+from itarflow.evaluation.metrics.extractors import Features
+from itarflow.evaluation.samples.files import open_samples
 from itarflow.flow import NoiseConfig
 from itarflow.presets import ModelConfig
 from itarflow.runtime.errors import DataError
-from itarflow.samples import open_samples
 from itarflow.study import REAL, Study, run_study
 from itarflow.training import Recipe, SamplingConfig, TrainConfig
 
@@ -75,7 +75,7 @@ def tiny(photos: Path) -> Study:
 def _means(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(studies, "load_extractor", lambda *_: Means())
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    monkeypatch.setattr("itarflow.reference.statistics_folder", lambda: tmp_path / "statistics")
+    monkeypatch.setattr("itarflow.evaluation.metrics.reference.statistics_folder", lambda: tmp_path / "statistics")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def done(tiny: Study, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("study")
         patch.setattr(studies, "load_extractor", lambda *_: Means())
-        patch.setattr("itarflow.reference.statistics_folder", lambda: folder / "statistics")
+        patch.setattr("itarflow.evaluation.metrics.reference.statistics_folder", lambda: folder / "statistics")
         return folder, run_study(tiny, folder, device="cpu")
 
 
@@ -121,7 +121,7 @@ def test_a_study_that_is_done_is_not_done_again(
     folder, report = done
     monkeypatch.setattr(studies, "train", refuse)
     monkeypatch.setattr(evaluating, "score_samples", refuse)
-    monkeypatch.setattr("itarflow.reference.statistics_folder", lambda: folder / "statistics")
+    monkeypatch.setattr("itarflow.evaluation.metrics.reference.statistics_folder", lambda: folder / "statistics")
     again = run_study(tiny, folder, device="cpu")
     for flow in report["flows"]:
         assert again["flows"][flow] == report["flows"][flow]
@@ -156,7 +156,7 @@ def test_other_samples_are_scored_anew(
         return real(samples, *rest, **options)
 
     monkeypatch.setattr(evaluating, "score_samples", score)
-    monkeypatch.setattr("itarflow.reference.statistics_folder", lambda: folder / "statistics")
+    monkeypatch.setattr("itarflow.evaluation.metrics.reference.statistics_folder", lambda: folder / "statistics")
     kept = folder / "samples" / "itarflow" / "03" / "scores.json"
     stored = json.loads(kept.read_text())
     stored["of"]["samples"]["seed"] = 5
@@ -170,7 +170,7 @@ def test_the_command_prints_a_table_and_refuses_what_it_does_not_know(
 ) -> None:
     folder, _ = done
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("itarflow.reference.statistics_folder", lambda: folder / "statistics")
+    monkeypatch.setattr("itarflow.evaluation.metrics.reference.statistics_folder", lambda: folder / "statistics")
     command.main({"cpu": tiny}, args=["--output", str(folder)])
     printed = capsys.readouterr().out
     assert "Fréchet distance (halves) of 6 samples" in printed

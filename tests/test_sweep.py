@@ -16,15 +16,16 @@ from PIL import Image
 from tiny_extractor import TinyExtractor
 from torch import Tensor
 
-from itarflow import ITARFlowPipeline, TARFlow, cli, curves
-from itarflow import evaluate as evaluating
-from itarflow import generate as generating
+from itarflow import ITARFlowPipeline, TARFlow, cli
 from itarflow.commands.sweep import table_of
-from itarflow.curves import draw_curves
-from itarflow.metrics import Figure, Scores
+from itarflow.evaluation import evaluate as evaluating
+from itarflow.evaluation import sweep_plots as curves
+from itarflow.evaluation.metrics.scores import Figure, Scores
+from itarflow.evaluation.samples import generate as generating
+from itarflow.evaluation.samples.files import open_samples
+from itarflow.evaluation.sweep import Cell, best_cells, cells_of
+from itarflow.evaluation.sweep_plots import draw_curves
 from itarflow.runtime.pictures import blank_figure
-from itarflow.samples import open_samples
-from itarflow.sweep import Cell, best_cells, cells_of
 
 Run = Callable[..., str]
 GRID = ("--guidance-weights", 2, 0, "--t-max", 0.3, 0.5, "--num-denoise-steps", 1, 3)

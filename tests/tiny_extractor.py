@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from itarflow.extractors import INCEPTION, POOL_FEATURES, Features
+from itarflow.evaluation.metrics.extractors import INCEPTION, POOL_FEATURES, Features
 
 
 class TinyExtractor:

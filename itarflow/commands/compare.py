@@ -13,9 +13,9 @@ from rich.table import Table
 
 from itarflow.codec import CodecConfig, load_vae
 from itarflow.commands.shared import chosen_labels, say
-from itarflow.compare import Comparison, compare
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.load import load_denoiser
+from itarflow.evaluation.compare import Comparison, compare
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable

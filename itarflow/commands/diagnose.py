@@ -16,14 +16,13 @@ from rich.table import Table
 from itarflow.commands.shared import say
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
-from itarflow.diagnose import Diagnosis, diagnose
-from itarflow.extractors import load_extractor
-from itarflow.measured import KINDS, RealImages
-from itarflow.onset import Onset
-from itarflow.proportions import Difference, Rate
+from itarflow.evaluation.diagnosis.diagnose import Diagnosis, diagnose
+from itarflow.evaluation.diagnosis.onset import Onset
+from itarflow.evaluation.diagnosis.rates import KINDS, Difference, Rate, RealImages
+from itarflow.evaluation.metrics.extractors import load_extractor
+from itarflow.evaluation.samples.files import open_samples
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
-from itarflow.samples import open_samples
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from rich.table import Table
 
 from itarflow.commands.scoring import Judged, Making, device_name, figure_text, versions
 from itarflow.commands.shared import joined, resumable, say
-from itarflow.evaluate import Way, make_samples, scores_of, ways_of
-from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
-from itarflow.metrics import Scores
+from itarflow.evaluation.evaluate import Way, make_samples, scores_of, ways_of
+from itarflow.evaluation.metrics.reference import Origin
+from itarflow.evaluation.metrics.scores import Scores
+from itarflow.evaluation.samples.files import open_samples, write_npz, write_png
+from itarflow.evaluation.samples.generate import CONVERSION, MANIFEST, Generation, manifest_of
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.reference import Origin
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.hub import read_index
 from itarflow.runtime.processes import on_main
 from itarflow.runtime.text import display_name
-from itarflow.samples import open_samples, write_npz, write_png
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,12 +23,12 @@ from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser
-from itarflow.extractors import INCEPTION, Extractor, load_extractor
-from itarflow.generate import LabelRule, labels_by
+from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor, load_extractor
+from itarflow.evaluation.metrics.reference import Reference, read_reference, reference_of
+from itarflow.evaluation.metrics.scores import Figure
+from itarflow.evaluation.samples.generate import LabelRule, labels_by
 from itarflow.inverse.solvers import sequential
-from itarflow.metrics import Figure
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.reference import Reference, read_reference, reference_of
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.processes import main_first

@@ -17,17 +17,26 @@ from rich.table import Table
 
 from itarflow.commands.scoring import Judged, Making, device_name, versions
 from itarflow.commands.shared import joined, resumable, say
-from itarflow.curves import draw_curves, draw_images
-from itarflow.evaluate import make_all
-from itarflow.generate import CONVERSION, MANIFEST, Generation, manifest_of
-from itarflow.metrics import Scores
+from itarflow.evaluation.evaluate import make_all
+from itarflow.evaluation.metrics.reference import Origin
+from itarflow.evaluation.metrics.scores import Scores
+from itarflow.evaluation.samples.generate import CONVERSION, MANIFEST, Generation, manifest_of
+from itarflow.evaluation.sweep import (
+    Cell,
+    best_cells,
+    cells_of,
+    figure_names,
+    generations_of,
+    plain,
+    score_cells,
+    write_csv,
+)
+from itarflow.evaluation.sweep_plots import draw_curves, draw_images
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.reference import Origin
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.pictures import blank_figure
 from itarflow.runtime.processes import on_main
 from itarflow.runtime.text import display_name
-from itarflow.sweep import Cell, best_cells, cells_of, figure_names, generations_of, plain, score_cells, write_csv
 
 
 @dataclass(frozen=True, kw_only=True)

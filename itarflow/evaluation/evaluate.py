@@ -14,20 +14,20 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from itarflow.cleaning import Column
 from itarflow.codec import codec_of
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.denoisers.score import Denoiser, FlowDenoiser
-from itarflow.extraction import extract
-from itarflow.extractors import Extractor
-from itarflow.generate import MANIFEST, Generation, begin, generate_share, manifest_of
-from itarflow.metrics import Figure, Scores, score
+from itarflow.evaluation.metrics.extractors import Extractor
+from itarflow.evaluation.metrics.features import extract
+from itarflow.evaluation.metrics.reference import Reference
+from itarflow.evaluation.metrics.scores import Figure, Scores, score
+from itarflow.evaluation.samples.denoising import Column
+from itarflow.evaluation.samples.files import Samples, open_samples
+from itarflow.evaluation.samples.generate import MANIFEST, Generation, begin, generate_share, manifest_of
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.reference import Reference
 from itarflow.runtime.files import alone, check_writable, remove_partial, write_json
 from itarflow.runtime.processes import on_main, shared_images
 from itarflow.runtime.progress import image_progress
-from itarflow.samples import Samples, open_samples
 
 Way = Literal["raw", "self", "iterative"]
 WAYS: tuple[Way, ...] = ("raw", "self", "iterative")

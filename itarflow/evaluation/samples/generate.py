@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itarflow.cleaning import Column, clean, identity_of, settings_of
 from itarflow.codec import to_uint8, vae_identity
 from itarflow.denoisers.score import check_level
+from itarflow.evaluation.samples.denoising import Column, clean, identity_of, settings_of
+from itarflow.evaluation.samples.files import shard_name, write_shard
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
@@ -28,7 +29,6 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import weights_digest, write_json
 from itarflow.runtime.seeds import image_seeds
 from itarflow.runtime.text import flat
-from itarflow.samples import shard_name, write_shard
 
 LabelRule = Literal["balanced", "random", "none"]
 CONVERSION = "round((clip(x, -1, 1) + 1) * 127.5) to uint8; values that are not finite become 128, mid-grey"

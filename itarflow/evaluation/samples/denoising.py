@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from itarflow.codec import Codec, Vae, check_same_codes, codec_of
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.ode import DenoiseScheduler, denoise, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser, Denoiser, FlowDenoiser
-from itarflow.measures import Cleaned, parts
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
 from itarflow.runtime.files import weights_digest
@@ -204,3 +203,21 @@ def identity_of(denoiser: Denoiser | None) -> str | None:
 def settings_of(scheduler: DenoiseScheduler) -> dict[str, Any]:
     """The arguments that a scheduler was made of."""
     return {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
+
+
+class Cleaned(NamedTuple):
+    """What a metric sees: the images of one generator, cleaned in one way."""
+
+    codes: Tensor | None
+    """(B, C, H, W) float32 on the CPU; None = cleaned by their decoder, so that there are no clean codes."""
+    labels: Tensor | None
+    """(B,) int64 on the CPU, or None."""
+    images: Tensor
+    """(B, C, H, W) float32 in about [-1, 1], on the CPU; the codes themselves in pixel space."""
+    seconds: float
+    """An image, from noisy codes to pixels."""
+
+
+def parts(count: int, size: int) -> Iterator[slice]:
+    """0 .. count - 1 in slices of at most `size`."""
+    return (slice(start, start + size) for start in range(0, count, size))

@@ -19,17 +19,25 @@ from rich.console import Console
 from torch import Tensor
 
 from itarflow.codec import to_pil, to_pixels
-from itarflow.diagrams import Detail, draw_detail, draw_spectra
-from itarflow.extractors import Extractor
-from itarflow.failures import MEASURES, SMALLEST, Measure, check_patch, default_patch, threshold
-from itarflow.measured import KINDS, Measured, RealImages, measure
-from itarflow.onset import Normal, Onset, find_onset, normal_detail
-from itarflow.proportions import Difference, Rate, difference, rate
+from itarflow.evaluation.diagnosis.distances import Without, distances_without, real_moments
+from itarflow.evaluation.diagnosis.failures import MEASURES, SMALLEST, Measure, check_patch, default_patch, threshold
+from itarflow.evaluation.diagnosis.onset import Normal, Onset, find_onset, normal_detail
+from itarflow.evaluation.diagnosis.plots import Detail, draw_detail, draw_spectra
+from itarflow.evaluation.diagnosis.rates import (
+    KINDS,
+    Difference,
+    Measured,
+    Rate,
+    RealImages,
+    difference,
+    measure,
+    rate,
+)
+from itarflow.evaluation.metrics.extractors import Extractor
+from itarflow.evaluation.samples.files import Samples
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.pictures import blank_figure, captioned_grid
 from itarflow.runtime.progress import image_progress
-from itarflow.samples import Samples
-from itarflow.without import Without, distances_without, real_moments
 
 REFERENCE = "reference"
 """The name of the real images in files."""

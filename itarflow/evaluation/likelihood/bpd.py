@@ -18,17 +18,17 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from itarflow.bpd_report import Figures, Report, Rows, append, finish
-from itarflow.bpd_report import begin as begin_folder
 from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_stride
 from itarflow.data.dataset import ImageDataset, too_many_broken
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.data.loader import ignore_interrupts, watched, without_alarm
 from itarflow.data.prepare.shards import Reader
+from itarflow.evaluation.likelihood.bounds import Kind, Noise, likelihoods, mean_of, noises_of
+from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append, finish
+from itarflow.evaluation.likelihood.report import begin as begin_folder
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
-from itarflow.likelihood import Kind, Noise, likelihoods, mean_of, noises_of
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import on_cpu
 from itarflow.runtime.errors import DataError, RunError

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from itarflow.failures import FINE
-from itarflow.onset import Onset
+from itarflow.evaluation.diagnosis.failures import FINE
+from itarflow.evaluation.diagnosis.onset import Onset
 from itarflow.runtime.pictures import blank_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 _RATIOS = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 _LEAST_RANGE = 1.0  # log2: a map of nearly normal detail is pale

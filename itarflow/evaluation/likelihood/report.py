@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from itarflow import __version__
-from itarflow.likelihood import Mean, Noise
+from itarflow.evaluation.likelihood.bounds import Mean, Noise
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import atomically, write_json, write_text
 from itarflow.runtime.pictures import blank_figure
@@ -30,7 +30,7 @@ Rows: TypeAlias = dict[int, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Figures:
-    """The means over images with one kind of noise; what they mean is in `Noise` and `likelihood.Likelihoods`."""
+    """The means over images with one kind of noise; what they mean is in `Noise` and `bounds.Likelihoods`."""
 
     noise: Noise
     nll: Mean

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from itarflow.extraction import extract
-from itarflow.extractors import INCEPTION, Extractor
-from itarflow.moments import Moments, Sums, frechet_distance
-from itarflow.samples import Samples, batches
+from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor
+from itarflow.evaluation.metrics.features import Moments, Sums, extract, frechet_distance
+from itarflow.evaluation.samples.files import Samples, batches
 
 
 @dataclass(frozen=True)

@@ -21,20 +21,20 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor
 
-from itarflow.cleaning import Column
 from itarflow.codec import codec_of
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser, FlowDenoiser
-from itarflow.evaluate import scores_of
-from itarflow.extractors import Extractor
-from itarflow.generate import Generation
-from itarflow.metrics import Scores
+from itarflow.evaluation.evaluate import scores_of
+from itarflow.evaluation.metrics.extractors import Extractor
+from itarflow.evaluation.metrics.reference import Reference
+from itarflow.evaluation.metrics.scores import Scores
+from itarflow.evaluation.samples.denoising import Column
+from itarflow.evaluation.samples.generate import Generation
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.reference import Reference
 from itarflow.runtime.files import atomically
 
 HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall"})
-"""Figures of `metrics.Scores` of which the highest is best; of all others the lowest."""
+"""Figures of `scores.Scores` of which the highest is best; of all others the lowest."""
 
 
 @dataclass(frozen=True, order=True)

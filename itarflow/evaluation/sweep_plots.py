@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from itarflow.codec import to_pil, to_pixels
-from itarflow.metrics import Scores
+from itarflow.evaluation.metrics.scores import Scores
+from itarflow.evaluation.samples.files import open_samples
+from itarflow.evaluation.sweep import HIGHER_IS_BETTER, Cell, best_cells, figure_names, plain
 from itarflow.runtime.pictures import blank_figure, titled_grid
-from itarflow.samples import open_samples
-from itarflow.sweep import HIGHER_IS_BETTER, Cell, best_cells, figure_names, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
 
 _AXES = {"guidance_weight": "guidance weight", "t_max": "t_max", "num_denoise_steps": "denoising steps"}
 _LINES = {"guidance_weight": "t_max", "t_max": "num_denoise_steps", "num_denoise_steps": "guidance_weight"}

@@ -27,9 +27,8 @@ from itarflow.data.dataset import too_many_broken
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.data.loader import in_order
-from itarflow.extraction import Extracted, extract
-from itarflow.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
-from itarflow.moments import Moments
+from itarflow.evaluation.metrics.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
+from itarflow.evaluation.metrics.features import Extracted, Moments, extract
 from itarflow.runtime.files import atomically, check_writable, weights_digest
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.progress import image_progress

@@ -13,10 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itarflow.extraction import Extracted
-from itarflow.extractors import INCEPTION, Extractor
-from itarflow.moments import frechet_distance
-from itarflow.reference import Reference
+from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor
+from itarflow.evaluation.metrics.features import Extracted, frechet_distance
+from itarflow.evaluation.metrics.reference import Reference
 
 PUBLISHED_SAMPLES = 50_000
 """From so many samples, papers compute FID."""

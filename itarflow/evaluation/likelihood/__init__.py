@@ -1,0 +1,1 @@
+"""How likely images are: bits per dimension and bounds of them."""

@@ -1,0 +1,1 @@
+"""Samples: generated once, denoised in several ways, kept."""
