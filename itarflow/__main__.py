@@ -1,6 +1,6 @@
 """`python -m itarflow` is `itarflow`, so that several processes can share it: `accelerate launch -m itarflow bpd`."""
 
-from itarflow.cli import main
+from itarflow.commands.cli import main
 
 if __name__ == "__main__":
     main()

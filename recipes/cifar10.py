@@ -3,7 +3,7 @@
 accelerate launch recipes/cifar10.py
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.training import DataConfig, Guidance, ModelConfig, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 # The paper has no CIFAR-10 model: this one follows its shape (shallow blocks, then a deep one) at a fitting size.

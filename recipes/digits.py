@@ -5,7 +5,7 @@ It needs no download and no GPU, and takes two to three minutes on two CPU cores
     accelerate launch recipes/digits.py
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.training import DataConfig, Guidance, ModelConfig, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 recipe = Recipe(

@@ -7,7 +7,7 @@ Encode the images once, both as they are and mirrored (about 42 GB), then train;
     accelerate launch recipes/imagenet256_latent.py
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.presets import SD_VAE, T_MAX_CODES, T_MIN, latent_itarflow_model
 from itarflow.training import CodecConfig, DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 

@@ -3,7 +3,7 @@
 accelerate launch recipes/imagenet64_pixel.py --data.path /data/imagenet
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.presets import T_MAX, T_MIN, itarflow_model
 from itarflow.training import DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 

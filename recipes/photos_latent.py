@@ -6,7 +6,7 @@ Encode a folder of pictures (one sub-folder a class) by TAESD, a tiny VAE, then 
     accelerate launch recipes/photos_latent.py --data.path codes/photos --model.num-classes 5
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.training import (
     CodecConfig,
     DataConfig,

@@ -11,7 +11,7 @@ Its samples keep their noise, which a decoder that knows it removes. Encode the 
 As it stands the recipe decodes with the plain VAE, after TARFlow's single denoising step.
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.presets import SD_VAE, starflow_model
 from itarflow.training import CodecConfig, DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 

@@ -10,8 +10,8 @@ iTARFlow's. The same command goes on after an interruption:
     python recipes/study_noise_dilemma.py --scale gpu          # a larger model, for one GPU
 """
 
+from itarflow.commands.noise_dilemma import Study
 from itarflow.commands.study import main
-from itarflow.study import Study
 from itarflow.training import DataConfig, Guidance, ModelConfig, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 
 data = DataConfig(path="uoft-cs/cifar10", held_out_split="test")

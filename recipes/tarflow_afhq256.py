@@ -3,7 +3,7 @@
 accelerate launch recipes/tarflow_afhq256.py --data.path /data/afhq
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.presets import TARFLOW
 from itarflow.training import DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 

@@ -3,7 +3,7 @@
 accelerate launch recipes/tarflow_imagenet64_bpd.py --data.path /data/imagenet64
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.presets import TARFLOW
 from itarflow.training import DataConfig, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 

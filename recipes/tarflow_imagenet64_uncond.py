@@ -3,7 +3,7 @@
 accelerate launch recipes/tarflow_imagenet64_uncond.py --data.path /data/imagenet
 """
 
-from itarflow.launch import main
+from itarflow.commands.train import main
 from itarflow.presets import TARFLOW
 from itarflow.training import DataConfig, Guidance, NoiseConfig, Recipe, SamplingConfig, TrainConfig
 

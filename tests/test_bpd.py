@@ -17,8 +17,9 @@ from image_files import damage, encoded, load, write_classes, write_image, write
 from PIL import Image
 from test_cli import refused, run, save  # noqa: F401
 
-from itarflow import ITARFlowPipeline, TARFlow, cli
+from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.codec import Posterior, VaeCodec, to_pixels
+from itarflow.commands import cli
 from itarflow.evaluation.likelihood import bpd as measuring
 from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
 from itarflow.evaluation.likelihood.report import begin

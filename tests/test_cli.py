@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow, cli
+from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow
+from itarflow.commands import cli
 from itarflow.commands import profile as command
 from itarflow.commands.convert import Convert
 from itarflow.inverse import sequential

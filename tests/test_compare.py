@@ -18,8 +18,9 @@ from PIL import Image
 from test_diffusion import UNET, Recorder
 from torch import Tensor
 
-from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, cli, denoise
+from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, denoise
 from itarflow.codec import VaeCodec
+from itarflow.commands import cli
 from itarflow.denoisers import DiffusionDenoiser
 from itarflow.evaluation.compare import Comparison, compare
 from itarflow.evaluation.samples import denoising as cleaning

@@ -15,7 +15,7 @@ from natural_images import blurred, blurred_tokens, natural_images, with_backgro
 from PIL import Image
 from torch import Tensor
 
-from itarflow import cli
+from itarflow.commands import cli
 from itarflow.commands.diagnose import Diagnose, telling_names
 from itarflow.data.dataset import Example, ImageDataset
 from itarflow.evaluation.diagnosis.diagnose import Diagnosis, diagnose

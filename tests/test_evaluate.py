@@ -17,7 +17,8 @@ from PIL import Image
 from tiny_extractor import TinyExtractor
 from torch import Tensor
 
-from itarflow import ITARFlowPipeline, cli
+from itarflow import ITARFlowPipeline
+from itarflow.commands import cli
 from itarflow.data import DataConfig
 from itarflow.evaluation import evaluate as evaluating
 from itarflow.evaluation.evaluate import ways_of
@@ -34,7 +35,7 @@ FIGURES = ["frechet_distance", "kernel_distance", "precision", "recall"]
 @pytest.fixture
 def extractor(monkeypatch: pytest.MonkeyPatch) -> TinyExtractor:
     tiny = TinyExtractor()
-    monkeypatch.setattr("itarflow.commands.scoring.load_extractor", lambda *_: tiny)
+    monkeypatch.setattr("itarflow.commands.options.load_extractor", lambda *_: tiny)
     return tiny
 
 
@@ -188,7 +189,7 @@ def test_images_that_are_not_finite_are_counted(evaluate: Run, monkeypatch: pyte
     def diverges(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
         return torch.where(torch.arange(len(noisy))[:, None, None, None] == 1, torch.nan, noisy)
 
-    monkeypatch.setattr("itarflow.commands.scoring.load_denoiser", lambda *_, **__: diverges)
+    monkeypatch.setattr("itarflow.commands.options.load_denoiser", lambda *_, **__: diverges)
     printed = evaluate("--denoiser", "another")
     assert {way: scores["broken"] for way, scores in report()["ways"].items()} == {"raw": 0, "self": 0, "iterative": 3}
     assert "not finite" in printed

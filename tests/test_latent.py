@@ -14,8 +14,8 @@ from test_codes import make_card, write_codes
 from test_training import losses, shared_weights, tiny_recipe
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline
-from itarflow.cli import main
 from itarflow.codec import CodecConfig, VaeCodec, to_pixels, vae_identity
+from itarflow.commands.cli import main
 from itarflow.data import DataConfig, load_data
 from itarflow.denoisers import load_denoiser
 from itarflow.runtime.errors import DataError, RunError

@@ -12,7 +12,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from itarflow import launch
+from itarflow.commands import train as launch
 from itarflow.data import DataConfig
 from itarflow.flow import NoiseConfig
 from itarflow.presets import itarflow_model

@@ -11,7 +11,8 @@ from conftest import tiny_vae
 from PIL import Image
 from safetensors.torch import load_file
 
-from itarflow import DenoiseScheduler, ITARFlowPipeline, cli
+from itarflow import DenoiseScheduler, ITARFlowPipeline
+from itarflow.commands import cli
 from itarflow.data import DataConfig
 from itarflow.data.prepare.encode import begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from itarflow import study as studies
+from itarflow.commands import noise_dilemma as studies
 from itarflow.commands import study as command
+from itarflow.commands.noise_dilemma import REAL, Study, run_study
 from itarflow.data import DataConfig
 from itarflow.evaluation import evaluate as evaluating
 from itarflow.evaluation.metrics.extractors import Features
@@ -23,7 +24,6 @@ from itarflow.evaluation.samples.files import open_samples
 from itarflow.flow import NoiseConfig
 from itarflow.presets import ModelConfig
 from itarflow.runtime.errors import DataError
-from itarflow.study import REAL, Study, run_study
 from itarflow.training import Recipe, SamplingConfig, TrainConfig
 
 

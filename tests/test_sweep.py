@@ -16,7 +16,8 @@ from PIL import Image
 from tiny_extractor import TinyExtractor
 from torch import Tensor
 
-from itarflow import ITARFlowPipeline, TARFlow, cli
+from itarflow import ITARFlowPipeline, TARFlow
+from itarflow.commands import cli
 from itarflow.commands.sweep import table_of
 from itarflow.evaluation import evaluate as evaluating
 from itarflow.evaluation import sweep_plots as curves
@@ -34,7 +35,7 @@ GRID = ("--guidance-weights", 2, 0, "--t-max", 0.3, 0.5, "--num-denoise-steps", 
 @pytest.fixture
 def extractor(monkeypatch: pytest.MonkeyPatch) -> TinyExtractor:
     tiny = TinyExtractor()
-    monkeypatch.setattr("itarflow.commands.scoring.load_extractor", lambda *_: tiny)
+    monkeypatch.setattr("itarflow.commands.options.load_extractor", lambda *_: tiny)
     return tiny
 
 

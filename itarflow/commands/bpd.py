@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.shared import resumable, say
+from itarflow.commands.console import reporting, resumable, say
 from itarflow.evaluation.likelihood.bounds import Mean
 from itarflow.evaluation.likelihood.bpd import BpdConfig, Report, measure
-from itarflow.launch import reporting
 from itarflow.runtime.devices import usable_device
 
 

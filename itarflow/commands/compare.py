@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.codec import CodecConfig, load_vae
-from itarflow.commands.shared import chosen_labels, say
+from itarflow.commands.console import chosen_labels, say
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.load import load_denoiser
 from itarflow.evaluation.compare import Comparison, compare

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from itarflow.commands.shared import say
+from itarflow.commands.console import say
 from itarflow.convert import export_official, load_official
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.flow.tarflow import TARFlow

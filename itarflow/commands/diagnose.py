@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.shared import say
+from itarflow.commands.console import say
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.evaluation.diagnosis.diagnose import Diagnosis, diagnose

@@ -12,7 +12,7 @@ import tyro
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 
-from itarflow.commands.shared import joined, print_table, resumable, say
+from itarflow.commands.console import joined, print_table, resumable, say
 from itarflow.data.prepare.codes_card import training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding

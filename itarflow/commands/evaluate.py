@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.scoring import Judged, Making, device_name, figure_text, versions
-from itarflow.commands.shared import joined, resumable, say
+from itarflow.commands.console import joined, resumable, say
+from itarflow.commands.options import Judged, Making, device_name, figure_text, versions
 from itarflow.evaluation.evaluate import Way, make_samples, scores_of, ways_of
 from itarflow.evaluation.metrics.reference import Origin
 from itarflow.evaluation.metrics.scores import Scores

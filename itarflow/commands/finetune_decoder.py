@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from itarflow.commands.console import reporting
 from itarflow.data.load import DataConfig
-from itarflow.launch import reporting
 from itarflow.training.decoder.config import DecoderConfig
 from itarflow.training.decoder.finetune import Tuned, fine_tune
 from itarflow.training.run_folder import Start

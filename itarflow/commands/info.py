@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from itarflow.commands.shared import print_table
+from itarflow.commands.console import print_table
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from itarflow.commands.shared import say
+from itarflow.commands.console import say
 from itarflow.runtime.files import check_writable
 from itarflow.training.curves import plot_runs
 

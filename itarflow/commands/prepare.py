@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from itarflow.commands.shared import print_table, resumable, say
+from itarflow.commands.console import print_table, resumable, say
 from itarflow.data.prepare.crop import PrepareConfig, Prepared, prepare
 from itarflow.runtime.files import check_writable
 

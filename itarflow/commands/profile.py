@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itarflow.codec import codec_of, to_pixels
-from itarflow.commands.shared import chosen_labels, say
+from itarflow.commands.console import chosen_labels, say
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
 from itarflow.denoisers.score import FlowDenoiser

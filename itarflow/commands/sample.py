@@ -13,7 +13,7 @@ import tyro
 from PIL import Image
 
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
-from itarflow.commands.shared import chosen_labels, say
+from itarflow.commands.console import chosen_labels, say
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser

@@ -13,10 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.shared import say
-from itarflow.launch import reporting
+from itarflow.commands.console import reporting, say
+from itarflow.commands.noise_dilemma import RAW, REAL, SELF, Study, distance_of, run_study
 from itarflow.runtime.devices import usable_device
-from itarflow.study import RAW, REAL, SELF, Study, distance_of, run_study
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.scoring import Judged, Making, device_name, versions
-from itarflow.commands.shared import joined, resumable, say
+from itarflow.commands.console import joined, resumable, say
+from itarflow.commands.options import Judged, Making, device_name, versions
 from itarflow.evaluation.evaluate import make_all
 from itarflow.evaluation.metrics.reference import Origin
 from itarflow.evaluation.metrics.scores import Scores

@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
@@ -17,7 +18,9 @@ from rich.table import Table
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import on_cpu
-from itarflow.runtime.processes import first_to_say
+from itarflow.runtime.errors import DataError, RunError, TrainingError
+from itarflow.runtime.processes import crash, first_to_say, refuse
+from itarflow.runtime.signals import Interrupted
 
 
 def chosen_labels(
@@ -102,3 +105,31 @@ def _short(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_short, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def reporting(console: Console, advice: str) -> Iterator[None]:
+    """Around a command of one or several processes: what ends it is said once, and becomes its exit status.
+
+    Args:
+        console: for what is no error.
+        advice: what to try when memory runs out.
+    """
+    # Until one has downloaded a model, say, or sampled its share of a grid, the others wait.
+    # From here on they know of one another, and say once what concerns all.
+    PartialState(cpu=on_cpu(), timeout=timedelta(hours=2))
+    try:
+        yield
+    except (DataError, ImportError, OSError, RunError, TrainingError, ValueError) as error:
+        refuse(error)
+    except torch.OutOfMemoryError as error:
+        refuse(RuntimeError(f"{error}\n{advice}"))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("[yellow]Stopped at once; nothing was saved beyond what the run's folder holds.")
+        sys.exit(130)
+    except Interrupted as stop:
+        if PartialState().is_main_process:
+            console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        crash(error)

@@ -1,0 +1,153 @@
+"""How a recipe becomes a command: overrides from the command line, the dry run, training, and the closing report."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from accelerate import PartialState
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from itarflow.commands.console import reporting
+from itarflow.commands.dry_run import dry_run
+from itarflow.training.held_out import describe
+from itarflow.training.recipe import Recipe
+from itarflow.training.run_folder import Start
+from itarflow.training.settings import to_json
+from itarflow.training.train import Summary, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A recipe and how to run it."""
+
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]
+    run_dir: Path | None = None
+    """Folder of the run; None = runs/NAME."""
+    max_steps: int | None = None
+    """Stop after so many optimiser steps. The learning-rate schedule stays that of the whole training, so that
+    --resume can go on; to train shorter altogether, lower train.epochs."""
+    save_every: int | None = None
+    """Steps between saved states; None = the recipe's train.save_every."""
+    find_micro_batch: bool = False
+    """Try which micro-batch fits the memory, and set train.accumulation by it; the global batch stays."""
+    dry_run: bool = False
+    """Check settings and data, print parameters, FLOPs and memory, and stop."""
+    devices: int | None = None
+    """With --dry-run: estimate for so many devices; None = 1."""
+    memory: float | None = None
+    """With --dry-run: say what fits into so many GiB a device; None = those of the GPU, if there is one."""
+    resume: bool = False
+    """Go on from the newest saved state of the run."""
+    allow_changes: bool = False
+    """With --resume: go on although settings differ from the stored run's, such as a lower learning rate."""
+    restart: bool = False
+    """Begin anew although the run exists; the old folder is kept beside the new one."""
+
+
+def main(recipe: Recipe, description: str | None = None, args: list[str] | None = None) -> None:
+    """Run a recipe as a command; exits with 1 and a message where something is wrong.
+
+    Args:
+        recipe: the defaults of all settings.
+        description: what --help says first; usually the recipe file's docstring.
+        args: the command line; None = the process's.
+    """
+    console = Console()
+    advice = (
+        "Try --train.gradient-checkpointing, --train.mixed-precision bf16, a higher --train.accumulation, or a lower "
+        "--sampling.batch-size. --dry-run estimates the memory."
+    )
+    with reporting(console, advice):
+        options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
+        _run(options, console)
+
+
+def _run(options: Options, console: Console) -> None:
+    recipe = options.recipe
+    if options.save_every is not None:
+        recipe = replace(recipe, train=replace(recipe.train, save_every=options.save_every))
+    if options.max_steps is not None and options.max_steps < 1:
+        raise ValueError(f"--max-steps is {options.max_steps}; expected a number >= 1.")
+    if options.resume and options.restart:
+        raise ValueError("--resume and --restart exclude each other: go on with the run, or begin anew.")
+    _check_estimates(options)
+    recipe.check()
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    main_process = PartialState().is_main_process
+    if main_process:
+        console.print(_settings(recipe))
+        if launched not in ("no", recipe.train.mixed_precision):
+            console.print(
+                f"[yellow]The launcher says mixed precision {launched}; the recipe's train.mixed_precision "
+                f"{recipe.train.mixed_precision} is used."
+            )
+    if options.dry_run:
+        if main_process:
+            dry_run(recipe, console, options.devices or 1, options.memory)
+        return
+    start: Start = "resume" if options.resume else "restart" if options.restart else "fresh"
+    run_dir = options.run_dir or Path("runs") / recipe.name
+    summary = train(
+        recipe,
+        run_dir,
+        start=start,
+        max_steps=options.max_steps,
+        allow_changes=options.allow_changes,
+        find_micro_batch=options.find_micro_batch,
+    )
+    if main_process:
+        console.print(_report(summary))
+        labels = " ".join(shlex.quote(name) for name in summary.class_names[:3])
+        chosen = f" --class-labels {labels}" if labels else ""
+        command = f"itarflow sample {summary.run.pipeline}{chosen} --num-images 9 --output samples.png"
+        console.print(f"Next: [bold]{escape(command)}", soft_wrap=True)
+
+
+def _check_estimates(options: Options) -> None:
+    for name, value in (("--devices", options.devices), ("--memory", options.memory)):
+        if value is not None and not options.dry_run:
+            raise ValueError(f"{name} {value} belongs to the estimates of --dry-run; add that, or leave {name} out.")
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value}; expected a number > 0.")
+
+
+def _settings(recipe: Recipe) -> Table:
+    table = Table(title=f"Recipe {recipe.name}", show_header=False, title_justify="left")
+    for section, values in to_json(recipe).items():
+        if isinstance(values, dict):
+            table.add_row(
+                f"[bold]{section}",
+                "  ".join(f"{key}=[cyan]{escape(_short(value))}[/]" for key, value in values.items()),
+            )
+    return table
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + " ".join(f"{key}={_short(item)}" for key, item in value.items()) + ")"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _report(summary: Summary) -> Table:
+    table = Table(title="Done", show_header=False, title_justify="left")
+    steps = f"{summary.steps:,} step{'' if summary.steps == 1 else 's'}"
+    if summary.steps < summary.total_steps:
+        steps += f" of {summary.total_steps:,} (--resume goes on)"
+    speed = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""
+    table.add_row("trained", f"{steps} in {summary.seconds:.0f} s{speed}")
+    table.add_row("held-out", describe(summary.held_out))
+    if summary.bad_steps:
+        table.add_row("skipped steps", f"[yellow]{summary.bad_steps} whose gradient was not finite")
+    if summary.unreadable_images:
+        table.add_row("unreadable images", f"[yellow]{summary.unreadable_images}, each replaced by the next one")
+    table.add_row("sample grid", escape(str(summary.grid)))
+    table.add_row("metrics", escape(str(summary.run.metrics)))
+    table.add_row("pipeline", escape(str(summary.run.pipeline)))
+    return table
