@@ -1,7 +1,7 @@
 """How far our results are from those of the official code, case by case.
 
 Run `python benchmarks/golden_deviation.py`; it needs no GPU and takes seconds. The comparisons are those of
-tests/test_golden.py.
+tests/flow/test_golden.py.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import diffusers
 import pytest
 import torch
+from command_line import refused, run, save  # noqa: F401
 from torch import Tensor
 
 from itarflow.codec import Vae

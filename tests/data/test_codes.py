@@ -1,53 +1,17 @@
 """A data set of codes: its card, its rows, and what is refused before work starts."""
 
 import dataclasses
-import json
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import tiny_vae
+from tiny_codes import IDENTITY, make_card, write_codes
 
-from itarflow.codec import vae_identity
 from itarflow.data import DataConfig, load_data
 from itarflow.data.codes import CARD, CodeDecoder, CodesCard, check_card, find_card, read_card, to_bytes
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import display_name
-
-IDENTITY = vae_identity(tiny_vae())
-
-
-def make_card(**changes):
-    card = CodesCard(
-        vae="tiny",
-        revision="abc",
-        identity=IDENTITY,
-        image_size=8,
-        crop="center",
-        flips=True,
-        variance=True,
-        class_names=("a", "b"),
-        finished=True,
-        code_mean=(0.1,) * 4,
-        code_std=(0.9,) * 4,
-    )
-    return dataclasses.replace(card, **changes)
-
-
-def write_codes(folder, card, posteriors, labels, split="train"):
-    """A parquet file of posteriors (N, 4 columns, C, H, W) with their card."""
-    folder.mkdir(exist_ok=True)
-    columns = card.columns(flips=card.flips, variance=card.variance)
-    rows = {name: [to_bytes(row[index]) for row in posteriors] for index, name in enumerate(columns)}
-    features = datasets.Features({name: datasets.Value("binary") for name in columns})
-    features["label"] = datasets.ClassLabel(names=list(card.class_names))
-    table = pa.table(rows | {"label": labels}, schema=features.arrow_schema)
-    pq.write_table(table, folder / f"{split}-00000-of-00001.parquet", row_group_size=4)
-    (folder / CARD).write_text(json.dumps({"card": card.to_json()}))
-    return folder
 
 
 def posteriors(count=20, columns=4):

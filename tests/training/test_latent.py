@@ -10,8 +10,8 @@ import torch
 from conftest import tiny_vae
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_codes import make_card, write_codes
-from test_training import losses, shared_weights, tiny_recipe
+from tiny_codes import make_card, write_codes
+from tiny_training import losses, shared_weights, tiny_recipe
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline
 from itarflow.codec import CodecConfig, VaeCodec, to_pixels, vae_identity

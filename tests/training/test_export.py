@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from test_training import tiny_recipe
+from tiny_training import tiny_recipe
 
 from itarflow.training import export
 from itarflow.training.export import make_pipeline, sample_grid

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from test_training import losses, tiny_recipe
+from tiny_training import losses, tiny_recipe
 
 from itarflow.training import estimate as microbatch
 from itarflow.training.estimate import find_accumulation

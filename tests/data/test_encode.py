@@ -30,7 +30,7 @@ from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.runtime.errors import DataError
 
-SCRIPT = Path(__file__).parents[1] / "vae" / "encode_dataset.py"
+SCRIPT = Path(__file__).parents[2] / "vae" / "encode_dataset.py"
 
 
 @pytest.fixture(autouse=True)

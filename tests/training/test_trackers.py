@@ -4,7 +4,7 @@ import math
 
 import pytest
 from accelerate import Accelerator
-from test_training import tiny_recipe
+from tiny_training import tiny_recipe
 
 from itarflow.runtime.errors import DataError
 from itarflow.training.metrics import Monitor, bits_per_dim

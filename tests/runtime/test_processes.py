@@ -20,7 +20,7 @@ from itarflow.training.decoder.config import DecoderConfig, TuneConfig
 from itarflow.training.decoder.finetune import fine_tune
 from itarflow.training.decoder.losses import LossConfig
 
-RECIPE = Path(__file__).parents[1] / "recipes" / "digits.py"
+RECIPE = Path(__file__).parents[2] / "recipes" / "digits.py"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # more would disturb one another
 SMALL = ("--model.channels", "16", "--model.num-layers", "1", "1", "--model.head-dim", "16", "--model.patch-size", "4",
          "--train.trackers", "--train.log-every", "1", "--sampling.num-images", "10", "--max-steps", "6")  # fmt: skip

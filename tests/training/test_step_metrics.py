@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_training import tiny_recipe
+from tiny_training import tiny_recipe
 
 from itarflow.flow import TARFlow
 from itarflow.runtime.devices import memory_gib, peak_tflops

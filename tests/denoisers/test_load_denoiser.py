@@ -19,7 +19,7 @@ from diffusers import (
     UNet2DModel,
 )
 from safetensors.torch import load_file, save_file
-from test_diffusion import DIT, UNET
+from tiny_diffusion import DIT, UNET
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow
 from itarflow.denoisers import DiffusionDenoiser, load_denoiser

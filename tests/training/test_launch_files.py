@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from test_training import tiny_recipe
+from tiny_training import tiny_recipe
 
 from itarflow.training.sharding import launcher_asks_for_checkpointing, launcher_asks_for_sharding
 from itarflow.training.train import train
 
-LAUNCH = Path(__file__).parents[1] / "recipes" / "launch"
+LAUNCH = Path(__file__).parents[2] / "recipes" / "launch"
 FILES = {"cpu": ("MULTI_GPU", 2), "gpu": ("NO", 1), "gpus8": ("MULTI_GPU", 8), "nodes": ("MULTI_GPU", 16),
          "fsdp2": ("FSDP", 8)}  # fmt: skip
 

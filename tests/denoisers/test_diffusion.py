@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,23 +16,11 @@ from diffusers import (
     UNet2DModel,
 )
 from ideal_diffusion import PREDICTIONS, SCHEDULES, IdealModel, mapping_error, posterior_mean, sigmas
-from torch import Tensor, nn
+from tiny_diffusion import DIT, UNET, Recorder
+from torch import Tensor
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, denoise
 from itarflow.denoisers import DiffusionDenoiser
-
-DIT = {"num_attention_heads": 1, "attention_head_dim": 8, "in_channels": 2, "num_layers": 2, "sample_size": 4}
-UNET: dict[str, Any] = {
-    "sample_size": 4,
-    "in_channels": 2,
-    "out_channels": 2,
-    "block_out_channels": (8,),
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-    "down_block_types": ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",),
-    "attention_head_dim": 4,
-}
 
 
 def dit(randomise: Callable[..., None], **changes: Any) -> DiTTransformer2DModel:
@@ -44,23 +31,6 @@ def dit(randomise: Callable[..., None], **changes: Any) -> DiTTransformer2DModel
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-class Recorder(nn.Module):
-    """Predicts 0 in each channel, and remembers what it was asked."""
-
-    def __init__(self, channels: int = 2, **config: Any) -> None:
-        super().__init__()
-        self.config, self.channels = config, channels
-        self.seen: list[tuple[Tensor, Tensor, dict[str, Any]]] = []
-
-    def __deepcopy__(self, memo: Any) -> Recorder:
-        return self
-
-    def forward(self, y: Tensor, k: Tensor, **labels: Tensor) -> SimpleNamespace:
-        self.seen.append((y, k, labels))
-        planes = torch.arange(self.channels).to(y)[None, :, None, None]
-        return SimpleNamespace(sample=planes.expand(len(y), -1, *y.shape[2:]))
 
 
 # -- the change of schedule -------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from itarflow.training.decoder.config import DecoderConfig, Draws, TuneConfig, a
 from itarflow.training.decoder.finetune import fine_tune
 from itarflow.training.decoder.losses import LossConfig, PatchCritic
 
-SCRIPT = Path(__file__).parents[1] / "vae" / "finetune_decoder.py"
+SCRIPT = Path(__file__).parents[2] / "vae" / "finetune_decoder.py"
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from test_training import tiny_recipe
+from tiny_training import tiny_recipe
 from torch import Tensor, nn
 
 from itarflow.data import load_data

@@ -15,7 +15,7 @@ from conftest import tiny_vae
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from image_files import write_classes
 from PIL import Image
-from test_diffusion import UNET, Recorder
+from tiny_diffusion import UNET, Recorder
 from torch import Tensor
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, denoise

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import tiny_recipe
+from tiny_training import tiny_recipe
 
 from itarflow.runtime.errors import RunError
 from itarflow.training.curves import PANELS, _names, _smoothed, plot_runs

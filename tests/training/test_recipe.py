@@ -19,7 +19,7 @@ from itarflow.training import Recipe, SamplingConfig, TrainConfig
 from itarflow.training.loop import learning_rate_factor
 from itarflow.training.settings import differences, to_json, write_recipe
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 SECTIONS = ("model", "data", "codec", "noise", "train", "sampling")
 
 

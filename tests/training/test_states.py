@@ -4,7 +4,7 @@ import json
 import os
 
 import pytest
-from test_training import tiny_recipe
+from tiny_training import tiny_recipe
 
 from itarflow.runtime.errors import RunError
 from itarflow.training.run_folder import prepare

@@ -15,7 +15,6 @@ import torch
 from conftest import tiny_vae
 from image_files import damage, encoded, load, write_classes, write_image, write_one_broken, write_parquet
 from PIL import Image
-from test_cli import refused, run, save  # noqa: F401
 
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.codec import Posterior, VaeCodec, to_pixels
@@ -37,12 +36,12 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def checkpoint(save: Callable[..., Path]) -> Path:  # noqa: F811
+def checkpoint(save: Callable[..., Path]) -> Path:
     return save()
 
 
 @pytest.fixture
-def measured(run: Run, checkpoint: Path, data: Path) -> Callable[..., dict[str, Any]]:  # noqa: F811
+def measured(run: Run, checkpoint: Path, data: Path) -> Callable[..., dict[str, Any]]:
     """measured("--draws", 2): bpd.json of the command with these words, once it has run into a folder."""
 
     def measure(*words: object, output: str = "out") -> dict[str, Any]:
@@ -141,7 +140,7 @@ def test_it_goes_on_where_it_was_stopped(measured, monkeypatch, capsys):
     assert asked == []
 
 
-def test_figures_of_other_settings_or_weights_are_left_alone(measured, refused, checkpoint, data, save):  # noqa: F811
+def test_figures_of_other_settings_or_weights_are_left_alone(measured, refused, checkpoint, data, save):
     measured()
     before = Path("out/bpd.json").read_bytes()
     words = ("bpd", checkpoint, "--data", data, *QUICK, *LEVELS, "--output", "out")
@@ -153,7 +152,7 @@ def test_figures_of_other_settings_or_weights_are_left_alone(measured, refused, 
     assert Path("out/bpd.json").read_bytes() == before
 
 
-def test_figures_of_other_data_are_not_taken_for_the_same(measured, refused, checkpoint, data, tmp_path):  # noqa: F811
+def test_figures_of_other_data_are_not_taken_for_the_same(measured, refused, checkpoint, data, tmp_path):
     measured()
     words = ("bpd", checkpoint, *QUICK, *LEVELS, "--output", "out", "--data")
     namesake = write_classes(tmp_path / "elsewhere" / "images", {"bird": 3, "cat": 2, "dog": 2})
@@ -164,7 +163,7 @@ def test_figures_of_other_data_are_not_taken_for_the_same(measured, refused, che
     assert "labels_digest: " not in message
 
 
-def test_figures_of_other_labels_are_not_taken_for_the_same(run, refused, checkpoint, tmp_path):  # noqa: F811
+def test_figures_of_other_labels_are_not_taken_for_the_same(run, refused, checkpoint, tmp_path):
     labels, features = [0, 1, 2], datasets.ClassLabel(names=["cat", "dog", "bird"])
     columns = {"image": [{"bytes": encoded(index), "path": None} for index in labels], "a": labels, "b": labels[::-1]}
     kinds = datasets.Features({"image": datasets.Image(), "a": features, "b": features})
@@ -176,7 +175,7 @@ def test_figures_of_other_labels_are_not_taken_for_the_same(run, refused, checkp
     assert "images_digest: " not in message
 
 
-def test_figures_of_another_vae_are_not_taken_for_the_same(run, refused, save, data):  # noqa: F811
+def test_figures_of_another_vae_are_not_taken_for_the_same(run, refused, save, data):
     def words(**vae: Any) -> tuple[object, ...]:
         folder = save({"in_channels": 4}, vae=tiny_vae(in_channels=3, out_channels=3, **vae))
         return "bpd", folder, "--data", data, *QUICK, *LEVELS, "--output", "out"
@@ -207,7 +206,7 @@ def test_what_is_measured_is_not_written_anew(measured, monkeypatch):
 
 
 @pytest.mark.parametrize("line", ['{"4": {"lab\n', "[1]\n", '{"a": {}}\n'])
-def test_a_damaged_row_is_named(measured, refused, checkpoint, data, line):  # noqa: F811
+def test_a_damaged_row_is_named(measured, refused, checkpoint, data, line):
     measured("--batch-size", 3)
     (rows,) = Path("out").glob(".rows-*")
     lines = rows.read_text().splitlines(keepends=True)
@@ -220,7 +219,7 @@ def test_a_damaged_row_is_named(measured, refused, checkpoint, data, line):  # n
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
-def test_a_damaged_report_is_named(measured, refused, checkpoint, data, content):  # noqa: F811
+def test_a_damaged_report_is_named(measured, refused, checkpoint, data, content):
     measured()
     Path("out/bpd.json").write_text(content)
     message = refused("bpd", checkpoint, "--data", data, *QUICK, *LEVELS, "--output", "out")
@@ -243,7 +242,7 @@ def test_no_folder_of_this_machine_is_named(measured, data, tmp_path):
     assert str(tmp_path) not in Path("out/bpd.json").read_text()
 
 
-def test_unreadable_images_are_left_out_and_named(run, refused, save, tmp_path):  # noqa: F811
+def test_unreadable_images_are_left_out_and_named(run, refused, save, tmp_path):
     folder, broken = save({"num_classes": 0}), write_one_broken(tmp_path / "broken")
     words = ("bpd", folder, "--data", broken, *QUICK, *LEVELS)
     printed = run(*words, "--output", "out")
@@ -255,7 +254,7 @@ def test_unreadable_images_are_left_out_and_named(run, refused, save, tmp_path):
     assert "1 images could not be read" in refused(*words, "--max-broken", 0)
 
 
-def test_values_that_are_not_finite_are_counted_not_dropped(run, checkpoint, data, monkeypatch):  # noqa: F811
+def test_values_that_are_not_finite_are_counted_not_dropped(run, checkpoint, data, monkeypatch):
     log_prob = TARFlow.log_prob
 
     def overflow(self: TARFlow, images: Any, labels: Any, level: Any) -> Any:
@@ -271,7 +270,7 @@ def test_values_that_are_not_finite_are_counted_not_dropped(run, checkpoint, dat
     assert [row["nats/dim, gaussian t=0.5"] for row in table()][:3] == ["-inf"] * 3
 
 
-def test_a_flow_of_codes_gives_nats_of_its_codes_and_no_bits(run, refused, save, data):  # noqa: F811
+def test_a_flow_of_codes_gives_nats_of_its_codes_and_no_bits(run, refused, save, data):
     vae = tiny_vae(in_channels=3, out_channels=3)
     folder = save({"in_channels": 4}, vae=vae)
     words = ("bpd", folder, "--data", data, *QUICK)
@@ -288,7 +287,7 @@ def test_a_flow_of_codes_gives_nats_of_its_codes_and_no_bits(run, refused, save,
     assert "bits/dim can't be had from codes" in refused(*words, "--noise", "uniform")
 
 
-def test_a_flow_trained_for_likelihoods_has_one_row(run, save, data):  # noqa: F811
+def test_a_flow_trained_for_likelihoods_has_one_row(run, save, data):
     folder = save({"noise_conditioned": False, "noise_range": None})
     printed = run("bpd", folder, "--data", data, *QUICK, "--draws", 2)
     assert "with 1 draw" in printed
@@ -297,7 +296,7 @@ def test_a_flow_trained_for_likelihoods_has_one_row(run, save, data):  # noqa: F
     assert not list(Path().iterdir())
 
 
-def test_it_says_when_a_flow_is_asked_out_of_its_training(run, checkpoint, data):  # noqa: F811
+def test_it_says_when_a_flow_is_asked_out_of_its_training(run, checkpoint, data):
     assert "asked out of what it knows" in run("bpd", checkpoint, "--data", data, *QUICK, "--noise", "uniform")
 
 
@@ -316,12 +315,12 @@ def test_it_says_when_a_flow_is_asked_out_of_its_training(run, checkpoint, data)
         (("--output", "/proc/here"), "can't be written"),
     ],
 )
-def test_what_can_not_be_measured_is_refused_before_work(refused, checkpoint, data, monkeypatch, words, message):  # noqa: F811
+def test_what_can_not_be_measured_is_refused_before_work(refused, checkpoint, data, monkeypatch, words, message):
     monkeypatch.setattr(TARFlow, "log_prob", None)  # its call would raise a TypeError
     assert message in " ".join(refused("bpd", checkpoint, "--data", data, *QUICK, *words).split())
 
 
-def test_labels_that_are_not_the_flows_are_refused(refused, run, checkpoint, tmp_path):  # noqa: F811
+def test_labels_that_are_not_the_flows_are_refused(refused, run, checkpoint, tmp_path):
     two = write_classes(tmp_path / "two", {"cat": 1, "dog": 2})
     none = write_parquet(tmp_path / "none" / "train.parquet", {"image": [{"bytes": encoded(9), "path": "a.png"}]})
     assert "have 2 classes, but the flow knows 3" in refused("bpd", checkpoint, "--data", two, *QUICK)

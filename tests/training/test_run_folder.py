@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_training import tiny_recipe
+from tiny_training import tiny_recipe
 
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import replace_folder

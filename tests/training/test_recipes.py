@@ -14,7 +14,7 @@ from PIL import Image
 
 from itarflow.training import Recipe
 
-FILES = sorted((Path(__file__).parents[1] / "recipes").glob("*.py"))
+FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 STUDIES = [path for path in FILES if path.stem.startswith("study_")]
 RECIPES = [path for path in FILES if path not in STUDIES]
 CLASSES = ("cat", "dog", "wild")
