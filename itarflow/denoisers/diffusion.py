@@ -110,7 +110,12 @@ class DiffusionDenoiser:
 
     @torch.no_grad()
     def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
-        """The model's estimate of the clean images.
+        """The model's estimate of the clean images, which stands in for Tweedie's (iTARFlow, table 7).
+
+            y = a x_t,  a = 1 / sqrt(1 + t^2)
+            x_0 = x_t - t eps(y, k),  or  a (y - t v(y, k)),  or  x_0(y, k)
+
+        by what it predicts: "epsilon", "v_prediction" or "sample".
 
         Args:
             noisy: (B, C, H, W), clean images plus noise of standard deviation noise_level.

@@ -1,6 +1,10 @@
 """From a noisy sample to a clean one: the integrators of dx = -t * score dt.
 
-They see a denoiser only through its clean estimates: the ODE's slope is (x - denoiser(x)) / t.
+They see a denoiser only through its clean estimates x0(x, t) = x + t^2 score (Tweedie), so that the ODE reads
+
+    dx/dt = -t grad_x log p(x, t) = (x - x0(x, t)) / t = d(x, t)
+
+Below, t is the level of the present x, t' the next one, x' what it becomes there, and h = t' - t < 0.
 """
 
 from __future__ import annotations
@@ -41,7 +45,8 @@ def lowest_level(denoiser: Denoiser, t_max: float) -> float:
 def noise_levels(t_max: float, t_min: float, num_steps: int, spacing: Spacing = "even") -> list[float]:
     """The levels that are visited: num_steps of them from t_max down to t_min, both exactly, then 0.
 
-    Their spacing is "even" in t, or "quadratic": even in the square root of t, so closer together at low levels.
+        t_k = t_max + k / (n - 1) (t_min - t_max),  k = 0 .. n - 1, then 0, if even     (iTARFlow, section 3.2)
+        sqrt(t_k) = sqrt(t_max) + k / (n - 1) (sqrt(t_min) - sqrt(t_max)), if quadratic: closer at low levels
 
     With one step t_min plays no part: the path goes from t_max to 0, which is TARFlow's denoising.
 
@@ -79,7 +84,11 @@ def denoise(
     generator: Generators = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Follow dx = -t * score dt from t_max to 0 (iTARFlow, section 3).
+    """Follow the ODE from t_max to t_min in num_steps - 1 steps, and from there to 0 in one.
+
+        dx = -t grad_x log p(x, t) dt                                       (iTARFlow, section 3.2)
+
+    The last step, and the only one if num_steps is 1, is Tweedie's: x_0 = x_t + t^2 score (TARFlow, eq. 8).
 
     Args:
         denoiser: gives the clean estimate at a noise level.
@@ -135,6 +144,7 @@ Estimate = Callable[[Tensor, float], Tensor]
 
 
 def _euler(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+    """x' = x0 + (t'/t) (x - x0) = x + h d(x, t): Euler's step (iTARFlow, section 3.2)."""
     for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
         x0 = estimate(x, t)
         report(index, t, x, x0)
@@ -143,9 +153,10 @@ def _euler(estimate: Estimate, x: Tensor, levels: list[float], report: Callback)
 
 
 def _heun(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, budget: int) -> Tensor:
-    """Heun steps as far as `budget` evaluations reach; one Euler step before the last if one is left over.
+    """x' = x + h/2 (d(x, t) + d(x + h d(x, t), t')): Heun's step (Karras et al. 2022, algorithm 1).
 
-    A single Euler step has a local error of the size that all Heun steps have together, so the order stays two.
+    As many as `budget` evaluations reach, then one Euler step before the last if one evaluation is left over. A single
+    Euler step has a local error of the size that all Heun steps have together, so the order stays two.
     """
     spare = (budget - 1) - 2 * (len(levels) - 2)  # < 0: that many intervals must do with one evaluation
     for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
@@ -170,7 +181,9 @@ def _heun_intervals(num_steps: int) -> int:
 
 
 def _multistep(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
-    """Adams-Bashforth: the slope is extrapolated through the last two evaluations; the first step is Euler's.
+    """x' = x + h (d_n + r/2 (d_n - d_{n-1})),  r = h / (t_n - t_{n-1}): Adams-Bashforth of two steps.
+
+    d_n is the slope at t = t_n, d_{n-1} that of the step before; the first step is Euler's.
 
     It steps in t, not in log t as DPM-Solver++(2M): on an even grid, whose last steps are long in log t, that
     extrapolates too far and at ten steps is worse than Euler.
@@ -192,10 +205,13 @@ def _multistep(estimate: Estimate, x: Tensor, levels: list[float], report: Callb
 
 
 def _predictor_corrector(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
-    """The clean estimate is taken as linear in t, for which the ODE is solved exactly.
+    """The clean estimate is taken as linear in t, x0(s) = x0 + c (s - t), for which the ODE is solved exactly.
 
-    To reach the next level, the line through the last two estimates is extended (the first step is Euler's); once
-    the estimate there is known, the step is done again with the line through its two ends.
+        predict:  x_{n+1} from x_n, c = (x0_n - x0_{n-1}) / (t_n - t_{n-1})
+        correct:  x_{n+1} from x_n, c = (x0_{n+1} - x0_n) / (t_{n+1} - t_n)
+
+    both by `_linear_step`. To reach the next level, the line through the last two estimates is extended (the first
+    step is Euler's); once the estimate there is known, the step is done again with the line through its two ends.
     """
     before: tuple[float, Tensor, Tensor] | None = None
     for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
@@ -214,13 +230,16 @@ def _predictor_corrector(estimate: Estimate, x: Tensor, levels: list[float], rep
 
 
 def _linear_step(x: Tensor, x0: Tensor, change: Tensor | float, t: float, t_next: float) -> Tensor:
-    """The exact step from t to t_next if the clean estimate at level s is x0 + change * (s - t)."""
+    """x' = a x + (1 - a) (x0 - t c) - t' c log a,  a = t'/t: exact if the clean estimate at s is x0 + c (s - t)."""
     kept = t_next / t
     return kept * x + (1 - kept) * (x0 - t * change) - t_next * math.log(kept) * change
 
 
 def _sde(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, generator: Generators) -> Tensor:
-    """Keep the share (t_next / t)^2 of the noise's variance and draw the rest anew."""
+    """x' = x0 + t' (a (x - x0)/t + sqrt(1 - a^2) e),  a = t'/t,  e ~ N(0, I).
+
+    Of the noise's variance the share a^2 is kept and the rest drawn anew: "sde_vanilla" of the official code.
+    """
     if isinstance(generator, list) and len(generator) != len(x):
         raise ValueError(f"{len(generator)} generators were given for {len(x)} images; expected one each.")
     for index, (t, t_next) in enumerate(itertools.pairwise(levels)):

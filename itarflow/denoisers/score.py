@@ -55,6 +55,8 @@ class CheckedDenoiser(Denoiser, Protocol):
 class FlowDenoiser:
     """The denoiser that a flow implies: Tweedie's formula on the gradient of its own log-density.
 
+    Its `score` is s(x_t, t) = grad_x log p(x_t, t); a call gives x_t + t^2 s(x_t, t).
+
     The flow is only read, and its weights get no gradients. They are shared: those that are updated in place are
     seen, but in another `dtype`, which takes a copy of them, as they were. A flow that is moved or cast afterwards
     needs a new denoiser.
@@ -135,11 +137,13 @@ class FlowDenoiser:
             check_level(self.flow, name, level)
 
     def score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
-        """The gradient of log p(noisy, t | labels) with respect to noisy, (B, C, H, W), in float32.
+        """grad_x log p(x_t, t | labels), by autograd through the flow; (B, C, H, W), at least float32.
+
+        It is what moves x_t along the ODE dx = -t grad_x log p(x, t) dt (iTARFlow, section 3.2).
 
         Args:
             noisy: (B, C, H, W).
-            labels: (B,) or None. Guidance plays no part in the score.
+            labels: (B,) or None. Guidance plays no part in the score (iTARFlow, section 3.2).
             noise_level: (B,) or one number, inside the flow's noise_range. A tensor on a GPU is not looked at, which
                 would wait for it: `check` its values before.
 
@@ -178,7 +182,15 @@ class FlowDenoiser:
         return torch.autocast(device, enabled=False)
 
     def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
-        """E[clean | noisy] = noisy + t^2 * score (Tweedie); arguments as `score`."""
+        """The mean of the clean images given the noisy ones, by Tweedie's formula; arguments as `score`.
+
+            E[x | y] = y + sigma^2 grad_y log q(y),  y = x + sigma eps              (TARFlow, eq. 7)
+            x = y + sigma^2 grad_y log p_model(y)                                   (TARFlow, eq. 8)
+            x_0 = x_t + t^2 grad_x log p(x_t, t)                                    (iTARFlow, eq. 5)
+
+        The first holds for the true density q of noisy images. The flow's own stands in for it in the second, at its
+        single noise level; in the third, at any level t that the flow was trained on.
+        """
         level = _tensor(noise_level, noisy).view(-1, 1, 1, 1)
         return noisy + level**2 * self.score(noisy, labels, noise_level)
 

@@ -1,6 +1,7 @@
 """One block of a TARFlow: an affine autoregressive flow over tokens, whose conditioner is a causal transformer.
 
-Shapes: B batch, N tokens, D values a token, C channels of the transformer.
+Shapes: B batch, N tokens, D values a token, C channels of the transformer. The paper's mu is `shift`, its alpha
+`log_scale`; x_i is token i, x_{<i} are the tokens before it, in the block's own order.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ class Condition(NamedTuple):
     embedding: Tensor
     """(B, 1, C), noise level and class."""
     temperature: Tensor | None
-    """(B,), divides the attention logits; None = 1 for all."""
+    """(B,), the paper's tau, which divides the attention logits (TARFlow, appendix B); None = 1 for all."""
 
 
 class AutoregressiveBlock(nn.Module):
-    """One affine autoregressive flow over the tokens of an image (TARFlow, equations 3 and 4).
+    """One affine autoregressive flow over the tokens of an image (TARFlow, section 2.2).
 
-    The transformer reads the tokens before position n and gives the shift and the log-scale of token n:
-    z_n = (x_n - shift_n) * exp(-log_scale_n). Token 0 has none before it: it passes through, or,
-    with `learned_first_token`, is mapped by an affine of the condition alone.
+    The transformer reads the tokens before position i and gives the shift and the log-scale of token i. Token 0 has
+    none before it: it passes through, or, with `learned_first_token`, is mapped by an affine of the condition alone.
+
+    `forward` is image -> noise, all tokens at once; `inverse` is noise -> image, one token after another.
 
     Args:
         num_tokens: N.
@@ -117,7 +119,7 @@ class AutoregressiveBlock(nn.Module):
         return len(self._layers()), 2, batch_size, channels // head_dim, num_tokens, head_dim
 
     def affine_at(self, tokens: Tensor, condition: Condition) -> Affine:
-        """The affine maps of the tokens that follow each of `tokens`, from the first on.
+        """mu_i(x_{<i}) and alpha_i(x_{<i}) of i = 1 .. n in one pass (TARFlow, section 2.3).
 
         Args:
             tokens: (B, n, D), the first n <= N - 1 in the block's own order.
@@ -162,7 +164,7 @@ class AutoregressiveBlock(nn.Module):
         )
 
     def first_affine(self, condition: Condition) -> Affine:
-        """(shift, log_scale), each (B, 1, D), of token 0: zeros unless the first token is learned."""
+        """(shift, log_scale), each (B, 1, D), of token 0: zeros, z_0 = x_0 (TARFlow, eq. 3), unless it is learned."""
         if self.first_token is None:
             outputs = self.proj_out.out_features // (1 if self.volume_preserving else 2)
             zeros = condition.embedding.new_zeros(len(condition.embedding), 1, outputs)
@@ -170,7 +172,20 @@ class AutoregressiveBlock(nn.Module):
         return self._split(self.first_token(condition.embedding))
 
     def forward(self, x: Tensor, condition: Condition) -> FlowOutput:
-        """x (B, N, D) in raster order -> z in raster order, and the log-determinant (B,)."""
+        """Image side to noise side, all tokens at once.
+
+            z_0 = x_0,  z_i = (x_i - mu_i(x_{<i})) exp(-alpha_i(x_{<i}))        (TARFlow, eq. 3)
+            log |det dz/dx| = -sum_i sum_j alpha_i(x_{<i})_j                    (TARFlow, eq. 5)
+
+        The Jacobian is triangular in the block's own order, so its determinant is the product of its diagonal.
+
+        Args:
+            x: (B, N, D) in raster order.
+            condition: from `condition`.
+
+        Returns:
+            z (B, N, D) in raster order, and the log-determinant (B,) in nats.
+        """
         x = self._ordered(x)
         shift, log_scale = self.first_affine(condition)
         if self.num_tokens > 1:
@@ -191,10 +206,14 @@ class AutoregressiveBlock(nn.Module):
         dtype: torch.dtype | None = None,
         guess: Tensor | None = None,
     ) -> Tensor:
-        """z (B, N, D) in raster order -> x in raster order.
+        """Noise side to image side, by default one token after another.
+
+            x_0 = z_0,  x_i = z_i exp(alpha_i(x_{<i})) + mu_i(x_{<i})           (TARFlow, eq. 4)
+
+        If `guiding` is given, mu and alpha are the guided ones (TARFlow, eq. 9).
 
         Args:
-            z: tokens.
+            z: (B, N, D) in raster order.
             condition: see `conditioner`.
             guiding: see `conditioner`.
             guidance: see `conditioner`.
@@ -202,6 +221,9 @@ class AutoregressiveBlock(nn.Module):
             progress: called with the number of tokens that have just been solved.
             dtype: see `conditioner`.
             guess: (B, N, D) in raster order, near x, where an iterative solver begins.
+
+        Returns:
+            x (B, N, D) in raster order.
         """
         shift, log_scale = self.first_affine(condition)
         first = shift, log_scale.exp()
@@ -219,7 +241,11 @@ class AutoregressiveBlock(nn.Module):
         return [cast(Layer, layer) for transformer in parts for layer in transformer.layers]
 
     def _ordered(self, tokens: Tensor) -> Tensor:
-        """Raster order to the block's own order, or back."""
+        """pi, from raster order to the block's own order or back: identity or flip (TARFlow, section 2.2).
+
+        The paper hands on flipped tokens and flips them again in every later block. Here they return to raster order
+        after each block, so that every other block is the reverse one: the same directions through the image.
+        """
         return tokens.flip(1) if self.reverse else tokens
 
     def _split(self, outputs: Tensor) -> Affine:

@@ -13,7 +13,9 @@ NULL_LABEL = -1
 
 
 def fourier_features(x: Tensor, channels: int) -> Tensor:
-    """Sines, then cosines, of x at `channels // 2` frequencies from 1 down to almost 1/10000.
+    """Sines, then cosines, of x at h = `channels // 2` frequencies from 1 down to almost 1/10000.
+
+        [sin(w_k x), ..., cos(w_k x), ...],  w_k = 10000^(-k/h),  k = 0 .. h - 1
 
     Args:
         x: (B,).
@@ -29,7 +31,13 @@ def fourier_features(x: Tensor, channels: int) -> Tensor:
 
 
 class NoiseLevelEmbedding(nn.Module):
-    """log t -> Fourier features -> two-layer MLP (iTARFlow, section 3)."""
+    """log t -> Fourier features -> two-layer MLP (iTARFlow, section 4).
+
+        e(t) = W_2 GELU(W_1 [sin(w_k log t), ..., cos(w_k log t), ...] + b_1) + b_2
+
+    Args:
+        channels: C, width of the result.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -44,7 +52,10 @@ class NoiseLevelEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """One vector a class; the null label is the mean of them all, as in the official code."""
+    """One vector a class; the null label, the paper's empty condition, is their mean, as in the official code.
+
+    Training drops labels at random, so that the mean learns the unconditional model (TARFlow, section 2.6).
+    """
 
     def __init__(self, num_classes: int, channels: int) -> None:
         super().__init__()

@@ -17,7 +17,11 @@ LEVELS_PER_UNIT = 128
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
-    """The noise that training adds: noisy = images + t * eps."""
+    """The noise that training adds, how much, and how it is weighted.
+
+    y = x + t eps,  eps ~ N(0, I),  one t for all               (TARFlow, section 2.4)
+    x_t = x + t eps,  t drawn anew for each image               (iTARFlow, section 3.1)
+    """
 
     t_min: float = 0.01
     """Smallest noise level, a standard deviation in the units of the images."""
@@ -28,8 +32,8 @@ class NoiseConfig:
     exp(N(-1.2, 1)), which is not limited to [t_min, t_max]. constant: t = t_max, the single sigma of TARFlow.
     dequantise: no Gaussian noise, but uniform noise of one grey level, for likelihoods of 8-bit images."""
     weight: Weight = "t"
-    """Loss weight of a sample. one: 1. t: t, the paper's choice. t2: t^2. t_normalised: t / (t_min + t_max).
-    t2_normalised: t^2 / (t_min^2 + t_max^2)."""
+    """gamma_t, the loss weight of a sample. one: 1. t: t, the paper's choice. t2: t^2. t_normalised:
+    t / (t_min + t_max). t2_normalised: t^2 / (t_min^2 + t_max^2)."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -50,7 +54,7 @@ class NoiseConfig:
 
 
 def draw_noise_level(config: NoiseConfig, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Noise levels (B,) in float32 on the generator's device, by `config.distribution`.
+    """Noise levels (B,) in float32 on the generator's device, by `config.distribution` (iTARFlow, section 3.1).
 
     For "dequantise" they are zeros: there is no Gaussian noise to name.
     """
@@ -67,22 +71,35 @@ def draw_noise_level(config: NoiseConfig, batch_size: int, generator: torch.Gene
 
 
 def uniform_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
-    """t uniform in [t_min, t_max], from u uniform in [0, 1)."""
+    """t = t_min + u (t_max - t_min), uniform in [t_min, t_max], from u uniform in [0, 1) (iTARFlow, section 3.1)."""
     return u * (t_max - t_min) + t_min
 
 
 def quadratic_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
-    """t with t^2 uniform in [t_min^2, t_max^2], from u uniform in [0, 1)."""
+    """t = sqrt(t_min^2 + u (t_max^2 - t_min^2)), so that t^2 is uniform, from u uniform in [0, 1).
+
+    An option of the official iTARFlow code.
+    """
     return (u * (t_max**2 - t_min**2) + t_min**2).sqrt()
 
 
 def lognormal_level(n: Tensor) -> Tensor:
-    """t = exp(n - 1.2) from n standard normal: the training distribution of EDM (Karras et al. 2022)."""
+    """t = exp(n - 1.2) from n standard normal, after EDM (Karras et al. 2022), where it is exp(1.2 n - 1.2).
+
+    An option of the official iTARFlow code.
+    """
     return (n - 1.2).exp()
 
 
 def loss_weight(config: NoiseConfig, noise_level: Tensor) -> Tensor:
-    """Weights (B,) of the samples' losses, by `config.weight`; noise_level is (B,)."""
+    """gamma_t (B,), the weights of the samples' losses, by `config.weight` (iTARFlow, section 3.1).
+
+        gamma_t = 1,  t,  t^2,  t / (t_min + t_max)  or  t^2 / (t_min^2 + t_max^2)
+
+    Args:
+        config: names the weight, and t_min and t_max.
+        noise_level: t (B,).
+    """
     if config.weight == "one":
         return torch.ones_like(noise_level)
     if config.weight == "t":
@@ -95,7 +112,9 @@ def loss_weight(config: NoiseConfig, noise_level: Tensor) -> Tensor:
 
 
 def dequantise(images: Tensor, u: Tensor) -> Tensor:
-    """Spread 8-bit images evenly over [-1, 1), for likelihoods that can be compared (TARFlow, section 4.1).
+    """Spread 8-bit images evenly over [-1, 1), for likelihoods that can be compared.
+
+        y = (k + u) / 128 - 1,  k in {0 .. 255},  u ~ U[0, 1)       (TARFlow, section 2.4)
 
     Args:
         images: (B, C, H, W) in [-1, 1], of the 256 levels k / 127.5 - 1.
@@ -108,5 +127,8 @@ def dequantise(images: Tensor, u: Tensor) -> Tensor:
 
 
 def bits_per_dim(nats_per_dim: float) -> float:
-    """Bits/dim of 8-bit images from nats/dim of the dequantised ones, of whose axis a grey level owns 1/128."""
+    """Bits/dim of 8-bit images from nats/dim of the dequantised ones, of whose axis a grey level owns 1/128.
+
+    (nats + log 128) / log 2
+    """
     return (nats_per_dim + math.log(LEVELS_PER_UNIT)) / math.log(2)

@@ -27,7 +27,10 @@ LOG_2PI = math.log(2 * math.pi)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C * p * p): tokens in raster order, in each (channel, row, column)."""
+    """(B, C, H, W) -> (B, N, D), N = H W / p^2, D = C p^2 (TARFlow, section 2.3).
+
+    Tokens are in raster order, the values in each by (channel, row, column).
+    """
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
@@ -38,16 +41,27 @@ def unpatchify(tokens: Tensor, patch_size: int, image_size: int) -> Tensor:
 
 
 def nll_per_dim(output: FlowOutput) -> Tensor:
-    """The training loss of each sample (B,), in nats per dim, without the constant log(2 pi) / 2.
+    """The training loss of each sample (B,), in nats per dim.
 
-    0.5 * mean(z^2) - log_det / (N * D): the negative log-likelihood under a unit Gaussian prior
-    (TARFlow, equation 5). With a learned prior variance it is the objective, not the likelihood.
+        1/2 ||z||^2 - log |det df(x)/dx|                                (TARFlow, eq. 2)
+        1/2 ||z||^2 + sum_t sum_i sum_j alpha^t_i(x^t_{<i})_j           (TARFlow, eq. 6)
+
+    The second is the first with the log-determinants of all blocks t put in. Both are divided by N * D here, and leave
+    out log(2 pi) / 2 a dim: the negative log-likelihood under a unit Gaussian prior, up to that constant. With a
+    learned prior variance it is the objective, not the likelihood.
+
+    Args:
+        output: z = f(x) (B, N, D) and log_det (B,).
     """
     return 0.5 * output.z.square().mean(dim=(1, 2)) - output.log_det / output.z[0].numel()
 
 
 def log_density(output: FlowOutput, prior_variance: Tensor) -> Tensor:
     """The log-density (B,) in nats, constant included, of what a flow mapped to `output`.
+
+        log p(x) = log p_0(f(x)) + log |det df(x)/dx|,  p_0 = N(0, prior_variance)      (TARFlow, eq. 1)
+
+    Equation 1 is its negative, which training minimises.
 
     Args:
         output: z (B, N, D) and log_det (B,).
@@ -188,7 +202,10 @@ class TARFlow(ModelMixin, ConfigMixin):
         labels: Tensor | None = None,
         noise_level: Tensor | float | None = None,
     ) -> FlowOutput:
-        """Map images to z.
+        """Map images to z, block after block.
+
+            z = f(x) = (f^{T-1} o ... o f^0)(x)                         (TARFlow, section 2.2)
+            log |det dz/dx| = sum_t log |det df^t/dx^t|, each by        (TARFlow, eq. 5)
 
         Args:
             images: (B, C, H, W), noisy with standard deviation `noise_level`.
@@ -247,6 +264,10 @@ class TARFlow(ModelMixin, ConfigMixin):
         progress: solvers.Progress | None = None,
     ) -> Tensor:
         """Map z to images: the inverse of `forward`, by default one token after another in each block.
+
+            y = f^{-1}(z),  z ~ p_0, the first half of                  (TARFlow, eq. 8)
+
+        Of an iTARFlow it is a sample at noise level t_max, where denoising begins (iTARFlow, section 3.2).
 
         Args:
             z: (B, N, D). A sample is made from z drawn by `sample_prior`.

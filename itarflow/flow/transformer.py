@@ -30,9 +30,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:
         """Attend from each token to itself and to the tokens before it.
 
+            softmax(q k^T / (tau sqrt(E))) v, masked to be causal       (TARFlow, appendix B)
+
         Args:
             x: (B, N, C).
-            temperature: (B,), divides the attention logits of each sample; None = 1.
+            temperature: (B,), tau, divides the attention logits of each sample; None = 1.
 
         Returns:
             (B, N, C).

@@ -1,5 +1,8 @@
 """The conditioner of a block as its inverse needs it: window after window of tokens, without gradients, fast.
 
+It gives mu_i(x_{<i}) and exp(alpha_i(x_{<i})), guided or not, of equations 4 and 9 of TARFlow, one window of i at a
+time; keys and values of x_{<i} are cached (TARFlow, appendix D).
+
 Weights are cast and laid out once, the condition is embedded once, keys and values of earlier tokens are kept in a
 cache, and both passes of guidance ride in one batch. Everything lives as long as one inversion of one block.
 

@@ -3,6 +3,8 @@
 A guided block runs twice on the same tokens: with the labels, and as a guiding pass without them
 and / or with tempered attention. A rule then moves the first affine map away from the second.
 The rules are not interchangeable: equal weights give different images.
+
+mu and alpha are shift and log-scale of a token, mu_u and alpha_u those of the guiding pass; sigma = exp(alpha).
 """
 
 from __future__ import annotations
@@ -22,20 +24,25 @@ Affine = tuple[Tensor, Tensor]
 class Guidance:
     """How samples are guided. The default guides nothing.
 
+    With labels the guiding pass is the unconditional one. Without labels it is the same model with its attention
+    logits divided by tau:
+
+        mu~_i = (1 + w) mu_i(x_{<i}; 1) - w mu_i(x_{<i}; tau),  alpha~_i likewise       (TARFlow, eq. 11)
+
     Args:
         weight: w in (1 + w) * conditional - w * unconditional; 0 = off. Never negative.
-        rule: what is extrapolated. "log_scale": shift and log-scale (TARFlow, equation 10);
+        rule: what is extrapolated. "log_scale": shift and log-scale (TARFlow, eq. 10);
             "scale": shift and scale (the published iTARFlow code), whose result may turn negative;
             "gaussian": the product of Gaussians p(x|y)^(1+w) / p(x)^w, with the variance ratio
             kept at most 1 (STARFlow), which is always a valid Gaussian.
-        schedule: "constant", or "linear": the token at position n of N, in the block's own order, gets
-            weight * n / (N - 1).
+        schedule: "constant", or "linear": token i of N, in the block's own order, gets weight * i / (N - 1).
         blocks: which blocks are guided, counted from the noise side, which is where sampling starts: a number k
-            = the first k that are inverted; a collection of indices = those (0 = the first inverted); None = all.
+            = the first k that are inverted; a collection of indices = those (0 = the first inverted); None = all, as
+            in TARFlow. iTARFlow guides the first alone, 1 (iTARFlow, section 3.2).
         shift: whether the shift is guided.
         scale: whether the scale is guided.
-        temperature: divides the attention logits of the guiding pass. Away from 1 it guides models without
-            labels (TARFlow, appendix B).
+        temperature: tau, divides the attention logits of the guiding pass. Away from 1 it guides models without
+            labels.
 
     Raises:
         ValueError: a value is out of its range.
@@ -79,7 +86,15 @@ class Guidance:
         return block in self.blocks if isinstance(self.blocks, Collection) else block < self.blocks
 
     def weights(self, positions: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-        """The weights (..., 1) of the tokens at positions (...) of `num_tokens`."""
+        """The weights (..., 1) of the tokens at positions (...) of `num_tokens`.
+
+            w_i = w i / (N - 1),  i = 0 .. N - 1, if linear; else w_i = w       (TARFlow, appendix B)
+
+        Args:
+            positions: i, in the block's own order.
+            num_tokens: N.
+            dtype: of the weights.
+        """
         positions = positions[..., None].to(dtype)
         if self.schedule == "constant":
             return torch.full_like(positions, self.weight)
@@ -88,6 +103,10 @@ class Guidance:
 
 def guide(conditional: Affine, guiding: Affine, weights: Tensor, guidance: Guidance) -> Affine:
     """Combine the two passes of a guided block.
+
+        x_i = z_i exp(alpha~_i) + mu~_i                                 (TARFlow, eq. 9)
+
+    where mu~ and exp(alpha~) are what the rule gives; they replace mu and exp(alpha) of equation 4.
 
     Args:
         conditional: (shift, log_scale), each (B, n, D).
@@ -107,17 +126,24 @@ def guide(conditional: Affine, guiding: Affine, weights: Tensor, guidance: Guida
 
 
 def _log_scale(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    """mu~ = (1 + w) mu - w mu_u,  alpha~ = (1 + w) alpha - w alpha_u (TARFlow, eq. 10)."""
     (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
     return shift + weights * (shift - shift_u), (log_scale + weights * (log_scale - log_scale_u)).exp()
 
 
 def _scale(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    """mu~ = (1 + w) mu - w mu_u,  sigma~ = (1 + w) sigma - w sigma_u: as the official iTARFlow code."""
     (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
     scale = log_scale.exp()
     return shift + weights * (shift - shift_u), scale + weights * (scale - log_scale_u.exp())
 
 
 def _gaussian(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    """The product N(mu, sigma^2)^(1 + w) / N(mu_u, sigma_u^2)^w, normalised (STARFlow, arXiv 2506.06276).
+
+    mu~ = ((1 + w) mu - w s mu_u) / (1 + w - w s),  sigma~ = sigma / sqrt(1 + w - w s),
+    s = min(sigma^2 / sigma_u^2, 1)
+    """
     (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
     ratio = (2 * (log_scale - log_scale_u)).exp().clamp(max=1)  # sigma^2 / sigma_u^2
     precision = 1 + weights - weights * ratio  # of the product, in units of 1 / sigma^2

@@ -1,6 +1,7 @@
-"""Solvers that invert one block: x = z * scale + shift, where both depend on the tokens of x before.
+"""Solvers that invert one block: x_i = z_i scale_i(x_{<i}) + shift_i(x_{<i}), i = 0 .. N - 1.
 
-A solver sees a block only as a `Conditioner`, so it works for any network, guided or not.
+A solver sees a block only as a `Conditioner`, so it works for any network, guided or not: scale is exp(alpha) and
+shift is mu of TARFlow's equation 4, or the guided ones of its equation 9.
 
 Shapes: B batch, N tokens, D values a token.
 """
@@ -69,7 +70,10 @@ def sequential(
     progress: Progress | None = None,
     guess: Tensor | None = None,  # noqa: ARG001, which it has no use for
 ) -> Tensor:
-    """Exact inversion, one token after another: N - 1 evaluations on windows of one. See `Solver`."""
+    """Exact inversion, one token after another: N - 1 evaluations on windows of one. See `Solver`.
+
+    x_0 = z_0,  x_i = z_i exp(alpha_i(x_{<i})) + mu_i(x_{<i})       (TARFlow, eq. 4)
+    """
     tokens: list[Tensor] = []
     shift, scale = first
     for position, token in enumerate(z.split(1, dim=1)):
@@ -85,10 +89,11 @@ def sequential(
 class Jacobi:
     """Fixed-point iteration on a window of tokens at a time: exact up to a tolerance, and often in fewer evaluations.
 
-    All tokens of the window are computed at once from guesses of the tokens before them, again and again. After each
-    evaluation one more token is known for certain, since all before it were known; and so is each further one whose
-    predecessors have all been guessed within the tolerance. The window then moves on to the first token that is not
-    known, each sample's by itself. So there are never more evaluations than tokens.
+        x'_i = z_i scale_i(x_{<i}) + shift_i(x_{<i}),  all i of the window at once
+
+    from guesses x of the tokens before them, again and again. After each evaluation one more token is known for
+    certain, since all before it were known; and so is each further one whose predecessors have all been guessed within
+    the tolerance. So there are never more evaluations than tokens.
 
     With `window` = None it is the Jacobi iteration on the whole sequence (Song et al. 2021); with a number of tokens,
     Gauss-Seidel between windows and Jacobi within (arXiv 2505.12849), except that the window slides; 1 = `sequential`.
@@ -135,7 +140,14 @@ class Jacobi:
         progress: Progress | None = None,
         guess: Tensor | None = None,
     ) -> Tensor:
-        """See `Solver`."""
+        """See `Solver`. Until every token of every sample is known:
+
+        1. Window: for each sample the next `window` tokens from its first unknown one on.
+        2. Evaluate: x' of the window from the present x; tokens that are known stay.
+        3. Accept: the first unknown token, and those after it up to the first whose guess was wrong.
+        4. Give up on overflow: guesses beyond `_LARGEST_GUESS` become 0, and their window is done token by token.
+        5. Drop finished samples, as soon as they are half of those that are left.
+        """
         self.check(z.shape[1])
         total, samples = z.shape[1], torch.arange(len(z), device=z.device)
         x = _first_guess(z, guess, self.guess)
@@ -146,23 +158,21 @@ class Jacobi:
         alone_until = 0  # where guesses overflowed, windows hold one token
         reported = _report(progress, 0, low)
         while low < total:
+            # 1. It does not reach beyond the end; the tokens that it then sees again stay as they are.
             count = 1 if low < alone_until else min(self.window or total, total - low)
-            # A window does not reach beyond the end; the tokens that it then sees again stay as they are.
             start = (known - 1).clamp(max=total - 1 - count)
-            together = min(high - 1, total - 1 - count) == low - 1
             given = start[:, None] + torch.arange(count, device=z.device)
+            window = given + 1
+            # 2.
+            together = min(high - 1, total - 1 - count) == low - 1
             shift, scale = conditioner(_take(x, given), low - 1 if together else start)
-            following = given + 1
-            before = _take(x, following)
-            final = following < known[:, None]
-            after = torch.where(final[..., None], before, _take(z, following) * scale + shift)
-            right = final | ((after - before).abs().amax(dim=-1) <= self.tolerance)  # False for NaN
-            known = start + 1 + (right.cumprod(dim=1).sum(dim=1) + 1).clamp(max=count)
-            guessed, small = following >= known[:, None], after.abs().amax(dim=-1) <= _LARGEST_GUESS
-            sound = (guessed | after.isfinite().all(dim=-1)).all(dim=1)  # else there is nothing left to guess
-            overflown = guessed & ~small & sound[:, None]
-            after = torch.where((guessed & ~small)[..., None], 0, after)
-            x = x.scatter(1, following[..., None].expand_as(after), after)
+            before = _take(x, window)
+            final = window < known[:, None]
+            after = torch.where(final[..., None], before, _take(z, window) * scale + shift)
+            # 3. and 4.
+            known = start + 1 + _accepted(before, after, final, self.tolerance)
+            after, overflown = _without_overflow(after, guessed=window >= known[:, None])
+            x = x.scatter(1, window[..., None].expand_as(after), after)
             done = known == total
             # What the host must know to go on: it waits for the device here.
             low, high, any_overflown, num_done = torch.stack(
@@ -170,6 +180,7 @@ class Jacobi:
             ).tolist()
             if any_overflown:
                 alone_until = min(low + count, total)
+            # 5.
             if 2 * num_done >= len(samples) and low < total:
                 result[samples] = x
                 left = (~done).nonzero().flatten()
@@ -193,6 +204,33 @@ def _first_guess(z: Tensor, given: Tensor | None, otherwise: str) -> Tensor:
         raise ValueError(f"guess has shape {tuple(given.shape)}; expected {tuple(z.shape)}, that of z.")
     given = given.to(z)
     return torch.where(given.abs() <= _LARGEST_GUESS, given, 0)
+
+
+def _accepted(before: Tensor, after: Tensor, final: Tensor, tolerance: float) -> Tensor:
+    """How many leading tokens of a window are known after an evaluation, (B,), at least one.
+
+    Args:
+        before: (B, n, D), the window's tokens as they were guessed.
+        after: (B, n, D), as they were computed from those guesses.
+        final: (B, n), tokens that were known before.
+        tolerance: largest change of a value at which a guess counts as right.
+    """
+    right = final | ((after - before).abs().amax(dim=-1) <= tolerance)  # False for NaN
+    return (right.cumprod(dim=1).sum(dim=1) + 1).clamp(max=right.shape[1])
+
+
+def _without_overflow(after: Tensor, guessed: Tensor) -> tuple[Tensor, Tensor]:
+    """The window's tokens (B, n, D) with too large guesses set to 0, and where guesses overflowed, (B, n).
+
+    They count as overflowed only in samples whose known tokens are finite; in others there is nothing left to guess.
+
+    Args:
+        after: (B, n, D).
+        guessed: (B, n), tokens that are not known yet.
+    """
+    large = guessed & ~(after.abs().amax(dim=-1) <= _LARGEST_GUESS)  # True for NaN
+    sound = (guessed | after.isfinite().all(dim=-1)).all(dim=1)
+    return torch.where(large[..., None], 0, after), large & sound[:, None]
 
 
 def _take(tokens: Tensor, positions: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from itarflow.codec import CodecConfig, load_vae
-from itarflow.runtime.hub import INDEX, download, read_index, rewrite_json, upload, write_setting
+from itarflow.runtime.hub import INDEX, check_folder, download, rewrite_json, upload, write_setting
 
 
 class SharedPipeline(DiffusionPipeline):
@@ -163,23 +163,3 @@ def foreign_entries(folder: Path) -> list[str]:
 def installed_classes(index: Mapping[str, Any]) -> dict[str, Any]:
     """What to change in a model_index.json so that the installed package's classes are loaded."""
     return {"_class_name": "ITARFlowPipeline", **_INSTALLED} if "flow" in index else {}
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no pipeline of ours, or whose weights are pickles.
-
-    Raises:
-        OSError: saying what the folder holds instead.
-    """
-    index = read_index(folder)
-    if not _INSTALLED.keys() <= index.keys():
-        raise OSError(
-            f"{folder} holds a pipeline of another kind ({index.get('_class_name', 'unknown')}); expected an "
-            "ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or choose another checkpoint."
-        )
-    weights = [path.name for path in (folder / "flow").glob("*") if path.suffix in (".safetensors", ".bin", ".pth")]
-    if weights and not any(name.endswith(".safetensors") for name in weights):
-        raise OSError(
-            f"The weights in {folder / 'flow'} are a pickle ({weights[0]}), which could run code and is never read. "
-            "Ask for a safetensors version; an official .pth file is turned into one by `itarflow convert`."
-        )

@@ -107,6 +107,26 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is no pipeline of ours, or whose weights are pickles.
+
+    Raises:
+        OSError: saying what the folder holds instead.
+    """
+    index = read_index(folder)
+    if not {"flow", "scheduler"} <= index.keys():
+        raise OSError(
+            f"{folder} holds a pipeline of another kind ({index.get('_class_name', 'unknown')}); expected an "
+            "ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or choose another checkpoint."
+        )
+    weights = [path.name for path in (folder / "flow").glob("*") if path.suffix in (".safetensors", ".bin", ".pth")]
+    if weights and not any(name.endswith(".safetensors") for name in weights):
+        raise OSError(
+            f"The weights in {folder / 'flow'} are a pickle ({weights[0]}), which could run code and is never read. "
+            "Ask for a safetensors version; an official .pth file is turned into one by `itarflow convert`."
+        )
+
+
 def rewrite_json(path: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
     """Put `changes` in, and take out the path that diffusers notes on loading: it is nobody else's business."""
     content = {**json.loads(path.read_text()), **changes}

@@ -92,7 +92,13 @@ class Losses(NamedTuple):
 
 
 def training_losses(flow: torch.nn.Module, recipe: Recipe, stored: Tensor, labels: Tensor, draws: Draws) -> Losses:
-    """Loss of b images as the data set holds them, with labels (b,), and their part of the step's draws."""
+    """Loss of b images as the data set holds them, with labels (b,), and their part of the step's draws.
+
+        E_{x, t, eps} gamma_t [-log p(x + t eps, t)] / (N D)                (iTARFlow, section 3.1)
+
+    up to a constant: the mean over the batch of gamma_t times `nll_per_dim` (TARFlow, eq. 6). TARFlow is the case of
+    a single t and gamma_t = 1.
+    """
     images = clean_images(recipe, stored, draws.flip, draws.posterior)
     if recipe.noise.distribution == "dequantise":
         noisy = noises.dequantise(images, draws.noise)

@@ -1,7 +1,5 @@
 """The score of a flow, and the denoiser that it makes: values, memory, and what is refused."""
 
-import math
-
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -11,36 +9,6 @@ from itarflow.denoisers import FlowDenoiser, denoise
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def test_score_and_tweedie_of_gaussian_data_are_exact(make_flow):
-    """The identity flow, scaled by 1 / sqrt(s^2 + t^2), is the density of Gaussian data under noise t."""
-    std, t = 0.5, 0.3
-    flow = make_flow(fresh=True, input_scale=1 / math.hypot(std, t)).double()
-    noisy = torch.randn(3, 2, 4, 4, generator=seeded(), dtype=torch.float64)
-    denoiser = FlowDenoiser(flow)
-    torch.testing.assert_close(denoiser.score(noisy, None, t), -noisy / (std**2 + t**2))
-    torch.testing.assert_close(denoiser(noisy, None, t), noisy * std**2 / (std**2 + t**2), atol=1e-6, rtol=1e-6)
-
-
-def test_score_is_the_finite_difference_of_log_prob(flow, make_inputs):
-    flow.double()
-    images, labels, noise_level = make_inputs(flow)
-    score = FlowDenoiser(flow).score(images, labels, 0.3 if noise_level is None else noise_level)
-    step, dims = 1e-5, images[0].numel()
-    steps = step * torch.eye(dims, dtype=images.dtype).view(dims, *flow.image_shape)
-    for i in range(len(images)):
-        rest = [None if v is None else v[i : i + 1].expand(dims) for v in (labels, noise_level)]
-        difference = flow.log_prob(images[i] + steps, *rest) - flow.log_prob(images[i] - steps, *rest)
-        torch.testing.assert_close(score[i].flatten(), difference.detach() / (2 * step), atol=1e-6, rtol=1e-6)
-
-
-def test_denoiser_is_tweedies_formula_with_each_images_level(make_flow, make_inputs):
-    flow = make_flow()
-    images, labels, noise_level = make_inputs(flow)
-    denoiser = FlowDenoiser(flow)
-    expected = images + noise_level.view(3, 1, 1, 1) ** 2 * denoiser.score(images, labels, noise_level)
-    torch.testing.assert_close(denoiser(images, labels, noise_level), expected)
 
 
 @pytest.mark.parametrize("noise_level", [torch.full((5,), 0.2), torch.tensor(0.2)], ids=["batch", "scalar"])

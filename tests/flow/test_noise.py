@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from itarflow.flow import NoiseConfig
-from itarflow.flow.noise import (
-    dequantise,
-    draw_noise_level,
-    lognormal_level,
-    loss_weight,
-    quadratic_level,
-    uniform_level,
-)
+from itarflow.flow.noise import dequantise, draw_noise_level
 
 T_MIN, T_MAX = 0.1, 0.7
 COUNT = 20_000
@@ -63,29 +56,6 @@ def test_levels_depend_on_the_generator_alone(distribution):
     torch.manual_seed(99)
     assert torch.equal(first, draw(distribution, 4, seed=3))
     assert not torch.equal(first, second)
-
-
-def test_levels_are_given_functions_of_given_draws():
-    u = torch.tensor([0.0, 0.25, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(uniform_level(u, 0.2, 0.6), torch.tensor([0.2, 0.3, 0.6], dtype=u.dtype))
-    torch.testing.assert_close(quadratic_level(u, 0.2, 0.6), torch.tensor([0.04, 0.12, 0.36], dtype=u.dtype).sqrt())
-    expected = torch.tensor([math.exp(-1.2), math.exp(-0.95), math.exp(-0.2)], dtype=u.dtype)
-    torch.testing.assert_close(lognormal_level(u), expected)
-
-
-@pytest.mark.parametrize(
-    ("weight", "expected"),
-    [
-        ("one", [1.0, 1.0]),
-        ("t", [0.2, 0.5]),
-        ("t2", [0.04, 0.25]),
-        ("t_normalised", [0.2 / 0.8, 0.5 / 0.8]),
-        ("t2_normalised", [0.04 / 0.5, 0.25 / 0.5]),
-    ],
-)
-def test_loss_weight_of_a_noise_level(weight, expected):
-    config = NoiseConfig(t_min=T_MIN, t_max=T_MAX, weight=weight)
-    torch.testing.assert_close(loss_weight(config, torch.tensor([0.2, 0.5])), torch.tensor(expected))
 
 
 def test_dequantised_levels_tile_the_range_from_minus_one_to_one():

@@ -24,14 +24,6 @@ def guide_by_hand(rule, conditional, guiding, weight):
     return ((1 + weight) * m / variance - weight * m_u / variance_u) / precision, precision**-0.5
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_rules_are_the_published_formulas(rule):
-    conditional, guiding = affine(0, 2, 5, 3), affine(1, 2, 5, 3)
-    weights = torch.linspace(0, 3, 5, dtype=torch.float64)[:, None]
-    result = guide(conditional, guiding, weights, Guidance(weight=3, rule=rule))
-    torch.testing.assert_close(result, guide_by_hand(rule, conditional, guiding, weights))
-
-
 @pytest.mark.parametrize("weight", [0.5, 2.0, 7.0])
 def test_gaussian_rule_is_the_normalised_product_of_densities(weight):
     m, s, m_u, s_u = torch.tensor([0.4, 0.6, -0.3, 0.9], dtype=torch.float64).view(4, 1, 1, 1)
@@ -78,11 +70,6 @@ def test_shift_and_scale_are_guided_separately(rule, guided):
     shift, scale = guide(conditional, guiding, weights, only)
     expected = neither | {guided: both[guided]}
     torch.testing.assert_close((shift, scale), (expected["shift"], expected["scale"]))
-
-
-def test_linear_schedule_grows_from_zero_to_the_weight():
-    weights = Guidance(weight=3.0, schedule="linear").weights(torch.arange(5), 5, torch.float32)
-    torch.testing.assert_close(weights, torch.tensor([[0.0], [0.75], [1.5], [2.25], [3.0]]))
 
 
 def test_constant_schedule_gives_every_token_the_weight():

@@ -148,6 +148,10 @@ def likelihoods(
 ) -> Likelihoods:
     """Likelihoods of images with noise; every draw of an image is the same for all levels.
 
+        P(x) = integral of p(x + u) over u in [0, bin]^D, uniform noise     (TARFlow, section 2.4)
+
+    by Monte Carlo over `draws`; for Gaussian noise see the head of this module.
+
     Args:
         flow: in float32.
         images: (B, C, H, W) of the 256 levels k / 127.5 - 1 without variance, or codes, drawn anew with the noise.
