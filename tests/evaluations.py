@@ -1,14 +1,20 @@
-"""What tests of commands that score samples need: a tiny checkpoint, real images, and a terminal."""
+"""What tests of commands that score samples need: a tiny checkpoint, real images, an extractor, and a terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from tiny_extractor import TinyExtractor
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow
+from itarflow.commands import cli
+
+Run = Callable[..., str]
 
 
 def save_checkpoint(
@@ -39,3 +45,22 @@ def write_photos(folder: Path, classes: tuple[str, ...] = ("dark", "light"), cou
             pixels = random.integers(0, 96, (4, 4)) + 128 * number // len(classes)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / "train" / name / f"{index:02}.png")
     return folder
+
+
+def terminal(
+    extractor: TinyExtractor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path
+) -> Run:
+    """run("sweep", "--raw"): what is printed; 6 samples of folder/pipeline against folder/photos by an extractor."""
+    monkeypatch.setattr("itarflow.commands.options.load_extractor", lambda *_: extractor)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(folder)
+    save_checkpoint(folder / "pipeline")
+    write_photos(folder / "photos")
+    common = ("--num-samples", 6, "--batch-size", 4, "--num-workers", 0, "--cache", "kept")
+
+    def run(command: str, *words: object, checkpoint: str = "pipeline", data: str | Path | None = "photos") -> str:
+        real = () if data is None else ("--data", data)
+        cli.main([str(word) for word in (command, checkpoint, *real, *common, *words, "--device", "cpu")])
+        return capsys.readouterr().out
+
+    return run

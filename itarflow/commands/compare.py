@@ -1,4 +1,4 @@
-"""`itarflow compare`: checkpoints and ways of cleaning, side by side."""
+"""`itarflow compare`: checkpoints and ways of denoising, side by side."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from itarflow.runtime.text import short_names
 
 @dataclass(frozen=True)
 class Compare:
-    """Make noisy images with several checkpoints, clean them in every way that applies, and put all side by side.
+    """Make noisy images with several checkpoints, denoise them in every way that applies, and put all side by side.
 
     Example: itarflow compare runs/tarflow/pipeline runs/itarflow/pipeline --data digits --output compare
 
-    Each checkpoint generates once, from the same seeds and labels. Its noisy images are then cleaned: by one step of
+    Each checkpoint generates once, from the same seeds and labels. Its noisy images are then denoised: by one step of
     its own (self), by its own ODE (own iterative), by those of the other noise-conditioned checkpoints (iterative), by
     diffusion models, and by decoders. What does not apply is left out.
     """
@@ -36,9 +36,9 @@ class Compare:
     checkpoints: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CHECKPOINT")]
     """Folders with pipelines, or Hugging Face Hub ids, of one image size, VAE and number of classes."""
     output: Path = Path("compare")
-    """Folder for compare.png, compare.json, and a grid for each checkpoint and way of cleaning."""
+    """Folder for compare.png, compare.json, and a grid for each checkpoint and way of denoising."""
     diffusion: tuple[str, ...] = ()
-    """Diffusion models in diffusers' format that clean too: folders or Hub ids of a DiT or UNet with its scheduler."""
+    """Diffusion models in diffusers' format that denoise too: folders or Hub ids of a DiT or UNet with scheduler."""
     decoder: tuple[str, ...] = ()
     """VAEs fine-tuned to decode noisy codes: folders or Hub ids. Only for checkpoints that model a VAE's codes."""
     data: str | None = None
@@ -56,7 +56,7 @@ class Compare:
     num_denoise_steps: int | None = None
     """Evaluations in each iterative column. None = as the checkpoint says that denoises; 10 for a diffusion model."""
     batch_size: int = 16
-    """Images that are made, and cleaned, at a time; lower it if memory runs out."""
+    """Images that are made, and denoised, at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
     """Images that a denoiser sees at a time. None = as many as are made."""
     device: str | None = None
@@ -66,19 +66,20 @@ class Compare:
         """Carry the command out."""
         check_writable(self.output)
         device = usable_device(self.device)
-        size = self.denoise_batch_size or self.batch_size
         pipelines = {
             name: ITARFlowPipeline.from_pretrained(path).to(device)
             for name, path in zip(short_names(self.checkpoints), self.checkpoints, strict=True)
         }
         if not pipelines:
             raise ValueError("no checkpoint is named; expected folders such as runs/NAME/pipeline.")
+        for pipe in pipelines.values():
+            pipe.set_progress_bar_config(disable=True)
         diffusion = {}
         for name, path in zip(short_names(self.diffusion), self.diffusion, strict=True):
-            denoiser = load_denoiser(path, slice_size=size, device=device)
+            denoiser = load_denoiser(path, slice_size=self.denoise_batch_size, device=device)
             if not isinstance(denoiser, DiffusionDenoiser):
                 raise ValueError(
-                    f"--diffusion {path} is a flow; name it as a CHECKPOINT, and it cleans the others' too."
+                    f"--diffusion {path} is a flow; name it as a CHECKPOINT, and it denoises the others' images too."
                 )
             diffusion[name] = denoiser
         decoders = {
@@ -108,9 +109,9 @@ class Compare:
 
 def _table(comparison: Comparison) -> Table:
     """A row for each generator and method, a column for each metric."""
-    table = Table(title="Images of each checkpoint, cleaned in each way", title_justify="left")
+    table = Table(title="Images of each checkpoint, denoised in each way", title_justify="left")
     table.add_column("images of")
-    table.add_column("cleaned by")
+    table.add_column("denoised by")
     for title in comparison.metrics:
         table.add_column(escape(title), justify="right")
     before = None

@@ -1,13 +1,12 @@
-"""What commands share that make samples of a checkpoint and compare them with real images: options, and how they open.
-
-Fields of bases come first in --help, the last base's foremost: `class Command(Making, _OwnOptions)`, where
-`_OwnOptions` is a `Judged`, lists what is judged, what the command is for, and how images are made.
-"""
+"""What `evaluate` and `sweep` share: options, how what they need is opened, how it is carried out, and tables."""
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,30 +15,41 @@ import torch
 import tyro
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from torch import Tensor
 
+from itarflow.commands.console import joined, resumable, say
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser
+from itarflow.evaluation.evaluate import save_samples, scores_of
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor, load_extractor
 from itarflow.evaluation.metrics.reference import Reference, read_reference, reference_of
-from itarflow.evaluation.metrics.scores import Figure
-from itarflow.evaluation.samples.generate import LabelRule, labels_by
+from itarflow.evaluation.metrics.scores import Figure, Scores
+from itarflow.evaluation.samples.generate import CONVERSION, Generation, LabelRule, labels_by, manifest_of
 from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.processes import main_first
+from itarflow.runtime.files import check_writable
+from itarflow.runtime.processes import main_first, on_main
+from itarflow.runtime.text import display_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """A checkpoint, its samples, and the real images that they are compared with."""
+class Scoring:
+    """A checkpoint, how its samples are made, and the real images that they are compared with.
+
+    A command says what is made (`generations`) and what becomes of its figures (`finish`).
+    """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A folder with a pipeline, such as runs/cifar10/pipeline, or a Hugging Face Hub id."""
+    output: Path = Path("evaluation")
+    """Folder for the figures, and for the samples of each way of denoising."""
     data: str | None = None
     """Real images: as --data.path in training. Their statistics are computed once, and kept."""
     split: str = "train"
@@ -64,80 +74,6 @@ class Judged:
     """balanced: every class in turn. random: drawn uniformly. none: without labels, and without guidance."""
     seed: int = 0
     """Of the noise and of random labels."""
-
-    def check_judged(self) -> None:
-        """Refuse what needs no checkpoint to be told wrong; raises ValueError."""
-        if (self.data is None) == (self.reference is None):
-            raise ValueError("give either --data (real images) or --reference (a file with their statistics).")
-        if self.num_samples < 2:
-            raise ValueError(
-                f"--num-samples is {self.num_samples}; expected 2 or more, since there is no covariance of one."
-            )
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; expected a number >= 0.")
-
-    def sample_labels(self, pipe: ITARFlowPipeline) -> Tensor:
-        """(N,) int64, a label each sample; -1 = none."""
-        return labels_by(self.labels, self.num_samples, pipe.flow.config.num_classes, self.seed)
-
-    def crop_for(self, pipe: ITARFlowPipeline) -> Crop:
-        """How real images become square: as asked for, else as in the checkpoint's training, as far as that is known.
-
-        Raises:
-            ValueError: another one is asked for than the checkpoint was trained with.
-        """
-        trained = ((pipe.config.training or {}).get("recipe") or {}).get("data", {}).get("crop")
-        if self.crop is not None and trained is not None and self.crop != trained:
-            raise ValueError(
-                f"--crop is {self.crop}, but the checkpoint was trained on images with crop {trained}; the figures "
-                "would tell the crops apart, not the images. Leave --crop out."
-            )
-        return self.crop or trained or "center"
-
-    def open_extractor(self, state: PartialState, device: str) -> Extractor:
-        """On all processes."""
-        return main_first(state, lambda: load_extractor(self.extractor, self.features, device))
-
-    def open_reference(
-        self, pipe: ITARFlowPipeline, extractor: Extractor, state: PartialState, num_workers: int, console: Console
-    ) -> Reference:
-        """Statistics of the real images, on all processes; computed now, unless they are kept.
-
-        Raises:
-            DataError: the images have another number of classes than the checkpoint.
-        """
-        channels, size, _ = pipe.picture_shape
-        crop = self.crop_for(pipe)
-        shared: dict[str, Any] = {
-            "extractor": extractor,
-            "accelerator": state,
-            "cache": self.cache,
-            "console": console,
-        }
-        if self.reference is not None:
-            return read_reference(self.reference, image_size=size, crop=crop, **shared)
-        config = DataConfig(
-            path=self.data,
-            split=self.split,
-            crop=crop,
-            image_column=self.image_column,
-            held_out_images=0,
-            num_workers=num_workers,
-        )
-        data = main_first(state, lambda: load_data(config, image_size=size, in_channels=channels))
-        ours, theirs = pipe.flow.config.num_classes, len(data.class_names)
-        if ours and theirs and ours != theirs:
-            raise DataError(
-                f"the images in {self.data} have {theirs} classes, but the checkpoint knows {ours}; expected images "
-                "like those that it was trained on. Statistics of whatever images are taken by --reference."
-            )
-        return reference_of(config, image_size=size, in_channels=channels, **shared)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Making:
-    """How images are made and cleaned, and where."""
-
     method: Method | None = None
     """Solver of iterative denoising. None = the checkpoint's."""
     spacing: Spacing | None = None
@@ -162,14 +98,109 @@ class Making:
     device: str | None = None
     """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one; of several processes, one each."""
 
-    def check_making(self) -> None:
-        """Refuse sizes that are none; raises ValueError."""
+    def generations(self, pipe: ITARFlowPipeline, denoiser: Denoiser | None) -> dict[str, Generation]:
+        """What is made, by the names of folders in `output`; "" is the folder itself.
+
+        Raises:
+            ValueError: options that do not suit the checkpoint.
+        """
+        raise NotImplementedError
+
+    def finish(self, made: Mapping[str, Generation], scores: Mapping[Path, Scores], report: dict[str, Any]) -> None:
+        """Write, draw and tell what has been found; on the main process.
+
+        Args:
+            made: what `generations` gave.
+            scores: by the folders of samples.
+            report: what the reports of all commands hold.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Refuse what needs no checkpoint to be told wrong; raises ValueError, OSError or ImportError."""
+        if (self.data is None) == (self.reference is None):
+            raise ValueError("give either --data (real images) or --reference (a file with their statistics).")
+        if self.num_samples < 2:
+            raise ValueError(
+                f"--num-samples is {self.num_samples}; expected 2 or more, since there is no covariance of one."
+            )
+        if self.seed < 0:
+            raise ValueError(f"--seed is {self.seed}; expected a number >= 0.")
         for name in ("batch_size", "decode_batch_size", "denoise_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
+        check_writable(self.output)
 
-    def open_pipe(self, checkpoint: str, state: PartialState) -> tuple[ITARFlowPipeline, str]:
+    def run(self) -> None:
+        """Carry the command out."""
+        with resumable(self.output):
+            self._run(joined())
+
+    def _run(self, state: PartialState) -> None:
+        self.check()
+        pipe, device = self._open_pipe(state)
+        denoiser = self._open_denoiser(pipe, device)
+        generations = self.generations(pipe, denoiser)
+        for generation in generations.values():
+            generation.check()
+        folders = {self.output / name: generation for name, generation in generations.items()}
+        # Refused now, not after the reference.
+        on_main(state, lambda: [manifest_of(generation, folder) for folder, generation in folders.items()])
+        if state.is_main_process:
+            say(_plan(generations, self.num_samples))
+        console = Console(stderr=True)
+        extractor = main_first(state, lambda: load_extractor(self.extractor, self.features, device))
+        reference = self._open_reference(pipe, extractor, state, console)
+        start = time.monotonic()
+        made = save_samples(folders, state, console)
+        making, start = time.monotonic() - start, time.monotonic()
+        samples = [folder / name for folder, generation in folders.items() for name in generation.variants]
+        found, scored = scores_of(samples, reference, extractor, state, device=device, console=console)
+        if state.is_main_process:
+            report = {
+                "checkpoint": display_name(self.checkpoint),
+                "denoiser": None if self.denoiser is None else display_name(self.denoiser),
+                "labels": self.labels,
+                "reference": asdict(reference.origin),
+                "conversion": CONVERSION,
+                "speed": {
+                    "making, images/s": made / making if made else None,
+                    "scoring, images/s": scored / (time.monotonic() - start) if scored else None,
+                },
+                "made": {
+                    "date": datetime.now(UTC).isoformat(timespec="seconds"),
+                    **versions(),
+                    "device": device_name(pipe),
+                },
+            }
+            self.finish(generations, dict(zip(samples, found, strict=True)), report)
+
+    def sample_labels(self, pipe: ITARFlowPipeline) -> Tensor:
+        """(N,) int64, a label each sample; -1 = none."""
+        return labels_by(self.labels, self.num_samples, pipe.flow.config.num_classes, self.seed)
+
+    def denoising(self) -> dict[str, Any]:
+        """How a flow denoises and a VAE decodes, for `ways_of` and `generations_of`."""
+        return {
+            "dtype": self._denoise_dtype,
+            "slice_size": self.denoise_batch_size,
+            "decode_size": self.decode_batch_size,
+        }
+
+    def inverting(self) -> dict[str, Any]:
+        """What a `Generation` is told of the inverse."""
+        return {
+            "solver": sequential if self.exact else None,
+            "inverse_dtype": torch.bfloat16 if self.inverse_dtype == "bf16" else None,
+            "batch_size": self.batch_size,
+        }
+
+    @property
+    def _denoise_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.denoise_dtype == "bf16" else None
+
+    def _open_pipe(self, state: PartialState) -> tuple[ITARFlowPipeline, str]:
         """The checkpoint on this process's device, and that device.
 
         Raises:
@@ -181,30 +212,118 @@ class Making:
                 f"--device is {self.device}, but {state.num_processes} processes take one each; leave it out."
             )
         device = str(state.device) if state.num_processes > 1 else usable_device(self.device)
-        pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(checkpoint)).to(device)
+        pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(self.checkpoint)).to(device)
         pipe.set_progress_bar_config(disable=True)
         return pipe, device
 
-    def open_denoiser(self, pipe: ITARFlowPipeline, device: str) -> Denoiser | None:
+    def _open_denoiser(self, pipe: ITARFlowPipeline, device: str) -> Denoiser | None:
         """What denoises instead of the checkpoint; None = itself."""
         if self.denoiser is None:
             return None
         return load_denoiser(
-            self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, dtype=self.cleaning_dtype, device=device
+            self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, dtype=self._denoise_dtype, device=device
         )
 
-    @property
-    def cleaning_dtype(self) -> torch.dtype | None:
-        """Of a flow's layers in denoising; None = their own."""
-        return torch.bfloat16 if self.denoise_dtype == "bf16" else None
+    def _crop(self, pipe: ITARFlowPipeline) -> Crop:
+        """How real images become square: as asked for, else as in the checkpoint's training, as far as that is known.
 
-    def inverting(self) -> dict[str, Any]:
-        """What a `Generation` is told of the inverse."""
-        return {
-            "solver": sequential if self.exact else None,
-            "inverse_dtype": torch.bfloat16 if self.inverse_dtype == "bf16" else None,
-            "file_size": self.batch_size,
+        Raises:
+            ValueError: another one is asked for than the checkpoint was trained with.
+        """
+        trained = ((pipe.config.training or {}).get("recipe") or {}).get("data", {}).get("crop")
+        if self.crop is not None and trained is not None and self.crop != trained:
+            raise ValueError(
+                f"--crop is {self.crop}, but the checkpoint was trained on images with crop {trained}; the figures "
+                "would tell the crops apart, not the images. Leave --crop out."
+            )
+        return self.crop or trained or "center"
+
+    def _open_reference(
+        self, pipe: ITARFlowPipeline, extractor: Extractor, state: PartialState, console: Console
+    ) -> Reference:
+        """Statistics of the real images, on all processes; computed now, unless they are kept.
+
+        Raises:
+            DataError: the images have another number of classes than the checkpoint.
+        """
+        channels, size, _ = pipe.picture_shape
+        crop = self._crop(pipe)
+        shared: dict[str, Any] = {
+            "extractor": extractor,
+            "accelerator": state,
+            "cache": self.cache,
+            "console": console,
         }
+        if self.reference is not None:
+            return read_reference(self.reference, image_size=size, crop=crop, **shared)
+        config = DataConfig(
+            path=self.data,
+            split=self.split,
+            crop=crop,
+            image_column=self.image_column,
+            held_out_images=0,
+            num_workers=self.num_workers,
+        )
+        data = main_first(state, lambda: load_data(config, image_size=size, in_channels=channels))
+        ours, theirs = pipe.flow.config.num_classes, len(data.class_names)
+        if ours and theirs and ours != theirs:
+            raise DataError(
+                f"the images in {self.data} have {theirs} classes, but the checkpoint knows {ours}; expected images "
+                "like those that it was trained on. Statistics of whatever images are taken by --reference."
+            )
+        return reference_of(config, image_size=size, in_channels=channels, **shared)
+
+
+def _plan(generations: Mapping[str, Generation], count: int) -> str:
+    """What will be done in all."""
+    variants = [variant for generation in generations.values() for variant in generation.variants.values()]
+    steps = sum(one.schedule.config.num_denoise_steps for one in variants if one.schedule is not None)
+    return (
+        f"{len(variants)} settings of {count:,} images: {count * len(generations):,} images are generated, "
+        f"{count * len(variants):,} denoised and scored, by {count * steps:,} evaluations of the denoiser in all"
+    )
+
+
+def score_table(
+    heads: tuple[str, ...], scores: Mapping[tuple[str, ...], Scores], best: Mapping[str, tuple[str, ...]] | None = None
+) -> Table:
+    """A row for each set of samples, a column for each figure.
+
+    Args:
+        heads: of the first columns.
+        scores: by what stands there; where all but the last changes, a line is drawn.
+        best: by the short name of a figure the row that gets a star. None = no stars, but spreads.
+    """
+    first = next(iter(scores.values()))
+    title = f"{first.samples:,} samples against {first.reference}, by {first.extractor}"
+    table = Table(title=title + ("" if best is None else "; * = best"), title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="left" if best is None else "right")
+    titles = {name: figure.title for one in scores.values() for name, figure in one.figures.items()}
+    for title in titles.values():
+        table.add_column(escape(title.removesuffix(f" ({first.extractor})")), justify="right")
+    broken = any(one.broken for one in scores.values())
+    if broken:
+        table.add_column("not finite", justify="right")
+    before: tuple[str, ...] | None = None
+    for row, one in scores.items():
+        if before is not None and row[:-1] != before[:-1]:
+            table.add_section()
+        texts = {name: figure_text(figure, spread=best is None) for name, figure in one.figures.items()}
+        if best is not None:
+            stars = {name for name, starred in best.items() if starred == row}
+            texts = {key: f"[bold green]{text} *[/]" if key in stars else f"{text}  " for key, text in texts.items()}
+        table.add_row(*row, *(texts.get(name, "-") for name in titles), *([f"{one.broken:,}"] if broken else []))
+        before = row
+    return table
+
+
+def print_scores(table: Table, scores: Mapping[Any, Scores]) -> None:
+    """Print a table of scores, and what to know before they are compared with others."""
+    console = Console()
+    console.print(table)
+    for warning in dict.fromkeys(warning for one in scores.values() for warning in one.warnings):
+        console.print(f"[yellow]Note:[/] {escape(warning)}.", soft_wrap=True, highlight=False)
 
 
 def device_name(pipe: ITARFlowPipeline) -> str:
@@ -212,9 +331,9 @@ def device_name(pipe: ITARFlowPipeline) -> str:
     return torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else str(pipe.device)
 
 
-def figure_text(figure: Figure) -> str:
-    """A figure to four digits, with its spread if it has one."""
-    return f"{figure.value:.4g}" + ("" if figure.std is None else f" ± {figure.std:.2g}")
+def figure_text(figure: Figure, spread: bool = True) -> str:
+    """A figure to four digits, with its spread if it has one and it is asked for."""
+    return f"{figure.value:.4g}" + (f" ± {figure.std:.2g}" if spread and figure.std is not None else "")
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""From a checkpoint to figures: samples are made by all processes, cleaned in each way, and scored in each."""
+"""From a checkpoint to figures: samples are made by all processes, denoised in each variant, and scored in each."""
 
 from __future__ import annotations
 
@@ -7,100 +7,44 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from itarflow.codec import codec_of
-from itarflow.denoisers.ode import DenoiseScheduler
-from itarflow.denoisers.score import Denoiser, FlowDenoiser
 from itarflow.evaluation.metrics.extractors import Extractor
 from itarflow.evaluation.metrics.features import extract
 from itarflow.evaluation.metrics.reference import Reference
 from itarflow.evaluation.metrics.scores import Figure, Scores, score
-from itarflow.evaluation.samples.denoising import Column
 from itarflow.evaluation.samples.files import Samples, open_samples
-from itarflow.evaluation.samples.generate import MANIFEST, Generation, begin, generate_share, manifest_of
-from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.evaluation.samples.generate import MANIFEST, Generation, begin, manifest_of, save
 from itarflow.runtime.files import alone, check_writable, remove_partial, write_json
 from itarflow.runtime.processes import on_main, shared_images
 from itarflow.runtime.progress import image_progress
 
-Way = Literal["raw", "self", "iterative"]
-WAYS: tuple[Way, ...] = ("raw", "self", "iterative")
 SCORES = "scores.json"
 """The figures of the samples in a folder."""
+_BATCH = 50
+"""Images that an extractor sees at a time."""
 
 
-def ways_of(
-    pipe: ITARFlowPipeline,
-    schedule: DenoiseScheduler,
-    wanted: Sequence[Way] | None = None,
-    *,
-    denoiser: Denoiser | None = None,
-    dtype: torch.dtype | None = None,
-    slice_size: int | None = None,
-    decode_size: int | None = None,
-) -> dict[str, Column]:
-    """The ways in which a checkpoint's samples are cleaned, by the names of their folders.
-
-    "raw": not at all, as the flow has made them. "self": by one step of the flow itself, as a TARFlow does.
-    "iterative": by the schedule, as an iTARFlow does.
+def save_samples(generations: Mapping[Path, Generation], state: PartialState, console: Console | None = None) -> int:
+    """Make what is missing of generations, by all processes of a launch, which all call this.
 
     Args:
-        pipe: the checkpoint.
-        schedule: from t_max down, of `pipe.schedule`.
-        wanted: some of `WAYS`; None = all that apply: "iterative" needs a denoiser of a range of noise levels, and no
-            way but "raw" goes with the method "skip".
-        denoiser: cleans in "iterative"; None = the flow itself.
-        dtype: of the flow's layers while it denoises, see `FlowDenoiser`.
-        slice_size: images that the flow denoises at a time; None = all that are given.
-        decode_size: images that a VAE decodes at a time; None = all that are given.
-
-    Raises:
-        ValueError: a way is wanted that does not apply.
-    """
-    codec, config = codec_of(pipe.vae, slice_size=decode_size), schedule.config
-    columns = {"raw": Column("noisy", codec)}
-    if config.method != "skip":
-        own = FlowDenoiser(pipe.flow, slice_size, dtype=dtype)
-        one_step = DenoiseScheduler(t_max=config.t_max, t_min=config.t_min, num_denoise_steps=1, clip=config.clip)
-        columns["self"] = Column("self", codec, own, one_step)
-        several = pipe.flow.config.noise_conditioned and config.num_denoise_steps > 1
-        if denoiser is not None or several:
-            columns["iterative"] = Column("iterative", codec, denoiser or own, schedule)
-    for way in wanted or ():
-        if way not in columns:
-            raise ValueError(
-                f"the samples can't be cleaned in the way {way!r}: this checkpoint, by its schedule "
-                f"({config.num_denoise_steps} steps, method {config.method}), knows {', '.join(columns)}."
-            )
-    return {name: column for name, column in columns.items() if wanted is None or name in wanted}
-
-
-def make_samples(generation: Generation, folder: Path, state: PartialState, console: Console | None = None) -> int:
-    """Make what is missing of a generation, by all processes of a launch, which all call this.
-
-    Args:
-        generation: checked.
-        folder: gets samples.json, and a folder for each way of cleaning.
+        generations: checked; by their folders, which get samples.json, and a folder for each variant. None is begun
+            if one of the folders is refused.
         state: of the launch.
         console: where the main process draws a bar; None = nowhere.
 
     Returns:
-        How many pictures were made now, counting each way of cleaning.
+        How many pictures were made now, counting each variant.
 
     Raises:
-        RunError: the folder holds something else, or can't be written; another process has stopped.
+        RunError: a folder holds something else, or can't be written; another process has stopped.
     """
-    return make_all({folder: generation}, state, console)
-
-
-def make_all(generations: Mapping[Path, Generation], state: PartialState, console: Console | None = None) -> int:
-    """As `make_samples`, of several generations by their folders: none is begun if one of the folders is refused."""
     missing = 0
     with ExitStack() as locks:
 
@@ -111,22 +55,17 @@ def make_all(generations: Mapping[Path, Generation], state: PartialState, consol
                 locks.enter_context(alone(folder))
             manifests = {folder: manifest_of(generation, folder) for folder, generation in generations.items()}
             for folder, generation in generations.items():
-                for name in generation.columns:
+                for name in generation.variants:
                     remove_partial(folder / name)
                 missing += begin(generation, folder, manifests[folder])
 
         on_main(state, first)
-        total = sum(len(one.labels) * len(one.columns) for one in generations.values())
+        total = sum(len(one.labels) * len(one.variants) for one in generations.values())
         shown = console if missing else None
         with shared_images(state, shown, "making images", total, total - missing) as count:
             for folder, generation in generations.items():
-                generate_share(
-                    generation,
-                    folder,
-                    process_index=state.process_index,
-                    num_processes=state.num_processes,
-                    count=count,
-                )
+                share = {"process_index": state.process_index, "num_processes": state.num_processes}
+                save(generation, folder, **share, count=count)
     return missing
 
 
@@ -136,9 +75,7 @@ def score_samples(
     extractor: Extractor,
     state: PartialState,
     *,
-    batch_size: int = 50,
     device: torch.device | str = "cpu",
-    console: Console | None = None,
     count: Callable[[int], object] = int,
 ) -> Scores:
     """The figures of a set of samples; all processes of a launch call this, and get the same.
@@ -148,21 +85,12 @@ def score_samples(
         reference: statistics of real images.
         extractor: that made the reference, on the device of this process.
         state: of the launch.
-        batch_size: images that the extractor sees at a time.
         device: where distances between features are computed.
-        console: where the main process draws a bar; None = nowhere.
         count: called with the number of images whose features this process has taken since its last call.
     """
-    mine = share_of(len(samples), state, batch_size)
+    mine = share_of(len(samples), state)
     batches = ((torch.arange(start, stop), samples.read(start, stop)) for start, stop in mine)
-    total = sum(stop - start for start, stop in mine)
-    with image_progress(console if state.is_main_process else None, f"features of {samples.name}", total, 0) as show:
-
-        def counted(more: int) -> None:
-            show(more)
-            count(more)
-
-        found = extract(extractor, batches, len(samples), count=counted)
+    found = extract(extractor, batches, len(samples), count=count)
     scores = list[Any]()
     on_main(
         state, lambda: scores.append(score(found, reference, extractor, broken=len(samples.broken), device=device))
@@ -170,10 +98,10 @@ def score_samples(
     return broadcast_object_list(scores or [None])[0]
 
 
-def share_of(total: int, state: PartialState, batch_size: int = 50) -> list[tuple[int, int]]:
+def share_of(total: int, state: PartialState) -> list[tuple[int, int]]:
     """First image, and one past the last, of each batch whose features this process takes."""
-    starts = range(state.process_index * batch_size, total, state.num_processes * batch_size)
-    return [(start, min(start + batch_size, total)) for start in starts]
+    starts = range(state.process_index * _BATCH, total, state.num_processes * _BATCH)
+    return [(start, min(start + _BATCH, total)) for start in starts]
 
 
 def scores_of(
@@ -188,7 +116,7 @@ def scores_of(
     """The figures of sets of samples, kept beside them as scores.json; those that are kept are not computed again.
 
     Args:
-        folders: of ways of cleaning, as `make_samples` has left them.
+        folders: of variants, as `save_samples` has left them.
         reference: statistics of real images.
         extractor: that made the reference, on the device of this process.
         state: of the launch; all processes call this, and get the same.
@@ -227,7 +155,7 @@ def scores_of(
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What decides on the samples in the folder of a way of cleaning, whatever other ways there are beside it."""
+    """What decides on the samples in the folder of a variant, whatever other ones there are beside it."""
     made = json.loads((folder.parent / MANIFEST).read_text())
     return {**made, "cleaning": made["cleaning"][folder.name]}
 

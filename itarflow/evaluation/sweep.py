@@ -2,8 +2,8 @@
 
 OUT/guidance-1.5_t-0.3/   samples.json   steps-01/   steps-10/   raw/
 
-Images are generated once for a guidance weight and a noise level, and cleaned in all numbers of steps. Noise and
-labels are the same in all cells, so that what differs between them is due to the settings. Scores lie beside the
+Images are generated once for a guidance weight and a noise level, and denoised in all numbers of steps. Noise and
+labels are the same in all settings, so that what differs between them is due to the settings. Scores lie beside the
 samples that they are of.
 """
 
@@ -13,22 +13,18 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from rich.console import Console
 from torch import Tensor
 
 from itarflow.codec import codec_of
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser, FlowDenoiser
-from itarflow.evaluation.evaluate import scores_of
-from itarflow.evaluation.metrics.extractors import Extractor
-from itarflow.evaluation.metrics.reference import Reference
 from itarflow.evaluation.metrics.scores import Scores
-from itarflow.evaluation.samples.denoising import Column
+from itarflow.evaluation.samples.denoising import Denoising
 from itarflow.evaluation.samples.generate import Generation
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import atomically
@@ -38,7 +34,7 @@ HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall"})
 
 
 @dataclass(frozen=True, order=True)
-class Cell:
+class Setting:
     """A point of the grid.
 
     Attributes:
@@ -53,12 +49,12 @@ class Cell:
 
     @property
     def generation(self) -> str:
-        """Name of the folder with all cells whose images are generated alike."""
+        """Name of the folder with all settings whose images are generated alike."""
         return f"guidance-{plain(self.guidance_weight)}_t-{plain(self.t_max)}"
 
     @property
     def way(self) -> str:
-        """Name of the folder in it with the samples of this cell."""
+        """Name of the folder in it with the samples of this setting."""
         return f"steps-{self.num_denoise_steps:02d}" if self.num_denoise_steps else "raw"
 
 
@@ -67,7 +63,7 @@ def plain(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
 
 
-def cells_of(
+def grid_of(
     pipe: ITARFlowPipeline,
     *,
     guidance_weights: Sequence[float] | None = None,
@@ -77,7 +73,7 @@ def cells_of(
     method: Method | None = None,
     other_denoiser: bool = False,
     labelled: bool = True,
-) -> list[Cell]:
+) -> list[Setting]:
     """All combinations of some values, level by level, weight by weight, ascending; None = that of the checkpoint.
 
     Args:
@@ -119,12 +115,12 @@ def cells_of(
     for name, values in (("guidance_weights", weights), ("t_max", levels), ("num_denoise_steps", steps)):
         if not values:
             raise ValueError(f"{name} has no values; expected one or more, or leave it out.")
-    return sorted({Cell(level, weight, number) for level in levels for weight in weights for number in steps})
+    return sorted({Setting(level, weight, number) for level in levels for weight in weights for number in steps})
 
 
 def generations_of(
     pipe: ITARFlowPipeline,
-    cells: Sequence[Cell],
+    grid: Sequence[Setting],
     labels: Tensor,
     *,
     seed: int = 0,
@@ -140,104 +136,67 @@ def generations_of(
 
     Args:
         pipe: the checkpoint, on its device.
-        cells: of the grid.
-        labels: (N,) int64, -1 = none; the same of all cells.
-        seed: of the noise, which is the same in all cells.
+        grid: in order.
+        labels: (N,) int64, -1 = none; the same of all settings.
+        seed: of the noise, which is the same in all settings.
         method: solver of denoising; None = the checkpoint's.
         spacing: of the noise levels; None = the checkpoint's.
         denoiser: what denoises instead of the checkpoint's own flow.
         dtype: of the flow's layers while it denoises, see `FlowDenoiser`.
         slice_size: images that the flow denoises at a time; None = all that are given.
         decode_size: images that a VAE decodes at a time; None = all that are given.
-        **options: of `Generation`: solver, inverse_dtype, file_size.
+        **options: of `Generation`: solver, inverse_dtype, batch_size.
 
     Raises:
-        ValueError: a cell can't be made; of the first such one. Nothing has been computed then.
+        ValueError: a setting can't be made; of the first such one. Nothing has been computed then.
     """
     codec = codec_of(pipe.vae, slice_size=decode_size)
-    cleaner = denoiser or FlowDenoiser(pipe.flow, slice_size, dtype=dtype)
-    guidance = pipe.default_guidance
-    columns: dict[str, dict[str, Column]] = {}
-    settings: dict[str, Cell] = {}
-    for cell in cells:
-        settings[cell.generation] = cell
-        if cell.num_denoise_steps:
-            steps = cell.num_denoise_steps
-            schedule = pipe.schedule(cell.t_max, None, steps, method, spacing, denoiser=denoiser)
-            column = Column(f"{steps} steps", codec, cleaner, schedule)
-        else:
-            column = Column("noisy", codec)
-        columns.setdefault(cell.generation, {})[cell.way] = column
-    generations = {
-        name: Generation(
-            pipe=pipe,
-            columns=columns[name],
-            labels=labels,
-            seed=seed,
-            guidance=replace(guidance, weight=cell.guidance_weight),
-            t_max=cell.t_max,
-            **options,
+    denoises = denoiser or FlowDenoiser(pipe.flow, slice_size, dtype=dtype)
+    generations: dict[str, Generation] = {}
+    for name, group in groupby(grid, key=lambda setting: setting.generation):
+        variants = {}
+        for setting in group:
+            if steps := setting.num_denoise_steps:
+                schedule = pipe.schedule(setting.t_max, None, steps, method, spacing, denoiser=denoiser)
+                variants[setting.way] = Denoising(f"{steps} steps", codec, denoises, schedule)
+            else:
+                variants[setting.way] = Denoising("noisy", codec)
+        guidance = replace(pipe.default_guidance, weight=setting.guidance_weight)
+        generations[name] = Generation(
+            pipe=pipe, variants=variants, labels=labels, seed=seed, guidance=guidance, t_max=setting.t_max, **options
         )
-        for name, cell in settings.items()
-    }
-    for generation in generations.values():
-        generation.check()
+        generations[name].check()
     return generations
 
 
 # -- scores -----------------------------------------------------------------------------------------------------
 
 
-def score_cells(
-    cells: Sequence[Cell],
-    folder: Path,
-    reference: Reference,
-    extractor: Extractor,
-    state: PartialState,
-    device: torch.device | str = "cpu",
-    console: Console | None = None,
-) -> dict[Cell, Scores]:
-    """The figures of all cells, whose samples are there; those that are kept are not computed again.
-
-    Args:
-        cells: of the grid.
-        folder: with the folders of all generations.
-        reference: statistics of real images.
-        extractor: that made the reference, on the device of this process.
-        state: of the launch; all processes call this, and get the same.
-        device: where distances between features are computed.
-        console: where the main process draws a bar; None = nowhere.
-    """
-    folders = [folder / cell.generation / cell.way for cell in cells]
-    scores, _ = scores_of(folders, reference, extractor, state, device=device, console=console)
-    return dict(zip(cells, scores, strict=True))
-
-
-def best_cells(scores: Mapping[Cell, Scores]) -> dict[str, Cell]:
-    """The best cell by each figure's short name; of equal ones the first. Figures that are not finite have no part."""
-    best: dict[str, Cell] = {}
+def best_settings(scores: Mapping[Setting, Scores]) -> dict[str, Setting]:
+    """The best setting by each figure's short name; of equal ones the first. Figures must be finite to be best."""
+    best: dict[str, Setting] = {}
     for name in figure_names(scores):
         sign = -1 if name in HIGHER_IS_BETTER else 1
-        values = {cell: one.figures[name].value for cell, one in scores.items() if name in one.figures}
-        finite = [cell for cell, value in values.items() if math.isfinite(value)]
+        values = {setting: one.figures[name].value for setting, one in scores.items() if name in one.figures}
+        finite = [setting for setting, value in values.items() if math.isfinite(value)]
         if finite:
-            best[name] = min(finite, key=lambda cell: sign * values[cell])
+            best[name] = min(finite, key=lambda setting: sign * values[setting])
     return best
 
 
-def figure_names(scores: Mapping[Cell, Scores]) -> list[str]:
-    """Short names of all figures that some cell has, in their order."""
+def figure_names(scores: Mapping[Setting, Scores]) -> list[str]:
+    """Short names of all figures that some setting has, in their order."""
     return list(dict.fromkeys(name for one in scores.values() for name in one.figures))
 
 
-def write_csv(scores: Mapping[Cell, Scores], path: Path) -> None:
-    """Write a line for each cell: its settings, counts, figures, and their spreads (NAME_std) where they have any."""
+def write_csv(scores: Mapping[Setting, Scores], path: Path) -> None:
+    """Write a line for each setting: its values, counts, figures, and their spreads (NAME_std) where they have any."""
     lines = []
-    for cell, one in scores.items():
+    for setting, one in scores.items():
         line: dict[str, float | int] = {
-            "guidance_weight": cell.guidance_weight,
-            "t_max": cell.t_max,
-            "num_denoise_steps": cell.num_denoise_steps,
+            "guidance_weight": setting.guidance_weight,
+            "t_max": setting.t_max,
+            "num_denoise_steps": setting.num_denoise_steps,
             "samples": one.samples,
             "not_finite": one.broken,
         }

@@ -1,4 +1,4 @@
-"""A sweep as people look at it: its figures over each of its settings, and the same images of all cells."""
+"""A sweep as people look at it: its figures over each of its settings, and the same images of all settings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from itarflow.codec import to_pil, to_pixels
 from itarflow.evaluation.metrics.scores import Scores
 from itarflow.evaluation.samples.files import open_samples
-from itarflow.evaluation.sweep import HIGHER_IS_BETTER, Cell, best_cells, figure_names, plain
+from itarflow.evaluation.sweep import HIGHER_IS_BETTER, Setting, best_settings, figure_names, plain
 from itarflow.runtime.pictures import blank_figure, titled_grid
 
 if TYPE_CHECKING:
@@ -23,20 +23,20 @@ _LINES = {"guidance_weight": "t_max", "t_max": "num_denoise_steps", "num_denoise
 """What has a line each in the panels over a setting: so each pair of settings is seen once."""
 
 
-def draw_curves(scores: Mapping[Cell, Scores], path: Path) -> None:
+def draw_curves(scores: Mapping[Setting, Scores], path: Path) -> None:
     """Draw a row of panels over each setting that has several values, with a panel for each figure.
 
     A second setting has a line for each of its values. A third one is held where the first figure, a Fréchet
-    distance, is best. A star marks the best cell of all by a panel's figure, if it is among those in the panel.
+    distance, is best. A star marks the best setting of all by a panel's figure, if it is among those in the panel.
 
     Args:
-        scores: of all cells of a grid.
+        scores: of all settings of a grid.
         path: of a picture file.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    names, best = figure_names(scores), best_cells(scores)
+    names, best = figure_names(scores), best_settings(scores)
     several = [axis for axis in _AXES if len(_values(scores, axis)) > 1]
     over = several or ["guidance_weight"]
     figure = blank_figure(3.6 * len(names), 3.3 * len(over))
@@ -45,7 +45,7 @@ def draw_curves(scores: Mapping[Cell, Scores], path: Path) -> None:
         line = _LINES[x] if _LINES[x] in several or len(several) < 2 else _third(x, _LINES[x])
         held = _third(x, line)
         at = getattr(best.get(names[0], next(iter(scores))), held)
-        shown = {cell: one for cell, one in scores.items() if getattr(cell, held) == at}
+        shown = {setting: one for setting, one in scores.items() if getattr(setting, held) == at}
         for name, panel in zip(names, row, strict=True):
             _draw(panel, shown, name, x, line, best.get(name))
         if held in several:
@@ -61,15 +61,15 @@ def draw_curves(scores: Mapping[Cell, Scores], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _draw(panel: Axes, scores: Mapping[Cell, Scores], name: str, x: str, line: str, best: Cell | None) -> None:
+def _draw(panel: Axes, scores: Mapping[Setting, Scores], name: str, x: str, line: str, best: Setting | None) -> None:
     from matplotlib import colormaps
 
     lines, places = _values(scores, line), _places(x, _values(scores, x))
     for number, value in enumerate(lines):
         found = {
-            places[getattr(cell, x)]: one.figures[name].value
-            for cell, one in scores.items()
-            if getattr(cell, line) == value and name in one.figures
+            places[getattr(setting, x)]: one.figures[name].value
+            for setting, one in scores.items()
+            if getattr(setting, line) == value and name in one.figures
         }
         colour = colormaps["viridis"](0.85 * number / max(len(lines) - 1, 1))
         panel.plot(list(found), list(found.values()), "o-", color=colour, markersize=4, linewidth=1.2,
@@ -102,8 +102,8 @@ def _third(one: str, other: str) -> str:
     return next(axis for axis in _AXES if axis not in (one, other))
 
 
-def _values(scores: Mapping[Cell, Scores], axis: str) -> list[float]:
-    return sorted({getattr(cell, axis) for cell in scores})
+def _values(scores: Mapping[Setting, Scores], axis: str) -> list[float]:
+    return sorted({getattr(setting, axis) for setting in scores})
 
 
 def _places(axis: str, values: Sequence[float]) -> dict[float, float]:
@@ -118,37 +118,37 @@ def _text(axis: str, value: float) -> str:
 # -- images -----------------------------------------------------------------------------------------------------
 
 
-def draw_images(cells: Sequence[Cell], folder: Path, path: Path, count: int = 4, widest: int = 3000) -> None:
-    """Draw the first images of all cells: a column for each cell, a row for each image.
+def draw_images(settings: Sequence[Setting], folder: Path, path: Path, count: int = 4, widest: int = 3000) -> None:
+    """Draw the first images of all settings: a column for each setting, a row for each image.
 
     Args:
-        cells: of a grid, whose samples are in the folder.
+        settings: of a grid, whose samples are in the folder.
         folder: of the sweep.
         path: of a picture file.
-        count: images of each cell.
+        count: images of each setting.
         widest: width of the picture in pixels, beyond which columns go on below.
     """
     columns = []
-    for cell in cells:
-        samples = open_samples(folder / cell.generation / cell.way)
+    for setting in settings:
+        samples = open_samples(folder / setting.generation / setting.way)
         columns.append(to_pil(to_pixels(samples.read(0, min(count, len(samples))))))
     width = max(columns[0][0].width, 98)
-    ways = len({cell.num_denoise_steps for cell in cells})
+    ways = len({setting.num_denoise_steps for setting in settings})
     # Whole settings of generating in a band, if one fits.
     fitting = max(1, widest // width)
     band = fitting // ways * ways or fitting
     pages = []
-    for start in range(0, len(cells), band):
+    for start in range(0, len(settings), band):
         part = columns[start : start + band]
         images = [column[row] for row in range(len(part[0])) for column in part]
-        pages.append(titled_grid(images, [_title(cell) for cell in cells[start : start + band]]))
+        pages.append(titled_grid(images, [_title(setting) for setting in settings[start : start + band]]))
     page = Image.new(pages[0].mode, (pages[0].width, sum(one.height + 12 for one in pages) - 12), "white")
     for index, one in enumerate(pages):
         page.paste(one, (0, sum(above.height + 12 for above in pages[:index])))
     page.save(path)
 
 
-def _title(cell: Cell) -> str:
-    steps = cell.num_denoise_steps
+def _title(setting: Setting) -> str:
+    steps = setting.num_denoise_steps
     way = "noisy" if not steps else "1 step" if steps == 1 else f"{steps} steps"
-    return f"guidance {plain(cell.guidance_weight)}\nt_max {plain(cell.t_max)}\n{way}"
+    return f"guidance {plain(setting.guidance_weight)}\nt_max {plain(setting.t_max)}\n{way}"

@@ -84,28 +84,3 @@ def image_progress(console: Console | None, title: str, total: int, done: int) -
             progress.update(task, advance=more, made=count, speed=count / max(time.monotonic() - start, 1e-3))
 
         yield show
-
-
-@contextmanager
-def step_progress(console: Console | None, total: int) -> Iterator[Callable[[str, int], None]]:
-    """A live line for steps of work of several kinds: what is done now, bar, time left; no console, no line.
-
-    Yields:
-        A function to call with what is being done, and the number of its steps done since the last call.
-    """
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("gone"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-    )
-    with Progress(*columns, console=console, disable=console is None) as progress:
-        task = progress.add_task("", total=total)
-
-        def show(title: str, more: int) -> None:
-            progress.update(task, advance=more, description=title)
-
-        yield show

@@ -1,16 +1,17 @@
-"""The comparison: what each column is made of, what is left out, written and refused."""
+"""The comparison: what each column is made of, what is left out, measured, written and refused."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from conftest import tiny_vae
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from image_files import write_classes
@@ -18,12 +19,17 @@ from PIL import Image
 from tiny_diffusion import UNET, Recorder
 from torch import Tensor
 
-from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow, denoise
-from itarflow.codec import VaeCodec
+from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow
+from itarflow.codec import PixelCodec, VaeCodec, to_uint8
 from itarflow.commands import cli
 from itarflow.denoisers import DiffusionDenoiser
-from itarflow.evaluation.compare import Comparison, compare
-from itarflow.evaluation.samples import denoising as cleaning
+from itarflow.evaluation.compare import Comparison, compare, nats_per_dim, residual_noise
+from itarflow.evaluation.evaluate import save_samples
+from itarflow.evaluation.samples.denoising import WAYS, Denoising, ways_of
+from itarflow.evaluation.samples.files import open_samples
+from itarflow.evaluation.samples.generate import Batch, Generation, generate
+from itarflow.inverse import Jacobi, sequential
+from itarflow.pipeline.plan import InversePlan
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import short_names
 
@@ -54,19 +60,26 @@ def pipelines(make_pipe: MakePipe) -> dict[str, ITARFlowPipeline]:
     }
 
 
+Seen = Callable[[ITARFlowPipeline, str], tuple[Tensor, Tensor]]
+
+
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
-    """What each column cleaned and what came out, by the generator's t_max (which tells them apart) and title."""
-    found: dict[str, dict[str, Any]] = {}
-    clean = cleaning.clean
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """seen(pipe, title): codes and images of a generator, denoised in one way, in the comparisons of this test."""
+    found: list[tuple[ITARFlowPipeline, Batch]] = []
 
-    def remember(column: Any, noisy: Tensor, *rest: Any) -> Any:
-        cleaned = clean(column, noisy, *rest)
-        found.setdefault(str(len(found)), {}).update(title=column.title, noisy=noisy, cleaned=cleaned)
-        return cleaned
+    def remember(generation: Generation) -> Iterator[Batch]:
+        for batch in generate(generation):
+            found.append((generation.pipe, batch))
+            yield batch
 
-    monkeypatch.setattr("itarflow.evaluation.compare.clean", remember)
-    return found
+    def chosen(pipe: ITARFlowPipeline, title: str) -> tuple[Tensor, Tensor]:
+        batches = [batch for by, batch in found if by is pipe and batch.variant == title]
+        codes = [batch.images if batch.codes is None else batch.codes for batch in batches]
+        return torch.cat(codes), torch.cat([batch.images for batch in batches])
+
+    monkeypatch.setattr("itarflow.evaluation.compare.generate", remember)
+    return chosen
 
 
 @pytest.fixture
@@ -84,11 +97,6 @@ def methods(comparison: Comparison, generator: str) -> list[str]:
     return [result.method for result in comparison.results if result.generator == generator]
 
 
-def cleaned_by(seen: dict[str, dict[str, Any]], comparison: Comparison, generator: str, method: str) -> dict[str, Any]:
-    keys = [(result.generator, result.method) for result in comparison.results]
-    return seen[str(keys.index((generator, method)))]
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_columns_are_what_applies_to_each_generator(pipelines, tmp_path):
     comparison = compare(pipelines, [0], output=tmp_path)
@@ -98,43 +106,55 @@ def test_columns_are_what_applies_to_each_generator(pipelines, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_each_column_cleans_the_same_noisy_images_in_its_way(pipelines, tmp_path, seen):
-    comparison = compare(pipelines, LABELS, output=tmp_path, seed=3, batch_size=2)
+def test_each_column_denoises_the_same_noisy_images_in_its_way(pipelines, tmp_path, seen):
+    compare(pipelines, LABELS, output=tmp_path, seed=3, batch_size=2)
     narrow, wide = pipelines["narrow"], pipelines["wide"]
     labels = torch.tensor([0, 2, -1, 1, 0])
     seeds = image_generators(torch.Generator().manual_seed(3), 5)
-    z = narrow.flow.sample_prior(5, seeds)
-    noisy = narrow.flow.inverse(z, labels, 0.3, guidance=narrow.default_guidance)
+    noisy = narrow.flow.inverse(narrow.flow.sample_prior(5, seeds), labels, 0.3, guidance=narrow.default_guidance)
+
+    def ode(pipe: ITARFlowPipeline) -> Tensor:
+        return Denoising("", PixelCodec(), FlowDenoiser(pipe.flow), narrow.schedule()).denoised(noisy, labels, seeds)
+
     expected = {
         "noisy": noisy,
         "self": FlowDenoiser(narrow.flow)(noisy, labels, 0.3),
-        "own iterative": denoise(FlowDenoiser(narrow.flow), noisy, labels, t_max=0.3, t_min=0.05, num_steps=2),
-        "iterative: wide": denoise(FlowDenoiser(wide.flow), noisy, labels, t_max=0.3, t_min=0.05, num_steps=2),
+        "own iterative": ode(narrow),
+        "iterative: wide": ode(wide),
     }
-    for method, images in expected.items():
-        column = cleaned_by(seen, comparison, "narrow", method)
-        torch.testing.assert_close(column["noisy"], noisy, rtol=0, atol=1e-4)
-        torch.testing.assert_close(column["cleaned"].images, images, rtol=0, atol=1e-4)
+    for title, images in expected.items():
+        torch.testing.assert_close(seen(narrow, title)[1], images, rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize("method", ["euler", "sde"])
-def test_own_iterative_is_what_the_pipeline_makes(make_pipe, tmp_path, seen, method):
+@pytest.mark.parametrize(
+    ("planned", "method", "count", "batch_size"),
+    [(False, "euler", 5, 2), (True, "sde", 5, 2), (True, "euler", 3, 16), (False, "sde", 3, 16)],
+)
+def test_images_are_those_of_the_pipeline_and_of_an_evaluation(
+    make_pipe, tmp_path, seen, planned, method, count, batch_size
+):
+    """Bit by bit, whatever the batch size; a checkpoint's plan, here a coarse one, is followed by all three."""
     pipe = make_pipe(method=method)
+    if planned:
+        coarse = Jacobi(tolerance=0.3)
+        plan = InversePlan(solvers=(coarse,) * 2, num_tokens=(4, 4), device="cpu", batch_size=2 if count == 5 else 3)
+        pipe.register_to_config(plans=[plan.to_json()])
     pipe.set_progress_bar_config(disable=True)
-    comparison = compare({"pets": pipe}, LABELS, output=tmp_path, seed=7)
-    images = pipe(LABELS, generator=torch.Generator().manual_seed(7), output_type="codes").images
-    codes = cleaned_by(seen, comparison, "pets", "own iterative")["cleaned"].codes
-    torch.testing.assert_close(codes, images, rtol=0, atol=1e-5)
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_images_do_not_depend_on_their_number_or_the_batch_size(make_pipe, tmp_path, seen):
-    for count, batch_size in ((5, 5), (3, 2)):
-        compare({"pets": make_pipe()}, LABELS[:count], output=tmp_path, batch_size=batch_size)
-    many, few = ([entry["cleaned"].images for entry in list(seen.values())[i : i + 3]] for i in (0, 3))
-    for images, others in zip(many, few, strict=True):
-        torch.testing.assert_close(images[:3], others, rtol=0, atol=1e-4)
+    compare({"pets": pipe}, LABELS[:count], output=tmp_path, seed=7, batch_size=batch_size)
+    labels, ways = torch.tensor([0, 2, -1, 1, 0])[:count], ways_of(pipe, pipe.schedule())
+    evaluation = Generation(pipe=pipe, variants=ways, labels=labels, seed=7, batch_size=batch_size)
+    evaluation.check()
+    save_samples({tmp_path / "evaluation": evaluation}, PartialState(cpu=True))
+    calls = {"noisy": {"method": "skip"}, "self": {"num_denoise_steps": 1, "method": "euler"}, "own iterative": {}}
+    for (title, options), way in zip(calls.items(), WAYS, strict=True):
+        call = {"generator": torch.Generator().manual_seed(7), "output_type": "codes", "batch_size": batch_size}
+        images = pipe(LABELS[:count], **call, **options).images
+        assert torch.equal(seen(pipe, title)[1], images)
+        assert torch.equal(open_samples(tmp_path / "evaluation" / way).read(0, count), to_uint8(images))
+    if planned:
+        exact = pipe(LABELS[:count], **call | {"generator": torch.Generator().manual_seed(7)}, solver=sequential)
+        assert not torch.equal(exact.images, images)
 
 
 def test_files_and_figures(pipelines, tmp_path):
@@ -159,39 +179,67 @@ def test_files_and_figures(pipelines, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_diffusion_model_cleans_by_its_ode_where_it_knows_the_level(make_pipe, tmp_path, seen):
+def test_a_diffusion_model_denoises_by_its_ode_where_it_knows_the_level(make_pipe, tmp_path, seen):
     unet = DiffusionDenoiser(Recorder(channels=3), DDPMScheduler(prediction_type="sample"))
-    comparison = compare({"pets": make_pipe()}, [0, 1], output=tmp_path, diffusion={"unet": unet})
-    assert methods(comparison, "pets")[-1] == "diffusion: unet"
-    images = cleaned_by(seen, comparison, "pets", "diffusion: unet")["cleaned"].images
-    torch.testing.assert_close(images, torch.arange(3.0)[None, :, None, None].expand(2, -1, 4, 4))
-    assert len(unet.model.seen) == 10
-    assert [round(float(k[0])) for _, k, _ in unet.model.seen][-1] == 0
-    compare({"pets": make_pipe()}, [0], output=tmp_path, diffusion={"unet": unet}, num_denoise_steps=3)
-    assert len(unet.model.seen) == 13
-
     loud = DDPMScheduler(10, beta_start=0.2, beta_end=0.3)  # begins at 0.5
     both = {"pets": make_pipe(), "quiet": make_pipe(t_max=0.3)}
-    high = DiffusionDenoiser(Recorder(channels=3), loud)
-    comparison = compare(both, [0], output=tmp_path, diffusion={"high": high}, num_denoise_steps=1)
-    assert "diffusion: high" in methods(comparison, "pets")
+    models = {"unet": unet, "high": DiffusionDenoiser(Recorder(channels=3), loud)}
+    comparison = compare(both, [0, 1], output=tmp_path, diffusion=models, num_denoise_steps=3)
+    assert methods(comparison, "pets")[-2:] == ["diffusion: unet", "diffusion: high"]
     assert "diffusion: high" not in methods(comparison, "quiet")
+    images = seen(both["pets"], "diffusion: unet")[1]
+    torch.testing.assert_close(images, torch.arange(3.0)[None, :, None, None].expand(2, -1, 4, 4))
+    assert len(unet.model.seen) == 2 * 3
+    compare({"pets": make_pipe()}, [0], output=tmp_path, diffusion={"unet": unet})
+    assert len(unet.model.seen) == 2 * 3 + 10
+    assert round(float(unet.model.seen[-1][1][0])) == 0
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_codes_are_decoded_and_a_decoder_may_clean(make_pipe, tmp_path, seen):
+def test_codes_are_decoded_and_a_decoder_may_denoise(make_pipe, tmp_path, seen):
     vae = tiny_vae(latent_channels=2)
     decoder = tiny_vae(latent_channels=2)
     torch.nn.init.normal_(decoder.decoder.conv_out.weight, generator=torch.Generator().manual_seed(1))
     pipe = make_pipe({"in_channels": 2}, vae=vae)
     comparison = compare({"codes": pipe}, LABELS, output=tmp_path, decoders={"robust": decoder}, batch_size=3)
     assert methods(comparison, "codes") == ["noisy", "self", "own iterative", "decoder: robust"]
-    for method, by in (("noisy", vae), ("own iterative", vae), ("decoder: robust", decoder)):
-        column = cleaned_by(seen, comparison, "codes", method)
-        codes = column["noisy"] if method == "decoder: robust" else column["cleaned"].codes
-        torch.testing.assert_close(column["cleaned"].images, VaeCodec(by).decode(codes), rtol=0, atol=1e-4)
+    noisy = seen(pipe, "noisy")[0]
+    for title, by in (("noisy", vae), ("own iterative", vae), ("decoder: robust", decoder)):
+        codes = noisy if title == "decoder: robust" else seen(pipe, title)[0]
+        torch.testing.assert_close(seen(pipe, title)[1], VaeCodec(by).decode(codes), rtol=0, atol=1e-4)
     assert comparison.results[-1].values["nats/dim, codes"] is None
     assert Image.open(tmp_path / comparison.results[-1].grid).mode == "L"
+
+
+# -- figures ----------------------------------------------------------------------------------------------------
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("grey_levels", [3.0, 30.0])
+def test_the_noise_of_a_smooth_image_is_found(grey_levels):
+    ramp = torch.linspace(-0.5, 0.5, 64)[None, :] + torch.linspace(-0.1, 0.1, 64)[:, None]
+    noisy = ramp + grey_levels / 127.5 * noise(4, 3, 64, 64)
+    torch.testing.assert_close(residual_noise(noisy), torch.full((4,), grey_levels), rtol=0.05, atol=0)
+    assert residual_noise(ramp.expand(1, 1, 64, 64)).item() < 1  # what rounding to 8 bits leaves: 0.29
+    with pytest.raises(ValueError, match=r"\(1, 1, 2, 8\); expected at least 3 x 3"):
+        residual_noise(torch.zeros(1, 1, 2, 8))
+
+
+@pytest.mark.parametrize(("noise_range", "level"), [((0.1, 0.9), 0.1), (None, 0.05)])
+def test_nats_per_dim_is_the_negative_log_density_at_the_smallest_level(make_flow, noise_range, level):
+    flow = make_flow(noise_range=noise_range)
+    pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.05))
+    codes, metric = noise(5, 2, 4, 4), nats_per_dim("pets", pipe, batch_size=2)
+    assert f"t = {level:g}" in metric.meaning
+    with torch.no_grad():
+        for labels in (torch.tensor([0, 1, 2, -1, 0]), torch.full((5,), -1)):
+            expected = -flow.log_prob(codes, labels, level).mean() / 32
+            measured = metric.measure(Batch("", 0, labels, codes, codes, 0.0))
+            assert measured == pytest.approx(float(expected), rel=1e-5)
+    assert metric.measure(Batch("", 0, labels, None, codes, 0.0)) is None
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------
@@ -225,11 +273,11 @@ def test_checkpoints_that_do_not_agree_are_refused(make_pipe, tmp_path):
         ({"data": "nowhere"}, "nowhere"),
         (
             {"diffusion": {"dit": DiffusionDenoiser(Recorder(sample_size=32), DDIMScheduler())}},
-            "diffusion: dit can clean the images of no checkpoint here: images of 4 x 4 .* 32 x 32",
+            "diffusion: dit can denoise the images of no checkpoint here: images of 4 x 4 .* 32 x 32",
         ),
         (
             {"diffusion": {"dit": DiffusionDenoiser(Recorder(), DDIMScheduler(10, beta_start=0.3, beta_end=0.4))}},
-            r"dit can clean the images of no checkpoint here: .*t_max",
+            r"dit can denoise the images of no checkpoint here: .*t_max",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
@@ -244,14 +292,14 @@ def test_settings_out_of_range_are_refused_before_any_work(make_pipe, tmp_path, 
 
 
 @pytest.mark.usefixtures("never_generates")
-def test_what_can_not_be_shown_written_or_cleaned_is_refused(make_pipe, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="pets makes images of 2 channels, which are no pictures"):
+def test_what_can_not_be_shown_written_or_denoised_is_refused(make_pipe, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"pets: .*images of 2 channels, which are no pictures"):
         compare({"pets": make_pipe({"in_channels": 2})}, [0], output=tmp_path)
     with pytest.raises(ValueError, match=r"'a/b' is not fit for a file"):
         compare({"a/b": make_pipe()}, [0], output=tmp_path)
     with pytest.raises(ValueError, match=r"pets: t_max: .* outside \[0\.02, 0\.6\]"):
         compare({"pets": make_pipe(t_max=0.9)}, [0], output=tmp_path)
-    with pytest.raises(ValueError, match=r"pets can't clean its own images: t_min: .* outside \[0\.02, 0\.6\]"):
+    with pytest.raises(ValueError, match=r"pets can't denoise its own images: t_min: .* outside \[0\.02, 0\.6\]"):
         compare({"pets": make_pipe(t_min=0.001)}, [0], output=tmp_path)
     coded = make_pipe({"in_channels": 2}, vae=tiny_vae(latent_channels=2))
     with pytest.raises(ValueError, match=r"(?s)robust is for other codes.*encoder: "):
@@ -280,22 +328,8 @@ def test_the_command(pipelines, tmp_path, monkeypatch, capsys, randomise):
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "unet")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
-    cli.main(
-        [
-            "compare",
-            "wide",
-            "tarflow",
-            "--diffusion",
-            "unet",
-            "--num-images",
-            "3",
-            "--class-labels",
-            "1",
-            "2",
-            "--picture-rows",
-            "1",
-        ]
-    )
+    words = "compare wide tarflow --diffusion unet --num-images 3 --class-labels 1 2 --picture-rows 1"
+    cli.main(words.split())
     printed = capsys.readouterr()
     for words in ("wide", "tarflow", "own iterative", "diffusion: unet", "nats/dim, wide", "compare/compare.png"):
         assert words in printed.out

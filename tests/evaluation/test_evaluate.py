@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,50 +12,27 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState, debug_launcher
-from evaluations import save_checkpoint, write_photos
+from evaluations import Run, save_checkpoint, terminal, write_photos
 from PIL import Image
 from tiny_extractor import TinyExtractor
 from torch import Tensor
 
 from itarflow import ITARFlowPipeline
-from itarflow.commands import cli
 from itarflow.data import DataConfig
 from itarflow.evaluation import evaluate as evaluating
-from itarflow.evaluation.evaluate import ways_of
 from itarflow.evaluation.metrics.features import Sums, frechet_distance
 from itarflow.evaluation.metrics.reference import reference_of
-from itarflow.evaluation.samples import generate as generating
+from itarflow.evaluation.samples.denoising import ways_of
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.evaluation.samples.generate import Generation
 
-Run = Callable[..., str]
 FIGURES = ["frechet_distance", "kernel_distance", "precision", "recall"]
 
 
 @pytest.fixture
-def extractor(monkeypatch: pytest.MonkeyPatch) -> TinyExtractor:
-    tiny = TinyExtractor()
-    monkeypatch.setattr("itarflow.commands.options.load_extractor", lambda *_: tiny)
-    return tiny
-
-
-@pytest.fixture
-def evaluate(
-    extractor: TinyExtractor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Run:
+def evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """evaluate("--seed", 3): what is printed; 10 samples of tmp_path/pipeline against tmp_path/photos."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
-    save_checkpoint(tmp_path / "pipeline")
-    write_photos(tmp_path / "photos")
-    common = ("--num-samples", 10, "--batch-size", 4, "--num-workers", 0, "--cache", tmp_path / "kept")
-
-    def call(*words: object, data: Path | None = tmp_path / "photos", checkpoint: str = "pipeline") -> str:
-        real = () if data is None else ("--data", data)
-        cli.main([str(word) for word in ("evaluate", checkpoint, *real, *common, *words, "--device", "cpu")])
-        return capsys.readouterr().out
-
-    return call
+    return partial(terminal(TinyExtractor(), monkeypatch, capsys, tmp_path), "evaluate", "--num-samples", 10)
 
 
 @pytest.fixture
@@ -115,41 +92,6 @@ def test_figures_are_those_of_the_pictures_that_are_written(evaluate: Run, tmp_p
     assert report()["ways"]["self"]["figures"]["frechet_distance"]["value"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_was_interrupted_goes_on_to_the_same_end(evaluate: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate("--output", "whole", "--no-record")
-    written, write = list[Path](), generating.write_shard
-
-    def stops_at_the_third(path: Path, *tensors: Tensor) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(path)
-        write(path, *tensors)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(generating, "write_shard", stops_at_the_third)
-        with pytest.raises(SystemExit) as exit_:
-            evaluate("--no-record")
-    assert exit_.value.code == 130
-    before = {path: path.stat().st_mtime_ns for path in written}
-    evaluate("--no-record")
-    assert {path: path.stat().st_mtime_ns for path in written} == before
-    assert report()["ways"] == report("whole")["ways"]
-    for way in ("raw", "self", "iterative"):
-        resumed, whole = (open_samples(Path(folder, way)).read(0, 10) for folder in ("evaluation", "whole"))
-        assert torch.equal(resumed, whole)
-    assert ITARFlowPipeline.from_pretrained("pipeline").config.evaluations is None
-
-
-def test_ways_may_be_added_later(evaluate: Run) -> None:
-    evaluate("--ways", "raw")
-    before = {path: path.stat().st_mtime_ns for path in Path("evaluation").rglob("*.safetensors")}
-    evaluate()
-    evaluate("--ways", "raw", "--output", "alone")
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
-    assert list(report()["ways"]) == ["raw", "self", "iterative"]
-    assert report()["ways"]["raw"] == report("alone")["ways"]["raw"]
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -176,7 +118,7 @@ def test_real_images_are_needed_of_the_checkpoints_classes(refused: Run, tmp_pat
     assert "have 3 classes, but the checkpoint knows 2" in refused(data=others)
 
 
-def test_flows_of_one_level_are_cleaned_in_one_step(evaluate: Run, tmp_path: Path, capsys: Any) -> None:
+def test_flows_of_one_level_are_denoised_in_one_step(evaluate: Run, tmp_path: Path, capsys: Any) -> None:
     save_checkpoint(tmp_path / "single", noise_conditioned=False)
     evaluate(checkpoint="single")
     assert list(report()["ways"]) == ["raw", "self"]
@@ -213,7 +155,7 @@ def test_what_others_have_noted_meanwhile_stays(
         return real(*rest, **options)
 
     real = evaluating.scores_of
-    monkeypatch.setattr("itarflow.commands.evaluate.scores_of", scored)
+    monkeypatch.setattr("itarflow.commands.options.scores_of", scored)
     evaluate("--ways", "raw")
     noted = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline").config.evaluations
     assert len(noted) == 2
@@ -233,8 +175,8 @@ def sampled_and_scored(out: Path, state: PartialState) -> list[dict[str, Any]]:
     pipe = ITARFlowPipeline.from_pretrained(out / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(10) % 2
-    made = Generation(pipe=pipe, columns=ways_of(pipe, pipe.schedule()), labels=labels, file_size=4)
-    evaluating.make_samples(made, out / "samples", state)
+    made = Generation(pipe=pipe, variants=ways_of(pipe, pipe.schedule()), labels=labels, batch_size=4)
+    evaluating.save_samples({out / "samples": made}, state)
     extractor = TinyExtractor()
     reference = reference_of(
         DataConfig(path=str(out / "photos"), num_workers=0),
@@ -244,11 +186,14 @@ def sampled_and_scored(out: Path, state: PartialState) -> list[dict[str, Any]]:
         accelerator=state,
         cache=out / "kept",
     )
-    scores, scored = evaluating.scores_of([out / "samples" / way for way in made.columns], reference, extractor, state)
+    scores, scored = evaluating.scores_of(
+        [out / "samples" / way for way in made.variants], reference, extractor, state
+    )
     assert scored == 30
     return [one.to_json() for one in scores]
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_files_and_figures_of_one(tmp_path: Path) -> None:
     for name in ("one", "two"):
         save_checkpoint(tmp_path / name / "pipeline")
@@ -273,7 +218,7 @@ def test_a_stop_is_told_with_the_way_on(
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("itarflow.commands.evaluate.make_samples", stop)
+    monkeypatch.setattr("itarflow.commands.options.save_samples", stop)
     with pytest.raises(SystemExit) as exit_:
         evaluate()
     assert exit_.value.code == 130

@@ -7,11 +7,10 @@ import torch
 from conftest import tiny_vae
 
 from itarflow.codec import PixelCodec, to_uint8
-from itarflow.denoisers import DenoiseScheduler, FlowDenoiser
-from itarflow.evaluation.evaluate import WAYS, ways_of
-from itarflow.evaluation.samples.denoising import Column
+from itarflow.denoisers import DenoiseScheduler
+from itarflow.evaluation.samples.denoising import WAYS, Denoising, ways_of
 from itarflow.evaluation.samples.files import open_samples
-from itarflow.evaluation.samples.generate import Generation, begin, generate_share, labels_by
+from itarflow.evaluation.samples.generate import Generation, begin, labels_by, save
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance, sequential
 from itarflow.pipeline import ITARFlowPipeline
@@ -29,38 +28,20 @@ def tiny(num_classes: int = 3) -> ITARFlowPipeline:
     return pipe
 
 
-def columns(pipe: ITARFlowPipeline) -> dict[str, Column]:
-    denoiser = FlowDenoiser(pipe.flow)
-    return {
-        "raw": Column("noisy", PixelCodec()),
-        "self": Column("self", PixelCodec(), denoiser, pipe.schedule(num_denoise_steps=1)),
-        "iterative": Column("own iterative", PixelCodec(), denoiser, pipe.schedule()),
-    }
-
-
 def generation(pipe: ITARFlowPipeline | None = None, count: int = 10, **options: Any) -> Generation:
     pipe = pipe or tiny()
     labels = labels_by("balanced", count, pipe.flow.config.num_classes)
-    return Generation(**{"pipe": pipe, "columns": columns(pipe), "labels": labels, "file_size": 4, **options})
+    return Generation(
+        **{"pipe": pipe, "variants": ways_of(pipe, pipe.schedule()), "labels": labels, "batch_size": 4, **options}
+    )
 
 
 def make(wanted: Generation, folder: Path, processes: int = 1) -> dict[str, torch.Tensor]:
     wanted.check()
     begin(wanted, folder)
     for index in range(processes):
-        generate_share(wanted, folder, process_index=index, num_processes=processes)
-    return {name: open_samples(folder / name).read(0, len(wanted.labels)) for name in wanted.columns}
-
-
-def test_images_are_those_of_the_pipeline_and_of_training_grids(tmp_path: Path) -> None:
-    pipe = tiny()
-    made = make(generation(pipe), tmp_path)
-    labels = [index % 3 for index in range(10)]
-    for name, options in {"raw": {"method": "skip"}, "self": {"num_denoise_steps": 1}, "iterative": {}}.items():
-        generators = image_generators(torch.Generator().manual_seed(0), 10)
-        images = pipe(class_labels=labels, generator=generators, output_type="pt", batch_size=4, **options).images
-        assert torch.equal(made[name], to_uint8(images * 2 - 1))
-    assert open_samples(tmp_path / "raw").labels.tolist() == labels  # type: ignore[union-attr]
+        save(wanted, folder, process_index=index, num_processes=processes)
+    return {name: open_samples(folder / name).read(0, len(wanted.labels)) for name in wanted.variants}
 
 
 def test_any_number_of_processes_writes_the_same_files(tmp_path: Path) -> None:
@@ -84,11 +65,11 @@ def test_what_was_killed_goes_on_and_makes_only_what_is_missing(tmp_path: Path) 
     wanted, calls = generation(), list[int]()
     assert begin(wanted, tmp_path / "stopped") == 30
     with pytest.raises(Killed):
-        generate_share(wanted, tmp_path / "stopped", count=kill_after_two)
+        save(wanted, tmp_path / "stopped", count=kill_after_two)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").rglob("*.safetensors")}
     assert begin(wanted, tmp_path / "stopped") == 30 - 8
     counts = list[int]()
-    generate_share(wanted, tmp_path / "stopped", count=counts.append)
+    save(wanted, tmp_path / "stopped", count=counts.append)
     assert sum(counts) == 22
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     for name, images in make(wanted, tmp_path / "whole").items():
@@ -97,7 +78,7 @@ def test_what_was_killed_goes_on_and_makes_only_what_is_missing(tmp_path: Path) 
 
 def test_image_i_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
     few, many = make(generation(count=5), tmp_path / "few"), make(generation(count=10), tmp_path / "many")
-    other = make(generation(count=5, file_size=5), tmp_path / "other")
+    other = make(generation(count=5, batch_size=5), tmp_path / "other")
     for name in few:
         assert (few[name].int() - many[name][:5].int()).abs().max() <= 1
         assert (few[name].int() - other[name].int()).abs().max() <= 1
@@ -140,8 +121,8 @@ def test_images_that_are_not_finite_are_grey_and_counted(tmp_path: Path) -> None
         return torch.where(torch.arange(len(noisy))[:, None, None, None] == 1, torch.nan, noisy)
 
     pipe = tiny()
-    bad = {"bad": Column("bad", PixelCodec(), diverges, pipe.schedule(num_denoise_steps=1))}
-    images = make(generation(pipe, columns=bad), tmp_path)["bad"]
+    bad = {"bad": Denoising("bad", PixelCodec(), diverges, pipe.schedule(num_denoise_steps=1))}
+    images = make(generation(pipe, variants=bad), tmp_path)["bad"]
     assert open_samples(tmp_path / "bad").broken.tolist() == [1, 5, 9]
     assert (images[[1, 5, 9]] == 128).all()
 
@@ -150,7 +131,7 @@ def test_what_can_not_be_made_is_refused() -> None:
     pipe = tiny()
     for wrong, message in (
         (generation(pipe, count=0), "no images"),
-        (generation(pipe, file_size=0), "file_size"),
+        (generation(pipe, batch_size=0), "batch_size"),
         (generation(pipe, labels=torch.tensor([3])), "labels reach from 3 to 3"),
         (generation(pipe, labels=torch.tensor([-2])), "labels reach from -2"),
         (generation(pipe, t_max=0.9), "t_max"),
@@ -190,7 +171,7 @@ def test_codes_are_decoded_and_the_vae_is_a_part_of_what_is_made(tmp_path: Path)
         return pipe
 
     pipe = latent(seed=0)
-    made = make(generation(pipe, count=5, columns=ways_of(pipe, pipe.schedule(), decode_size=2)), tmp_path)
+    made = make(generation(pipe, count=5, variants=ways_of(pipe, pipe.schedule(), decode_size=2)), tmp_path)
     assert {name: tuple(images.shape) for name, images in made.items()} == dict.fromkeys(
         WAYS, (5, *pipe.picture_shape)
     )
@@ -199,4 +180,4 @@ def test_codes_are_decoded_and_the_vae_is_a_part_of_what_is_made(tmp_path: Path)
     assert (made["iterative"].int() - to_uint8(images * 2 - 1).int()).abs().max() <= 1
     other = latent(seed=1)
     with pytest.raises(DataError, match="decoder"):
-        begin(generation(other, count=5, columns=ways_of(other, other.schedule())), tmp_path)
+        begin(generation(other, count=5, variants=ways_of(other, other.schedule())), tmp_path)

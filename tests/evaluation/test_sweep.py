@@ -11,32 +11,28 @@ from typing import Any
 
 import pytest
 import torch
-from evaluations import save_checkpoint, write_photos
+from evaluations import Run, save_checkpoint, terminal, write_photos
 from PIL import Image
 from tiny_extractor import TinyExtractor
 from torch import Tensor
 
 from itarflow import ITARFlowPipeline, TARFlow
-from itarflow.commands import cli
 from itarflow.commands.sweep import table_of
 from itarflow.evaluation import evaluate as evaluating
 from itarflow.evaluation import sweep_plots as curves
 from itarflow.evaluation.metrics.scores import Figure, Scores
 from itarflow.evaluation.samples import generate as generating
 from itarflow.evaluation.samples.files import open_samples
-from itarflow.evaluation.sweep import Cell, best_cells, cells_of
+from itarflow.evaluation.sweep import Setting, best_settings, grid_of
 from itarflow.evaluation.sweep_plots import draw_curves
 from itarflow.runtime.pictures import blank_figure
 
-Run = Callable[..., str]
 GRID = ("--guidance-weights", 2, 0, "--t-max", 0.3, 0.5, "--num-denoise-steps", 1, 3)
 
 
 @pytest.fixture
-def extractor(monkeypatch: pytest.MonkeyPatch) -> TinyExtractor:
-    tiny = TinyExtractor()
-    monkeypatch.setattr("itarflow.commands.options.load_extractor", lambda *_: tiny)
-    return tiny
+def extractor() -> TinyExtractor:
+    return TinyExtractor()
 
 
 @pytest.fixture
@@ -44,17 +40,13 @@ def itarflow(
     extractor: TinyExtractor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Run:
     """itarflow("sweep", "--raw"): what is printed; 6 samples of tmp_path/pipeline against tmp_path/photos."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.chdir(tmp_path)
-    save_checkpoint(tmp_path / "pipeline")
-    write_photos(tmp_path / "photos")
-    common = ("--data", "photos", "--num-samples", 6, "--batch-size", 4, "--num-workers", 0, "--cache", "kept")
+    return terminal(extractor, monkeypatch, capsys, tmp_path)
 
-    def call(command: str, *words: object, checkpoint: str = "pipeline") -> str:
-        cli.main([str(word) for word in (command, checkpoint, *common, *words, "--device", "cpu")])
-        return capsys.readouterr().out
 
-    return call
+@pytest.fixture
+def uncurved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves sweep.png out, which takes longer than all the rest."""
+    monkeypatch.setattr("itarflow.commands.sweep.draw_curves", lambda *_: None)
 
 
 def cells(folder: str = "sweep") -> list[dict[str, Any]]:
@@ -65,6 +57,7 @@ def times(folder: str, pattern: str) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in Path(folder).rglob(pattern)}
 
 
+@pytest.mark.slow
 def test_a_grid_is_made_with_one_inverse_for_each_weight_and_level(
     itarflow: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,7 +69,7 @@ def test_a_grid_is_made_with_one_inverse_for_each_weight_and_level(
 
     monkeypatch.setattr(TARFlow, "inverse", counted)
     printed = itarflow("sweep", *GRID, "--raw")
-    assert "12 settings of 6 images: 24 images are generated, 72 cleaned and scored, by 96 evaluations" in printed
+    assert "12 settings of 6 images: 24 images are generated, 72 denoised and scored, by 96 evaluations" in printed
     assert sorted(inverted) == sorted(list(itertools.product((0.0, 2.0), (0.3, 0.5))) * 2)  # files of 4 and 2 images
     settings = [(cell["t_max"], cell["guidance_weight"], cell["num_denoise_steps"]) for cell in cells()]
     assert settings == list(itertools.product((0.3, 0.5), (0, 2), (0, 1, 3)))
@@ -96,6 +89,8 @@ def test_a_grid_is_made_with_one_inverse_for_each_weight_and_level(
     assert Path("sweep/sweep.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncurved")
 def test_cells_are_what_an_evaluation_finds(itarflow: Run) -> None:
     itarflow("sweep", *GRID, "--raw")
     for index, (weight, level) in enumerate(itertools.product((0, 2), (0.3, 0.5))):
@@ -109,10 +104,12 @@ def test_cells_are_what_an_evaluation_finds(itarflow: Run) -> None:
                 if (cell["guidance_weight"], cell["t_max"], cell["num_denoise_steps"]) == (weight, level, steps)
             )
             assert cell["figures"] == alone[way]["figures"]
-            folder = Path("sweep", Cell(level, weight, steps).generation, Cell(level, weight, steps).way)
+            folder = Path("sweep", Setting(level, weight, steps).generation, Setting(level, weight, steps).way)
             assert torch.equal(open_samples(folder).read(0, 6), open_samples(out / way).read(0, 6))
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("uncurved")
 def test_what_was_stopped_goes_on_and_nothing_is_done_twice(
     itarflow: Run, extractor: TinyExtractor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +142,7 @@ def test_what_was_stopped_goes_on_and_nothing_is_done_twice(
     assert extractor.seen == 3 * 6
 
 
+@pytest.mark.usefixtures("uncurved")
 def test_values_are_added_to_what_is_there(itarflow: Run, extractor: TinyExtractor) -> None:
     few = ("--guidance-weights", 0, "--t-max", 0.3)
     itarflow("sweep", *few, "--num-denoise-steps", 1)
@@ -157,6 +155,7 @@ def test_values_are_added_to_what_is_there(itarflow: Run, extractor: TinyExtract
     assert cells("other")[0] == cells()[0]
 
 
+@pytest.mark.usefixtures("uncurved")
 def test_other_real_images_are_scored_anew(itarflow: Run, extractor: TinyExtractor) -> None:
     itarflow("sweep")
     first = cells()
@@ -179,11 +178,7 @@ def test_other_real_images_are_scored_anew(itarflow: Run, extractor: TinyExtract
         (("--num-denoise-steps", 3, 0), "num_denoise_steps is 0; expected numbers of score evaluations >= 1"),
         (("--num-denoise-steps",), "num_denoise_steps has no values"),
         (("--method", "skip", "--num-denoise-steps", 2), "by the method 'skip' images are not denoised"),
-        (("--labels", "none", "--guidance-weights", 0, 2), "no labels to guide by"),
-        (("--guidance-weights", 1, -1), "Guidance weight is -1"),
-        (("--num-samples", 1), "--num-samples is 1"),
         (("--picture-rows", 0), "--picture-rows is 0"),
-        (("--decode-batch-size", 0), "--decode-batch-size is 0"),
     ],
 )
 def test_the_whole_grid_is_refused_before_any_work(
@@ -197,6 +192,7 @@ def test_the_whole_grid_is_refused_before_any_work(
     assert not extractor.seen
 
 
+@pytest.mark.usefixtures("uncurved")
 def test_a_folder_with_other_samples_stays_as_it_is(itarflow: Run, capsys: Any) -> None:
     itarflow("sweep", "--t-max", 0.5)
     before = times("sweep", "*")
@@ -212,33 +208,33 @@ def test_single_flows_know_one_step_and_skipping_ones_none(tmp_path: Path) -> No
         return ITARFlowPipeline.from_pretrained(save_checkpoint(tmp_path / name, **options))
 
     single = opened("single", noise_conditioned=False)
-    assert cells_of(single, raw=True) == [Cell(0.5, 1.0, 0), Cell(0.5, 1.0, 1)]
+    assert grid_of(single, raw=True) == [Setting(0.5, 1.0, 0), Setting(0.5, 1.0, 1)]
     with pytest.raises(ValueError, match="num_denoise_steps is 3, but the checkpoint has one noise level alone"):
-        cells_of(single, num_denoise_steps=[1, 3])
-    assert len(cells_of(single, num_denoise_steps=[1, 3], other_denoiser=True)) == 2
-    assert cells_of(opened("skipping", method="skip")) == [Cell(0.5, 1.0, 0)]
-    assert cells_of(opened("unlabelled", num_classes=0), labelled=False) == [Cell(0.5, 0.0, 3)]
+        grid_of(single, num_denoise_steps=[1, 3])
+    assert len(grid_of(single, num_denoise_steps=[1, 3], other_denoiser=True)) == 2
+    assert grid_of(opened("skipping", method="skip")) == [Setting(0.5, 1.0, 0)]
+    assert grid_of(opened("unlabelled", num_classes=0), labelled=False) == [Setting(0.5, 0.0, 3)]
     # Without labels the checkpoint's own weight plays no part.
-    assert cells_of(opened("labelled"), labelled=False) == [Cell(0.5, 0.0, 3)]
+    assert grid_of(opened("labelled"), labelled=False) == [Setting(0.5, 0.0, 3)]
     with pytest.raises(ValueError, match="t_max has no values"):
-        cells_of(single, t_max=[])
+        grid_of(single, t_max=[])
 
 
 def test_folders_tell_all_settings_apart() -> None:
-    assert Cell(0.3, 1.0, 5).generation == "guidance-1_t-0.3"
-    assert Cell(0.1 + 0.2, 1.0, 5).generation != Cell(0.3, 1.0, 5).generation
-    assert [Cell(0.3, 1, steps).way for steps in (0, 1, 250)] == ["raw", "steps-01", "steps-250"]
+    assert Setting(0.3, 1.0, 5).generation == "guidance-1_t-0.3"
+    assert Setting(0.1 + 0.2, 1.0, 5).generation != Setting(0.3, 1.0, 5).generation
+    assert [Setting(0.3, 1, steps).way for steps in (0, 1, 250)] == ["raw", "steps-01", "steps-250"]
 
 
 # -- what people look at ----------------------------------------------------------------------------------------
 
 
 def scores_of(
-    weights: Sequence[float], levels: Sequence[float], steps: Sequence[int], value: Callable[[Cell], float]
-) -> dict[Cell, Scores]:
+    weights: Sequence[float], levels: Sequence[float], steps: Sequence[int], value: Callable[[Setting], float]
+) -> dict[Setting, Scores]:
     found = {}
     for level, weight, number in itertools.product(levels, weights, steps):
-        cell = Cell(level, weight, number)
+        cell = Setting(level, weight, number)
         figures = {"fid": Figure("FID", "", value(cell)), "recall": Figure("recall", "", value(cell) / 100)}
         found[cell] = Scores(figures, "tiny", 10, 0, "photos", 16, 16, ())
     return found
@@ -246,7 +242,7 @@ def scores_of(
 
 def test_the_best_is_the_nearest_or_the_highest_and_marked() -> None:
     scores = scores_of((0, 1, 2), (0.3,), (1, 5), lambda cell: 10 + cell.guidance_weight - cell.num_denoise_steps)
-    assert best_cells(scores) == {"fid": Cell(0.3, 0, 5), "recall": Cell(0.3, 2, 1)}
+    assert best_settings(scores) == {"fid": Setting(0.3, 0, 5), "recall": Setting(0.3, 2, 1)}
     columns = {str(column.header): list(column.cells) for column in table_of(scores).columns}
     assert ["*" in str(text) for text in columns["FID"]] == [False, True, False, False, False, False]
     assert ["*" in str(text) for text in columns["recall"]] == [False, False, False, False, True, False]
@@ -255,8 +251,8 @@ def test_the_best_is_the_nearest_or_the_highest_and_marked() -> None:
 
 def test_figures_that_are_not_finite_are_never_best() -> None:
     scores = scores_of((0, 1), (0.3,), (1,), lambda cell: float("nan") if cell.guidance_weight == 0 else 5.0)
-    assert best_cells(scores) == {"fid": Cell(0.3, 1, 1), "recall": Cell(0.3, 1, 1)}
-    assert best_cells(scores_of((0,), (0.3,), (1,), lambda _: float("inf"))) == {}
+    assert best_settings(scores) == {"fid": Setting(0.3, 1, 1), "recall": Setting(0.3, 1, 1)}
+    assert best_settings(scores_of((0,), (0.3,), (1,), lambda _: float("inf"))) == {}
 
 
 @pytest.mark.parametrize(
@@ -291,9 +287,10 @@ def test_each_setting_with_several_values_has_a_row_of_panels(
     assert all(panel.get_lines()[-1].get_ydata()[0] == best for panel in first)
 
 
+@pytest.mark.usefixtures("uncurved")
 def test_wide_grids_of_images_go_on_below(itarflow: Run) -> None:
     itarflow("sweep", *GRID, "--raw", "--picture-rows", 2)
-    wide = [Cell(level, weight, steps) for level in (0.3, 0.5) for weight in (0, 2) for steps in (0, 1, 3)]
+    wide = [Setting(level, weight, steps) for level in (0.3, 0.5) for weight in (0, 2) for steps in (0, 1, 3)]
     curves.draw_images(wide, Path("sweep"), Path("folded.png"), count=1, widest=98 * 4)
     with Image.open("folded.png") as folded, Image.open("sweep/sweep_samples.png") as flat:
         assert folded.width == 3 * 98 - 2  # the three ways of a setting stay together

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import runpy
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -14,9 +13,7 @@ from PIL import Image
 
 from itarflow.training import Recipe
 
-FILES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
-STUDIES = [path for path in FILES if path.stem.startswith("study_")]
-RECIPES = [path for path in FILES if path not in STUDIES]
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
 CLASSES = ("cat", "dog", "wild")
 
 
@@ -87,18 +84,3 @@ def test_the_dry_run_of_a_recipe_works_offline(path, pets, monkeypatch, capsys, 
 
 def test_there_is_a_recipe_for_the_papers_and_for_newcomers():
     assert {"digits", "imagenet64_pixel", "imagenet128_pixel", "imagenet256_pixel"} <= {path.stem for path in RECIPES}
-
-
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_the_flows_of_a_study_differ_in_their_noise_alone(path):
-    for study in runpy.run_path(str(path))["scales"].values():
-        recipes = study.recipes
-        assert list(recipes) == ["tarflow-0.05", "tarflow-0.1", "tarflow-0.3", "itarflow"]
-        for recipe in recipes.values():
-            recipe.check()
-            assert recipe.train == study.recipe.train
-            assert recipe.data == study.recipe.data
-            same = {"noise_conditioned": True}
-            assert replace(recipe.model, **same) == study.recipe.model
-        # 64 MB of weights of all four in bfloat16, as the recipe's comment says.
-        assert sum(recipe.model.build().num_parameters() for recipe in recipes.values()) * 2 < 64e6

@@ -1,17 +1,20 @@
-"""Many images of a checkpoint, made once and cleaned in several ways, on disk: shared, and gone on with.
+"""Images of a checkpoint, generated once and denoised in several variants: batch by batch, or into a folder.
 
-A folder has samples.json, which says what is in it, and a folder of 8-bit pictures for each way of cleaning (see
-samples.py). Files hold a batch each; a file that is there is not made again, and its content depends on nothing but
-samples.json, so any number of processes gives the same files.
+`generate` is the one generator of batches: `save` writes them, `compare` measures and draws them. A folder has
+samples.json, which says what is in it, and a folder of 8-bit pictures for each variant (see samples.py). Files hold a
+batch each; a file that is there is not made again, and its content depends on nothing but samples.json, so any number
+of processes gives the same files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,12 +22,12 @@ from torch import Tensor
 
 from itarflow.codec import to_uint8, vae_identity
 from itarflow.denoisers.score import check_level
-from itarflow.evaluation.samples.denoising import Column, clean, identity_of, settings_of
+from itarflow.evaluation.samples.denoising import Denoising, identity_of, settings_of
 from itarflow.evaluation.samples.files import shard_name, write_shard
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
-from itarflow.pipeline.pipeline import ITARFlowPipeline, check_denoiser
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import weights_digest, write_json
 from itarflow.runtime.seeds import image_seeds
@@ -65,31 +68,31 @@ class Generation:
 
     Attributes:
         pipe: the checkpoint, on its device.
-        columns: the ways of cleaning by the names of their folders; an image is generated once for all of them.
+        variants: the ways of denoising by the names of their folders; an image is generated once for all of them.
         labels: (N,) int64, -1 = none; their number is that of the images.
         seed: of the noise: that of image i is the i-th that `seeds.image_seeds` gives, as in training's grids.
         guidance: in generating; None = the checkpoint's.
         t_max: noise level of generating; None = the checkpoint's.
         solver: as in a call of the pipeline; None = the checkpoint's plan, else exact.
         inverse_dtype: as in a call of the pipeline.
-        file_size: images of a file, which are made together.
+        batch_size: images that are made together, and lie in a file.
     """
 
     pipe: ITARFlowPipeline
-    columns: Mapping[str, Column]
+    variants: Mapping[str, Denoising]
     labels: Tensor
     seed: int = 0
     guidance: Guidance | None = None
     t_max: float | None = None
     solver: Solver | Sequence[Solver] | None = None
     inverse_dtype: torch.dtype | None = None
-    file_size: int = 64
+    batch_size: int = 64
 
     @property
-    def files(self) -> list[tuple[int, int]]:
-        """First image of each file, and one past its last."""
+    def batches(self) -> list[tuple[int, int]]:
+        """First image of each batch, and one past its last."""
         count = len(self.labels)
-        return [(start, min(start + self.file_size, count)) for start in range(0, count, self.file_size)]
+        return [(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
     def check(self) -> None:
         """Refuse what can't be made.
@@ -101,8 +104,8 @@ class Generation:
         flow, level = self.pipe.flow, self.level
         if len(self.labels) == 0:
             raise ValueError("there are no images to make; expected at least one.")
-        if self.file_size < 1:
-            raise ValueError(f"file_size is {self.file_size}; expected a number of images >= 1.")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; expected a number of images >= 1.")
         low, high = int(self.labels.min()), int(self.labels.max())
         if low < NULL_LABEL or high >= max(flow.config.num_classes, 0):
             raise ValueError(f"labels reach from {low} to {high}; this flow has {flow.config.num_classes} classes.")
@@ -113,24 +116,19 @@ class Generation:
                 f"this checkpoint makes images of {channels} channels, which are no pictures; expected 1 or 3. If "
                 "they are codes, the pipeline lacks their VAE."
             )
-        labelled = bool((self.labels >= 0).any())
-        if self.guidance is not None and self.guidance.weight > 0 and not labelled and self.guidance.temperature == 1:
+        given = given_labels(self.labels)
+        if self.guidance is not None and self.guidance.weight > 0 and given is None and self.guidance.temperature == 1:
             raise ValueError(
-                f"guidance weight is {self.guidance.weight}, but there are no labels to guide by; leave it out."
+                f"guidance_weight is {self.guidance.weight}, but there are no labels to guide by; leave it out."
             )
-        for name, column in self.columns.items():
-            if column.schedule is None or column.denoiser is None:
-                continue
-            if column.schedule.config.t_max != level:
-                raise ValueError(
-                    f"{name} denoises from t_max {column.schedule.config.t_max}, but images are generated at {level}."
-                )
-            check_denoiser(column.denoiser, column.schedule, flow, self.labels if labelled else None)
+        for variant in self.variants.values():
+            variant.check(flow, given, level)
 
     @property
     def solvers(self) -> Solver | Sequence[Solver]:
-        """How the flow is inverted: by the plan for a whole file, also in the last one, which may be smaller."""
-        return self.pipe.planned_solver(self.file_size) if self.solver is None else self.solver
+        """How the flow is inverted: by the plan for a whole batch, also in the last one, which may be smaller."""
+        size = min(self.batch_size, len(self.labels))
+        return self.pipe.planned_solver(size) if self.solver is None else self.solver
 
     @property
     def level(self) -> float:
@@ -152,29 +150,110 @@ class Generation:
             "t_max": self.level,
             "solver": [getattr(one, "__name__", None) or repr(one) for one in by_block],
             "inverse_dtype": str(self.inverse_dtype or self.pipe.flow.dtype),
-            "cleaning": self._cleaning(),
+            "cleaning": self._denoising(),
             "conversion": CONVERSION,
-            "file_size": self.file_size,
+            "file_size": self.batch_size,
         }
         return json.loads(json.dumps(values))
 
-    def _cleaning(self) -> dict[str, Any]:
-        """The schedule and the denoiser of each column, whose weights are read once."""
-        denoisers = {id(column.denoiser): column.denoiser for column in self.columns.values()}
+    def _denoising(self) -> dict[str, Any]:
+        """The schedule and the denoiser of each variant, whose weights are read once."""
+        denoisers = {id(variant.denoiser): variant.denoiser for variant in self.variants.values()}
         identities = {key: identity_of(denoiser) for key, denoiser in denoisers.items()}
         return {
             name: {
-                "denoiser": identities[id(column.denoiser)],
-                **({} if column.schedule is None else settings_of(column.schedule)),
+                "denoiser": identities[id(variant.denoiser)],
+                **({} if variant.schedule is None else settings_of(variant.schedule)),
             }
-            for name, column in self.columns.items()
+            for name, variant in self.variants.items()
         }
+
+
+def given_labels(labels: Tensor) -> Tensor | None:
+    """Labels (N,), -1 = none, as a flow takes them: None if no image has one."""
+    return labels if bool((labels >= 0).any()) else None
+
+
+class Batch(NamedTuple):
+    """Images one after another, denoised in one variant."""
+
+    variant: str
+    """Its name in the generation."""
+    start: int
+    """Number of the first image."""
+    labels: Tensor
+    """(B,) int64 on the CPU, -1 = none."""
+    codes: Tensor | None
+    """(B, C, H, W) float32 on the CPU; None = denoised by their decoder, so that there are no denoised codes."""
+    images: Tensor
+    """(B, C, H, W) float32 in about [-1, 1], on the CPU; the codes themselves in pixel space."""
+    seconds: float
+    """From noisy codes to pixels, of all of them."""
+
+    @property
+    def broken(self) -> Tensor:
+        """(B,) bool: whether values are not finite, as where the flow's inverse or the denoising diverged."""
+        return ~self.images.isfinite().flatten(1).all(dim=1)
+
+
+@torch.no_grad()
+def generate(
+    generation: Generation,
+    wanted: Callable[[int, int], Collection[str]] | None = None,
+    *,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Iterator[Batch]:
+    """Generate every num_processes-th batch of images once, and denoise it in each variant.
+
+    Args:
+        generation: checked.
+        wanted: wanted(start, stop): the variants that are wanted of images start .. stop - 1; where there are none,
+            nothing is generated. None = all.
+        process_index: the first batch to make.
+        num_processes: see above.
+
+    Yields:
+        A batch for each variant that is wanted of the images, then those of the next images.
+    """
+    pipe = generation.pipe
+    seeds = image_seeds(torch.Generator().manual_seed(generation.seed), len(generation.labels))
+    # Shared out by number, not among those that are wanted: which these are changes while others write.
+    for start, stop in generation.batches[process_index::num_processes]:
+        names = generation.variants if wanted is None else wanted(start, stop)
+        if not names:
+            continue
+        labels, guidance = generation.labels[start:stop], generation.guidance
+        given = given_labels(labels)
+        if given is None and guidance is not None and guidance.temperature == 1:
+            guidance = replace(guidance, weight=0.0)  # none of this batch has a label to guide by
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start:stop]]
+        noisy = pipe(
+            class_labels=[None if label < 0 else label for label in labels.tolist()],
+            guidance=guidance,
+            method="skip",
+            t_max=generation.t_max,
+            solver=generation.solvers,
+            inverse_dtype=generation.inverse_dtype,
+            generator=generators,
+            output_type="codes",
+        ).images
+        assert isinstance(noisy, Tensor)
+        for name in names:
+            variant, begun = generation.variants[name], time.perf_counter()
+            codes = variant.denoised(noisy, None if given is None else given.to(noisy.device), generators)
+            images = variant.codec.decode(codes).cpu()  # which waits for the device
+            seconds = time.perf_counter() - begun
+            yield Batch(name, start, labels, None if variant.by_decoder else codes.cpu(), images, seconds)
+
+
+# -- in a folder ------------------------------------------------------------------------------------------------
 
 
 def manifest_of(generation: Generation, folder: Path) -> dict[str, Any]:
     """What samples.json is to hold, once the folder is begun, or gone on with; nothing is written.
 
-    Ways of cleaning may be fewer or more than before: more are put beside those that are there.
+    Variants may be fewer or more than before: more are put beside those that are there.
 
     Raises:
         DataError: the folder holds images that were made otherwise, or other things.
@@ -205,7 +284,7 @@ def begin(generation: Generation, folder: Path, manifest: Mapping[str, Any] | No
         manifest: of `manifest_of`; None = ask it now.
 
     Returns:
-        How many images are still to be made, counting each way of cleaning.
+        How many images are still to be made, counting each variant.
 
     Raises:
         DataError: as `manifest_of`.
@@ -214,11 +293,10 @@ def begin(generation: Generation, folder: Path, manifest: Mapping[str, Any] | No
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / MANIFEST).exists() or _stored(folder / MANIFEST) != wanted:
         write_json(folder / MANIFEST, wanted)
-    missing = [(name, part) for name in generation.columns for part in generation.files]
-    return sum(stop - start for name, (start, stop) in missing if not _file(folder, name, start, stop).exists())
+    return sum((stop - start) * len(_missing(generation, folder, start, stop)) for start, stop in generation.batches)
 
 
-def generate_share(
+def save(
     generation: Generation,
     folder: Path,
     *,
@@ -226,50 +304,26 @@ def generate_share(
     num_processes: int = 1,
     count: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Make every num_processes-th file, unless it is there.
+    """Write every num_processes-th batch into files, unless they are there.
 
     Args:
         generation: what to make.
         folder: as `begin` has left it.
-        process_index: the first file to make.
+        process_index: the first batch to make.
         num_processes: see above.
-        count: called with the number of images made, counting each way of cleaning.
+        count: called with the number of images made, counting each variant.
     """
-    seeds = image_seeds(torch.Generator().manual_seed(generation.seed), len(generation.labels))
-    # Shared out by number, not among those that are missing: which these are changes while others write.
-    for start, stop in generation.files[process_index::num_processes]:
-        if not all(_file(folder, name, start, stop).exists() for name in generation.columns):
-            _make_file(generation, folder, start, stop, seeds[start:stop], count)
+    missing = partial(_missing, generation, folder)
+    for batch in generate(generation, missing, process_index=process_index, num_processes=num_processes):
+        stop = batch.start + len(batch.images)
+        finite = torch.where(batch.images.isfinite(), batch.images, 0)
+        write_shard(_file(folder, batch.variant, batch.start, stop), to_uint8(finite), batch.labels, batch.broken)
+        count(len(batch.images))
 
 
-@torch.no_grad()
-def _make_file(
-    generation: Generation, folder: Path, start: int, stop: int, seeds: Sequence[int], count: Callable[[int], None]
-) -> None:
-    """Images start .. stop - 1, generated once, cleaned and written in every way that is missing."""
-    pipe, labels = generation.pipe, generation.labels[start:stop]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    labelled = None if bool((labels < 0).all()) else labels
-    noisy = pipe(
-        class_labels=None if labelled is None else [None if label < 0 else label for label in labels.tolist()],
-        num_images=stop - start,
-        guidance=generation.guidance,
-        method="skip",
-        t_max=generation.t_max,
-        solver=generation.solvers,
-        inverse_dtype=generation.inverse_dtype,
-        generator=generators,
-        output_type="codes",
-    ).images
-    assert isinstance(noisy, Tensor)
-    for name, column in generation.columns.items():
-        path = _file(folder, name, start, stop)
-        if not path.exists():
-            cleaned = clean(column, noisy, labelled, generators, stop - start, pipe.flow.device, lambda _: None)
-            broken = ~cleaned.images.isfinite().flatten(1).all(dim=1)
-            finite = torch.where(cleaned.images.isfinite(), cleaned.images, 0)
-            write_shard(path, to_uint8(finite), labels, broken)
-            count(stop - start)
+def _missing(generation: Generation, folder: Path, start: int, stop: int) -> list[str]:
+    """The variants of which images start .. stop - 1 are not there."""
+    return [name for name in generation.variants if not _file(folder, name, start, stop).exists()]
 
 
 def _stored(manifest: Path) -> dict[str, Any]:
@@ -283,9 +337,9 @@ def _stored(manifest: Path) -> dict[str, Any]:
 
 
 def _by_name(described: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a manifest, with one for each way of cleaning."""
-    cleaning = {f"cleaning {name}": value for name, value in described["cleaning"].items()}
-    return flat({key: value for key, value in described.items() if key != "cleaning"}) | cleaning
+    """The values of a manifest, with one for each variant."""
+    variants = {f"cleaning {name}": value for name, value in described["cleaning"].items()}
+    return flat({key: value for key, value in described.items() if key != "cleaning"}) | variants
 
 
 def _file(folder: Path, name: str, start: int, stop: int) -> Path:
