@@ -15,7 +15,7 @@ from subject import DTYPES, Options, Subject
 from timing import Case, Run, Variant
 from torch import Tensor
 
-from itarflow import FlowDenoiser, Guidance, denoise
+from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, denoise
 from itarflow.codec import to_pixels
 from itarflow.costs import Cost, floor, inverse_costs, score_cost, training_cost
 from itarflow.flow.embedding import NULL_LABEL
@@ -181,7 +181,7 @@ class Score(Bench):
     def _case(self, subject: Subject, batch_size: int, peer: Any | None, steps: int) -> Case:
         noisy, labels = subject.noisy(batch_size, self.seed), subject.labels(batch_size)
 
-        ends, size = {"num_steps": steps, **_ends(subject, steps)}, self.slice_size
+        ends, size = {"num_denoise_steps": steps, **_ends(subject, steps)}, self.slice_size
 
         def variant(name: str, run: Run, dtype: str = self.dtype) -> Variant:
             return _variant(
@@ -190,7 +190,7 @@ class Score(Bench):
 
         def ours(dtype: str = self.dtype, **options: Any) -> Run:
             denoiser = FlowDenoiser(subject.flow, size, dtype=DTYPES[dtype], **options)
-            return lambda: denoise(denoiser, noisy, labels, **ends)
+            return lambda: denoise(denoiser, noisy, labels, DenoiseScheduler(**ends))
 
         def theirs() -> Tensor:
             return official.denoise(peer, noisy, labels, slice_size=size, **ends)
@@ -225,7 +225,7 @@ class Sample(Guided):
     def cases(self, subject: Subject, batch_size: int, peer: Any | None) -> list[Case]:
         """See `Bench`."""
         noise, labels, level = subject.noise(batch_size, self.seed), subject.labels(batch_size), subject.levels[1]
-        guidance, ends = self.guidance(subject), {"num_steps": self.steps, **_ends(subject, self.steps)}
+        guidance, ends = self.guidance(subject), {"num_denoise_steps": self.steps, **_ends(subject, self.steps)}
         z, denoiser = noise * subject.flow.prior_variance.sqrt(), FlowDenoiser(subject.flow, self.slice_size)
 
         def least(peaks: Peaks) -> float:
@@ -234,7 +234,7 @@ class Sample(Guided):
             return floor(inverse, peaks[DTYPES[self.dtype]]) + floor(scores, peaks[torch.float32])
 
         fast_denoiser = FlowDenoiser(subject.flow, self.slice_size, dtype=torch.bfloat16)
-        fast_ends = {"num_steps": self.fast_steps, **_ends(subject, self.fast_steps)}
+        fast_ends = {"num_denoise_steps": self.fast_steps, **_ends(subject, self.fast_steps)}
 
         def variant(name: str, inverse: Run, clean: Callable[[Tensor], Tensor]) -> Variant:
             def run() -> Tensor:
@@ -248,7 +248,7 @@ class Sample(Guided):
             variant(
                 "ours",
                 lambda: subject.flow.inverse(z, labels, level, guidance=guidance),
-                lambda noisy: denoise(denoiser, noisy, labels, **ends),
+                lambda noisy: denoise(denoiser, noisy, labels, DenoiseScheduler(**ends)),
             ),
             variant(
                 "ours, fast",
@@ -256,7 +256,10 @@ class Sample(Guided):
                     z, labels, level, guidance=guidance, solver=_plan(subject, batch_size) or sequential
                 ),
                 lambda noisy: denoise(
-                    fast_denoiser, noisy, labels, method="predictor-corrector", spacing="quadratic", **fast_ends
+                    fast_denoiser,
+                    noisy,
+                    labels,
+                    DenoiseScheduler(method="predictor-corrector", spacing="quadratic", **fast_ends),
                 ),
             ),
         ]

@@ -102,11 +102,11 @@ def denoise(
     *,
     t_max: float,
     t_min: float,
-    num_steps: int,
+    num_denoise_steps: int,
     slice_size: int | None,
 ) -> Tensor:
     """Its Euler steps from t_max over an even grid down to t_min, and on to 0."""
-    levels = noise_levels(t_max, t_min, num_steps)
+    levels = noise_levels(t_max, t_min, num_denoise_steps)
     x = noisy
     for level, following in itertools.pairwise(levels):
         clean = _clean_estimate(model, x, labels, level, slice_size or len(x))

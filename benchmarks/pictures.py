@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from itarflow import FlowDenoiser, ITARFlowPipeline, denoise
+from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, denoise
 from itarflow.codec import to_pil
 from itarflow.runtime.pictures import image_grid
 
@@ -36,7 +36,12 @@ def main(options: Options) -> None:
     flow, settings, labels = pipe.flow, pipe.scheduler.config, torch.arange(10)
     z = flow.sample_prior(10, torch.Generator().manual_seed(1))
     path = flow.inverse(z, labels, settings.t_max, guidance=pipe.default_guidance, return_trajectory=True)
-    clean = denoise(FlowDenoiser(flow), path[-1], labels, t_max=settings.t_max, t_min=settings.t_min, num_steps=10)
+    clean = denoise(
+        FlowDenoiser(flow),
+        path[-1],
+        labels,
+        DenoiseScheduler(t_max=settings.t_max, t_min=settings.t_min, num_denoise_steps=10),
+    )
     stages = [to_pil(stage) for stage in (*path, clean)]
     image_grid([image for stage in stages for image in stage], columns=10).save(options.output / "phases.png")
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itarflow.codec import codec_of
-from itarflow.denoisers import FlowDenoiser, denoise
+from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.pictures import blank_figure
@@ -94,11 +94,13 @@ class Study:
             self.denoiser,
             self.noisy,
             self.labels,
-            t_max=self.scheduler.t_max,
-            t_min=self.scheduler.t_min,
-            num_steps=num_steps,
-            method=method,
-            spacing=spacing,
+            DenoiseScheduler(
+                t_max=self.scheduler.t_max,
+                t_min=self.scheduler.t_min,
+                num_denoise_steps=num_steps,
+                method=method,
+                spacing=spacing,
+            ),
         )
         return self.codec.decode(clean)
 

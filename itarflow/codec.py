@@ -13,11 +13,11 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
 from itarflow.runtime.files import weights_digest
+from itarflow.runtime.hub import folder_of
 
 Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
 _KINDS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
@@ -298,13 +298,9 @@ def load_vae(config: CodecConfig) -> Vae:
 
 def _folder_of(name: str, revision: str | None) -> Path:
     """The folder with a VAE's config and weights, downloaded if need be; that of a whole pipeline has it in vae/."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and name.startswith((".", "/", "~")):
-        raise OSError("there is no such folder")
-    if not folder.is_dir():
-        files = ("config.json", "diffusion_pytorch_model.safetensors")
-        patterns = [*files, *(f"vae/{file}" for file in files)]
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    files = ("config.json", "diffusion_pytorch_model.safetensors")
+    patterns = [*files, *(f"vae/{file}" for file in files)]
+    folder = folder_of(name, patterns, expected="a VAE", revision=revision)
     found = next((place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None)
     if found is None:
         raise OSError(f"{folder} holds no config.json, nor does a folder vae in it")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from itarflow.flow.tarflow import TARFlow
 from itarflow.runtime.errors import CheckpointError
+from itarflow.runtime.files import atomically
 from itarflow.runtime.text import listed
 from itarflow.runtime.torch_file import read_state
 
@@ -101,16 +102,8 @@ def export_official(flow: TARFlow, path: str | os.PathLike[str]) -> Path:
     _check_exportable(flow)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since only there the replacement is atomic.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save(official_state(flow), file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomically(path) as partial, partial.open("wb") as file:  # torch would write the partial's name into it
+        torch.save(official_state(flow), file)
     return path
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from itarflow.convert import load_official, name_map
-from itarflow.denoisers import FlowDenoiser, denoise
+from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
 from itarflow.denoisers.ode import Method, noise_levels
 from itarflow.flow import NoiseConfig, TARFlow, nll_per_dim
 from itarflow.flow.block import FlowOutput
@@ -258,11 +258,13 @@ def _iterative_denoising(case: Case, call: dict[str, Any]) -> dict[str, Tensor]:
             FlowDenoiser(case.flow(), slice_size=call.get("denoising_batch_size")),
             inputs["x"],
             inputs["y"],
-            t_max=t_max,
-            t_min=t_min,
-            num_steps=num_steps,
-            method=METHODS[call["dyn"]],
-            clip=bool(call["clip"]),
+            DenoiseScheduler(
+                t_max=t_max,
+                t_min=t_min,
+                num_denoise_steps=num_steps,
+                method=METHODS[call["dyn"]],
+                clip=bool(call["clip"]),
+            ),
             callback=record,
         )
     if drawn.call_count != len(draws):

@@ -13,10 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.commands.console import reporting
+from itarflow.commands.train import RunOptions
 from itarflow.data.load import DataConfig
 from itarflow.training.decoder.config import DecoderConfig
 from itarflow.training.decoder.finetune import Tuned, fine_tune
-from itarflow.training.run_folder import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,25 +41,13 @@ class Options:
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to write."""
     config: Annotated[_Config, tyro.conf.arg(name="")]
-    max_steps: int | None = None
-    """Stop after so many optimiser steps. The learning-rate schedule stays that of train.steps, so that --resume can
-    go on."""
-    resume: bool = False
-    """Go on from the newest saved state in OUT."""
-    allow_changes: bool = False
-    """With --resume: go on although settings differ from the stored ones."""
-    restart: bool = False
-    """Begin anew although OUT holds a run; the old folder is kept beside the new one."""
+    part: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
 
     def run(self) -> Tuned:
         """Carry the command out."""
-        if self.resume and self.restart:
-            raise ValueError("--resume and --restart exclude each other: go on with the run, or begin anew.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"--max-steps is {self.max_steps}; expected a number >= 1.")
-        start: Start = "resume" if self.resume else "restart" if self.restart else "fresh"
         config = replace(self.config, data=replace(self.config.data, path=self.images))
-        return fine_tune(config, self.out, start=start, max_steps=self.max_steps, allow_changes=self.allow_changes)
+        part, start = self.part, self.part.start()
+        return fine_tune(config, self.out, start=start, max_steps=part.max_steps, allow_changes=part.allow_changes)
 
 
 def main(description: str | None = None, args: list[str] | None = None) -> None:
@@ -88,14 +76,6 @@ def _report(tuned: Tuned, console: Console) -> None:
         earlier = ("", "") if before is None else (f"{before:.2f}", f"{after - before:+.2f}")
         table.add_row(level, earlier[0], f"{after:.2f}", earlier[1])
     console.print(table)
-    steps = f"{tuned.steps:,} step{'' if tuned.steps == 1 else 's'}"
-    if tuned.steps < tuned.total_steps:
-        steps += f" of {tuned.total_steps:,} (--resume goes on)"
-    speed = f", {tuned.images_per_second:.0f} images/s" if tuned.images_per_second else ""
-    lines = [f"{steps} in {tuned.seconds:.0f} s{speed}"]
-    if tuned.bad_steps:
-        lines.append(f"[yellow]{tuned.bad_steps} steps skipped, whose gradient was not finite[/]")
-    if tuned.unreadable_images:
-        lines.append(f"[yellow]{tuned.unreadable_images} unreadable images, each replaced by the next one[/]")
+    lines = [f"{title}: {text}" for title, text in tuned.described().items()]
     lines += [escape(str(tuned.run.path / name)) for name in ("vae", "psnr.json", "comparison.png")]
     console.print("\n".join(lines), soft_wrap=True, highlight=False)

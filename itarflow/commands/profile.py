@@ -20,17 +20,18 @@ from torch import Tensor
 
 from itarflow.codec import codec_of, to_pixels
 from itarflow.commands.console import chosen_labels, say
+from itarflow.data.images import spread_over
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
 from itarflow.denoisers.score import FlowDenoiser
-from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Jacobi
+from itarflow.pipeline.labels import label_tensor
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.pipeline.plan import InversePlan, replaced
 from itarflow.pipeline.plan_search import BlockMetrics, FoundPlan, Timing, block_metrics, check_search, find_plan
 from itarflow.runtime.devices import usable_device
-from itarflow.runtime.files import check_writable
+from itarflow.runtime.files import atomically, check_writable, write_text
 from itarflow.runtime.pictures import blank_figure
 from itarflow.runtime.seeds import image_generators
 
@@ -124,14 +125,14 @@ class Profile:
         flow, t_max = pipe.flow, pipe.scheduler.config.t_max
         generator = torch.Generator().manual_seed(self.seed)
         if self.data is None:
-            labels = _labels(pipe, chosen_labels(pipe, self.class_labels, min(self.batch_sizes)))
+            labels = label_tensor(chosen_labels(pipe, self.class_labels, min(self.batch_sizes)), flow.device)
             z = flow.sample_prior(min(self.batch_sizes), generator)
             return flow.inverse(z, labels, t_max), labels, t_max
         channels, side, _ = pipe.picture_shape
         config = DataConfig(path=self.data, held_out_images=0)
         data = load_data(config, image_size=side, in_channels=channels)
-        count = min(len(data.train), _REAL_IMAGES)
-        examples = [data.train[index * len(data.train) // count] for index in range(count)]
+        chosen = spread_over(len(data.train), min(len(data.train), _REAL_IMAGES))
+        examples = [data.train[index] for index in chosen]
         images = to_pixels(torch.stack([example.image for example in examples])).to(flow.device)
         codes = codec_of(pipe.vae, slice_size=8).encode(images).mean
         noise = torch.randn(codes.shape, generator=generator).to(flow.device)
@@ -142,7 +143,7 @@ class Profile:
     def _find(self, pipe: ITARFlowPipeline, batch_size: int) -> FoundPlan:
         flow, guidance, t_max = pipe.flow, self._guidance(pipe), pipe.scheduler.config.t_max
         count = max(self.num_images, batch_size)
-        labels = _labels(pipe, chosen_labels(pipe, self.class_labels, count))
+        labels = label_tensor(chosen_labels(pipe, self.class_labels, count), flow.device)
         z = flow.sample_prior(count, image_generators(torch.Generator().manual_seed(self.seed), count))
         size = max(batch_size, min(count, 16))
 
@@ -185,15 +186,9 @@ class Profile:
                 for size, found in report.items()
             },
         }
-        (self.output / "profile.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-        _draw(report, self.output / "profile.png")
-
-
-def _labels(pipe: ITARFlowPipeline, labels: Sequence[int | None]) -> Tensor | None:
-    if all(label is None for label in labels):
-        return None
-    given = [NULL_LABEL if label is None else label for label in labels]
-    return torch.tensor(given, device=pipe.flow.device)
+        write_text(self.output / "profile.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
+        with atomically(self.output / "profile.png") as partial:
+            _draw(report, partial)
 
 
 def _summary(plan: InversePlan) -> str:
@@ -210,18 +205,8 @@ def _summary(plan: InversePlan) -> str:
 
 def _clean(pipe: ITARFlowPipeline, noisy: Tensor, labels: Tensor | None) -> Tensor:
     """Pictures (B, C, H, W) in [0, 1] of noisy images, cleaned as the checkpoint does."""
-    schedule = pipe.scheduler.config
-    clean = denoise(
-        FlowDenoiser(pipe.flow),
-        noisy,
-        labels,
-        t_max=schedule.t_max,
-        t_min=schedule.t_min,
-        num_steps=schedule.num_denoise_steps,
-        method="euler" if schedule.method == "sde" else schedule.method,  # without noise that would differ
-        spacing=schedule.spacing,
-        clip=schedule.clip,
-    )
+    without_noise = pipe.schedule(method="euler" if pipe.scheduler.config.method == "sde" else None)
+    clean = denoise(FlowDenoiser(pipe.flow), noisy, labels, without_noise)
     return (codec_of(pipe.vae, slice_size=8).decode(clean).clamp(-1, 1) + 1) / 2
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,15 +24,35 @@ from itarflow.training.train import Summary, train
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a training begins and ends, of a flow or of a decoder."""
+
+    max_steps: int | None = None
+    """Stop after so many optimiser steps. The learning-rate schedule stays that of the whole training, so that
+    --resume can go on; to train shorter altogether, lower train.epochs (of a decoder: train.steps)."""
+    resume: bool = False
+    """Go on from the newest saved state of the run."""
+    allow_changes: bool = False
+    """With --resume: go on although settings differ from the stored run's, such as a lower learning rate."""
+    restart: bool = False
+    """Begin anew although the run exists; the old folder is kept beside the new one."""
+
+    def start(self) -> Start:
+        """How the run's folder is met; raises ValueError for options that make no sense."""
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"--max-steps is {self.max_steps}; expected a number >= 1.")
+        if self.resume and self.restart:
+            raise ValueError("--resume and --restart exclude each other: go on with the run, or begin anew.")
+        return "resume" if self.resume else "restart" if self.restart else "fresh"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options:
     """A recipe and how to run it."""
 
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]
     run_dir: Path | None = None
     """Folder of the run; None = runs/NAME."""
-    max_steps: int | None = None
-    """Stop after so many optimiser steps. The learning-rate schedule stays that of the whole training, so that
-    --resume can go on; to train shorter altogether, lower train.epochs."""
     save_every: int | None = None
     """Steps between saved states; None = the recipe's train.save_every."""
     find_micro_batch: bool = False
@@ -43,12 +63,7 @@ class Options:
     """With --dry-run: estimate for so many devices; None = 1."""
     memory: float | None = None
     """With --dry-run: say what fits into so many GiB a device; None = those of the GPU, if there is one."""
-    resume: bool = False
-    """Go on from the newest saved state of the run."""
-    allow_changes: bool = False
-    """With --resume: go on although settings differ from the stored run's, such as a lower learning rate."""
-    restart: bool = False
-    """Begin anew although the run exists; the old folder is kept beside the new one."""
+    part: Annotated[RunOptions, tyro.conf.arg(name="")] = field(default_factory=RunOptions)
 
 
 def main(recipe: Recipe, description: str | None = None, args: list[str] | None = None) -> None:
@@ -70,13 +85,9 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
 
 
 def _run(options: Options, console: Console) -> None:
-    recipe = options.recipe
+    recipe, start = options.recipe, options.part.start()
     if options.save_every is not None:
         recipe = replace(recipe, train=replace(recipe.train, save_every=options.save_every))
-    if options.max_steps is not None and options.max_steps < 1:
-        raise ValueError(f"--max-steps is {options.max_steps}; expected a number >= 1.")
-    if options.resume and options.restart:
-        raise ValueError("--resume and --restart exclude each other: go on with the run, or begin anew.")
     _check_estimates(options)
     recipe.check()
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -92,14 +103,13 @@ def _run(options: Options, console: Console) -> None:
         if main_process:
             dry_run(recipe, console, options.devices or 1, options.memory)
         return
-    start: Start = "resume" if options.resume else "restart" if options.restart else "fresh"
     run_dir = options.run_dir or Path("runs") / recipe.name
     summary = train(
         recipe,
         run_dir,
         start=start,
-        max_steps=options.max_steps,
-        allow_changes=options.allow_changes,
+        max_steps=options.part.max_steps,
+        allow_changes=options.part.allow_changes,
         find_micro_batch=options.find_micro_batch,
     )
     if main_process:
@@ -137,16 +147,9 @@ def _short(value: Any) -> str:
 
 def _report(summary: Summary) -> Table:
     table = Table(title="Done", show_header=False, title_justify="left")
-    steps = f"{summary.steps:,} step{'' if summary.steps == 1 else 's'}"
-    if summary.steps < summary.total_steps:
-        steps += f" of {summary.total_steps:,} (--resume goes on)"
-    speed = f", {summary.images_per_second:.0f} images/s" if summary.images_per_second else ""
-    table.add_row("trained", f"{steps} in {summary.seconds:.0f} s{speed}")
+    for title, text in summary.described().items():
+        table.add_row(title, text)
     table.add_row("held-out", describe(summary.held_out))
-    if summary.bad_steps:
-        table.add_row("skipped steps", f"[yellow]{summary.bad_steps} whose gradient was not finite")
-    if summary.unreadable_images:
-        table.add_row("unreadable images", f"[yellow]{summary.unreadable_images}, each replaced by the next one")
     table.add_row("sample grid", escape(str(summary.grid)))
     table.add_row("metrics", escape(str(summary.run.metrics)))
     table.add_row("pipeline", escape(str(summary.run.pipeline)))

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from itarflow.codec import VaeIdentity, differing
 from itarflow.data.images import Crop
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.hub import folder_of
 
 CARD = "codes.json"
 """Name of the card in the folder of the parquet files."""
@@ -143,18 +143,12 @@ def find_card(path: str) -> CodesCard | None:
         DataError: the card is damaged.
     """
     place = Path(path).expanduser()
-    if glob.has_magic(path) or place.suffix == ".parquet":
-        place = place.parent
-    if place.is_dir():
-        file = place / CARD
-        return read_card(file) if file.is_file() else None
-    if place.exists() or path == "digits" or path.count("/") != 1:
-        return None
     try:
-        file = Path(snapshot_download(path, repo_type="dataset", allow_patterns=[CARD])) / CARD
-    except (OSError, ValueError):  # no such data set, or no network: whoever opens it will say
+        files = glob.has_magic(path) or place.suffix == ".parquet"
+        folder = place.parent if files else folder_of(path, [CARD], expected="codes", repo_type="dataset")
+    except OSError:  # no such data set, or no network: whoever opens it will say
         return None
-    return read_card(file) if file.is_file() else None
+    return read_card(folder / CARD) if (folder / CARD).is_file() else None
 
 
 def read_card(file: Path) -> CodesCard:

@@ -100,6 +100,11 @@ def check_picture(image_size: int, in_channels: int, protocol: str) -> None:
         raise DataError(f"image_size is {image_size}; expected a positive number of pixels")
 
 
+def spread_over(total: int, count: int) -> list[int]:
+    """`count` indices of 0 .. total - 1, evenly spaced from the first on: such as of images from all over a set."""
+    return [index * total // count for index in range(count)]
+
+
 def _sixteen_to_eight_bit(array: np.ndarray) -> np.ndarray:
     low, high = array.min(), array.max()
     if low < 0 or high > 65535:

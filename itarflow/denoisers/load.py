@@ -9,18 +9,20 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiTTransformer2DModel, SchedulerMixin, UNet2DModel
-from huggingface_hub import snapshot_download
 
-from itarflow.codec import Vae, check_same_codes
+from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.score import FlowDenoiser
-from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.runtime.hub import read_index
+from itarflow.flow.tarflow import TARFlow
+from itarflow.runtime.hub import check_folder, folder_of, read_index
 
 _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
     "transformer": DiTTransformer2DModel,
     "unet": UNet2DModel,
 }
+_EXPECTED = (
+    "a pipeline, such as runs/NAME/pipeline, or a diffusion model in diffusers' format, such as facebook/DiT-XL-2-256"
+)
 
 
 def load_denoiser(
@@ -47,14 +49,10 @@ def load_denoiser(
         ValueError: slice_size < 1, a flow of another VAE's codes, a diffusion model of a kind that
             `DiffusionDenoiser` refuses, or a dtype for one.
     """
-    given = Path(name).expanduser()
-    folder = given if given.is_dir() else _download(name)
+    folder = folder_of(name, ["*.json"], expected=_EXPECTED)
     index = read_index(folder)
     if "flow" in index:
-        pipeline = ITARFlowPipeline.from_pretrained(given if given.is_dir() else name)
-        if vae is not None and pipeline.vae is not None:
-            check_same_codes(name, pipeline.vae, vae)
-        return FlowDenoiser(pipeline.flow.to(device), slice_size, dtype=dtype)
+        return FlowDenoiser(_flow(name, vae).to(device), slice_size, dtype=dtype)
     part = next((part for part in _MODELS if _class_of(index, part) == _MODELS[part].__name__), None)
     if part is None or _class_of(index, "scheduler") is None:
         found = [f"{part}: {_class_of(index, part)}" for part in (*_MODELS, "scheduler") if _class_of(index, part)]
@@ -69,35 +67,38 @@ def load_denoiser(
             f"the denoiser {name} is a diffusion model, and {dtype} is for flows, whose score it makes cheaper; leave "
             "it out."
         )
+    weights = "diffusion_pytorch_model*.safetensors"
+    files = ["*.json", weights, *(f"{part}/{weights}" for part in _MODELS)]
+    folder = folder_of(name, files, expected=_EXPECTED, ignore_patterns=["*.fp16*", "vae/*"])
     try:
         scheduler = _scheduler(folder, str(_class_of(index, "scheduler")))
         model = _model(folder, part, name)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of diffusers and safetensors
-        raise OSError(
-            f"the diffusion model {name!r} can't be loaded: {error}\nIf a file is truncated or missing, copy or "
-            "download the folder again."
-        ) from error
+        raise _damaged("diffusion model", name, error) from error
     return DiffusionDenoiser(model.to(device), scheduler, slice_size=slice_size)
 
 
-def _download(name: str) -> Path:
-    """Bring what may be needed of a repository here: settings, and a diffusion model's safetensors."""
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise OSError(
-            f"the denoiser {name!r} is neither a folder here nor a Hub id (NAME/MODEL); expected a pipeline such as "
-            "runs/NAME/pipeline, or a diffusion model in diffusers' format such as facebook/DiT-XL-2-256."
-        )
-    weights = "diffusion_pytorch_model*.safetensors"
-    patterns = ["*.json", weights, *(f"{part}/{weights}" for part in _MODELS)]
+def _flow(name: str, vae: Vae | None) -> TARFlow:
+    """The flow of a pipeline of ours, whose codes must be those of `vae` if both have one."""
+    folder = folder_of(name, ["*.json", "*.safetensors"], expected=_EXPECTED)
+    check_folder(folder)
+    if vae is not None and (folder / "vae").is_dir():
+        check_same_codes(name, load_vae(CodecConfig(vae=str(folder / "vae"))), vae)
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16*", "vae/*"]))
-    except Exception as error:  # of the Hub's client and of the network
-        raise OSError(
-            f"the denoiser {name!r} is not a folder here, and could not be downloaded from the Hub: {error}\n"
-            "Check the spelling and the network."
-        ) from error
+        return TARFlow.from_pretrained(folder / "flow", use_safetensors=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of diffusers and safetensors
+        raise _damaged("flow", name, error) from error
+
+
+def _damaged(kind: str, name: str, error: Exception) -> OSError:
+    return OSError(
+        f"the {kind} {name!r} can't be loaded: {error}\nIf a file is truncated or missing, copy or download the "
+        "folder again."
+    )
 
 
 def _class_of(index: dict[str, Any], part: str) -> str | None:

@@ -73,14 +73,9 @@ def noise_levels(t_max: float, t_min: float, num_steps: int, spacing: Spacing = 
 def denoise(
     denoiser: Denoiser,
     noisy: Tensor,
-    labels: Tensor | None = None,
+    labels: Tensor | None,
+    schedule: DenoiseScheduler,
     *,
-    t_max: float,
-    t_min: float,
-    num_steps: int = 10,
-    method: Method = "euler",
-    spacing: Spacing = "even",
-    clip: bool = False,
     generator: Generators = None,
     callback: Callback | None = None,
 ) -> Tensor:
@@ -92,52 +87,39 @@ def denoise(
 
     Args:
         denoiser: gives the clean estimate at a noise level.
-        noisy: (B, C, H, W), clean images plus noise of standard deviation t_max.
+        noisy: (B, C, H, W), clean images plus noise of standard deviation `schedule.config.t_max`.
         labels: (B,) or None, handed to the denoiser.
-        t_max: noise level of `noisy`.
-        t_min: smallest level at which the denoiser is asked; from there one step leads to 0.
-        num_steps: evaluations of the denoiser, >= 1. 1 = TARFlow's single Tweedie step.
-        method: "euler": first order. "heun": second order, two evaluations a step (Karras et al. 2022, algorithm 1),
-            on fewer and larger steps. "multistep": second order from one evaluation a step and the one before
-            (Adams-Bashforth). "predictor-corrector": second order from one evaluation a step, which also corrects
-            the step that led to it; with quadratic spacing it needs the fewest evaluations. "sde": Euler that
-            replaces a part of the noise by a fresh draw. "skip": noisy is returned as it is, for flows that were
-            trained without Gaussian noise, or to see what denoising does.
-        spacing: of the levels, see `noise_levels`.
-        clip: clamp the clean estimates, not x, to [-1, 1].
-        generator: for "sde"; a list gives each image its own.
+        schedule: noise levels and solver.
+        generator: for the method "sde"; a list gives each image its own.
         callback: called before each step.
 
     Returns:
         (B, C, H, W) in float32, on noisy's device.
 
     Raises:
-        ValueError: num_steps < 1, t_min or t_max out of order, or an unknown method or spacing.
+        ValueError: as many generators as images were expected.
     """
-    if method not in _METHODS:
-        raise ValueError(f"denoising method is {method!r}; expected one of {', '.join(_METHODS)}.")
-    steps = _heun_intervals(num_steps) if method == "heun" else num_steps
-    levels = noise_levels(t_max, t_min, steps, spacing)
+    config = schedule.config
     x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
-
-    if method == "skip":
+    if config.method == "skip":
         return x
+    steps = _heun_intervals(config.num_denoise_steps) if config.method == "heun" else config.num_denoise_steps
+    levels = noise_levels(config.t_max, config.t_min, steps, config.spacing)
 
     def estimate(x: Tensor, t: float) -> Tensor:
         x0 = denoiser(x, labels, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
-        return x0.clamp(-1, 1) if clip else x0
+        return x0.clamp(-1, 1) if config.clip else x0
 
     def report(index: int, t: float, x: Tensor, x0: Tensor) -> None:
         if callback is not None:
             callback(index, t, x, x0)
 
-    if method == "sde":
+    if config.method == "sde":
         return _sde(estimate, x, levels, report, generator)
-    if method == "heun":
-        return _heun(estimate, x, levels, report, num_steps)
-    if method == "predictor-corrector":
-        return _predictor_corrector(estimate, x, levels, report)
-    return _euler(estimate, x, levels, report) if method == "euler" else _multistep(estimate, x, levels, report)
+    if config.method == "heun":
+        return _heun(estimate, x, levels, report, config.num_denoise_steps)
+    follow = {"euler": _euler, "multistep": _multistep, "predictor-corrector": _predictor_corrector}[config.method]
+    return follow(estimate, x, levels, report)
 
 
 Estimate = Callable[[Tensor, float], Tensor]
@@ -255,18 +237,23 @@ def _sde(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, g
 
 
 class DenoiseScheduler(SchedulerMixin, ConfigMixin):
-    """How a checkpoint is denoised unless told otherwise: the defaults of `denoise`, stored beside the weights.
+    """How noisy images are denoised: noise levels and solver. A checkpoint holds one, beside the weights.
 
     Args:
-        t_max: noise level at which the flow is sampled.
-        t_min: smallest level at which the denoiser is asked.
-        num_denoise_steps: score evaluations.
-        method: see `denoise`.
-        clip: clamp the clean estimates to [-1, 1].
-        spacing: see `noise_levels`.
+        t_max: noise level of the noisy images, at which the flow is sampled.
+        t_min: smallest level at which the denoiser is asked; from there one step leads to 0.
+        num_denoise_steps: evaluations of the denoiser, >= 1. 1 = TARFlow's single Tweedie step.
+        method: "euler": first order. "heun": second order, two evaluations a step (Karras et al. 2022, algorithm 1),
+            on fewer and larger steps. "multistep": second order from one evaluation a step and the one before
+            (Adams-Bashforth). "predictor-corrector": second order from one evaluation a step, which also corrects
+            the step that led to it; with quadratic spacing it needs the fewest evaluations. "sde": Euler that
+            replaces a part of the noise by a fresh draw. "skip": the images are left noisy, for flows that were
+            trained without Gaussian noise, or to see what denoising does.
+        clip: clamp the clean estimates, not x, to [-1, 1].
+        spacing: of the levels, see `noise_levels`.
 
     Raises:
-        ValueError: values that `denoise` would refuse.
+        ValueError: num_denoise_steps < 1, t_min or t_max out of order, or an unknown method or spacing.
     """
 
     config_name = "scheduler_config.json"

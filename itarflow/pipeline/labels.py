@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from itarflow.flow.embedding import NULL_LABEL
@@ -65,3 +66,10 @@ def label_number(label: Label, num_classes: int, names: Sequence[str]) -> int:
     if not 0 <= label < num_classes:
         raise ValueError(f"class label {label} is out of range; expected 0 .. {num_classes - 1}, or None.")
     return label
+
+
+def label_tensor(numbers: Sequence[int | None], device: torch.device | str = "cpu") -> Tensor | None:
+    """Labels (B,) int64 by number, NULL_LABEL where there is none; None if no image has one."""
+    if all(number is None or number == NULL_LABEL for number in numbers):
+        return None
+    return torch.tensor([NULL_LABEL if number is None else number for number in numbers], device=device)

@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from itarflow.runtime.text import flat
+
 _TEMPLATE = """---
 {metadata}
 ---
@@ -84,7 +86,7 @@ def model_card(
             example=_example(class_names, architecture.get("num_classes", 0)),
             architecture=_table(architecture),
             sampling=_table(sampling),
-            training=_table(_flat(recipe)) if recipe else "Not recorded.",
+            training=_table(flat(recipe)) if recipe else "Not recorded.",
             results=_table({**metrics, **evaluations}) if metrics or evaluations else "Not recorded.",
         )
     )
@@ -116,13 +118,3 @@ def _cell(value: Any) -> str:
 def _in_order(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same values, by name."""
     return {key: _in_order(value) if isinstance(value, Mapping) else value for key, value in sorted(values.items())}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
-from itarflow.codec import Vae, codec_of, to_pil, vae_stride
+from itarflow.codec import Codec, PixelCodec, Vae, codec_of, to_pil, vae_stride
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, denoise, lowest_level, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser, Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver, sequential
-from itarflow.pipeline.labels import Label, label_list, label_number
+from itarflow.pipeline.labels import Label, label_list, label_number, label_tensor
 from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan, choose
 from itarflow.pipeline.storage import SharedPipeline
@@ -151,68 +152,58 @@ class ITARFlowPipeline(SharedPipeline):
         codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
-        scheduler = self.schedule(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
-        generators = image_generators(generator, count)
+        schedule = self.schedule(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
+        denoiser = self._denoiser(denoiser, positive("denoise_batch_size", denoise_batch_size), denoise_dtype)
+        check_denoiser(denoiser, schedule, self.flow, labels)
         size = positive("batch_size", batch_size) or count
-        slice_size = positive("denoise_batch_size", denoise_batch_size)
-        if denoiser is None:
-            denoiser = FlowDenoiser(self.flow, slice_size, dtype=denoise_dtype)
-        elif denoise_dtype is not None:
-            raise ValueError(
-                f"denoise_dtype is {denoise_dtype}, but a denoiser was given, which has a type of its own; leave it "
-                "out, or build the denoiser with it: FlowDenoiser(flow, dtype=...)."
-            )
-        check_denoiser(denoiser, scheduler, self.flow, labels)
-        steps = 0 if scheduler.config.method == "skip" else scheduler.config.num_denoise_steps
-        solver = self.planned_solver(min(size, count)) if solver is None else solver
-        with self.progress_bar(total=count * (self.flow.num_solved_tokens + steps)) as bar:
+        call = Call(
+            labels=labels,
+            generators=image_generators(generator, count),
+            guidance=guidance,
+            solver=self.planned_solver(min(size, count)) if solver is None else solver,
+            inverse_dtype=inverse_dtype,
+            denoiser=denoiser,
+            schedule=schedule,
+            codec=PixelCodec() if output_type == "codes" else codec,
+        )
+        images = self._make(call, size)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=converted(images, output_type))
+
+    def _make(self, call: Call, size: int) -> Tensor:
+        """The images of a call, of at most `size` at a time, or fewer where memory runs out."""
+        count = len(call.generators)
+        with self.progress_bar(total=count * (self.flow.num_solved_tokens + call.evaluations)) as bar:
 
             def make(chunk: slice) -> Tensor:
-                part, own = None if labels is None else labels[chunk], generators[chunk]
-                states, done = [one.get_state() for one in own], 0
+                part, done = call.part(chunk), 0
+                states = [generator.get_state() for generator in part.generators]
 
                 def advance(steps: int) -> None:
                     nonlocal done
                     done += steps
-                    bar.update(steps * len(own))
-
-                def counted(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
-                    clean = denoiser(noisy, labels, noise_level)
-                    advance(1)
-                    return clean
+                    bar.update(steps * len(part.generators))
 
                 try:
-                    noisy = self.flow.inverse(
-                        self.flow.sample_prior(len(own), own),
-                        part,
-                        scheduler.config.t_max,
-                        guidance=guidance,
-                        solver=solver,
-                        dtype=inverse_dtype,
-                        progress=advance,
-                    )
-                    clean = denoise(
-                        counted,
-                        noisy,
-                        part,
-                        t_max=scheduler.config.t_max,
-                        t_min=scheduler.config.t_min,
-                        num_steps=scheduler.config.num_denoise_steps,
-                        method=scheduler.config.method,
-                        spacing=scheduler.config.spacing,
-                        clip=scheduler.config.clip,
-                        generator=own,
-                    )
-                    return clean if output_type == "codes" else codec.decode(clean)
+                    return _batch(self.flow, part, advance)
                 except RuntimeError:  # if it was the memory, the same images are made again, fewer at a time
-                    for one, state in zip(own, states, strict=True):
-                        one.set_state(state)
+                    for generator, state in zip(part.generators, states, strict=True):
+                        generator.set_state(state)
                     advance(-done)
                     raise
 
             images, _ = in_batches(make, count, size, "making", "batch_size")
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=converted(torch.cat(images), output_type))
+        return torch.cat(images)
+
+    def _denoiser(self, denoiser: Denoiser | None, slice_size: int | None, dtype: torch.dtype | None) -> Denoiser:
+        if denoiser is None:
+            return FlowDenoiser(self.flow, slice_size, dtype=dtype)
+        if dtype is not None:
+            raise ValueError(
+                f"denoise_dtype is {dtype}, but a denoiser was given, which has a type of its own; leave it out, or "
+                "build the denoiser with it: FlowDenoiser(flow, dtype=...)."
+            )
+        return denoiser
 
     @property
     def inverse_plans(self) -> list[InversePlan]:
@@ -234,10 +225,8 @@ class ITARFlowPipeline(SharedPipeline):
 
     def _labels(self, class_labels: Label | Sequence[Label], num_images: int | None) -> tuple[Tensor | None, int]:
         """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""
-        given = label_list(class_labels, num_images)
-        if all(label is None for label in given):
-            return None, len(given)
-        return torch.tensor([self.label_id(label) for label in given], device=self._execution_device), len(given)
+        given = [self.label_id(label) for label in label_list(class_labels, num_images)]
+        return label_tensor(given, self._execution_device), len(given)
 
     def label_id(self, label: Label) -> int:
         """The number of a label given by number or name; None = no label.
@@ -327,6 +316,61 @@ class ITARFlowPipeline(SharedPipeline):
         }
 
 
+@dataclass(frozen=True)
+class Call:
+    """What a call of the pipeline asks for, checked, with all that the checkpoint decides filled in."""
+
+    labels: Tensor | None
+    """(B,) int64 on the flow's device; None = all unlabelled."""
+    generators: list[torch.Generator]
+    """B, one an image."""
+    guidance: Guidance
+    solver: Solver | Sequence[Solver]
+    inverse_dtype: torch.dtype | None
+    denoiser: Denoiser
+    schedule: DenoiseScheduler
+    codec: Codec
+    """Makes what is asked for of clean codes."""
+
+    @property
+    def evaluations(self) -> int:
+        """Of the denoiser, for each image."""
+        config = self.schedule.config
+        return 0 if config.method == "skip" else config.num_denoise_steps
+
+    def part(self, chunk: slice) -> Call:
+        """The same for some of the images."""
+        labels = None if self.labels is None else self.labels[chunk]
+        return replace(self, labels=labels, generators=self.generators[chunk])
+
+
+def _batch(flow: TARFlow, call: Call, advance: Callable[[int], None]) -> Tensor:
+    """The images (B, C, H, W) of a call, all at once: noise -> inverse of the flow -> denoising -> decoding.
+
+    Args:
+        flow: generates.
+        call: what to make.
+        advance: called with the number of steps done, tokens of the inverse and evaluations of the denoiser.
+    """
+    own = call.generators
+
+    def counted(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
+        clean = call.denoiser(noisy, labels, noise_level)
+        advance(1)
+        return clean
+
+    noisy = flow.inverse(
+        flow.sample_prior(len(own), own),
+        call.labels,
+        call.schedule.config.t_max,
+        guidance=call.guidance,
+        solver=call.solver,
+        dtype=call.inverse_dtype,
+        progress=advance,
+    )
+    return call.codec.decode(denoise(counted, noisy, call.labels, call.schedule, generator=own))
+
+
 def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
     """Refuse what the denoiser does not know, before anything is generated for it.
 
@@ -383,10 +427,6 @@ def converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[Im
             f"Images {broken} contain NaN or infinite values: the flow's inverse or the denoising diverged. Less "
             "guidance or float32 weights often help."
         )
-    if output_type == "codes":
-        return images
-    if output_type == "pt":
-        return (images.clamp(-1, 1) + 1) / 2
-    if output_type == "np":
-        return ((images.clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1).float().cpu().numpy()
-    return to_pil(images)
+    if output_type == "pil":
+        return to_pil(images)
+    return images if output_type == "codes" else VaeImageProcessor().postprocess(images, output_type)

@@ -13,7 +13,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from itarflow.codec import CodecConfig, load_vae
-from itarflow.runtime.hub import INDEX, check_folder, download, rewrite_json, upload, write_setting
+from itarflow.runtime.files import write_json
+from itarflow.runtime.hub import INDEX, check_folder, folder_of, read_index, rewrite_json, upload
+
+_FILES = ("*.json", "*.safetensors", "README.md")
+_EXPECTED = (
+    "a pipeline, such as runs/NAME/pipeline of a finished training run; an official .pth file is turned into one by "
+    "`itarflow convert`"
+)
 
 
 class SharedPipeline(DiffusionPipeline):
@@ -53,7 +60,7 @@ class SharedPipeline(DiffusionPipeline):
         card = folder / "README.md"
         generated = not card.exists() or card.read_text() == str(self.model_card())
         self.register_to_config(**{name: value})
-        write_setting(folder, name, value)
+        write_json(folder / "model_index.json", {**read_index(folder), name: value})
         if generated:
             self.model_card().save(card)
         return generated
@@ -77,11 +84,9 @@ class SharedPipeline(DiffusionPipeline):
         Raises:
             OSError: there is no such folder or repository, or it holds no pipeline, or its weights are damaged.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if not folder.is_dir():
-            names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-            options = {name: kwargs.pop(name) for name in names if name in kwargs}
-            folder = download(str(pretrained_model_name_or_path), options)
+        names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+        options = {name: kwargs.pop(name) for name in names if name in kwargs}
+        folder = folder_of(str(pretrained_model_name_or_path), _FILES, expected=_EXPECTED, **options)
         check_folder(folder)
         try:
             if (folder / "vae").is_dir() and "vae" not in kwargs:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import psutil
@@ -35,6 +36,17 @@ def usable_device(name: str | None) -> str:
 def on_cpu() -> bool:
     """Whether to train on the CPU: Accelerate only joins several processes there when it is told so."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Inside, products of float32 matrices may be TF32 where there is a GPU. Afterwards they are what they were."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:  # what the process does next, samples for figures perhaps, is float32 as before
+        torch.set_float32_matmul_precision(precision)
 
 
 def usable_cores() -> int:

@@ -32,13 +32,8 @@ def alone(out: Path) -> Iterator[None]:
         DataError: another command writes into it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise DataError(
-            f"{out} is being written by another command; wait for its end, or choose another folder"
-        ) from error
+    busy = DataError(f"{out} is being written by another command; wait for its end, or choose another folder")
+    lock = locked(out / LOCK, busy)
     try:
         yield
     finally:
@@ -46,6 +41,16 @@ def alone(out: Path) -> Iterator[None]:
         lock.release()
         with suppress(OSError):  # of a folder with something in it
             out.rmdir()
+
+
+def locked(path: Path, busy: Exception) -> FileLock:
+    """A lock file of a name, held by this process until it is released; raises `busy` if another one holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise busy from None
+    return lock
 
 
 def remove_partial(out: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,42 +12,31 @@ from huggingface_hub import create_repo, snapshot_download, upload_folder
 INDEX = "model_index.json"
 
 
-def write_setting(folder: Path, name: str, value: Any) -> None:
-    """Set a setting of the pipeline in a folder, whole or not at all."""
-    partial = folder / f".partial-{INDEX}"
-    partial.write_text((folder / INDEX).read_text())
-    rewrite_json(partial, {name: value})
-    os.replace(partial, folder / INDEX)
-
-
-def download(repo_id: str, options: dict[str, Any]) -> Path:
-    """Bring a Hub repository's weights and settings here, but neither its code nor pickles.
+def folder_of(name: str, patterns: Sequence[str], *, expected: str, **options: Any) -> Path:
+    """The folder of a name: one here, or what is brought here of a repository of the Hub.
 
     Args:
-        repo_id: "name/model".
+        name: a folder, or a Hub id (NAME/MODEL).
+        patterns: of the files of a repository that are needed; neither code nor pickles.
+        expected: what the folder should be of, for messages.
         options: of `huggingface_hub.snapshot_download`.
 
     Raises:
-        OSError: it is no Hub id, or can't be downloaded.
+        OSError: it is neither, or can't be downloaded.
     """
-    if Path(repo_id).is_file():
-        raise OSError(
-            f"{repo_id} is a file; expected the folder of a pipeline. An official .pth file is turned into one by "
-            "`itarflow convert`."
-        )
-    looks_local = repo_id.startswith((".", "/", "~")) or repo_id.count("/") != 1
-    if looks_local:
-        raise OSError(
-            f"{repo_id!r} is neither a folder here nor a Hub id (NAME/MODEL). A finished training run has its "
-            "pipeline in runs/NAME/pipeline."
-        )
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        raise OSError(f"{name} is a file; expected the folder of {expected}.")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise OSError(f"{name!r} is neither a folder here nor a Hub id (NAME/MODEL); expected {expected}.")
     try:
-        patterns = ["*.json", "*.safetensors", "README.md"]
-        return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
-    except Exception as error:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), **options))
+    except Exception as error:  # of the Hub's client and of the network
         raise OSError(
-            f"{repo_id!r} is not a folder here, and could not be downloaded from the Hub: {error}\nCheck the "
-            "spelling. A finished training run has its pipeline in runs/NAME/pipeline."
+            f"{name!r} is not a folder here, and could not be downloaded from the Hub: {error}\nCheck the spelling "
+            f"and the network; expected {expected}."
         ) from error
 
 

@@ -123,7 +123,7 @@ def shared_images(
         try:
             state.wait_for_everyone()
         except RuntimeError as error:
-            raise RunError("another process has stopped; see what it said. The same command goes on.") from error
+            raise RunError("another process has stopped; see what it said. Run the same command again.") from error
         count(0)
 
 

@@ -12,6 +12,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -43,6 +44,34 @@ class State(NamedTuple):
     seconds: float = 0.0
     """Of training, over all resumed parts."""
     bad_steps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """What every finished training reports."""
+
+    run: RunDir
+    steps: int
+    total_steps: int
+    """Of the whole training; more than `steps` if it was told to stop before."""
+    seconds: float
+    """Of training, over all resumed parts."""
+    images_per_second: float
+    bad_steps: int
+    unreadable_images: int
+
+    def described(self) -> dict[str, str]:
+        """For the terminal: how far it came, and what was not as it should be, by title."""
+        steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'}"
+        if self.steps < self.total_steps:
+            steps += f" of {self.total_steps:,} (--resume goes on)"
+        speed = f", {self.images_per_second:.0f} images/s" if self.images_per_second else ""
+        lines = {"trained": f"{steps} in {self.seconds:.0f} s{speed}"}
+        if self.bad_steps:
+            lines["skipped steps"] = f"[yellow]{self.bad_steps} whose gradient was not finite[/]"
+        if self.unreadable_images:
+            lines["unreadable images"] = f"[yellow]{self.unreadable_images}, each replaced by the next one[/]"
+        return lines
 
 
 class Told(Protocol):
@@ -134,6 +163,18 @@ class Loop(ABC, Generic[ToldT, Result]):
     @abstractmethod
     def finish(self) -> Result:
         """What comes after the last step, its state and its evaluation; returns what the training reports."""
+
+    def finished(self) -> Finished:
+        """What every training reports of itself."""
+        return Finished(
+            run=self.run,
+            steps=self.state.step,
+            total_steps=self.total_steps,
+            seconds=self.state.seconds,
+            images_per_second=self.speed,
+            bad_steps=self.state.bad_steps,
+            unreadable_images=len(self.monitor.broken),
+        )
 
     @abstractmethod
     def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:

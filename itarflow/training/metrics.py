@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +15,7 @@ from rich.markup import escape
 from torch import Tensor
 
 from itarflow.data.dataset import too_many_broken
+from itarflow.flow.noise import bits_per_dim
 from itarflow.flow.tarflow import TARFlow
 from itarflow.runtime.text import flat
 from itarflow.training.held_out import Evaluation, describe
@@ -128,11 +128,6 @@ def in_bits(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The likelihoods of `step_metrics` in bits a dim; of pixels, for codes are not counted in grey levels."""
     by_level = {level: bits_per_dim(value) for level, value in metrics["nll_by_level"].items()}
     return {"bpd": bits_per_dim(metrics["nll"]), "bpd_by_level": by_level}
-
-
-def bits_per_dim(nll: float) -> float:
-    """Of nats a dim of values in [-1, 1], in bits, counting in steps of 8-bit images: log2 of 128 is added."""
-    return (nll + math.log(128)) / math.log(2)
 
 
 def rounded(values: Sequence[float], digits: int = 5) -> list[float]:

@@ -6,7 +6,6 @@ runs/<name>/recipe.json   metrics.jsonl   samples/step-*.png   state/step-*/   p
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from accelerate import Accelerator
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from itarflow.runtime.errors import RunError
-from itarflow.runtime.files import check_writable
+from itarflow.runtime.files import check_writable, locked, write_text
 from itarflow.runtime.processes import on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training import run_folder as runs
@@ -75,9 +74,7 @@ class RunDir:
 
     def rewrite_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Put other lines in the place of metrics.jsonl, all or none."""
-        partial = self.metrics.with_name(".partial-metrics.jsonl")
-        partial.write_text("".join(json.dumps(dict(line)) + "\n" for line in lines))
-        os.replace(partial, self.metrics)
+        write_text(self.metrics, "".join(json.dumps(dict(line)) + "\n" for line in lines))
 
 
 def check(
@@ -141,14 +138,8 @@ def hold(run: RunDir) -> FileLock:
     Raises:
         RunError: another one holds it.
     """
-    lock = FileLock(run.lock)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(
-            f"{run.path} is being written by another training; wait for its end, or choose another {run.option}."
-        ) from error
-    return lock
+    what = f"{run.path} is being written by another training"
+    return locked(run.lock, RunError(f"{what}; wait for its end, or choose another {run.option}."))
 
 
 def claim(run: RunDir, recipe: Settings, start: Start, allow_changes: bool, locks: ExitStack) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from itarflow.data.load import DataConfig
+from itarflow.runtime.files import write_json
 from itarflow.runtime.text import flat
 
 
@@ -97,9 +97,7 @@ def to_json(recipe: Settings) -> dict[str, Any]:
 
 def write_recipe(recipe: Settings, path: Path) -> None:
     """Store the resolved recipe as JSON, whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps(to_json(recipe), indent=2) + "\n")
-    os.replace(partial, path)
+    write_json(path, to_json(recipe))
 
 
 # Settings that change neither weights nor losses, so that a run may go on with other values.

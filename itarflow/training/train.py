@@ -23,14 +23,14 @@ from itarflow.codec import Vae
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance
-from itarflow.runtime.devices import peak_tflops
+from itarflow.runtime.devices import peak_tflops, tf32_products
 from itarflow.runtime.files import replace_folder
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate, find_accumulation
 from itarflow.training.export import make_pipeline, open_denoiser, sample_grid, training_record
 from itarflow.training.held_out import Evaluation, evaluate
-from itarflow.training.loop import Loop, learning_rate_factor
+from itarflow.training.loop import Finished, Loop, learning_rate_factor
 from itarflow.training.metrics import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
 from itarflow.training.objective import Losses, draw, training_losses
 from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
@@ -46,21 +46,12 @@ from itarflow.training.sharding import (
 )
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a finished training reports."""
+@dataclass(frozen=True, kw_only=True)
+class Summary(Finished):
+    """What a finished training of a flow reports."""
 
-    run: RunDir
-    steps: int
-    total_steps: int
-    """Of the whole training; more than `steps` if it was told to stop before."""
-    seconds: float
-    """Of training, over all resumed parts."""
-    images_per_second: float
     held_out: Evaluation
     """As `evaluate` returns it."""
-    bad_steps: int
-    unreadable_images: int
     class_names: tuple[str, ...]
     grid: Path
 
@@ -82,6 +73,7 @@ class _Step(NamedTuple):
         return self.losses.loss
 
 
+@tf32_products()
 def train(
     recipe: Recipe,
     run_path: Path,
@@ -108,23 +100,6 @@ def train(
         TrainingError: too many steps in a row were not finite.
         Interrupted: SIGINT or SIGTERM arrived; the state has been saved.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
-    try:
-        return _train(recipe, run_path, start, max_steps, allow_changes, find_micro_batch)
-    finally:  # what the process does next, samples for figures perhaps, is float32 as before
-        torch.set_float32_matmul_precision(precision)
-
-
-def _train(
-    recipe: Recipe,
-    run_path: Path,
-    start: Start,
-    max_steps: int | None,
-    allow_changes: bool,
-    find_micro_batch: bool,
-) -> Summary:
-    """See `train`."""
     recipe.check()
     accelerator = make_accelerator(run_path, accumulation=recipe.train.accumulation, trackers=recipe.train.trackers)
     sharded = (recipe.train.shard or launcher_asks_for_sharding()) and accelerator.num_processes > 1
@@ -361,14 +336,8 @@ class _Training(Loop[_Step, Summary]):
         grid = self._sample()
         self.export()
         return Summary(
-            run=self.run,
-            steps=self.state.step,
-            total_steps=self.total_steps,
-            seconds=self.state.seconds,
-            images_per_second=self.speed,
+            **vars(self.finished()),
             held_out=self.held_out,
-            bad_steps=self.state.bad_steps,
-            unreadable_images=len(self.monitor.broken),
             class_names=self.data.class_names if self.recipe.model.num_classes else (),
             grid=grid,
         )

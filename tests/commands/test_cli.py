@@ -18,7 +18,6 @@ from itarflow.commands import cli
 from itarflow.commands import profile as command
 from itarflow.commands.convert import Convert
 from itarflow.inverse import sequential
-from itarflow.runtime.hub import write_setting
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -392,9 +391,9 @@ def test_profile_denoises_as_the_checkpoint_does(run, save_long, monkeypatch):
     scheduler = DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2, spacing="quadratic", clip=True)
     scheduler.save_pretrained(folder / "scheduler")
     denoise = command.denoise
-    monkeypatch.setattr(command, "denoise", lambda *a, **k: asked.append(k) or denoise(*a, **k))
+    monkeypatch.setattr(command, "denoise", lambda *a: asked.append(a[3].config) or denoise(*a))
     run("profile", folder, *PROFILE, "--no-write")
-    assert {(k["spacing"], k["clip"], k["num_steps"]) for k in asked} == {("quadratic", True, 2)}
+    assert {(c.spacing, c.clip, c.num_denoise_steps) for c in asked} == {("quadratic", True, 2)}
 
 
 def test_profile_wants_a_folder(refused):
@@ -404,7 +403,8 @@ def test_profile_wants_a_folder(refused):
 def test_a_checkpoint_with_a_plan_for_another_flow_is_refused(refused, save_long):
     plan = {"solvers": [{"window": 1}], "num_tokens": [16], "device": "cpu", "batch_size": 1}
     folder = save_long()
-    write_setting(folder, "plans", [plan])
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"plans": [plan]}))
     assert "the inverse plan is for blocks of (16,) tokens" in refused("sample", folder)
 
 

@@ -209,7 +209,7 @@ def test_what_is_no_vae_is_refused(tmp_path):
     save_file(incomplete, tmp_path / "whole" / weights.name)
     with pytest.raises(OSError, match=r"1 tensors are missing, such as quant_conv\.weight"):
         load_vae(CodecConfig(vae=str(tmp_path / "whole")))
-    with pytest.raises(OSError, match="there is no such folder"):
+    with pytest.raises(OSError, match="is neither a folder here nor a Hub id"):
         load_vae(CodecConfig(vae="/nowhere/vae"))
     with pytest.raises(OSError, match="'someone/vae' can't be loaded"):
         load_vae(CodecConfig(vae="someone/vae"))

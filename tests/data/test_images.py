@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itarflow.data.images import convert_image, crop_image, to_array
+from itarflow.data.images import convert_image, crop_image, spread_over, to_array
 from itarflow.runtime.errors import DataError
 
 
@@ -145,3 +145,10 @@ def test_crop_gives_the_size_whatever_comes_in(protocol: Any, size: tuple[int, i
 def test_unknown_crop_is_refused() -> None:
     with pytest.raises(DataError, match=r"crop 'top'.*center, adm, edm"):
         crop_image(Image.new("L", (2, 2)), 2, "top")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("total", "count", "wanted"), [(10, 3, [0, 3, 6]), (3, 3, [0, 1, 2]), (5, 1, [0]), (0, 0, [])]
+)
+def test_indices_are_spread_from_the_first_on(total: int, count: int, wanted: list[int]) -> None:
+    assert spread_over(total, count) == wanted

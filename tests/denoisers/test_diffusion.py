@@ -89,9 +89,9 @@ def test_following_the_ode_leads_from_noise_to_the_data():
     mean, std, t = torch.full((1, 2, 2), 0.3).double(), torch.tensor(0.5).double(), 1.0
     noisy = mean + (0.25 + t**2) ** 0.5 * noise(4, 1, 2, 2).double()
     denoiser = DiffusionDenoiser(IdealModel(scheduler, mean, std), scheduler)
-    clean = denoise(denoiser, noisy, t_max=t, t_min=0.01, num_steps=200, method="heun")
+    clean = denoise(denoiser, noisy, None, DenoiseScheduler(t_max=t, t_min=0.01, num_denoise_steps=200, method="heun"))
     torch.testing.assert_close(clean, mean + (noisy - mean) * 0.5 / (0.25 + t**2) ** 0.5, rtol=0, atol=1e-3)
-    first = denoise(denoiser, noisy, t_max=t, t_min=0.01, num_steps=1)
+    first = denoise(denoiser, noisy, None, DenoiseScheduler(t_max=t, t_min=0.01, num_denoise_steps=1))
     torch.testing.assert_close(first, posterior_mean(noisy, torch.full((4,), t), mean, std))
 
 
@@ -103,7 +103,12 @@ def test_a_dit_with_learned_variance_cleans(randomise, dtype):
     model = dit(randomise, out_channels=4).to(dtype)
     noisy, labels = noise(3, 2, 4, 4), torch.tensor([0, -1, 2])
     with torch.inference_mode():
-        clean = denoise(DiffusionDenoiser(model, DDIMScheduler()), noisy, labels, t_max=0.5, t_min=0.01, num_steps=3)
+        clean = denoise(
+            DiffusionDenoiser(model, DDIMScheduler()),
+            noisy,
+            labels,
+            DenoiseScheduler(t_max=0.5, t_min=0.01, num_denoise_steps=3),
+        )
     assert clean.shape == noisy.shape
     assert clean.dtype == torch.float32
     assert clean.isfinite().all()
@@ -126,9 +131,19 @@ def test_a_unet_cleans_with_classes_or_without(randomise, classes):
     model = UNet2DModel(**UNET, num_class_embeds=classes).eval()
     randomise(model)
     denoiser = DiffusionDenoiser(model, DDPMScheduler(), null_label=3 if classes else None)
-    clean = denoise(denoiser, noise(2, 2, 4, 4), torch.tensor([1, -1]), t_max=0.5, t_min=0.01, num_steps=2)
+    clean = denoise(
+        denoiser,
+        noise(2, 2, 4, 4),
+        torch.tensor([1, -1]),
+        DenoiseScheduler(t_max=0.5, t_min=0.01, num_denoise_steps=2),
+    )
     assert clean.isfinite().all()
-    other = denoise(denoiser, noise(2, 2, 4, 4), torch.tensor([0, -1]), t_max=0.5, t_min=0.01, num_steps=2)
+    other = denoise(
+        denoiser,
+        noise(2, 2, 4, 4),
+        torch.tensor([0, -1]),
+        DenoiseScheduler(t_max=0.5, t_min=0.01, num_denoise_steps=2),
+    )
     assert torch.equal(clean[0], other[0]) == (classes is None)
     assert torch.equal(clean[1], other[1])
 

@@ -23,7 +23,7 @@ from tiny_diffusion import DIT, UNET
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow
 from itarflow.denoisers import DiffusionDenoiser, load_denoiser
-from itarflow.denoisers import load as denoisers
+from itarflow.runtime import hub as checkpoint
 
 NOISY = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -107,7 +107,7 @@ def test_only_settings_and_safetensors_are_downloaded(folder, monkeypatch):
         asked.update({"name": name} | options)
         return str(folder)
 
-    monkeypatch.setattr(denoisers, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint, "snapshot_download", download)
     assert isinstance(load_denoiser("someone/ddpm"), DiffusionDenoiser)
     assert asked["name"] == "someone/ddpm"
     assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked["allow_patterns"])

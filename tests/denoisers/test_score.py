@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from itarflow.denoisers import FlowDenoiser, denoise
+from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
 
 
 def seeded(seed=0):
@@ -95,7 +95,7 @@ def test_scores_are_the_same_in_every_gradient_mode(flow, make_inputs, context, 
         if built_inside:
             denoiser = FlowDenoiser(flow)
         score = denoiser.score(*make_inputs(flow)[:2], level)  # inputs born in this mode
-        clean = denoise(denoiser, images * 1, labels, t_max=0.3, t_min=0.1, num_steps=2)
+        clean = denoise(denoiser, images * 1, labels, DenoiseScheduler(t_max=0.3, t_min=0.1, num_denoise_steps=2))
     assert torch.equal(score, expected)
     assert not score.requires_grad
     assert not clean.requires_grad
@@ -144,7 +144,9 @@ def test_ten_steps_in_bfloat16_change_images_by_less_than_a_grey_level(
 
     def clean(**options):
         denoiser = FlowDenoiser(flow, **options)
-        return denoise(denoiser, images.clamp(-1, 1), labels, t_max=0.3, t_min=0.01, num_steps=10)
+        return denoise(
+            denoiser, images.clamp(-1, 1), labels, DenoiseScheduler(t_max=0.3, t_min=0.01, num_denoise_steps=10)
+        )
 
     near, exact = clean(dtype=torch.bfloat16, checkpointing=checkpointing), clean()
     assert near.dtype == torch.float32
@@ -227,7 +229,10 @@ def test_nothing_is_read_from_the_device(make_flow, make_inputs):
     for options in ({}, {"checkpointing": True}, {"dtype": torch.bfloat16}):
         denoiser = FlowDenoiser(flow.to("meta"), **options)
         assert denoiser(images, labels, noise_level).shape == images.shape
-        assert denoise(denoiser, images, labels, t_max=0.3, t_min=0.01, num_steps=2).shape == images.shape
+        assert (
+            denoise(denoiser, images, labels, DenoiseScheduler(t_max=0.3, t_min=0.01, num_denoise_steps=2)).shape
+            == images.shape
+        )
 
 
 def test_compiled_layers_are_those_of_the_view_alone(make_flow, make_inputs, monkeypatch):

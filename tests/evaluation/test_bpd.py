@@ -22,6 +22,7 @@ from itarflow.commands import cli
 from itarflow.evaluation.likelihood import bpd as measuring
 from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
 from itarflow.evaluation.likelihood.report import begin
+from itarflow.runtime import processes
 
 Run = Callable[..., str]
 LEVELS = ("--noise-levels", "0.1", "0.5")
@@ -228,8 +229,8 @@ def test_a_damaged_report_is_named(measured, refused, checkpoint, data, content)
 
 
 def test_processes_count_anew_in_each_call(measured, monkeypatch):
-    names, counter = [], measuring.shared_counter
-    monkeypatch.setattr(measuring, "shared_counter", lambda name: names.append(name) or counter(name))
+    names, counter = [], processes.shared_counter
+    monkeypatch.setattr(processes, "shared_counter", lambda name: names.append(name) or counter(name))
     measured()
     measured()
     assert len(set(names)) == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from itarflow.flow import NoiseConfig
-from itarflow.flow.noise import dequantise, draw_noise_level
+from itarflow.flow.noise import bits_per_dim, dequantise, draw_noise_level
 
 T_MIN, T_MAX = 0.1, 0.7
 COUNT = 20_000
@@ -102,3 +102,7 @@ def test_unknown_names_are_refused(changes, words):
 @pytest.mark.parametrize("distribution", ["constant", "dequantise", "lognormal"])
 def test_one_level_suits_what_does_not_span_a_range(distribution):
     assert NoiseConfig(t_min=0.3, t_max=0.3, distribution=distribution).t_min == 0.3
+
+
+def test_bits_per_dim_of_a_uniform_density_are_eight():
+    assert bits_per_dim(math.log(2)) == pytest.approx(8)  # density 1/2 over [-1, 1], counted in 256 levels

@@ -19,7 +19,7 @@ from torch.distributions import Normal
 
 from itarflow.codec import Posterior
 from itarflow.data import DataConfig
-from itarflow.denoisers import DiffusionDenoiser, FlowDenoiser, denoise
+from itarflow.denoisers import DenoiseScheduler, DiffusionDenoiser, FlowDenoiser, denoise
 from itarflow.denoisers.ode import noise_levels
 from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
 from itarflow.flow import NoiseConfig, log_density, nll_per_dim, patchify, unpatchify
@@ -382,7 +382,8 @@ def test_section_3_2_sampling_is_the_inverse_at_t_max_and_then_the_ode(plain):
     x = noisy
     for t, t_next in itertools.pairwise([*torch.linspace(t_max, t_min, num_steps).tolist(), 0.0]):
         x = x - t * denoiser.score(x, labels, t) * (t_next - t)
-    close(denoise(denoiser, noisy, labels, t_max=t_max, t_min=t_min, num_steps=num_steps), x, atol=1e-6, rtol=1e-6)
+    schedule = DenoiseScheduler(t_max=t_max, t_min=t_min, num_denoise_steps=num_steps)
+    close(denoise(denoiser, noisy, labels, schedule), x, atol=1e-6, rtol=1e-6)
 
 
 def test_section_3_2_noise_levels():
@@ -407,14 +408,10 @@ def d(x, t):
 
 def solve(method, x, levels, generator=None):
     """What the library makes of x along even levels, the last of which is 0."""
+    num_steps = len(levels) - 1 if method != "heun" else 2 * len(levels) - 3
+    schedule = DenoiseScheduler(t_max=levels[0], t_min=levels[-2], num_denoise_steps=num_steps, method=method)
     return denoise(
-        lambda noisy, labels, noise_level: x0(noisy, noise_level[0]),
-        x,
-        t_max=levels[0],
-        t_min=levels[-2],
-        num_steps=len(levels) - 1 if method != "heun" else 2 * len(levels) - 3,
-        method=method,
-        generator=generator,
+        lambda noisy, labels, noise_level: x0(noisy, noise_level[0]), x, None, schedule, generator=generator
     )
 
 
@@ -500,8 +497,8 @@ def test_solvers_approach_the_closed_form_for_gaussian_data_in_their_order(metho
     exact = clean(at_t_min, None, torch.tensor([t_min]))
 
     def error(n):
-        path = {"t_max": t_max, "t_min": t_min, "num_steps": n, "method": method, "spacing": spacing}
-        return (denoise(clean, noisy, **path) - exact).abs().max().item()
+        schedule = DenoiseScheduler(t_max=t_max, t_min=t_min, num_denoise_steps=n, method=method, spacing=spacing)
+        return (denoise(clean, noisy, None, schedule) - exact).abs().max().item()
 
     assert math.log2(error(80 + odd) / error(160 + odd)) == pytest.approx(order, abs=0.15)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from itarflow.codec import to_pil
-from itarflow.pipeline.labels import label_list
+from itarflow.pipeline.labels import label_list, label_tensor
 from itarflow.runtime.seeds import image_generators
 
 
@@ -54,3 +54,8 @@ def test_pictures_are_grey_or_rgb_and_clamped():
     assert (picture.mode, np.asarray(picture).flatten()[:3].tolist()) == ("L", [0, 255, 255])
     (picture,) = to_pil(torch.zeros(1, 3, 2, 4))
     assert (picture.mode, picture.size) == ("RGB", (4, 2))
+
+
+def test_labels_become_a_tensor_if_there_are_any():
+    assert label_tensor([2, None, 0]).tolist() == [2, -1, 0]
+    assert label_tensor([None, None]) is None

@@ -302,8 +302,8 @@ def by_hand(pipe: ITARFlowPipeline, denoiser: Any, labels: Tensor, **changes: An
     generators = image_generators(seeded(), len(labels))
     z = pipe.flow.sample_prior(len(labels), generators)
     noisy = pipe.flow.inverse(z, labels, 0.5, guidance=Guidance(weight=1.0))
-    arguments = {"t_max": 0.5, "t_min": 0.05, "num_steps": 3} | changes
-    return (denoise(denoiser, noisy, labels, **arguments).clamp(-1, 1) + 1) / 2
+    arguments = {"t_max": 0.5, "t_min": 0.05, "num_denoise_steps": 3} | changes
+    return (denoise(denoiser, noisy, labels, DenoiseScheduler(**arguments)).clamp(-1, 1) + 1) / 2
 
 
 def test_a_sample_is_the_inverse_of_the_flow_and_then_its_own_denoising(pipe):

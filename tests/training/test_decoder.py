@@ -281,3 +281,9 @@ def test_the_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert all(words in printed for words in ("accelerate launch vae/finetune_decoder.py", "DATA", "OUT", "--t-min"))
     assert "--data.split" in printed
     assert "--data.path" not in printed  # it is the first word
+
+
+def test_the_precision_of_products_is_afterwards_what_it_was(vaes: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="size"):
+        fine_tune(settings(vaes["tiny"], size=7), tmp_path)
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,13 +1,11 @@
 """What a training says: unreadable images once each, gradients with their noise level, figures in bits."""
 
-import math
-
 import pytest
 from accelerate import Accelerator
 from tiny_training import tiny_recipe
 
 from itarflow.runtime.errors import DataError
-from itarflow.training.metrics import Monitor, bits_per_dim
+from itarflow.training.metrics import Monitor
 from itarflow.training.run_folder import prepare
 
 
@@ -58,7 +56,3 @@ def test_explosions_are_reported_with_their_noise_level_but_not_each(monitor, ca
     assert "noise level 0.31 (nll 5.2 nats/dim)" in printed
     assert "Step 101" not in printed
     assert "Step 250" in printed
-
-
-def test_bits_per_dim_of_a_uniform_density_are_eight():
-    assert bits_per_dim(math.log(2)) == pytest.approx(8)  # density 1/2 over [-1, 1], counted in 256 levels

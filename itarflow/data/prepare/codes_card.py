@@ -10,50 +10,72 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from itarflow.codec import CodecConfig
 from itarflow.data.codes import CodesCard
 
+# Of Jinja, which torch brings along.
 _TEMPLATE = """---
-{metadata}
+{{ card_data }}
 ---
 
-# Codes of {source}
+# Codes of {{ source }}
 
-The images of {source}, encoded once by the VAE {vae}: what a normalizing flow of `itarflow` trains on. Made by
+The images of {{ source }}, encoded once by the VAE {{ card.vae }}: what a normalizing flow of \
+`itarflow` trains on. Made by
 `vae/encode_dataset.py`; `codes.json` says the same to programs.
 
 | | |
 | --- | --- |
-{facts}
-
-A code is {what}, {formula}, so that its values have about unit variance:
+{% for split, count in images.items() -%}
+| images in {{ split }} | {{ "{:,}".format(count) }} |
+{% endfor -%}
+| classes | {{ card.class_names | length or "none: unlabelled" }} |
+| image size | {{ card.image_size }} x {{ card.image_size }} pixels, crop `{{ card.crop }}` |
+| codes | {{ card.shape[0] }} channels of {{ card.shape[1] }} x {{ card.shape[2] }}, float16 |
+| orientations | straight {{ "and mirrored" if card.flips else "only" }} |
+| VAE | {{ card.vae }} ({{ vae.kind }}), {{ vae.stride }} pixels a code |
+{% if card.revision -%}
+| revision | {{ card.revision }} |
+{% endif -%}
+| scaling factor | {{ vae.scaling_factor }} |
+| shift factor | {{ vae.shift_factor }} |
+| SHA-256 of the encoder | `{{ vae.encoder }}` |
+{% set shift = vae.latents_mean | list or vae.shift_factor -%}
+{% set spread = vae.latents_std | list or 1 %}
+A code is the {{ "mean of the VAE's posterior" if card.variance else "VAE's latent" }}, (latent - {{ shift }}) / \
+{{ spread }} * {{ vae.scaling_factor }}, so that its values have about unit variance:
 
 | channel | mean | standard deviation |
 | --- | --- | --- |
-{channels}
-
+{% for mean in card.code_mean -%}
+| {{ loop.index0 }} | {{ "%.4f" % mean }} | {{ "%.4f" % card.code_std[loop.index0] }} |
+{% endfor %}
 They are measured over all images as they are, not mirrored.
 
 ## Reading a row
 
-Each column but the label holds {count} values in float16, little-endian, in the order (channel, row, column):
+Each column but the label holds {{ card.shape[0] * card.shape[1] * card.shape[2] }} values in float16, little-endian, \
+in the order (channel, row, column):
 
 ```python
 import numpy as np
 import pyarrow.parquet as pq
 
-table = pq.read_table("{file}")
-code = np.frombuffer(table["mean"][0].as_py(), "<f2").reshape{shape}
+table = pq.read_table("{{ file }}")
+code = np.frombuffer(table["mean"][0].as_py(), "<f2").reshape{{ card.shape }}
 ```
 
-{columns}
-
-`AutoencoderKL.decode` and `AutoencoderTiny.decode` of diffusers take `{inverse}`.
+{% for name in columns -%}
+- `{{ name }}`: {{ meaning[name] }}
+{% endfor %}
+`AutoencoderKL.decode` and `AutoencoderTiny.decode` of diffusers take \
+`code / {{ vae.scaling_factor }} * {{ spread }} + {{ shift }}`.
 
 ## Training on them
 
 ```bash
-{command}
+{{ command }}
 ```
 
 NAME is a recipe's. The VAE must be the one that made the codes: another one is refused.
+
 """
 
 _MEANING = {
@@ -75,56 +97,25 @@ def codes_card(card: CodesCard, *, source: str, images: Mapping[str, int], file:
         file: name of one of the parquet files, for the example.
         command: what trains on the codes.
     """
-    columns = card.columns(flips=card.flips, variance=card.variance)
-    channels, height, width = card.shape
-    identity = card.identity
-    facts = {
-        **{f"images in {split}": f"{count:,}" for split, count in images.items()},
-        "classes": len(card.class_names) or "none: unlabelled",
-        "image size": f"{card.image_size} x {card.image_size} pixels, crop `{card.crop}`",
-        "codes": f"{channels} channels of {height} x {width}, float16",
-        "orientations": "straight and mirrored" if card.flips else "straight only",
-        "VAE": f"{card.vae} ({identity.kind}), {identity.stride} pixels a code",
-        **({"revision": card.revision} if card.revision else {}),
-        "scaling factor": repr(identity.scaling_factor),
-        "shift factor": repr(identity.shift_factor),
-        "SHA-256 of the encoder": f"`{identity.encoder}`",
-    }
+    splits = [{"split": split, "path": f"{split}-*.parquet"} for split in images]
     metadata = DatasetCardData(
         pretty_name=f"Codes of {source}",
         task_categories=["unconditional-image-generation"],
         size_categories=_size_category(sum(images.values())),
         tags=["itarflow", "vae-codes"],
-        configs=[
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"{split}-*.parquet"} for split in images],
-            }
-        ],
+        configs=[{"config_name": "default", "data_files": splits}],
     )
-    # Of single channels, in the few VAEs that have them.
-    shift = (
-        f"[{', '.join(map(repr, identity.latents_mean))}]" if identity.latents_mean else repr(identity.shift_factor)
-    )
-    spread = f"[{', '.join(map(repr, identity.latents_std))}]" if identity.latents_std else "1"
-    statistics = enumerate(zip(card.code_mean, card.code_std, strict=True))
-    shown = [*columns, *(["label"] if card.class_names else [])]
-    return DatasetCard(
-        _TEMPLATE.format(
-            metadata=metadata.to_yaml(),
-            source=source,
-            vae=card.vae,
-            facts="\n".join(f"| {name} | {value} |" for name, value in facts.items()),
-            what="the mean of the VAE's posterior" if card.variance else "the VAE's latent",
-            formula=f"(latent - {shift}) / {spread} * {identity.scaling_factor!r}",
-            inverse=f"code / {identity.scaling_factor!r} * {spread} + {shift}",
-            channels="\n".join(f"| {channel} | {mean:.4f} | {std:.4f} |" for channel, (mean, std) in statistics),
-            count=channels * height * width,
-            file=file,
-            shape=card.shape,
-            columns="\n".join(f"- `{name}`: {_MEANING[name]}" for name in shown),
-            command=command,
-        )
+    return DatasetCard.from_template(
+        metadata,
+        template_str=_TEMPLATE,
+        card=card,
+        vae=card.identity,
+        source=source,
+        images=images,
+        columns=[*card.columns(flips=card.flips, variance=card.variance), *(["label"] if card.class_names else [])],
+        meaning=_MEANING,
+        file=file,
+        command=command,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from itarflow.data.dataset import ImageDataset
+from itarflow.data.images import spread_over
 from itarflow.evaluation.diagnosis.failures import MEASURES, fine_energy, spectrum
 from itarflow.evaluation.samples.files import Samples
 from itarflow.runtime.text import without_folders
@@ -103,7 +104,7 @@ class RealImages:
 
     def examples(self, start: int, stop: int) -> list[tuple[Tensor, str | None]]:
         """Images as of `read`, and "name: reason" of those that another one stands for, as they can't be read."""
-        numbers = (index * len(self.dataset) // len(self) for index in range(start, stop))
+        numbers = spread_over(len(self.dataset), len(self))[start:stop]
         found = [self.dataset[number] for number in numbers]
         return [(one.image, one.broken and without_folders(one.broken, self.name)) for one in found]
 

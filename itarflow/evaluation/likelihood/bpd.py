@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_stride
 from itarflow.data.dataset import ImageDataset, too_many_broken
-from itarflow.data.images import Crop
+from itarflow.data.images import Crop, spread_over
 from itarflow.data.load import DataConfig, load_data
 from itarflow.data.loader import ignore_interrupts, watched, without_alarm
 from itarflow.data.prepare.shards import Reader
@@ -31,11 +30,10 @@ from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import on_cpu
-from itarflow.runtime.errors import DataError, RunError
+from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import alone, check_writable, weights_digest
 from itarflow.runtime.pictures import blank_figure
-from itarflow.runtime.processes import main_first, on_main, shared_counter
-from itarflow.runtime.progress import image_progress
+from itarflow.runtime.processes import main_first, on_main, shared_images
 from itarflow.runtime.text import display_name, short_names
 
 
@@ -114,7 +112,7 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
     with ExitStack() as locks:
         work = main_first(state, lambda: _open(config))
         folder = config.output
-        known: list[Any] = [Rows(), uuid.uuid4().hex]  # the main process's, for all: what is done, a name of this call
+        known = [Rows()]  # the main process's, for all
 
         def begin() -> None:
             if folder is not None:
@@ -126,32 +124,17 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
 
         on_main(state, begin)
         broadcast_object_list(known)
-        rows: Rows = known[0]
+        rows = known[0]
         start = time.monotonic()
         missing = [number for number in work.numbers if number not in rows]
-        counted = shared_counter(f"images measured {known[1]}")
-        bar = image_progress(
-            console if state.is_main_process else None,
-            "measuring",
-            len(work.numbers),
-            len(work.numbers) - len(missing),
-        )
-        done: Rows = {}
-        with bar as show:
-            shown = 0
+        done, total = Rows(), len(work.numbers)
+        with shared_images(state, console, "measuring", total, total - len(missing)) as count:
             for part in _measured(work, missing, config, state):
                 done |= part
                 if folder is not None:
                     append(folder, state.process_index, part)
-                total = counted(len(part))
-                show(total - shown)
-                shown = total
-            try:
-                everywhere = gather_object([done])
-            except RuntimeError as error:
-                goes_on = " The same command goes on." if folder is not None else ""
-                raise RunError(f"another process has stopped; see what it said.{goes_on}") from error
-            show(len(missing) - shown)
+                count(len(part))
+        everywhere = gather_object([done])
         if not state.is_main_process:
             return None
         for part in everywhere:
@@ -251,7 +234,7 @@ def _open(config: BpdConfig) -> _Work:
         "seed": config.seed,
         "dtype": "float32",
     }
-    numbers = tuple(index * len(dataset) // count for index in range(count))
+    numbers = tuple(spread_over(len(dataset), count))
     return _Work(flow, codec_of(pipe.vae), dataset, labels, numbers, noises, settings)
 
 

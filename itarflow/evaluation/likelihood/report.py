@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from itarflow import __version__
 from itarflow.evaluation.likelihood.bounds import Mean, Noise
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import atomically, write_json, write_text
@@ -127,10 +127,11 @@ def finish(folder: Path, report: Report, rows: Rows) -> None:
                 table.writerow([number, row["label"], *(value for part in parts for value in part)])
     gaussian = [figures for figures in report.figures if figures.noise.kind == "gaussian"]
     if sum(figures.nll.mean is not None for figures in gaussian) > 1:
-        _draw(gaussian, report, folder / CURVE)
+        with atomically(folder / CURVE) as partial:
+            _draw(gaussian, report, partial)
     write_json(folder / SUMMARY, {
         "settings": dict(report.settings),
-        "versions": {"itarflow": __version__, "torch": torch.__version__},
+        "versions": {"itarflow": version("itarflow"), "torch": torch.__version__},
         "images": report.images,
         "broken": list(report.broken),
         "results": [figures.to_json() for figures in report.figures],

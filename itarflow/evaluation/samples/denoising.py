@@ -68,19 +68,8 @@ class Denoising:
         """
         if self.denoiser is None or self.schedule is None:
             return noisy
-        config = self.schedule.config
-        return denoise(
-            self.denoiser,
-            noisy,
-            labels,
-            t_max=config.t_max,
-            t_min=config.t_min,
-            num_steps=config.num_denoise_steps,
-            method=config.method,
-            spacing=config.spacing,
-            clip=config.clip,
-            generator=[generator.clone_state() for generator in generators],
-        )
+        own = [generator.clone_state() for generator in generators]
+        return denoise(self.denoiser, noisy, labels, self.schedule, generator=own)
 
 
 def ways_of(

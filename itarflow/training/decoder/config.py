@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, to_pixels, to_uint8
+from itarflow.data.images import spread_over
 from itarflow.data.load import DataConfig, ImageDataset
 from itarflow.data.loader import in_order
 from itarflow.runtime.pictures import titled_grid
@@ -267,7 +268,7 @@ def measure(
 def examples(config: DecoderConfig, dataset: ImageDataset) -> Tensor:
     """(N, C, H, W) uint8 images for a comparison, from all over a set."""
     count = min(config.comparison_images, len(dataset))
-    return torch.stack([dataset[index * len(dataset) // count].image for index in range(count)])
+    return torch.stack([dataset[index].image for index in spread_over(len(dataset), count)])
 
 
 def decoded_examples(config: DecoderConfig, codec: VaeCodec, images: Tensor, device: torch.device) -> list[Tensor]:

@@ -6,9 +6,7 @@ OUT/recipe.json   metrics.jsonl   state/step-*/   vae/   psnr.json   comparison.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,8 @@ from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
 from itarflow.data.load import ImageData, load_data
 from itarflow.data.loader import Batch
 from itarflow.pipeline.storage import finish_vae
-from itarflow.runtime.files import replace_folder
+from itarflow.runtime.devices import tf32_products
+from itarflow.runtime.files import atomically, replace_folder, write_json
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.decoder.config import (
@@ -46,31 +45,23 @@ from itarflow.training.decoder.losses import (
     load_lpips,
     reconstruction_terms,
 )
-from itarflow.training.loop import Loop, learning_rate_factor
+from itarflow.training.loop import Finished, Loop, learning_rate_factor
 from itarflow.training.run_folder import RunDir, Start, check_folder, claimed
 from itarflow.training.sharding import averaged_weights, clip_grad_norm, load_tensors, make_accelerator, save_tensors
 
 
-@dataclass(frozen=True)
-class Tuned:
+@dataclass(frozen=True, kw_only=True)
+class Tuned(Finished):
     """What a finished fine-tuning reports."""
 
-    run: RunDir
-    steps: int
-    total_steps: int
-    """Of the whole fine-tuning; more than `steps` if it was told to stop before."""
-    seconds: float
-    """Of training, over all resumed parts."""
-    images_per_second: float
     before: dict[str, float]
     """Noise level -> PSNR in dB of the VAE as it was."""
     after: dict[str, float]
     """The same of the fine-tuned one."""
     held_out_images: int
-    bad_steps: int
-    unreadable_images: int
 
 
+@tf32_products()
 def fine_tune(
     config: DecoderConfig,
     out: Path,
@@ -94,7 +85,6 @@ def fine_tune(
         TrainingError: too many steps in a row were not finite.
         Interrupted: SIGINT or SIGTERM arrived; the state has been saved.
     """
-    torch.set_float32_matmul_precision("high")  # TF32 where there is a GPU
     accelerator = make_accelerator(out, accumulation=config.train.accumulation, trackers=config.train.trackers)
     run = RunDir(out, "OUT")
     check_folder(run, config, accelerator, start, allow_changes)
@@ -325,13 +315,9 @@ class _Tuning(Loop[_Step, Tuned]):
             "held_out_images": len(self.data.held_out),
             "steps": self.state.step,
         }
-        for name, write in (
-            ("comparison.png", picture.save),
-            ("psnr.json", lambda path: path.write_text(json.dumps(figures, indent=2) + "\n")),
-        ):
-            partial = self.run.path / f".partial-{name}"
-            write(partial)
-            os.replace(partial, self.run.path / name)
+        with atomically(self.run.path / "comparison.png") as partial:
+            picture.save(partial)
+        write_json(self.run.path / "psnr.json", figures)
 
     def save_tensors(self, folder: Path) -> None:
         """What `Loop` writes, and the critic's beside it."""
@@ -360,14 +346,8 @@ class _Tuning(Loop[_Step, Tuned]):
         """Figures and pictures."""
         on_main(self.accelerator, self._report)
         return Tuned(
-            run=self.run,
-            steps=self.state.step,
-            total_steps=self.total_steps,
-            seconds=self.state.seconds,
-            images_per_second=self.speed,
+            **vars(self.finished()),
             before=self.own["before"],
             after=self.after,
             held_out_images=len(self.data.held_out),
-            bad_steps=self.state.bad_steps,
-            unreadable_images=len(self.monitor.broken),
         )
