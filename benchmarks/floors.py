@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from costs import H200, Cost, Peak, floor, inverse_costs, score_cost, total, training_cost
 from peaks import chosen_device, measured_peaks
 from rich.console import Console
 
-from itarflow.costs import H200, Cost, Peak, floor, inverse_costs, score_cost, total, training_cost
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig, itarflow_model, latent_itarflow_model, starflow_model

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import peer as official
 import torch
+from costs import Cost, floor, inverse_costs, score_cost, training_cost
 from peaks import Peaks
 from subject import DTYPES, Options, Subject
 from timing import Case, Run, Variant
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, denoise
 from itarflow.codec import to_pixels
-from itarflow.costs import Cost, floor, inverse_costs, score_cost, training_cost
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.noise import loss_weight
 from itarflow.inverse import sequential

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from costs import Peak
 
-from itarflow.costs import Peak
-from itarflow.runtime.linear import linear
+from itarflow.runtime.kernels import linear
 
 Peaks = Mapping[torch.dtype, Peak]
 """That of each type of numbers."""

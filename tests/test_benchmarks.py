@@ -16,7 +16,6 @@ from image_files import write_classes
 from rich.console import Console
 
 from itarflow import ITARFlowPipeline, TARFlow
-from itarflow.costs import Peak
 from itarflow.denoisers import DenoiseScheduler
 from itarflow.flow.embedding import NULL_LABEL
 
@@ -27,6 +26,7 @@ import measure
 import ood
 import peaks
 import run
+from costs import Peak
 from paths import Score
 from subject import Options, open_subject
 from timing import Variant, timed_in_turns, working_memory

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from itarflow.costs import H200, Cost, Peak, floor, inverse_costs, score_cost, total, training_cost
 from itarflow.denoisers import FlowDenoiser
 from itarflow.flow import TARFlow, nll_per_dim
 from itarflow.inverse import Guidance
 from itarflow.presets import itarflow_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from costs import H200, Cost, Peak, floor, inverse_costs, score_cost, total, training_cost
 
 GUIDED = Guidance(weight=1.5, blocks=1)
 
@@ -27,7 +32,7 @@ GUIDED = Guidance(weight=1.5, blocks=1)
 @pytest.fixture(autouse=True)
 def _products_of_pytorch(monkeypatch):
     """Those of oneDNN are the same, but nobody counts them."""
-    monkeypatch.setattr("itarflow.runtime.linear._HAS_ONEDNN", False)
+    monkeypatch.setattr("itarflow.runtime.kernels.ONEDNN", False)
 
 
 def square(flow: TARFlow, batch_size: int) -> int:

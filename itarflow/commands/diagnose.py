@@ -17,7 +17,7 @@ from itarflow.commands.console import say
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.evaluation.diagnosis.diagnose import Diagnosis, diagnose
-from itarflow.evaluation.diagnosis.onset import Onset
+from itarflow.evaluation.diagnosis.failures import Onset
 from itarflow.evaluation.diagnosis.rates import KINDS, Difference, Rate, RealImages
 from itarflow.evaluation.metrics.extractors import load_extractor
 from itarflow.evaluation.samples.files import open_samples
@@ -44,7 +44,7 @@ class Diagnose:
     """A data set of real images, as --data.path in training; no file of statistics, as `itarflow evaluate` takes."""
     output: Path = Path("diagnosis")
     """Folder for report.json; failures.json, the numbers of the failed images; the worst images of each kind; and
-    diagrams."""
+    detail.png, detail along the tokens."""
     split: str = "train"
     """Split of the real images."""
     crop: Crop = "center"
@@ -64,11 +64,11 @@ class Diagnose:
     features: Path | None = None
     """Local file with the extractor's weights. None = those of its package, which may be downloaded."""
     worst: int = 24
-    """Images in each contact sheet."""
+    """Failed images in each contact sheet, at most."""
     batch_size: int = 64
     """Images that are read and measured at a time."""
     seed: int = 0
-    """Of what is drawn at random: the resampling for the interval of where blur begins, and subsets."""
+    """Draws as many samples as do not fail, for --extractor."""
     device: str | None = None
     """Where the extractor computes, such as cuda or cpu. None = a GPU if there is one."""
 
@@ -107,7 +107,7 @@ class Diagnose:
             console.print(f"[yellow]Note:[/] {escape(note)}.", soft_wrap=True, highlight=False)
         for line in _lines(diagnosis):
             say(line)
-        say(f"figures, numbers of the failed images, contact sheets and diagrams in {self.output}/")
+        say(f"figures, numbers of the failed images, contact sheets and the diagram in {self.output}/")
 
 
 def telling_names(paths: Sequence[Path]) -> list[str]:
@@ -128,40 +128,38 @@ def telling_names(paths: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name}-{number}" for number, name in enumerate(names, 1)]
 
 
+_TITLES = {
+    "black": "black background",
+    "flat": "flat background",
+    "blurred": "blurred",
+    "collapsed": "black or flat",
+    "any": "any of these",
+}
+"""Of kinds of failures."""
+
+
+def _told(diagnosis: Diagnosis) -> list[str]:
+    """The kinds of failures that some measure can tell."""
+    return [kind for kind, parts in KINDS.items() if any(diagnosis.measures[part]["threshold"] for part in parts)]
+
+
 def _table(diagnosis: Diagnosis) -> Table:
     """A section for each set, a row for each kind of failure."""
     table = Table(title="Images that fail", title_justify="left")
     for title in ("", "share", "95 %", "over real", "95 %"):
         table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
-    titles = _titles(diagnosis)
     real = diagnosis.reference["failures"]
     table.add_row(f"[bold]real images[/] ({real['any'].total:,})")
-    for kind, title in titles.items():
-        table.add_row(title, *_rate(real[kind]))
+    for kind in _told(diagnosis):
+        table.add_row(_TITLES[kind], *_rate(real[kind]))
     for name, findings in diagnosis.samples.items():
         table.add_section()
         table.add_row(f"[bold]{escape(name)}[/] ({findings.images:,})")
         table.add_row("not finite", *_rate(findings.broken))
-        for kind, title in titles.items():
+        for kind in _told(diagnosis):
             failure = findings.failures[kind]
-            table.add_row(title, *_rate(failure.rate), *_difference(failure.excess))
+            table.add_row(_TITLES[kind], *_rate(failure.rate), *_difference(failure.excess))
     return table
-
-
-_TITLES = {"black": "black background", "flat": "flat background", "blurred": "blurred"}
-"""Of measures."""
-
-
-def _titles(diagnosis: Diagnosis) -> dict[str, str]:
-    """The kinds of failures that can be told, with titles; of kinds that come down to the same measures, the first."""
-    kinds: dict[tuple[str, ...], str] = {}
-    for kind, parts in KINDS.items():
-        kinds.setdefault(tuple(part for part in parts if diagnosis.measures[part]["threshold"] is not None), kind)
-    return {kind: _TITLES[told[0]] if len(told) == 1 else _either(told) for told, kind in kinds.items() if told}
-
-
-def _either(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def _lines(diagnosis: Diagnosis) -> list[str]:
@@ -188,8 +186,8 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
         )
     first = next(iter(diagnosis.samples))
     for name, kinds in diagnosis.differences.items():
-        told = "; ".join(f"{title} {' '.join(_difference(kinds[kind]))}" for kind, title in _titles(diagnosis).items())
-        lines.append(f"{name} less {first}: {told}.")
+        parts = (f"{_TITLES[kind]} {' '.join(_difference(kinds[kind]))}" for kind in _told(diagnosis))
+        lines.append(f"{name} less {first}: {'; '.join(parts)}.")
     return [*lines, "Intervals are of 95 % confidence: Wilson's of shares, Newcombe's of their differences."]
 
 
@@ -204,9 +202,8 @@ def _difference(value: Difference) -> tuple[str, str]:
 def _onset(whose: str, onset: Onset | None) -> str:
     if onset is None:
         return f"no token was found from which on, or up to which, {whose} have blur in common"
-    where = "goes from token {} to the end" if onset.order == "raster" else "goes from the first token to token {}"
-    interval = f"{onset.token} ({onset.low} to {onset.high})"
+    where = f"from token {onset.token} on" if onset.order == "raster" else f"up to token {onset.token}"
     return (
-        f"blur of {whose} {where.format(interval)}: {onset.blurred:.2g} times the fine energy of real images, "
-        f"elsewhere {onset.others:.2g} times"
+        f"{whose} have blur in common {where}: {onset.blurred:.2g} times the fine energy of real images, elsewhere "
+        f"{onset.others:.2g} times"
     )

@@ -17,7 +17,7 @@ from itarflow.inverse import solvers
 from itarflow.inverse.cuda_graph import Replayed
 from itarflow.inverse.decoding import Cache, Conditioner
 from itarflow.inverse.guidance import Affine, Guidance, guide
-from itarflow.runtime.linear import pack
+from itarflow.runtime.kernels import pack
 
 
 class FlowOutput(NamedTuple):

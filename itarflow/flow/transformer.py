@@ -14,8 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from itarflow.inverse.decoding import Norm, PackedLayer
-from itarflow.runtime.attention import attention
-from itarflow.runtime.linear import Linear, pack
+from itarflow.runtime.kernels import Linear, attention, pack
 
 
 class Attention(nn.Module):

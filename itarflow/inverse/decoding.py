@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from itarflow.inverse.guidance import Affine, Guidance, guide
-from itarflow.runtime.attention import attention
-from itarflow.runtime.linear import PackedLinear
+from itarflow.runtime.kernels import PackedLinear, attention
 
 Norm = Callable[[Tensor], Tensor]
 

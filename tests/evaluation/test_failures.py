@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from natural_images import blurred, natural_images, with_background
+from natural_images import blurred, blurred_tokens, natural_images, with_background
 
 from itarflow.evaluation.diagnosis.failures import (
     MEASURES,
@@ -12,9 +12,10 @@ from itarflow.evaluation.diagnosis.failures import (
     background_contrast,
     cells,
     default_patch,
+    find_onset,
     fine_detail,
     fine_energy,
-    spectrum,
+    quartiles,
     threshold,
 )
 
@@ -68,13 +69,6 @@ def test_fine_detail_does_not_depend_on_brightness_or_contrast():
     torch.testing.assert_close(fine_detail(dimmed), fine_detail(images), rtol=0.05, atol=1e-3)
 
 
-def test_white_noise_has_its_variance_at_all_frequencies():
-    noise = (128 + 20 * torch.randn(64, 1, 16, 16, generator=torch.Generator().manual_seed(0))).round()
-    mean = spectrum(noise.to(torch.uint8)).mean(dim=0)
-    assert mean.shape == (15,)
-    torch.testing.assert_close(mean, torch.full((15,), 400.0), rtol=0.15, atol=0)
-
-
 def test_fine_energy_is_of_each_cell_alone():
     images = flat(100, size=32)
     images[:, :, 9:15, 17:23] = natural_images(1, 6, seed=3)
@@ -102,7 +96,7 @@ def test_planted_failures_are_lower_than_all_whole_images(channels):
 
 def test_images_are_measured_one_by_one():
     images = natural_images(3, 16)
-    for measure in (*(part.measure for part in MEASURES), spectrum, lambda images: fine_energy(images, 2)):
+    for measure in (*(part.measure for part in MEASURES), lambda images: fine_energy(images, 2)):
         torch.testing.assert_close(measure(images), torch.cat([measure(image[None]) for image in images]))
 
 
@@ -146,3 +140,49 @@ def test_at_most_the_share_is_below_the_threshold():
     assert threshold(torch.tensor([0.0, 0.0, 0.0, 1.0]), 0.5) == 0  # nothing is below
     with pytest.raises(ValueError, match="0 values"):
         threshold(torch.zeros(0), 0.01)
+
+
+# -- where blur begins ------------------------------------------------------------------------------------------
+
+
+def median_detail(images: torch.Tensor) -> torch.Tensor:
+    """Of 4 x 4 pixels a token, relative to other whole images."""
+    usual, energy = (fine_energy(some, 4).flatten(1) for some in (natural_images(1000), images))
+    return quartiles(energy)[1] - quartiles(usual)[1]
+
+
+@pytest.mark.parametrize(
+    ("planted", "order", "token"),
+    [(range(5, 64), "raster", 5), (range(50, 64), "raster", 50), (range(20), "reverse", 19)],
+)
+def test_blur_is_found_where_it_was_planted(planted, order, token):
+    onset = find_onset(median_detail(blurred_tokens(natural_images(100, seed=1), 4, planted)))
+    assert onset is not None
+    assert (onset.order, onset.token) == (order, pytest.approx(token, abs=1))
+    assert onset.blurred < 0.3
+    assert onset.others == pytest.approx(1, abs=0.35)
+
+
+def test_where_nothing_begins_nothing_is_found():
+    whole = natural_images(100, seed=1)
+    assert find_onset(median_detail(whole)) is None
+    assert find_onset(median_detail(blurred(whole))) is None  # everywhere
+    too_much = torch.cat([torch.full((20,), 6.0), torch.full((44,), 1.0)])
+    assert find_onset(too_much) is None  # less than elsewhere, and still more than real images have
+    assert find_onset(torch.zeros(1)) is None
+
+
+def test_the_split_takes_most_off_the_sum_of_squares():
+    curve = torch.randn(12, generator=torch.Generator().manual_seed(0)) - torch.arange(12) / 3
+    left = [
+        sum(float((part - part.mean()).square().sum()) for part in (curve[:place], curve[place:]))
+        for place in range(1, 12)
+    ]
+    onset = find_onset(curve)
+    assert onset is not None
+    assert onset.token == left.index(min(left)) + 1
+
+
+def test_quartiles():
+    curves = torch.arange(5.0)[:, None] * torch.tensor([1.0, 10.0])
+    assert quartiles(curves).tolist() == [[1, 10], [2, 20], [3, 30]]

@@ -5,7 +5,6 @@ Half of the real images set the thresholds of failures.py, the other half tells 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,20 +12,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from torch import Tensor
 
 from itarflow.codec import to_pil, to_pixels
-from itarflow.evaluation.diagnosis.distances import Without, distances_without, real_moments
-from itarflow.evaluation.diagnosis.failures import MEASURES, SMALLEST, Measure, check_patch, default_patch, threshold
-from itarflow.evaluation.diagnosis.onset import Normal, Onset, find_onset, normal_detail
-from itarflow.evaluation.diagnosis.plots import Detail, draw_detail, draw_spectra
+from itarflow.evaluation.diagnosis.distances import Distances, distances
+from itarflow.evaluation.diagnosis.failures import (
+    MEASURES,
+    SMALLEST,
+    Measure,
+    Onset,
+    check_patch,
+    default_patch,
+    find_onset,
+    quartiles,
+    threshold,
+)
+from itarflow.evaluation.diagnosis.plots import Detail, draw_detail
 from itarflow.evaluation.diagnosis.rates import (
     KINDS,
     Difference,
-    Measured,
+    Measurements,
     Rate,
     RealImages,
     difference,
@@ -35,9 +41,12 @@ from itarflow.evaluation.diagnosis.rates import (
 )
 from itarflow.evaluation.metrics.extractors import Extractor
 from itarflow.evaluation.samples.files import Samples
-from itarflow.runtime.files import check_writable
+from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.pictures import blank_figure, captioned_grid
 from itarflow.runtime.progress import image_progress
+
+Thresholds = Mapping[str, float | None]
+"""By measure; None = blind, because too many real images have the least value."""
 
 REFERENCE = "reference"
 """The name of the real images in files."""
@@ -74,11 +83,9 @@ class Findings:
     onset_of_blurred: Onset | None
     """The same of the blurred images alone; None = nowhere, or fewer than two of them."""
     detail: list[list[float]]
-    """Energy of fine structure relative to real images, geometric mean of the images, by row and column of tokens."""
-    detail_error: list[list[float]]
-    """Its standard error from the finite number of samples, in powers of two."""
-    spectrum: list[float]
-    distances: Without | None
+    """Energy of fine structure relative to the median of real images: lower quartile, median and upper quartile of the
+    images, each by token in raster order."""
+    distances: Distances | None
     """Of all images and of those without any failure; None = not asked for, or nearly all fail."""
 
 
@@ -90,7 +97,7 @@ class Diagnosis:
     measures: Mapping[str, Mapping[str, Any]]
     """What each measures, and its threshold; null = blind, because too many real images have the least value."""
     reference: Mapping[str, Any]
-    """Rates of real images that set no threshold, medians and spectrum."""
+    """Rates of real images that set no threshold; medians and detail of all."""
     samples: Mapping[str, Findings]
     """By name."""
     differences: Mapping[str, Mapping[str, Difference]]
@@ -121,16 +128,15 @@ def diagnose(
         samples: by name, all of one shape, square, of 8 pixels a side or more. Differences are to the first one.
         reference: real images of that shape.
         output: folder for report.json; failures.json, the numbers of the images that fail by set and kind;
-            detail.png and spectrum.png; and NAME/KIND.png, the worst images of each measure that any fails by, also
-            of the real ones. Made if needed; files of these names are replaced, or removed where nothing fails.
+            detail.png; and NAME/KIND.png, the worst images that fail by each measure, also of the real ones. Made if
+            needed; files of these names are replaced, or removed where nothing fails.
         nominal_rate: share of real images that each measure counts as failed.
         patch_size: side in pixels of the cells in which detail is compared, the patch size of the flow for instance,
             so that they are its tokens. None = at most 8 x 8 cells.
         extractor: makes the features for the Fréchet distance without the failures; None = it is left out.
-        worst: images in each contact sheet.
+        worst: images in each contact sheet, at most.
         batch_size: images that are read and measured at a time.
-        seed: of what is drawn at random: the resampling that gives the interval of where blur begins, and as many
-            samples as do not fail.
+        seed: draws as many samples as do not fail, for the distance of so many.
         console: where to show progress; None = nowhere.
 
     Raises:
@@ -146,21 +152,28 @@ def diagnose(
     with image_progress(console, "measuring", total, 0) as count:
         real = measure(reference, patch, batch_size, count)
         measured = {name: measure(given, patch, batch_size, count) for name, given in samples.items()}
-    setting, checking = real.every_other(0), real.every_other(1)
-    thresholds = {part.name: _threshold(setting.values[part.name], nominal_rate) for part in MEASURES}
-    real_rates = checking.rates(thresholds)
-    normal = normal_detail(setting.energy)
+    thresholds = {part.name: threshold(real.values[part.name][::2], nominal_rate) or None for part in MEASURES}
+    real_rates = real.rates(thresholds, slice(1, None, 2))
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(
+    write_json(
         output / "failures.json",
         {name: _numbers(samples[name], found, thresholds) for name, found in measured.items()},
     )
-    distances = _distances(samples, reference, real, measured, thresholds, extractor, batch_size, seed, console)
+    apart: Mapping[str, Distances | None] = {}
+    if extractor is not None:
+        sets = {
+            name: (samples[name], found.numbers, found.fails(thresholds, "any")) for name, found in measured.items()
+        }
+        total = len(real.numbers) + sum(len(found.numbers) for found in measured.values())
+        with image_progress(console, f"features by {extractor.name}", total, 0) as count:
+            apart = distances(extractor, (reference, real.numbers), sets, batch_size, seed, count)
+    usual = quartiles(real.energy)[1]
+    details = {name: _detail(found, usual, thresholds) for name, found in measured.items()}
     findings = {
-        name: _findings(samples[name], found, thresholds, real_rates, normal, seed, distances[name])
+        name: _findings(samples[name], found, details[name], thresholds, real_rates, apart.get(name))
         for name, found in measured.items()
     }
-    first, *others = findings
+    first = next(iter(findings.values()))
     diagnosis = Diagnosis(
         settings={
             "nominal_rate": nominal_rate,
@@ -177,34 +190,21 @@ def diagnose(
             "unreadable": real.unreadable,
             "failures": real_rates,
             "medians": real.medians(),
-            "spectrum": real.spectrum.tolist(),
+            "detail": quartiles(real.energy - usual).exp2().tolist(),
         },
         samples=findings,
         differences={
-            name: {
-                kind: difference(findings[name].failures[kind].rate, findings[first].failures[kind].rate)
-                for kind in KINDS
-            }
-            for name in others
+            name: {kind: difference(other.failures[kind].rate, first.failures[kind].rate) for kind in KINDS}
+            for name, other in list(findings.items())[1:]
         },
         notes=_notes(samples, reference, nominal_rate, thresholds),
     )
-    _write_json(output / "report.json", asdict(diagnosis))
+    write_json(output / "report.json", asdict(diagnosis))
     pictures = {REFERENCE: reference, **samples}
     for name, found in {REFERENCE: real, **measured}.items():
         for part in MEASURES:
-            path = output / name / f"{part.name}.png"
-            _save_sheet(path, pictures[name], found, part, thresholds[part.name], worst)
-    spectra = {"real images": real.spectrum} | {name: found.spectrum for name, found in measured.items()}
-    draw_spectra(spectra, output / "spectrum.png")
-    draw_detail(
-        {
-            name: Detail(found.energy - normal.mean, found.below(thresholds, "blurred"), findings[name].onset)
-            for name, found in measured.items()
-        },
-        reference.image_shape[2] // patch,
-        output / "detail.png",
-    )
+            _save_sheet(output / name / f"{part.name}.png", pictures[name], found, part, thresholds, worst)
+    draw_detail(real.energy - usual, details, output / "detail.png")
     return diagnosis
 
 
@@ -266,14 +266,8 @@ def _beyond(reference: Samples, share: float) -> int:
     return math.floor(share * (len(reference) // 2))
 
 
-def _threshold(values: Tensor, share: float) -> float | None:
-    """None = blind."""
-    limit = threshold(values, share)
-    return limit if limit > 0 else None
-
-
 def _notes(
-    samples: Mapping[str, Samples], reference: Samples, share: float, thresholds: Mapping[str, float | None]
+    samples: Mapping[str, Samples], reference: Samples, share: float, thresholds: Thresholds
 ) -> tuple[str, ...]:
     notes = [
         f"{name} has {len(pictures)} images: intervals are wide, and little can be told with fewer than {FEW_SAMPLES}"
@@ -299,67 +293,34 @@ def _notes(
 
 def _findings(
     pictures: Samples,
-    measured: Measured,
-    thresholds: Mapping[str, float | None],
+    found: Measurements,
+    detail: Detail,
+    thresholds: Thresholds,
     real: Mapping[str, Rate],
-    normal: Normal,
-    seed: int,
-    distances: Without | None,
+    apart: Distances | None,
 ) -> Findings:
-    generator = torch.Generator().manual_seed(seed)
-    side = math.isqrt(measured.energy.shape[1])
-    blurred = measured.energy[measured.below(thresholds, "blurred")]
-    ratio = (measured.energy.mean(dim=0) - normal.mean).exp2()
-    error = measured.energy.std(dim=0, correction=0) / len(measured.energy) ** 0.5
+    failed = found.rates(thresholds)
     return Findings(
         images=len(pictures),
         broken=rate(len(pictures.broken), len(pictures)),
-        failures={
-            kind: Found(found, difference(found, real[kind])) for kind, found in measured.rates(thresholds).items()
-        },
-        medians=measured.medians(),
-        onset=find_onset(measured.energy, normal, generator),
-        onset_of_blurred=find_onset(blurred, normal, generator) if len(blurred) > 1 else None,
-        detail=ratio.view(side, side).tolist(),
-        detail_error=error.view(side, side).tolist(),
-        spectrum=measured.spectrum.tolist(),
-        distances=distances,
+        failures={kind: Found(share, difference(share, real[kind])) for kind, share in failed.items()},
+        medians=found.medians(),
+        onset=detail.onset,
+        onset_of_blurred=detail.onset_of_blurred,
+        detail=quartiles(detail.relative).exp2().tolist(),
+        distances=apart,
     )
 
 
-def _distances(
-    samples: Mapping[str, Samples],
-    reference: Samples,
-    real: Measured,
-    measured: Mapping[str, Measured],
-    thresholds: Mapping[str, float | None],
-    extractor: Extractor | None,
-    batch_size: int,
-    seed: int,
-    console: Console | None,
-) -> dict[str, Without | None]:
-    if extractor is None:
-        return dict.fromkeys(samples)
-    total = len(real.numbers) + sum(len(found.numbers) for found in measured.values())
-    with image_progress(console, f"features by {extractor.name}", total, 0) as count:
-        moments = real_moments(extractor, reference, real.numbers, batch_size, count)
-        return {
-            name: distances_without(
-                extractor,
-                samples[name],
-                found.numbers,
-                found.below(thresholds, "any"),
-                moments,
-                batch_size,
-                torch.Generator().manual_seed(seed),
-                count,
-            )
-            for name, found in measured.items()
-        }
+def _detail(found: Measurements, usual: Tensor, thresholds: Thresholds) -> Detail:
+    """Relative to the median (N,) of real images."""
+    relative, blurred = found.energy - usual, found.fails(thresholds, "blurred")
+    onset_of_blurred = find_onset(quartiles(relative[blurred])[1]) if int(blurred.sum()) > 1 else None
+    return Detail(relative, blurred, find_onset(quartiles(relative)[1]), onset_of_blurred)
 
 
-def _numbers(pictures: Samples, measured: Measured, thresholds: Mapping[str, float | None]) -> dict[str, list[int]]:
-    found = {kind: measured.numbers[measured.below(thresholds, kind)].tolist() for kind in KINDS}
+def _numbers(pictures: Samples, measured: Measurements, thresholds: Thresholds) -> dict[str, list[int]]:
+    found = {kind: measured.numbers[measured.fails(thresholds, kind)].tolist() for kind in KINDS}
     return {"broken": pictures.broken.tolist()} | found
 
 
@@ -367,34 +328,17 @@ def _numbers(pictures: Samples, measured: Measured, thresholds: Mapping[str, flo
 
 
 def _save_sheet(
-    path: Path, pictures: Samples, measured: Measured, part: Measure, limit: float | None, worst: int
+    path: Path, pictures: Samples, found: Measurements, part: Measure, thresholds: Thresholds, worst: int
 ) -> None:
-    """The images with the lowest values, with number and value; none where nothing fails, not even an earlier one."""
-    values = measured.values[part.name]
-    if limit is None or not (values < limit).any():
+    """The images that fail by a measure, lowest first, with number and value; if none does, no earlier sheet stays."""
+    failed = found.fails(thresholds, part.name).nonzero().flatten()
+    if len(failed) == 0:
         path.unlink(missing_ok=True)
         return
-    lowest = values.argsort(stable=True)[:worst]
-    images, captions = [], []
-    for index in lowest.tolist():
-        number, value = int(measured.numbers[index]), float(values[index])
-        images += to_pil(to_pixels(pictures.read(number, number + 1)))
-        captions.append(f"#{number}\n" + (f"{value:.3g}" if value < limit else f"({value:.3g})"))
-    title = f"{part.title}, lowest first; failed: below {limit:.3g}; in parentheses: not failed"
+    lowest = failed[found.values[part.name][failed].argsort(stable=True)][:worst]
+    numbers = found.numbers[lowest].tolist()
+    values = found.values[part.name][lowest].tolist()
+    images = [image for number in numbers for image in to_pil(to_pixels(pictures.read(number, number + 1)))]
+    captions = [f"#{number}\n{value:.3g}" for number, value in zip(numbers, values, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    _titled(captioned_grid(images, captions, SHEET_COLUMNS), title).save(path)
-
-
-def _titled(sheet: Image.Image, title: str) -> Image.Image:
-    """A sheet with a line above it."""
-    font, top = ImageFont.load_default(13), 26
-    page = Image.new(
-        sheet.mode, (max(sheet.width, math.ceil(font.getlength(title)) + 12), sheet.height + top), "white"
-    )
-    page.paste(sheet, (0, top))
-    ImageDraw.Draw(page).text((6, top / 2), title, "black", font, anchor="lm")
-    return page
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    captioned_grid(images, captions, SHEET_COLUMNS).save(path)

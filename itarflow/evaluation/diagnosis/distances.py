@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor
-from itarflow.evaluation.metrics.features import Moments, Sums, extract, frechet_distance
+from itarflow.evaluation.metrics.features import Sums, extract, frechet_distance
 from itarflow.evaluation.samples.files import Samples, batches
 
 
 @dataclass(frozen=True)
-class Without:
-    """Distances of one set of samples to real images, smaller is nearer.
+class Distances:
+    """Of one set of samples to real images; smaller is nearer.
 
     They grow as images get fewer. So what the failures cost is `as_many` less `without`, at equal numbers.
     """
@@ -34,57 +34,51 @@ class Without:
     """Of so many drawn at random from all."""
 
 
-def real_moments(
-    extractor: Extractor, reference: Samples, numbers: Tensor, batch_size: int, count: Callable[[int], None]
-) -> Moments:
-    """Moments of the features of real images; `numbers` (n,) = which of them are not broken.
-
-    Raises:
-        ValueError: fewer than two images.
-    """
-    images = _numbered(reference, numbers, batch_size)
-    return extract(extractor, images, len(numbers), keep=1, count=count).pool.moments()
-
-
-def distances_without(
+def distances(
     extractor: Extractor,
-    pictures: Samples,
-    numbers: Tensor,
-    fails: Tensor,
-    real: Moments,
+    reference: tuple[Samples, Tensor],
+    sets: Mapping[str, tuple[Samples, Tensor, Tensor]],
     batch_size: int,
-    generator: torch.Generator,
-    count: Callable[[int], None],
-) -> Without | None:
-    """Distances of samples with and without failures; None if fewer than two do not fail.
+    seed: int,
+    count: Callable[[int], object],
+) -> dict[str, Distances | None]:
+    """Distances of sets of samples with and without failures; None where fewer than two do not fail.
 
     Args:
-        extractor: that `real` was made by.
-        pictures: the samples; the features of all are in memory.
-        numbers: (n,) which of them are not broken.
-        fails: (n,) bool, which of these fail.
-        real: from `real_moments`.
+        extractor: makes the features; those of one set at a time are in memory.
+        reference: real images, and which of them are not broken: (m,) numbers.
+        sets: by name: samples, which of them are not broken, (n,) numbers, and which of these fail, (n,) bool.
         batch_size: images at a time.
-        generator: draws as many as do not fail.
+        seed: draws as many as do not fail.
         count: called with the number of images done.
+
+    Raises:
+        ValueError: fewer than two real images.
     """
-    if int((~fails).sum()) < 2:
-        return None
-    features = extract(extractor, _numbered(pictures, numbers, batch_size), len(numbers), count=count).kept.pool
-    kept = int((~fails).sum())
-    drawn = torch.randperm(len(features), generator=generator)[:kept].sort().values
+    pictures, numbers = reference
+    images = _numbered(pictures, numbers, batch_size)
+    real = extract(extractor, images, len(numbers), keep=1, count=count).pool.moments()
+    title = "FID" if extractor.name == INCEPTION else f"Fréchet distance ({extractor.name})"
 
-    def distance(chosen: Tensor) -> float:
-        return frechet_distance(Sums.of(chosen).moments(), real)
+    def distance(features: Tensor) -> float:
+        return frechet_distance(Sums.of(features).moments(), real)
 
-    return Without(
-        title="FID" if extractor.name == INCEPTION else f"Fréchet distance ({extractor.name})",
-        images=len(features),
-        distance=distance(features),
-        kept=kept,
-        without=distance(features[~fails]),
-        as_many=distance(features[drawn]),
-    )
+    result: dict[str, Distances | None] = dict.fromkeys(sets)
+    for name, (pictures, numbers, fails) in sets.items():
+        if (kept := int((~fails).sum())) < 2:
+            continue
+        images = _numbered(pictures, numbers, batch_size)
+        features = extract(extractor, images, len(numbers), count=count).kept.pool
+        drawn = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:kept].sort().values
+        result[name] = Distances(
+            title=title,
+            images=len(features),
+            distance=distance(features),
+            kept=kept,
+            without=distance(features[~fails]),
+            as_many=distance(features[drawn]),
+        )
+    return result
 
 
 def _numbered(pictures: Samples, numbers: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,6 +22,8 @@ CELLS = 8
 """Cells a side, at most, in which the background is measured."""
 FINE = 0.25
 """Cycles per pixel above which structure is fine: less than 4 pixels long."""
+STEP = 2.0
+"""Least factor between the fine energy, relative to real images, of other tokens and blurred ones."""
 ROUNDING = 1 / 12
 """Variance of what rounding to 8 bits adds to a pixel, in squared grey levels."""
 
@@ -82,7 +86,13 @@ def fine_detail(images: Tensor) -> Tensor:
         ValueError: images of another kind.
     """
     check_images(images)
-    power, frequency = _power(images), _frequencies(images.shape[-1])
+    # The orthonormal cosine transform sees an image continued by its mirror image: opposite edges need not fit.
+    size = images.shape[-1]
+    steps = torch.arange(size, dtype=torch.float64)
+    basis = (2 / size) ** 0.5 * torch.cos(math.pi / size * steps[:, None] * (steps + 0.5))
+    basis[0] *= 0.5**0.5
+    power = (basis.float() @ images.float().mean(dim=1) @ basis.float().T).square()
+    frequency = torch.hypot(steps[:, None], steps[None, :]) / (2 * size)  # cycles per pixel
     whole = power.sum(dim=(1, 2)) - power[:, 0, 0]
     return (power * (frequency > FINE)).sum(dim=(1, 2)) / (whole + ROUNDING)
 
@@ -113,25 +123,6 @@ MEASURES = (
 """What an image is tested for. "black" and "flat" are the collapsed ones."""
 
 
-def spectrum(images: Tensor) -> Tensor:
-    """Power spectrum (N, S - 1) of grey images, mean over directions, in squared grey levels.
-
-    Entry k - 1 is the mean over the coefficients of the orthonormal cosine transform whose frequency is about
-    k / (2 S) cycles per pixel, k = 1 .. S - 1. White noise of variance v has v everywhere.
-
-    Args:
-        images: uint8 (N, C, S, S).
-
-    Raises:
-        ValueError: images of another kind.
-    """
-    check_images(images)
-    size = images.shape[-1]
-    ring = (_frequencies(size) * 2 * size).round().long().flatten()
-    sums = torch.zeros(len(images), int(ring.max()) + 1).index_add_(1, ring, _power(images).flatten(1))
-    return (sums / torch.bincount(ring))[:, 1:size]
-
-
 def fine_energy(images: Tensor, patch: int) -> Tensor:
     """Energy of fine structure in each cell, (N, H / patch, W / patch), as log2 of squared grey levels.
 
@@ -150,6 +141,50 @@ def fine_energy(images: Tensor, patch: int) -> Tensor:
     line = torch.tensor([0.25, 0.5, 0.25])
     smooth = F.conv2d(F.pad(grey, (1, 1, 1, 1), mode="replicate"), torch.outer(line, line)[None, None])
     return (cells((grey - smooth).square(), patch).mean(dim=(1, -1)) + ROUNDING).log2()
+
+
+def quartiles(curves: Tensor) -> Tensor:
+    """(n, N) -> (3, N): lower quartile, median and upper quartile at each place."""
+    return torch.from_numpy(np.quantile(curves.numpy(), (0.25, 0.5, 0.75), axis=0)).float()
+
+
+@dataclass(frozen=True)
+class Onset:
+    """Blur that begins at a token."""
+
+    token: int
+    """In raster order: the first blurred token of order raster, the last one of order reverse."""
+    order: Literal["raster", "reverse"]
+    """raster = blurred from there to the end; reverse = from there back to the first token, as blocks alternate."""
+    blurred: float
+    """Energy of fine structure in the blurred tokens, relative to real images: < 1, and < others / 2."""
+    others: float
+    """The same of the other tokens."""
+
+
+def find_onset(curve: Tensor) -> Onset | None:
+    """Where blur begins that images have in common, or None if no place stands out.
+
+    The two-level fit by least squares splits the curve. Its lower level is blurred if it is below real images and has
+    half the energy of the other one or less. That is a rule and no test: curves of few images are split by chance.
+
+    Args:
+        curve: (N,) log2 of the fine energy relative to real images, in raster order; such as the images' median.
+    """
+    total = len(curve)
+    if total < 2:
+        return None
+    before = torch.arange(1, total)
+    sums = curve.cumsum(dim=0)
+    left, right = sums[:-1] / before, (sums[-1] - sums[:-1]) / (total - before)
+    split = int((before * (total - before) * (left - right).square()).argmax())
+    ahead, behind = 2.0 ** float(left[split]), 2.0 ** float(right[split])
+    blurred, others = min(ahead, behind), max(ahead, behind)
+    if blurred >= 1 or others < STEP * blurred:
+        return None
+    if behind < ahead:
+        return Onset(split + 1, "raster", blurred, others)
+    return Onset(split, "reverse", blurred, others)
 
 
 def threshold(values: Tensor, share: float) -> float:
@@ -209,22 +244,3 @@ def _median_of_border(values: Tensor) -> Tensor:
     inner = torch.zeros(values.shape[1:], dtype=torch.bool)
     inner[1:-1, 1:-1] = True
     return values[:, ~inner].quantile(0.5, dim=1)
-
-
-def _power(images: Tensor) -> Tensor:
-    """Squared coefficients (N, S, S) of the orthonormal cosine transform of the grey images.
-
-    It sees an image continued by its mirror image, so that opposite edges need not fit, and no window is needed.
-    """
-    size = images.shape[-1]
-    steps = torch.arange(size, dtype=torch.float64)
-    basis = (2 / size) ** 0.5 * torch.cos(math.pi / size * steps[:, None] * (steps + 0.5))
-    basis[0] *= 0.5**0.5
-    basis = basis.float()
-    return (basis @ images.float().mean(dim=1) @ basis.T).square()
-
-
-def _frequencies(size: int) -> Tensor:
-    """Cycles per pixel (S, S) of the coefficients of the cosine transform."""
-    steps = torch.arange(size) / (2 * size)
-    return torch.hypot(steps[:, None], steps[None, :])

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from statistics import NormalDist
+from dataclasses import dataclass
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from itarflow.data.dataset import ImageDataset
 from itarflow.data.images import spread_over
-from itarflow.evaluation.diagnosis.failures import MEASURES, fine_energy, spectrum
+from itarflow.evaluation.diagnosis.failures import MEASURES, fine_energy
 from itarflow.evaluation.samples.files import Samples
 from itarflow.runtime.text import without_folders
 
-CONFIDENCE = 0.95
+KINDS: Mapping[str, tuple[str, ...]] = {
+    **{measure.name: (measure.name,) for measure in MEASURES},
+    "collapsed": ("black", "flat"),
+    "any": tuple(measure.name for measure in MEASURES),
+}
+"""Kinds of failures, and the measures of which one at least must be too low."""
 
 
 @dataclass(frozen=True)
@@ -48,30 +53,16 @@ def rate(count: int, total: int) -> Rate:
     """
     if not 0 <= count <= total or total == 0:
         raise ValueError(f"{count} of {total} is no rate; expected 0 <= count <= total, and total > 0.")
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    share, shrink = count / total, z * z / total
-    middle = (share + shrink / 2) / (1 + shrink)
-    half = z / (1 + shrink) * math.sqrt(share * (1 - share) / total + shrink / (4 * total))
-    # Exactly 0 and 1 at the ends, where rounding would leave a trace.
-    low = 0.0 if count == 0 else middle - half
-    high = 1.0 if count == total else middle + half
-    return Rate(count, total, share, low, high)
+    interval = binomtest(count, total).proportion_ci(0.95, "wilson")
+    return Rate(count, total, count / total, float(interval.low), float(interval.high))
 
 
 def difference(first: Rate, second: Rate) -> Difference:
-    """first - second, of independent images, with the hybrid of both score intervals."""
+    """first - second, of independent images: the hybrid of both of Wilson's intervals."""
     value = first.value - second.value
     below = math.hypot(first.value - first.low, second.high - second.value)
     above = math.hypot(first.high - first.value, second.value - second.low)
     return Difference(value, value - below, value + above)
-
-
-KINDS: Mapping[str, tuple[str, ...]] = {
-    **{measure.name: (measure.name,) for measure in MEASURES},
-    "collapsed": ("black", "flat"),
-    "any": tuple(measure.name for measure in MEASURES),
-}
-"""Kinds of failures, and the measures of which one at least must be too low."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +101,8 @@ class RealImages:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What has been measured of the images of a set that are not broken."""
+class Measurements:
+    """Of the n images of a set that are neither broken nor unreadable."""
 
     numbers: Tensor
     """(n,) int64: which they are."""
@@ -119,35 +110,28 @@ class Measured:
     """(n,) by the names of the measures."""
     energy: Tensor
     """(n, N) `fine_energy`, token by token in raster order."""
-    spectrum: Tensor
-    """(S - 1,) mean over the images."""
     unreadable: tuple[str, ...] = ()
-    """ "name: reason" of each real image that could not be read, and is left out."""
+    """ "name: reason" of each real image that could not be read."""
 
-    def below(self, thresholds: Mapping[str, float | None], kind: str) -> Tensor:
-        """Which images fail so, (n,) bool; what has no threshold fails nobody."""
-        fails = torch.zeros(len(self.numbers), dtype=torch.bool)
+    def fails(self, thresholds: Mapping[str, float | None], kind: str) -> Tensor:
+        """Which images fail so, (n,) bool; a measure without a threshold fails none."""
+        failed = torch.zeros(len(self.numbers), dtype=torch.bool)
         for name in KINDS[kind]:
             if (limit := thresholds[name]) is not None:
-                fails |= self.values[name] < limit
-        return fails
+                failed |= self.values[name] < limit
+        return failed
 
-    def rates(self, thresholds: Mapping[str, float | None]) -> dict[str, Rate]:
-        """How many fail, by kind."""
-        return {kind: rate(int(self.below(thresholds, kind).sum()), len(self.numbers)) for kind in KINDS}
+    def rates(self, thresholds: Mapping[str, float | None], of: slice = slice(None)) -> dict[str, Rate]:
+        """How many of some of the images fail, by kind."""
+        failed = {kind: self.fails(thresholds, kind)[of] for kind in KINDS}
+        return {kind: rate(int(some.sum()), len(some)) for kind, some in failed.items()}
 
     def medians(self) -> dict[str, float]:
         """Of the measures."""
         return {name: float(value.median()) for name, value in self.values.items()}
 
-    def every_other(self, first: int) -> Measured:
-        """Half of the images, from the first (0) or the second (1) on; the spectrum stays that of all."""
-        half = slice(first, None, 2)
-        values = {name: value[half] for name, value in self.values.items()}
-        return replace(self, numbers=self.numbers[half], values=values, energy=self.energy[half])
 
-
-def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int], None]) -> Measured:
+def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int], None]) -> Measurements:
     """Measure all images of a set that are not broken and can be read, batch by batch.
 
     Args:
@@ -162,7 +146,7 @@ def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int
     whole = torch.ones(len(pictures), dtype=torch.bool)
     whole[pictures.broken] = False
     values: dict[str, list[Tensor]] = {part.name: [] for part in MEASURES}
-    energy, power, unreadable = list[Tensor](), torch.zeros(()), list[str]()
+    energy, unreadable = list[Tensor](), list[str]()
     for start in range(0, len(pictures), batch_size):
         stop = min(start + batch_size, len(pictures))
         images, reports = _read(pictures, start, stop)
@@ -175,11 +159,10 @@ def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int
         for part in MEASURES:
             values[part.name].append(part.measure(kept))
         energy.append(fine_energy(kept, patch).flatten(1))
-        power = power + spectrum(kept).sum(dim=0)
     if not energy:
         raise ValueError(f"all {len(pictures)} images of {pictures.name} are broken; there is nothing to measure.")
     joined = {name: torch.cat(parts) for name, parts in values.items()}
-    return Measured(whole.nonzero().flatten(), joined, torch.cat(energy), power / int(whole.sum()), tuple(unreadable))
+    return Measurements(whole.nonzero().flatten(), joined, torch.cat(energy), tuple(unreadable))
 
 
 def _read(pictures: Samples, start: int, stop: int) -> tuple[Tensor, dict[int, str]]:

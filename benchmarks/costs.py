@@ -16,9 +16,9 @@ from typing import cast
 import torch
 from torch import nn
 
+from itarflow.flow import TARFlow
 from itarflow.flow.block import AutoregressiveBlock
-from itarflow.flow.tarflow import TARFlow
-from itarflow.inverse.guidance import Guidance
+from itarflow.inverse import Guidance
 
 
 @dataclass(frozen=True)

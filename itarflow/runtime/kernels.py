@@ -1,0 +1,278 @@
+"""Linear layers and attention on CPUs by private parts of PyTorch, which promise nothing.
+
+Three detours, whose results differ from `torch.nn.functional.linear` and `scaled_dot_product_attention` by rounding:
+
+- float32 products go through oneDNN. PyTorch gives them to MKL, which leaves AVX-512 of AMD's processors unused.
+- causal attention over a whole sequence in bfloat16 takes blocks of queries. PyTorch's own multiplies tiles, too small
+  for bfloat16 to be faster there than float32.
+- attention of single queries of many heads, as in sampling, is two products.
+
+Other devices, other precisions, torch.compile, torch.func and forward-mode derivatives see nothing of this. Nor does a
+PyTorch that lacks what is needed, which is tried when this module is imported. ITARFLOW_PLAIN_KERNELS=1 in the
+environment turns all of it off.
+
+The gain depends on the CPU: `python benchmarks/plain_kernels.py` measures it. On an AMD EPYC without AVX-512 it is
+0.90 for the two passes of a training step in float32, which is a loss, and 1.13 for the inverse of 8 images.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+_FEWEST = 2**20
+"""Products of fewer multiplications are faster without the detour."""
+_BLOCK = 128
+"""Queries at a time: fewer make small products, more compute much that the mask hides."""
+_VECTOR = 32
+"""Numbers in a register of AVX-512: softmax is several times slower on rows that leave a rest."""
+_MANY = 64
+"""Heads times samples from which two products are faster for single queries."""
+_LARGE = 2**21
+"""Numbers in all keys from which they are read faster as the left factor."""
+
+PLAIN = os.environ.get("ITARFLOW_PLAIN_KERNELS", "") not in ("", "0")
+"""Whether the environment turns the detours off."""
+
+
+def _is_watched() -> bool:
+    """Whether something follows the computation that knows no derivative of ours."""
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def _has_onednn() -> bool:
+    """Whether all private parts that a linear layer takes are there and take what they are given here."""
+    one = torch.ones(1, 1, device="cpu", dtype=torch.float32)
+    try:
+        operator = torch.ops.mkldnn._linear_pointwise
+        packed = torch.ops.mkldnn._reorder_linear_weight(one)
+        operator.default(one, packed, one[0], "gelu", [], "none")
+        operator.binary(one, one, packed, one[0], "add")
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        _is_watched()
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _has_blocks() -> bool:
+    """Whether this CPU has products in bfloat16, and the gradient of softmax is there."""
+    one = torch.ones(1, 1, device="cpu", dtype=torch.bfloat16)
+    try:
+        torch._softmax_backward_data(one, one, -1, one.dtype)
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+
+
+ONEDNN = not PLAIN and _has_onednn()
+"""Whether float32 products may go through oneDNN."""
+BLOCKS = ONEDNN and _has_blocks()
+"""Whether causal attention in bfloat16 may take blocks of queries."""
+if ONEDNN:  # looked up once: that takes as long as a small product
+    _product, _sum = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn._linear_pointwise.binary
+
+# -- linear layers ----------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) -> x @ weight.T + bias (..., out); differentiable any number of times.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,), or None.
+    """
+    if _prefers_onednn(x, weight):
+        return _OneDnn.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, by `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out)."""
+        return linear(x, self.weight, self.bias)
+
+
+def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        ONEDNN
+        and x.ndim > 1
+        and x.device.type == weight.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * len(weight) >= _FEWEST
+        and type(weight) in (Tensor, nn.Parameter)  # no subclass, such as a distributed tensor
+        and not torch.is_autocast_enabled("cpu")
+        and not _is_watched()
+    )
+
+
+class _OneDnn(torch.autograd.Function):
+    """All three products of a linear layer are linear layers, so each derivative is one of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # Only what a gradient needs: with frozen weights the input is not kept.
+        _, wants_weight, wants_bias = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_weight else None, weight)
+        ctx.wants_bias = wants_bias
+        return _product(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        grad_x = linear(grad, weight.t()) if ctx.needs_input_grad[0] else None
+        rows = grad.flatten(end_dim=-2)
+        grad_weight = None if x is None else linear(rows.t(), x.flatten(end_dim=-2).t())
+        return grad_x, grad_weight, rows.sum(dim=0) if ctx.wants_bias else None
+
+
+class PackedLinear(NamedTuple):
+    """A linear layer that is used many times without gradients: its weights are cast, and laid out for oneDNN, once.
+
+    Made by `pack`. It keeps the values that the weights had then.
+    """
+
+    weight: Tensor
+    """(out, in), in oneDNN's own layout if `onednn`."""
+    bias: Tensor
+    onednn: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., in), of the weight's type, -> (..., out)."""
+        if self.onednn:
+            return _product(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """GELU of the product, in the same kernel where there is one."""
+        if self.onednn:
+            return _product(x, self.weight, self.bias, "gelu", [], "none")
+        return F.gelu(F.linear(x, self.weight, self.bias))
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The product, added to the residual (..., out), whose type the result has."""
+        if self.onednn and residual.dtype == x.dtype:
+            return _sum(x, residual, self.weight, self.bias, "add")
+        return residual + self(x).to(residual.dtype)
+
+
+def pack(layer: nn.Linear, dtype: torch.dtype) -> PackedLinear:
+    """The layer with its present weights in that type."""
+    weight, bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
+    onednn = ONEDNN and weight.device.type == "cpu" and (dtype == torch.float32 or _knows(dtype))
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if onednn else weight
+    return PackedLinear(packed, bias, onednn)
+
+
+def _knows(dtype: torch.dtype) -> bool:
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# -- attention --------------------------------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """The values, weighted by softmax(q @ k.T / sqrt(E)): (B, H, n, E).
+
+    Args:
+        q: (B, H, n, E), queries.
+        k: (B, H, N, E), keys.
+        v: (B, H, N, E), values.
+        mask: (n, N) or (B, 1, n, N) bool, False where a query must not look; None = it may look at all.
+        causal: query i looks at keys 0 .. i; not together with a mask.
+    """
+    if causal and mask is None and _prefers_blocks(q, k, v):
+        return _CausalBlocks.apply(q, k, v)
+    if mask is None and not causal and _prefers_products(q):
+        rows, keys, values = ((q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
+        if keys.numel() >= _LARGE:
+            logits = torch.bmm(keys, rows.transpose(1, 2)).transpose(1, 2)
+        else:
+            logits = torch.bmm(rows, keys.transpose(1, 2))
+        return torch.bmm(logits.softmax(dim=-1), values).unflatten(0, q.shape[:2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+
+
+def _prefers_products(q: Tensor) -> bool:
+    return (
+        not PLAIN
+        and q.device.type == "cpu"
+        and q.shape[2] == 1
+        and q.shape[0] * q.shape[1] >= _MANY
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _prefers_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return (
+        BLOCKS
+        and q.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and q.shape == k.shape
+        and not _is_watched()
+    )
+
+
+class _CausalBlocks(torch.autograd.Function):
+    """Keeps queries, keys and values, and computes the weights a second time for the gradient, block by block."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        batch, heads, tokens, width = q.shape
+        out = q.new_empty(batch, tokens, heads, width).transpose(1, 2)  # as the next layer reads it
+        q, k, v = _padded(q).mul_(width**-0.5), _padded(k), _padded(v)
+        for start in range(0, tokens, _BLOCK):
+            weights, stop = _weights(q, k, start)
+            values = torch.bmm(weights, v[:, :stop])[:, : tokens - start]
+            out[:, :, start:stop] = values.unflatten(0, (batch, heads))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        batch, heads, tokens, width = grads[0].shape
+        q, k, v, grad = (_padded(tensor) for tensor in (*ctx.saved_tensors, *grads))
+        q.mul_(width**-0.5)
+        grad_q = torch.empty_like(q)
+        # Sums over blocks, for which bfloat16 would be too coarse.
+        grad_k, grad_v = (torch.zeros_like(k, dtype=torch.float32) for _ in range(2))
+        for start in range(0, tokens, _BLOCK):
+            weights, stop = _weights(q, k, start)
+            part = grad[:, start:stop]
+            grad_v[:, :stop] += torch.bmm(weights.transpose(1, 2), part)
+            grad_weights = torch.bmm(part, v[:, :stop].transpose(1, 2))
+            grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_q[:, start:stop] = torch.bmm(grad_logits, k[:, :stop])
+            grad_k[:, :stop] += torch.bmm(grad_logits.transpose(1, 2), q[:, start:stop])
+        parts = (grad_q.mul_(width**-0.5), grad_k, grad_v)
+        return tuple(part[:, :tokens].to(k.dtype).unflatten(0, (batch, heads)) for part in parts)
+
+
+def _padded(tensor: Tensor) -> Tensor:
+    """(B, H, N, E) -> a copy (B * H, N', E), with zeros up to the next length whose rows fill whole vectors.
+
+    What is added comes after all queries, which do not look there.
+    """
+    return F.pad(tensor.flatten(end_dim=1), (0, 0, 0, -tensor.shape[2] % _VECTOR))
+
+
+def _weights(q: Tensor, k: Tensor, start: int) -> tuple[Tensor, int]:
+    """The weights (B * H, n, stop) of the n queries start .. stop - 1, and stop."""
+    stop = min(start + _BLOCK, q.shape[1])
+    logits = torch.bmm(q[:, start:stop], k[:, :stop].transpose(1, 2))
+    later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu(1)
+    logits[:, :, start:].masked_fill_(later, -torch.inf)
+    return logits.softmax(dim=-1), stop
