@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -79,12 +80,16 @@ def assert_same(first: TARFlow, second: TARFlow) -> None:
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_official_file_survives_reading_and_writing_bit_for_bit(name, tmp_path):
     source = GOLDEN / name / "weights.pth"
-    exported = export_official(load_official(source, **OFFICIAL[name]), tmp_path / "again.pth")
-    before, after = (torch.load(path, weights_only=True) for path in (source, exported))
+    flow = load_official(source, **OFFICIAL[name])
+    before, after = (torch.load(path, weights_only=True) for path in (source, export_official(flow, tmp_path / "a")))
     assert set(before) == set(after)
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype, key
         assert torch.equal(tensor, after[key]), key
+    redundant = {key for key in before if "attn_mask" in key or ".shared_backbone." in key}
+    names = name_map(flow, "attn_blocks" if name.startswith("tarflow") else "head_blocks")
+    assert set(names) == set(before) - redundant
+    assert sorted(names.values()) == sorted(flow.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -171,36 +176,25 @@ def test_half_precision_becomes_float32(official, dtype):
 # Names
 
 
-@pytest.mark.parametrize(
-    ("ours", "official"),
-    [
-        ("prior_variance", "var"),
-        ("blocks.0.position_embedding.weight", "blocks.0.pos_embed"),
-        ("blocks.11.class_embedding.weight", "blocks.11.class_embed"),
-        ("blocks.1.proj_in.weight", "blocks.1.proj_in.weight"),
-        ("blocks.1.noise_embedding.mlp.2.bias", "blocks.1.time_embed.mlp.2.bias"),
-        ("blocks.1.transformer.layers.23.attention_norm.weight", "blocks.1.head_blocks.23.attention.norm.weight"),
-        ("blocks.1.transformer.layers.0.attention.qkv.bias", "blocks.1.head_blocks.0.attention.qkv.bias"),
-        ("blocks.1.transformer.layers.0.mlp_norm.bias", "blocks.1.head_blocks.0.mlp.norm.bias"),
-        ("blocks.1.transformer.layers.0.mlp.2.weight", "blocks.1.head_blocks.0.mlp.main.2.weight"),
-        ("shared_backbone.layers.3.mlp.0.weight", "shared_backbone.3.mlp.main.0.weight"),
-        ("shared_backbone.layers.3.attention_norm.bias", "shared_backbone.3.attention.norm.bias"),
-    ],
+NAMES = (
+    ("prior_variance", "var"),
+    ("blocks.0.position_embedding.weight", "blocks.0.pos_embed"),
+    ("blocks.11.class_embedding.weight", "blocks.11.class_embed"),
+    ("blocks.1.proj_in.weight", "blocks.1.proj_in.weight"),
+    ("blocks.1.noise_embedding.mlp.2.bias", "blocks.1.time_embed.mlp.2.bias"),
+    ("blocks.1.transformer.layers.23.attention_norm.weight", "blocks.1.head_blocks.23.attention.norm.weight"),
+    ("blocks.1.transformer.layers.0.attention.qkv.bias", "blocks.1.head_blocks.0.attention.qkv.bias"),
+    ("blocks.1.transformer.layers.0.mlp_norm.bias", "blocks.1.head_blocks.0.mlp.norm.bias"),
+    ("blocks.1.transformer.layers.0.mlp.2.weight", "blocks.1.head_blocks.0.mlp.main.2.weight"),
+    ("shared_backbone.layers.3.mlp.0.weight", "shared_backbone.3.mlp.main.0.weight"),
+    ("shared_backbone.layers.3.attention_norm.bias", "shared_backbone.3.attention.norm.bias"),
 )
-def test_names(ours, official):
-    assert official_name(ours) == official
-    assert official_name(ours, "attn_blocks") == official.replace("head_blocks", "attn_blocks")
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
-def test_name_map_covers_the_official_file(name):
-    state = torch.load(GOLDEN / name / "weights.pth", weights_only=True)
-    flow = load_official(GOLDEN / name / "weights.pth", **OFFICIAL[name])
-    layers = "attn_blocks" if name.startswith("tarflow") else "head_blocks"
-    redundant = {key for key in state if "attn_mask" in key or ".shared_backbone." in key}
-    names = name_map(flow, layers)
-    assert set(names) == set(state) - redundant
-    assert sorted(names.values()) == sorted(flow.state_dict())
+def test_names():
+    for ours, official in NAMES:
+        assert official_name(ours) == official
+        assert official_name(ours, "attn_blocks") == official.replace("head_blocks", "attn_blocks")
 
 
 # What is written
@@ -259,13 +253,13 @@ def test_failed_export_leaves_the_old_file_whole(official, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"learned_first_token": True}, "learned_first_token=True can't be exported; ml-itarflow would need False"),
-        ({"head_dim": 32}, "head_dim=32.*would need 64"),
-        ({"mlp_ratio": 2}, "mlp_ratio=2.*would need 4"),
-        ({"noise_conditioned": False, "input_scale": 2.0}, "input_scale=2.0.*ml-tarflow would need 1"),
-        ({"noise_conditioned": False, "shared_layers": 1}, "shared_layers=1.*ml-tarflow would need 0"),
-        ({"noise_conditioned": False, "patch_size": (2, 4)}, "patch_size=.2, 4.*would need 2 in all blocks"),
-        ({"noise_conditioned": False, "channels": (64, 128)}, "channels=.64, 128.*would need 64 in all blocks"),
+        ({"learned_first_token": True}, "learned_first_token=True .*ml-itarflow .*False"),
+        ({"head_dim": 32}, "head_dim=32.* 64"),
+        ({"mlp_ratio": 2}, "mlp_ratio=2.* 4"),
+        ({"noise_conditioned": False, "input_scale": 2.0}, "input_scale=2.0.*ml-tarflow .*1"),
+        ({"noise_conditioned": False, "shared_layers": 1}, "shared_layers=1.*ml-tarflow .*0"),
+        ({"noise_conditioned": False, "patch_size": (2, 4)}, "patch_size=.2, 4.* 2 in"),
+        ({"noise_conditioned": False, "channels": (64, 128)}, "channels=.64, 128.* 64 in"),
         ({"noise_conditioned": False, "num_layers": (1, 2)}, "num_layers=.1, 2.*save_pretrained"),
     ],
 )
@@ -293,7 +287,7 @@ def test_refused_file_is_named(tmp_path):
 def test_weights_of_another_model(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "model.pth")
     message = refusal(tmp_path / "model.pth")
-    assert message.startswith("holds no official TARFlow: its tensors are weight, bias; expected blocks.0.pos_embed")
+    assert re.search("weight, bias;.*blocks.0.pos_embed", message)
 
 
 def test_weights_of_ours(tmp_path):
@@ -304,7 +298,7 @@ def test_weights_of_ours(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("var"), "lacks var; expected the 45 tensors"),
+        (without("var"), "lacks var;.* 45 tensors"),
         (without("blocks.1.proj_out.bias", "blocks.0.proj_in.bias"), "lacks blocks.0.proj_in.bias, blocks.1.proj_out"),
         (without("blocks.0.head_blocks.0.mlp.norm.bias"), "lacks blocks.0.head_blocks.0.mlp.norm.bias"),
         (without("blocks.1.class_embed"), "lacks blocks.1.class_embed"),
@@ -332,18 +326,18 @@ def test_block_without_layers(official):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("blocks.1.proj_in.bias", (63,), r"proj_in.bias of shape \(63,\); expected \(64,\)"),
-        ("blocks.1.class_embed", (3, 64), r"class_embed of shape \(3, 64\); expected \(3, 1, 64\)"),
-        ("blocks.0.class_embed", (3, 64), r"class_embed of shape \(3, 64\); expected \(classes, 1, channels\)"),
-        ("blocks.1.class_embed", (4, 1, 64), r"class_embed of shape \(4, 1, 64\)"),
-        ("blocks.0.pos_embed", (4,), r"pos_embed of shape \(4,\); expected \(tokens, channels\)"),
-        ("blocks.0.pos_embed", (5, 64), "5 tokens in block 0; expected a square"),
+        ("blocks.1.proj_in.bias", (63,), r"proj_in.bias .*\(63,\).*\(64,\)"),
+        ("blocks.1.class_embed", (3, 64), r"class_embed .*\(3, 64\).*\(3, 1, 64\)"),
+        ("blocks.0.class_embed", (3, 64), r"class_embed .*\(3, 64\).*\(classes, 1, channels\)"),
+        ("blocks.1.class_embed", (4, 1, 64), r"class_embed .*\(4, 1, 64\)"),
+        ("blocks.0.pos_embed", (4,), r"pos_embed .*\(4,\).*\(tokens, channels\)"),
+        ("blocks.0.pos_embed", (5, 64), "5 tokens in block 0"),
         ("blocks.1.pos_embed", (16, 64), r"different sizes, \[4, 8\]"),
-        ("blocks.1.pos_embed", (4, 96), "96 channels in block 1; expected a multiple of 64"),
-        ("blocks.0.proj_out.weight", (36, 64), r"36 outputs.*expected 24 \(scale and shift\) or 12 \(shift only\)"),
-        ("blocks.1.proj_out.weight", (12, 64), r"proj_out.weight of shape \(12, 64\); expected \(24, 64\)"),
+        ("blocks.1.pos_embed", (4, 96), "96 channels in block 1.* 64"),
+        ("blocks.0.proj_out.weight", (36, 64), r"36 outputs.* 24 .* 12 "),
+        ("blocks.1.proj_out.weight", (12, 64), r"proj_out.weight .*\(12, 64\).*\(24, 64\)"),
         ("blocks.0.head_blocks.0.mlp.main.0.weight", (128, 64), r"expected \(256, 64\)"),
-        ("var", (16, 12), r"var of shape \(16, 12\); expected \(4, 12\)"),
+        ("var", (16, 12), r"var .*\(16, 12\).*\(4, 12\)"),
     ],
 )
 def test_shapes_that_do_not_fit_together(official, name, shape, message):
@@ -351,7 +345,7 @@ def test_shapes_that_do_not_fit_together(official, name, shape, message):
         load_official(official(with_(name, torch.ones(shape)), num_classes=3))
 
 
-@pytest.mark.parametrize("in_channels", [2, 4, 5, 0, -3])
+@pytest.mark.parametrize("in_channels", [5, 0])
 def test_in_channels_that_do_not_fit(official, in_channels):
     message = refusal(official(), in_channels=in_channels)
     assert f"aren't square patches of in_channels={in_channels}" in message

@@ -44,12 +44,14 @@ def test_every_notebook_is_run_here():
     }
 
 
+@pytest.mark.slow
 def test_the_quickstart_tells_real_digits_from_shuffled_ones(digits_pipeline, monkeypatch):
     printed, pictures = run("quickstart.ipynb", monkeypatch, ITARFLOW_PIPELINE=digits_pipeline)
     assert pictures == 4
     assert float(printed.split("real beats shuffled in ")[1].split("%")[0]) > 90
 
 
+@pytest.mark.slow
 def test_the_notebook_of_likelihoods_shows_what_they_are_good_for_and_the_pitfall(digits_pipeline, monkeypatch):
     printed, pictures = run("likelihood.ipynb", monkeypatch, ITARFLOW_PIPELINE=digits_pipeline)
     assert pictures == 6
@@ -67,6 +69,7 @@ def test_the_notebook_of_likelihoods_shows_what_they_are_good_for_and_the_pitfal
     assert figures("against digits", "complexity")[-1] < figures("against digits", "-log p")[-1]
 
 
+@pytest.mark.slow
 def test_the_notebook_of_latent_space_goes_from_pixels_to_codes_and_back(make_flow, monkeypatch, tmp_path):
     vae = tiny_vae("AutoencoderTiny", in_channels=3, out_channels=3)
     tuned = copy.deepcopy(vae)
@@ -89,6 +92,7 @@ def test_the_notebook_of_latent_space_goes_from_pixels_to_codes_and_back(make_fl
     assert all(plain != tuned for plain, tuned in zip(figures[::2], figures[1::2], strict=True))
 
 
+@pytest.mark.slow
 def test_the_notebook_of_the_noise_dilemma_shows_what_was_measured(monkeypatch):
     printed, pictures = run("noise_dilemma.ipynb", monkeypatch, ITARFLOW_STUDY=ROOT / "docs" / "noise_dilemma")
     assert pictures == 2

@@ -30,8 +30,9 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-@pytest.mark.parametrize("resolution", RESOLUTIONS)
-@pytest.mark.parametrize(("size", "printed"), [("B", 770e6), ("L", 1.2e9), ("XL", 2.2e9)])
+@pytest.mark.parametrize(
+    ("size", "printed", "resolution"), [("B", 770e6, 256), ("L", 1.2e9, 128), ("XL", 2.2e9, 64), ("XL", 2.2e9, 256)]
+)
 def test_itarflow_has_the_parameters_that_the_paper_prints(size, printed, resolution):
     assert count(on_meta(itarflow_model(size, resolution))) == pytest.approx(printed, rel=0.01)
 
@@ -46,15 +47,12 @@ def test_the_smallest_itarflow_has_them_in_its_layers_alone(resolution):
     assert "417M" in SIZES["S"].note
 
 
-@pytest.mark.parametrize(
-    ("size", "printed"), [("S", "350M"), ("B", "770M"), ("L", "1.2B"), ("XL", "2.2B")], ids=["S", "B", "L", "XL"]
-)
-def test_sizes_carry_the_printed_figure(size, printed):
-    assert SIZES[size].paper_parameters == printed
+def test_sizes_carry_the_printed_figure():
+    printed = {size: preset.paper_parameters for size, preset in SIZES.items()}
+    assert printed == {"S": "350M", "B": "770M", "L": "1.2B", "XL": "2.2B"}
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("resolution", RESOLUTIONS)
+@pytest.mark.parametrize(("size", "resolution"), [("S", 64), ("B", 128), ("L", 256), ("XL", 64)])
 def test_itarflow_has_1024_tokens_at_every_resolution(size, resolution):
     flow = on_meta(itarflow_model(size, resolution))
     assert flow.z_shape == (1024, 3 * (resolution // 32) ** 2)
@@ -123,16 +121,16 @@ def test_settings_per_block_reach_the_flow():
 
 @pytest.mark.parametrize("size", ["M", "s", ""])
 def test_an_unknown_size_is_refused(size):
-    with pytest.raises(ValueError, match=f"model size is '{size}'; expected one of S, B, L, XL"):
+    with pytest.raises(ValueError, match=f"size is '{size}'.*S, B, L, XL"):
         itarflow_model(size, 64)
 
 
 @pytest.mark.parametrize("resolution", [0, -32, 16, 100])
 def test_a_resolution_that_32_does_not_divide_is_refused(resolution):
-    with pytest.raises(ValueError, match=f"resolution is {resolution}; expected a multiple of 32"):
+    with pytest.raises(ValueError, match=f"resolution is {resolution}.* 32"):
         itarflow_model("S", resolution)
 
 
 def test_settings_that_do_not_fit_together_are_refused_on_building():
-    with pytest.raises(ValueError, match="patch_size 3 does not divide image_size 8"):
+    with pytest.raises(ValueError, match=r"patch_size 3 .*image_size 8"):
         ModelConfig(image_size=8, patch_size=3, channels=64, num_layers=(1,)).build()

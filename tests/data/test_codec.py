@@ -132,14 +132,14 @@ def test_a_vae_that_overflows_in_half_precision_computes_in_float32():
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda vae: VaeCodec(vae).encode(images(1, 9)), "9 x 9 pixels, which the VAE's stride of 2 does not divide"),
-        (lambda vae: VaeCodec(vae).encode(images(1, 8, 3)), "3 channels; this VAE encodes images of 1"),
+        (lambda vae: VaeCodec(vae).encode(images(1, 9)), "9 x 9 .*stride of 2"),
+        (lambda vae: VaeCodec(vae).encode(images(1, 8, 3)), "3 channels.* of 1"),
         (
             lambda vae: VaeCodec(vae).decode(torch.zeros(1, 3, 4, 4)),
             r"\(1, 3, 4, 4\); this VAE expects \(B, 4, H, W\)",
         ),
         (lambda vae: VaeCodec(vae, slice_size=0), "slice_size is 0"),
-        (lambda _: VaeCodec(tiny_vae("AutoencoderTiny"), tiled=True), "stride 2; tiles are only for stride 8"),
+        (lambda _: VaeCodec(tiny_vae("AutoencoderTiny"), tiled=True), "stride 2.* stride 8"),
     ],
 )
 def test_what_does_not_fit_a_vae_is_refused(call, words):
@@ -207,13 +207,13 @@ def test_what_is_no_vae_is_refused(tmp_path):
     incomplete = load_file(tmp_path / "whole" / weights.name)
     del incomplete["quant_conv.weight"]
     save_file(incomplete, tmp_path / "whole" / weights.name)
-    with pytest.raises(OSError, match=r"1 tensors are missing, such as quant_conv\.weight"):
+    with pytest.raises(OSError, match=r"1 tensors .*quant_conv\.weight"):
         load_vae(CodecConfig(vae=str(tmp_path / "whole")))
     with pytest.raises(OSError, match="is neither a folder here nor a Hub id"):
         load_vae(CodecConfig(vae="/nowhere/vae"))
     with pytest.raises(OSError, match="'someone/vae' can't be loaded"):
         load_vae(CodecConfig(vae="someone/vae"))
-    with pytest.raises(ValueError, match=r"scaling_factor is 0\.0; expected a number > 0"):
+    with pytest.raises(ValueError, match=r"scaling_factor is 0\.0"):
         load_vae(CodecConfig(vae=str(tmp_path / "cut"), scaling_factor=0.0))
 
 

@@ -249,7 +249,7 @@ def test_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", fail)
-        with pytest.raises(OSError, match=r"out can't be written: .*No space left.*the same command goes on"):
+        with pytest.raises(OSError, match=r"out can't be written: .*No space left"):
             run(source, tmp_path / "out")
     assert files(tmp_path / "out") == ["prepare.json"]
     assert run(source, tmp_path / "out").images == {"train": 3}
@@ -260,7 +260,7 @@ def test_lost_worker(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed")
 
     _watch(monkeypatch, lose)
-    with pytest.raises(DataError, match=r"a process that decodes images has died .* fewer num_workers"):
+    with pytest.raises(DataError, match=r"died .* fewer num_workers"):
         run(source, tmp_path / "out")
 
 
@@ -299,10 +299,10 @@ def test_too_many_broken_images(tmp_path: Path, reads: list[int]) -> None:
     for index in (0, 3):
         damage(source / "a" / f"00{index}.png")
     options = {"shard_size": 2, "max_broken": 1}
-    with pytest.raises(DataError, match=r"2 images could not be read, and max_broken is 1(.|\n)*a/003.png: "):
+    with pytest.raises(DataError, match=r"2 images .*max_broken is 1(.|\n)*a/003.png: "):
         run(source, tmp_path / "out", **options)
     assert len(json.loads((tmp_path / "out" / "broken.json").read_text())["train"]) == 2
-    with pytest.raises(DataError, match="2 images could not be read"):
+    with pytest.raises(DataError, match=r"2 images .*max_broken is 1"):
         run(source, tmp_path / "out", **options)
     assert reads == [0, 1, 2, 3]
     assert run(source, tmp_path / "out", **options | {"max_broken": 2}).images == {"train": 3}
@@ -315,20 +315,20 @@ def test_too_many_broken_images(tmp_path: Path, reads: list[int]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size is 0; expected 1 or more"),
+        ({"size": 0}, "size is 0"),
         ({"shard_size": 0}, "shard_size is 0"),
         ({"max_broken": -1}, "max_broken is -1"),
         ({"num_workers": -1}, "num_workers is -1"),
         ({"in_channels": 2}, "in_channels is 2"),
         ({"crop": "round"}, "crop 'round' is unknown"),
-        ({"format": "gif"}, "format 'gif' is unknown; use one of png, jpeg, webp"),
-        ({"quality": 0}, "quality is 0; expected 1 to 100"),
+        ({"format": "gif"}, "format 'gif' .*png, jpeg, webp"),
+        ({"quality": 0}, "quality is 0.* 1 to 100"),
         ({"split": ()}, "expected names of splits"),
         ({"split": ("train", "train")}, "each once"),
-        ({"split": ("train[:10%]",)}, r"split 'train\[:10%\]' is no plain name"),
-        ({"split": ("train", "val")}, "no split 'val'; use one of train"),
-        ({"name": "all"}, "is not on the Hub: leave name out"),
-        ({"image_column": "photo"}, "image_column 'photo' has no images"),
+        ({"split": ("train[:10%]",)}, r"split 'train\[:10%\]'"),
+        ({"split": ("train", "val")}, "split 'val'.* train"),
+        ({"name": "all"}, "leave name out"),
+        ({"image_column": "photo"}, "image_column 'photo'"),
     ],
 )
 def test_refused_before_anything_is_written(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -349,13 +349,16 @@ def test_refused_before_anything_is_written(tmp_path: Path, options: dict[str, A
 )
 def test_other_settings_are_refused(source: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     run(source, tmp_path / "out")
-    with pytest.raises(DataError, match=f"begun with other settings(.|\n)*{message}\nRun the command that began it"):
+    with pytest.raises(DataError, match=f"other settings(.|\n)*{message}"):
         run(source, tmp_path / "out", **options)
 
 
 def test_what_changes_no_image_may_differ(source: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "out")
-    run(source, tmp_path / "out", quality=50, max_broken=0, num_workers=1)
+    first = run(source, tmp_path / "out")
+    before = content(tmp_path / "out")
+    again = run(source, tmp_path / "out", quality=50, max_broken=0, num_workers=1)
+    assert again == replace(first, images_per_second=None)
+    assert content(tmp_path / "out") == before
 
 
 def test_other_sources_are_refused(source: Path, tmp_path: Path) -> None:
@@ -364,7 +367,7 @@ def test_other_sources_are_refused(source: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"source: .*source there, digits now"):
         run("digits", out)
     (source / "a").rename(source / "c")
-    with pytest.raises(DataError, match="classes: 2 there, 2 now; the first to differ is a there, b now"):
+    with pytest.raises(DataError, match=r"classes: 2 there, 2 now; .* a there, b now"):
         run(source, out)
     shutil.rmtree(source / "c")
     with pytest.raises(DataError, match=r"source_images in train: 3 there, 1 now\n  classes: 2 there, 1 now"):
@@ -404,9 +407,9 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     other.mkdir()
     (other / "notes.txt").touch()
     file.touch()
-    with pytest.raises(DataError, match="other is a folder with other things in it; choose a new or empty one"):
+    with pytest.raises(DataError, match="other is a folder with other things"):
         run(source, other)
-    with pytest.raises(DataError, match="file is a file; expected a new folder"):
+    with pytest.raises(DataError, match="file is a file"):
         run(source, file)
     for out in (source, source / "small"):
         with pytest.raises(DataError, match="would be taken for a part of it"):
@@ -417,14 +420,14 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"settings": {}}', '{"settings": 3}'])
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "prepare.json").write_text(text)
-    with pytest.raises(DataError, match=r"prepare.json is damaged, or of another program"):
+    with pytest.raises(DataError, match=r"prepare.json is damaged"):
         run("digits", tmp_path)
 
 
 def test_damaged_file_is_refused(source: Path, tmp_path: Path) -> None:
     run(source, tmp_path / "out")
     damage(tmp_path / "out" / "train-00000-of-00001.parquet")
-    with pytest.raises(DataError, match=r"train-00000-of-00001.parquet is damaged.*; delete it, and run"):
+    with pytest.raises(DataError, match=r"train-00000-of-00001.parquet is damaged"):
         run(source, tmp_path / "out")
     write_parquet(tmp_path / "out" / "train-00000-of-00001.parquet", {"label": [1]})
     with pytest.raises(DataError, match="not of this command"):

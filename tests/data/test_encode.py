@@ -263,7 +263,7 @@ def test_files_that_others_have_not_written_are_missed(source: Path, tmp_path: P
     plan = plan_encoding(settings(source, tmp_path / "out", vaes["tiny"], shard_size=4))
     begin(plan)
     encode_share(plan, device="cpu", process_index=1, num_processes=2, count=int)
-    with pytest.raises(DataError, match=r"1 files are missing in .*out, train-00000-of-00002.parquet first"):
+    with pytest.raises(DataError, match=r"1 files .*out, train-00000-of-00002.parquet"):
         finish(plan)
 
 
@@ -273,7 +273,7 @@ def test_full_disk(source: Path, tmp_path: Path, vaes: dict[str, Path], monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, "write_table", fail)
-        with pytest.raises(OSError, match=r"out can't be written: .*No space left.*the same command goes on"):
+        with pytest.raises(OSError, match=r"out can't be written: .*No space left"):
             run(source, tmp_path / "out", vaes["tiny"])
     assert files(tmp_path / "out") == ["codes.json"]
     assert run(source, tmp_path / "out", vaes["tiny"]).images == {"train": 7}
@@ -320,9 +320,9 @@ def test_codes_that_are_not_finite_are_broken_images(
 def test_too_many_broken_images(tmp_path: Path, vaes: dict[str, Path]) -> None:
     source = write_classes(tmp_path / "source", {"a": 3})
     damage(source / "a" / "000.png")
-    with pytest.raises(DataError, match=r"1 images could not be read, and max_broken is 0"):
+    with pytest.raises(DataError, match=r"1 images .*max_broken is 0"):
         run(source, tmp_path / "out", vaes["tiny"], shard_size=2, max_broken=0)
-    with pytest.raises(DataError, match=r"none of the images in .* could be encoded"):  # too large for float16
+    with pytest.raises(DataError, match=r"none of the images in .*source"):  # too large for float16
         run(source, tmp_path / "other", vaes["tiny"], scaling_factor=1e9)
 
 
@@ -333,17 +333,17 @@ def test_too_many_broken_images(tmp_path: Path, vaes: dict[str, Path]) -> None:
     ("vae", "options", "message"),
     [
         ("tiny", {"size": 0}, "size is 0; expected 1 or more"),
-        ("tiny", {"size": 9}, "9 x 9 pixels, which the VAE's stride of 2 does not divide"),
+        ("tiny", {"size": 9}, "9 x 9 .*stride of 2"),
         ("tiny", {"batch_size": 0}, "batch_size is 0"),
         ("tiny", {"shard_size": 0}, "shard_size is 0"),
         ("tiny", {"num_workers": -1}, "num_workers is -1"),
-        ("tiny", {"dtype": "int8"}, "dtype 'int8' is unknown; use one of float32, bf16, fp16"),
+        ("tiny", {"dtype": "int8"}, "dtype 'int8' .*float32, bf16, fp16"),
         ("tiny", {"crop": "round"}, "crop 'round' is unknown"),
-        ("tiny", {"split": ("train[:10%]",)}, r"split 'train\[:10%\]' is no plain name"),
+        ("tiny", {"split": ("train[:10%]",)}, r"split 'train\[:10%\]'"),
         ("tiny", {"split": ("val",)}, "no split 'val'"),
-        ("tiny", {"tiled": True}, "stride 2; tiles are only for stride 8"),
+        ("tiny", {"tiled": True}, "stride 2.* stride 8"),
         ("tiny", {"scaling_factor": 0.0}, "scaling_factor is 0.0"),
-        ("two", {}, r"takes images of 2 channels; expected 1 \(grey\) or 3 \(RGB\)"),
+        ("two", {}, r"2 channels.* 1 \(grey\) or 3 \(RGB\)"),
     ],
 )
 def test_refused_before_anything_is_written(
@@ -355,7 +355,7 @@ def test_refused_before_anything_is_written(
 
 
 def test_places_that_cannot_be_used_are_refused(source: Path, tmp_path: Path, vaes: dict[str, Path]) -> None:
-    with pytest.raises(OSError, match=r"the VAE '.*nowhere' can't be loaded"):
+    with pytest.raises(OSError, match=r"VAE '.*nowhere' "):
         run(source, tmp_path / "out", tmp_path / "nowhere")
     with pytest.raises(DataError, match="would be taken for a part of it"):
         run(source, source / "codes", vaes["tiny"])
@@ -375,13 +375,11 @@ def test_a_folder_is_not_gone_on_with_otherwise(source: Path, tmp_path: Path, va
         ({"flips": False}, "flips: True there, False now"),
         ({"dtype": "bf16"}, "dtype: float32 there, bf16 now"),
     ):
-        with pytest.raises(DataError, match=f"begun with other settings(.|\n)*{message}\nRun the command that began"):
+        with pytest.raises(DataError, match=f"other settings(.|\n)*{message}"):
             run(source, out, vaes["tiny"], **options)
-    with pytest.raises(
-        DataError, match="begun with another VAE or scaling:\n  kind: AutoencoderTiny -> AutoencoderKL"
-    ):
+    with pytest.raises(DataError, match="kind: AutoencoderTiny -> AutoencoderKL"):
         run(source, out, vaes["kl"])
-    with pytest.raises(DataError, match=r"scaling_factor: 1.0 -> 2.0\nName that VAE"):
+    with pytest.raises(DataError, match=r"scaling_factor: 1.0 -> 2.0"):
         run(source, out, vaes["tiny"], scaling_factor=2.0)
     moved = shutil.copytree(vaes["tiny"], tmp_path / "the same elsewhere")
     run(source, out, moved, batch_size=1, max_broken=0, num_workers=1)

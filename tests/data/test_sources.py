@@ -84,7 +84,7 @@ def test_folder_with_splits(tmp_path: Path) -> None:
     assert (data.train.labels.tolist(), data.held_out.labels.tolist()) == ([0, 0, 1], [0, 1])
     assert load(tmp_path, split="val").train.labels.tolist() == [0, 1]
     assert len(load(tmp_path, split="train+val").train) == 5
-    with pytest.raises(DataError, match="no split 'test'; use one of train, val"):
+    with pytest.raises(DataError, match=r"'test'.*train, val"):
         load(tmp_path, held_out_split="test")
     with pytest.raises(DataError, match="shares images with split 'train'"):
         load(tmp_path, held_out_split="train")
@@ -175,7 +175,7 @@ def test_parquet_folder_with_splits(tmp_path: Path) -> None:
     assert data.train.labels.tolist() == [0, 1, 0, 1]
     assert values(load(tmp_path / "train-*.parquet").train) == [0, 1, 10, 11]
     assert values(load(tmp_path / "test-00000-of-00001.parquet").train) == [20]
-    with pytest.raises(DataError, match="no split 'val'; use one of test, train"):
+    with pytest.raises(DataError, match=r"'val'.*test, train"):
         load(tmp_path, held_out_split="val")
 
 
@@ -191,7 +191,7 @@ def test_parquet_names_that_tell_the_split_or_none(tmp_path: Path, names: list[s
 def test_parquet_file_without_split_among_splits_is_refused(tmp_path: Path) -> None:
     for name in ("train", "extra"):
         write_parquet(tmp_path / f"{name}.parquet", typed_columns(1), TYPED)
-    with pytest.raises(DataError, match=r"extra\.parquet' is of no split"):
+    with pytest.raises(DataError, match=r"extra\.parquet'"):
         load(tmp_path)
 
 
@@ -206,7 +206,7 @@ def test_changed_parquet_is_seen(tmp_path: Path) -> None:
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
     file = tmp_path / "bad.parquet"
     file.write_bytes(b"not parquet")
-    with pytest.raises(DataError, match=r"bad\.parquet' is not a readable parquet file"):
+    with pytest.raises(DataError, match=r"bad\.parquet' is not"):
         load(tmp_path)
     write_parquet(file, {"image": [encoded(1, 64)] * 20, "label": list(range(20))})
     content = bytearray(file.read_bytes())
@@ -265,7 +265,7 @@ def test_streamed_splits_are_checked(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows"):
         load(tmp_path, streaming=True, split="train[99:]")
     damage(tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train\.parquet' is not a readable parquet file"):
+    with pytest.raises(DataError, match=r"train\.parquet' is not"):
         load(tmp_path, streaming=True)
     with pytest.raises(DataError, match="has no rows"):
         load(write_row_groups(tmp_path / "train.parquet", 0, 3), streaming=True)
@@ -305,27 +305,27 @@ def test_parquet_of_the_hub_is_streamed() -> None:
     assert data.class_names == ("a", "b")
     assert data.train.row_groups is not None
     assert data.train.row_groups.tolist() == [2, 2, 2, 2, 1] * 2
-    with pytest.raises(DataError, match="no split 'test'; use one of train, validation"):
+    with pytest.raises(DataError, match=r"'test'.*train, validation"):
         load("some/set", streaming=True, split="test")
 
 
 @pytest.mark.usefixtures("hub")
 def test_other_files_of_the_hub_are_not() -> None:
-    with pytest.raises(DataError, match=r"'some/texts' cannot be streamed: .*set streaming to False, or .*prepare"):
+    with pytest.raises(DataError, match=r"'some/texts' cannot be streamed: .*prepare"):
         load("some/texts", streaming=True)
 
 
 # Wrong paths
 
 
-@pytest.mark.parametrize("path", ["./nowhere", "/no/where", "~/nowhere", "a/b/c", "gone.parquet", "gone/*.parquet"])
-def test_local_path_that_does_not_exist(path: str) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        load(path)
+def test_local_path_that_does_not_exist() -> None:
+    for path in ("./nowhere", "/no/where", "~/nowhere", "a/b/c", "gone.parquet", "gone/*.parquet"):
+        with pytest.raises(DataError, match="does not exist"):
+            load(path)
 
 
 def test_name_that_is_neither_here_nor_on_the_hub() -> None:
-    with pytest.raises(DataError, match="'some/set' is no file or folder here, nor to be had from the Hub"):
+    with pytest.raises(DataError, match=r"'some/set' .*Hub"):
         load("some/set")
 
 

@@ -56,7 +56,7 @@ def test_a_flow_denoises_as_itself(make_flow: Callable[..., TARFlow], tmp_path):
 
 
 def test_a_dtype_for_a_diffusion_model_is_refused(folder):
-    with pytest.raises(ValueError, match=r"is a diffusion model, and torch\.bfloat16 is for flows"):
+    with pytest.raises(ValueError, match=r"diffusion model.*torch\.bfloat16"):
         load_denoiser(str(folder), dtype=torch.bfloat16)
 
 
@@ -95,7 +95,7 @@ def test_pickles_are_never_read_and_the_way_out_is_named(folder, monkeypatch):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     monkeypatch.setattr(torch, "load", None)
-    with pytest.raises(OSError, match=r"(?s)no safetensors in its unet.*never read.*use_safetensors=False") as error:
+    with pytest.raises(OSError, match=r"(?s)no safetensors in its unet.*use_safetensors=False") as error:
         load_denoiser(str(folder))
     assert str(folder) in str(error.value)
 
@@ -114,17 +114,17 @@ def test_only_settings_and_safetensors_are_downloaded(folder, monkeypatch):
 
 
 def test_what_is_no_denoiser_is_refused(folder, tmp_path):
-    with pytest.raises(OSError, match=r"'\./none' is neither a folder here nor a Hub id"):
+    with pytest.raises(OSError, match=r"'\./none' "):
         load_denoiser("./none")
-    with pytest.raises(OSError, match=r"(?s)'someone/none' is not a folder here, and could not be downloaded"):
+    with pytest.raises(OSError, match=r"(?s)'someone/none' .*downloaded"):
         load_denoiser("someone/none")
-    with pytest.raises(OSError, match=r"holds no pipeline: model_index\.json is missing"):
+    with pytest.raises(OSError, match=r"model_index\.json is missing"):
         load_denoiser(str(tmp_path))
     index = json.loads((folder / "model_index.json").read_text())
     for changes, words in (
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, r"DDPMPipeline \(unet: UNet2DConditionModel, scheduler: "),
-        ({"unet": ["mine", "UNet2DModel"]}, r"DDPMPipeline \(scheduler: DDPMScheduler\); expected a transformer"),
-        ({"scheduler": ["diffusers", "UNet2DModel"]}, "UNet2DModel is no scheduler of the installed diffusers"),
+        ({"unet": ["mine", "UNet2DModel"]}, r"DDPMPipeline \(scheduler: DDPMScheduler\)"),
+        ({"scheduler": ["diffusers", "UNet2DModel"]}, "UNet2DModel is no scheduler"),
     ):
         (folder / "model_index.json").write_text(json.dumps(index | changes))
         with pytest.raises(OSError, match=words):
@@ -139,7 +139,7 @@ def test_missing_tensors_are_not_filled_up_at_random(folder):
     tensors = load_file(weights)
     del tensors["conv_in.weight"]
     save_file(tensors, weights)
-    with pytest.raises(OSError, match=r"1 tensors of its unet are missing: conv_in\.weight"):
+    with pytest.raises(OSError, match=r"1 tensors .*unet .*conv_in\.weight"):
         load_denoiser(str(folder))
 
 

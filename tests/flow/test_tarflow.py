@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from conftest import few_variants
 from torch.distributions import Normal
 
 from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify
@@ -21,6 +22,7 @@ def one_by_one(inputs):
 # Density
 
 
+@few_variants
 def test_an_image_does_not_see_the_rest_of_its_batch(flow, make_inputs):
     flow.double()
     inputs = make_inputs(flow)
@@ -28,8 +30,16 @@ def test_an_image_does_not_see_the_rest_of_its_batch(flow, make_inputs):
     torch.testing.assert_close(flow.log_prob(*inputs), torch.cat(alone))
 
 
-@pytest.mark.parametrize("volume_preserving", [False, True])
-@pytest.mark.parametrize("in_channels", [1, 2])
+@few_variants
+def test_log_prob_is_the_priors_density_times_the_change_of_volume(flow, make_inputs):
+    inputs = make_inputs(flow)
+    z, log_det = flow(*inputs)
+    prior = Normal(torch.zeros(flow.z_shape), flow.prior_variance.sqrt())
+    assert (flow.prior_variance != 1).any() == flow.config.volume_preserving
+    torch.testing.assert_close(flow.log_prob(*inputs), prior.log_prob(z).sum(dim=(1, 2)) + log_det)
+
+
+@pytest.mark.parametrize(("in_channels", "volume_preserving"), [(1, True), (2, False)])
 def test_density_integrates_to_one(make_flow, in_channels, volume_preserving):
     flow = make_flow(
         image_size=1,
@@ -45,18 +55,13 @@ def test_density_integrates_to_one(make_flow, in_channels, volume_preserving):
     torch.testing.assert_close(density.sum() * 0.1**in_channels, torch.tensor(1.0, dtype=torch.float64))
 
 
-def test_a_fresh_flow_is_the_identity(variant, make_flow, make_inputs):
+def test_a_fresh_flow_is_the_identity_with_the_density_of_gaussian_noise(variant, make_flow, make_inputs):
     flow = make_flow(fresh=True, **variant)
     inputs = make_inputs(flow)
     z, log_det = flow(*inputs)
     scale, dims = flow.config.input_scale, inputs.images[0].numel()
     torch.testing.assert_close(z, patchify(inputs.images, flow.patch_sizes[-1]) * scale)
     torch.testing.assert_close(log_det, torch.full((3,), dims * math.log(scale)))
-
-
-def test_a_fresh_flow_has_the_density_of_gaussian_noise(variant, make_flow, make_inputs):
-    flow = make_flow(fresh=True, **variant)
-    inputs = make_inputs(flow)
     expected = Normal(0.0, 1 / flow.config.input_scale).log_prob(inputs.images).sum(dim=(1, 2, 3))
     torch.testing.assert_close(flow.log_prob(*inputs), expected)
 
@@ -70,6 +75,7 @@ def test_inverse_undoes_forward(flow, make_inputs):
     torch.testing.assert_close(restored, images, atol=1e-4, rtol=0)
 
 
+@few_variants
 def test_forward_undoes_inverse(flow, make_inputs):
     _, labels, noise_level = make_inputs(flow)
     z = flow.sample_prior(3, torch.Generator().manual_seed(0))
@@ -83,6 +89,7 @@ def test_inverse_records_no_gradients(make_flow):
     assert not flow.inverse(torch.zeros(2, 4, 8), None, 0.3).requires_grad
 
 
+@pytest.mark.parametrize("variant", ["small_patches_last", "unconditional", "all_at_once"], indirect=True)
 def test_trajectory_goes_from_z_through_every_block_to_the_images(flow, make_inputs):
     _, labels, noise_level = make_inputs(flow)
     z = flow.sample_prior(3, torch.Generator().manual_seed(0))
@@ -119,6 +126,7 @@ def test_two_threads_sample_from_one_model_at_once(make_flow):
 # Inputs
 
 
+@few_variants
 def test_inputs_are_never_mutated(flow, make_inputs):
     inputs = make_inputs(flow)
     z = flow.sample_prior(3, torch.Generator().manual_seed(0))
@@ -205,6 +213,7 @@ def test_prior_variance_moves_towards_the_mean_square_without_a_gradient():
     assert old.tolist() == [[1.0], [4.0]]
 
 
+@few_variants
 def test_training_and_evaluation_mode_agree(flow, make_inputs):
     inputs = make_inputs(flow)
     assert torch.equal(flow.train().log_prob(*inputs), flow.eval().log_prob(*inputs))
@@ -216,6 +225,7 @@ def gradients(flow, inputs):
     return {name: p.grad.clone() for name, p in flow.named_parameters() if p.grad is not None}
 
 
+@few_variants
 def test_gradient_checkpointing_changes_no_gradient(flow, make_inputs):
     inputs = make_inputs(flow)
     expected = gradients(flow, inputs)
@@ -240,6 +250,7 @@ def test_gradient_checkpointing_runs_every_layer_twice(make_flow, make_inputs):
 # Precision
 
 
+@few_variants
 def test_half_precision_weights_leave_the_flow_in_float32(flow, make_inputs):
     inputs = make_inputs(flow)
     expected = flow(*inputs)
@@ -250,6 +261,7 @@ def test_half_precision_weights_leave_the_flow_in_float32(flow, make_inputs):
     torch.testing.assert_close(half.inverse(z, *inputs[1:]), inputs.images, atol=0.1, rtol=0)
 
 
+@few_variants
 def test_autocast_leaves_the_flow_in_float32(flow, make_inputs):
     inputs = make_inputs(flow)
     expected = flow(*inputs)
@@ -276,6 +288,7 @@ def test_half_precision_inputs_are_widened_first(make_flow, make_inputs, dtype):
 # Copies
 
 
+@pytest.mark.parametrize("variant", ["small_patches_last", "no_noise_level", "all_at_once"], indirect=True)
 def test_a_saved_flow_loads_bit_equal(flow, make_inputs, tmp_path):
     inputs = make_inputs(flow)
     flow.save_pretrained(tmp_path)
@@ -300,6 +313,7 @@ def test_a_loaded_flow_saves_again(make_flow, make_inputs, tmp_path):
         loaded.log_prob(inputs.images, inputs.labels, 0.6)
 
 
+@few_variants
 def test_a_flow_is_rebuilt_from_its_config(flow, make_inputs):
     rebuilt = TARFlow.from_config(flow.config)
     rebuilt.load_state_dict(flow.state_dict())
@@ -307,6 +321,7 @@ def test_a_flow_is_rebuilt_from_its_config(flow, make_inputs):
     assert torch.equal(rebuilt.log_prob(*inputs), flow.log_prob(*inputs))
 
 
+@few_variants
 def test_a_copy_is_equal_and_shares_nothing(flow, make_inputs):
     inputs = make_inputs(flow)
     expected = flow.log_prob(*inputs)
@@ -325,22 +340,22 @@ def test_a_copy_is_equal_and_shares_nothing(flow, make_inputs):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"patch_size": 3}, r"patch_size 3 does not divide image_size 4.*\[1, 2, 4\]"),
-        ({"patch_size": (2, 3)}, "patch_size 3 does not divide"),
-        ({"patch_size": (2, 2, 2)}, r"patch_size has 3 entries.*2 blocks"),
-        ({"channels": (8,)}, "channels has 1 entries.*2 blocks.*one a block"),
-        ({"channels": 10}, "channels 10 is not a multiple of head_dim 4"),
-        ({"channels": (8, 12), "shared_layers": 1}, r"shared_layers=1 needs the same channels.*\(8, 12\)"),
-        ({"num_layers": ()}, r"num_layers is \(\).*at least one block"),
-        ({"num_layers": (1, 0)}, r"num_layers is \(1, 0\).*at least one layer"),
-        ({"image_size": 0}, "must be positive: image_size=0"),
-        ({"in_channels": 0}, "must be positive.*in_channels=0"),
-        ({"patch_size": 0}, r"must be positive.*patch_size=\(0, 0\)"),
-        ({"channels": 0}, r"must be positive.*channels=\(0, 0\)"),
-        ({"head_dim": 0}, "must be positive.*head_dim=0"),
+        ({"patch_size": 3}, r"patch_size 3 .*image_size 4.*\[1, 2, 4\]"),
+        ({"patch_size": (2, 3)}, "patch_size 3 "),
+        ({"patch_size": (2, 2, 2)}, r"patch_size .*3 .*2 blocks"),
+        ({"channels": (8,)}, "channels .*1 .*2 blocks"),
+        ({"channels": 10}, "channels 10 .*head_dim 4"),
+        ({"channels": (8, 12), "shared_layers": 1}, r"shared_layers=1 .*\(8, 12\)"),
+        ({"num_layers": ()}, r"num_layers is \(\)"),
+        ({"num_layers": (1, 0)}, r"num_layers is \(1, 0\)"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"patch_size": 0}, r"patch_size=\(0, 0\)"),
+        ({"channels": 0}, r"channels=\(0, 0\)"),
+        ({"head_dim": 0}, "head_dim=0"),
         ({"shared_layers": -1}, "shared_layers=-1"),
-        ({"num_classes": -1}, "num_classes=-1.*num_classes >= 0"),
-        ({"mlp_ratio": 0}, "mlp_ratio=0.*mlp_ratio >= 1"),
+        ({"num_classes": -1}, "num_classes=-1"),
+        ({"mlp_ratio": 0}, "mlp_ratio=0"),
         ({"input_scale": 0.0}, r"input_scale is 0\.0.*> 0"),
         ({"input_scale": math.inf}, "input_scale is inf.*finite"),
         ({"input_scale": math.nan}, "input_scale is nan"),
@@ -362,56 +377,58 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize(
     ("labels", "noise_level", "words"),
     [
-        (torch.tensor([0, 3]), 0.2, r"labels \[3\] are out of range; expected 0 \.\. 2, or -1"),
-        (torch.tensor([-2, 0]), 0.2, r"labels \[-2\] are out of range"),
-        (torch.tensor([0]), 0.2, r"labels have shape \(1,\).*expected \(2,\) int64"),
-        (torch.tensor([[0], [1]]), 0.2, r"labels have shape \(2, 1\)"),
-        (torch.tensor([0.0, 1.0]), 0.2, r"type torch\.float32; expected \(2,\) int64"),
-        (None, None, "noise_level is missing.*conditioned"),
+        (torch.tensor([0, 3]), 0.2, r"labels \[3\] .*0 \.\. 2"),
+        (torch.tensor([-2, 0]), 0.2, r"labels \[-2\] "),
+        (torch.tensor([0]), 0.2, r"labels .*\(1,\).*\(2,\) int64"),
+        (torch.tensor([[0], [1]]), 0.2, r"labels .*\(2, 1\)"),
+        (torch.tensor([0.0, 1.0]), 0.2, r"torch\.float32.*\(2,\) int64"),
+        (None, None, "noise_level is missing"),
         (None, 0.0, r"noise_level is \[0\.0\].*> 0"),
         (None, torch.tensor([0.2, -0.1]), r"noise_level is \[0\.2.*-0\.1.*> 0"),
-        (None, math.inf, r"noise_level is \[inf\].*finite"),
+        (None, math.inf, r"noise_level is \[inf\]"),
         (None, math.nan, r"noise_level is \[nan\]"),
-        (None, torch.full((3,), 0.2), r"noise_level has shape \(3,\); expected one number or \(2,\)"),
+        (None, torch.full((3,), 0.2), r"noise_level .*\(3,\).*\(2,\)"),
     ],
     ids=str,
 )
-def test_wrong_labels_and_noise_levels_are_refused(make_flow, call, labels, noise_level, words):
-    with pytest.raises(ValueError, match=words):
-        call(make_flow(), labels, noise_level)
+def test_wrong_labels_and_noise_levels_are_refused(make_flow, labels, noise_level, words):
+    flow = make_flow()
+    for call in CALLS.values():
+        with pytest.raises(ValueError, match=words):
+            call(flow, labels, noise_level)
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_labels_for_a_flow_without_classes_are_refused(make_flow, call):
-    with pytest.raises(ValueError, match=r"no classes \(num_classes=0\); pass labels=None"):
-        call(make_flow(num_classes=0), torch.tensor([0, 1]), 0.2)
+def test_labels_for_a_flow_without_classes_are_refused(make_flow):
+    for call in CALLS.values():
+        with pytest.raises(ValueError, match=r"num_classes=0.*labels=None"):
+            call(make_flow(num_classes=0), torch.tensor([0, 1]), 0.2)
 
 
-@pytest.mark.parametrize("call", ["log_prob", "inverse"])
-@pytest.mark.parametrize("level", [0.05, 0.31, torch.tensor([0.2, 0.4])], ids=str)
+@pytest.mark.parametrize(
+    ("call", "level"), [("log_prob", 0.05), ("inverse", 0.31), ("log_prob", torch.tensor([0.2, 0.4]))], ids=str
+)
 def test_noise_levels_outside_the_trained_range_are_refused(make_flow, call, level):
-    with pytest.raises(ValueError, match=r"lies outside \[0\.1, 0\.3\].*trained on"):
+    with pytest.raises(ValueError, match=r"outside \[0\.1, 0\.3\]"):
         CALLS[call](make_flow(noise_range=(0.1, 0.3)), None, level)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 4, 4), (2, 2, 4, 5), (2, 4, 4)], ids=str)
 def test_images_of_another_shape_are_refused(make_flow, shape):
-    with pytest.raises(ValueError, match=r"images have shape \(2, .*expected \(B, 2, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"images .*\(2, .*\(B, 2, 4, 4\)"):
         make_flow()(torch.zeros(shape), None, 0.2)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 7), (2, 5, 8), (4, 8), (2, 2, 4, 4)], ids=str)
 def test_z_of_another_shape_is_refused(make_flow, shape):
-    with pytest.raises(ValueError, match=r"z has shape \(.*expected \(B, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"z has shape \(.*\(B, 4, 8\)"):
         make_flow().inverse(torch.zeros(shape), None, 0.2)
 
 
 def test_a_wrong_number_of_generators_is_refused(make_flow):
-    with pytest.raises(ValueError, match="2 generators were given for 3 samples; expected one each"):
+    with pytest.raises(ValueError, match=r"2 generators .* 3 samples"):
         make_flow().sample_prior(3, [torch.Generator(), torch.Generator()])
 
 
@@ -420,7 +437,7 @@ def test_a_flow_of_one_noise_level_refuses_others(make_flow, make_inputs):
     images, labels, _ = make_inputs(flow)
     assert flow.log_prob(images, labels, 0.05).isfinite().all()
     assert flow.log_prob(images, labels).isfinite().all()
-    with pytest.raises(ValueError, match=r"3\.0.* lies outside \[0\.05, 0\.05\]"):
+    with pytest.raises(ValueError, match=r"3\.0.* \[0\.05, 0\.05\]"):
         flow.log_prob(images, labels, 3.0)
 
 
@@ -428,5 +445,5 @@ def test_guiding_a_block_that_is_not_there_is_refused(make_flow, make_inputs):
     flow = make_flow()
     _, labels, noise_level = make_inputs(flow)
     z = flow.sample_prior(len(labels), torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"blocks \(0, 9\) name a block that is not there; this flow has 2"):
+    with pytest.raises(ValueError, match=r"blocks \(0, 9\) .* 2"):
         flow.inverse(z, labels, noise_level, guidance=Guidance(weight=1.0, blocks=(0, 9)))

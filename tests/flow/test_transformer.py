@@ -37,9 +37,9 @@ def attention_by_hand(attention, x, temperature):
     return attention.proj(out)
 
 
-@pytest.mark.parametrize("temperature", TEMPERATURES.values(), ids=TEMPERATURES)
-@pytest.mark.parametrize("head_dim", [2, 4, 8])
-def test_attention_is_causal_softmax_attention_in_each_head(x, head_dim, temperature, randomise):
+@pytest.mark.parametrize(("head_dim", "tempered"), [(2, True), (4, False), (8, True)])
+def test_attention_is_causal_softmax_attention_in_each_head(x, head_dim, tempered, randomise):
+    temperature = TEMPERATURES["tempered"] if tempered else None
     attention = Attention(C, head_dim).double()
     randomise(attention, std=0.5)
     torch.testing.assert_close(attention(x, temperature), attention_by_hand(attention, x, temperature))

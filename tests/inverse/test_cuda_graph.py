@@ -40,11 +40,10 @@ def long_block(make_flow, make_inputs, monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "solver",
-    [sequential, Jacobi(window=5, tolerance=0.0), Jacobi(window=20, tolerance=0.0)],
+    ("solver", "guided"),
+    [(sequential, True), (Jacobi(window=5, tolerance=0.0), False), (Jacobi(window=20, tolerance=0.0), True)],
     ids=["sequential", "5", "20"],
 )
-@pytest.mark.parametrize("guided", [False, True])
 def test_replayed_windows_give_the_same_result(long_block, solver, guided):
     block, condition, guiding, z = long_block
     passes = condition, guiding if guided else None, Guidance(weight=1.5)

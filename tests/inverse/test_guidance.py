@@ -52,15 +52,17 @@ def test_scale_rule_may_turn_the_scale_negative():
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize(("weight", "same"), [(0.0, False), (4.0, True)], ids=["weight_zero", "equal_passes"])
-def test_nothing_is_moved_without_weight_or_difference(rule, weight, same):
-    conditional, guiding = affine(0, 2, 5, 3), affine(0 if same else 1, 2, 5, 3)
-    shift, scale = guide(conditional, guiding, torch.full((5, 1), weight, dtype=torch.float64), Guidance(rule=rule))
-    torch.testing.assert_close((shift, scale), (conditional[0], conditional[1].exp()))
+def test_nothing_is_moved_without_weight_or_difference(rule):
+    conditional = affine(0, 2, 5, 3)
+    for weight, guiding in ((0.0, affine(1, 2, 5, 3)), (4.0, affine(0, 2, 5, 3))):
+        weights = torch.full((5, 1), weight, dtype=torch.float64)
+        shift, scale = guide(conditional, guiding, weights, Guidance(rule=rule))
+        torch.testing.assert_close((shift, scale), (conditional[0], conditional[1].exp()))
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("guided", ["shift", "scale"])
+@pytest.mark.parametrize(
+    ("rule", "guided"), [("log_scale", "shift"), ("scale", "scale"), ("gaussian", "shift"), ("gaussian", "scale")]
+)
 def test_shift_and_scale_are_guided_separately(rule, guided):
     conditional, guiding = affine(0, 2, 5, 3), affine(1, 2, 5, 3)
     weights = torch.full((5, 1), 1.5, dtype=torch.float64)
@@ -116,15 +118,15 @@ def test_guidance_that_would_change_nothing_guides_no_block(off):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"weight": -0.5}, r"weight is -0\.5.*0 turns guidance off.*s - 1"),
-        ({"weight": math.inf}, "weight is inf.*finite"),
+        ({"weight": -0.5}, r"weight is -0\.5"),
+        ({"weight": math.inf}, "weight is inf"),
         ({"weight": math.nan}, "weight is nan"),
         ({"rule": "cfg"}, "rule is 'cfg'.*log_scale, scale, gaussian"),
         ({"schedule": "cosine"}, "schedule is 'cosine'.*'constant' or 'linear'"),
-        ({"temperature": 0.0}, r"temperature is 0\.0.*> 0"),
+        ({"temperature": 0.0}, r"temperature is 0\.0"),
         ({"temperature": math.inf}, "temperature is inf"),
         ({"temperature": math.nan}, "temperature is nan"),
-        ({"blocks": -1}, "blocks is -1.*noise side"),
+        ({"blocks": -1}, "blocks is -1"),
         ({"blocks": (0, -2)}, r"blocks is \(0, -2\)"),
     ],
 )
@@ -166,19 +168,19 @@ def inputs(labelled, make_inputs):
     return labelled(images, labels, noise_level).z.detach(), labels, noise_level
 
 
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    "changes",
+    "settings",
     [
-        {"schedule": "linear"},
-        {"schedule": "constant"},
-        {"schedule": "linear", "blocks": 1},
-        {"schedule": "constant", "temperature": 0.5, "blocks": 2},
+        {"rule": "log_scale", "schedule": "linear"},
+        {"rule": "log_scale", "schedule": "constant", "temperature": 0.5, "blocks": 2},
+        {"rule": "scale", "schedule": "constant"},
+        {"rule": "gaussian", "schedule": "linear", "blocks": 1},
+        {"rule": "gaussian", "schedule": "constant", "temperature": 0.5},
     ],
     ids=str,
 )
-def test_guided_sampling_in_one_batch_equals_two_passes_by_hand(labelled, inputs, rule, changes):
-    guidance = Guidance(weight=1.5, rule=rule, **changes)
+def test_guided_sampling_in_one_batch_equals_two_passes_by_hand(labelled, inputs, settings):
+    guidance = Guidance(weight=1.5, **settings)
     tokens = sample_by_hand(labelled, *inputs, guidance)
     expected = tokens.view(3, 2, 2, 2, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(3, 2, 4, 4)
     torch.testing.assert_close(labelled.inverse(*inputs, guidance=guidance), expected)

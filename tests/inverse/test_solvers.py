@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from conftest import few_variants
 
 from itarflow.inverse import Guidance, Jacobi, sequential
 
@@ -88,9 +89,21 @@ def test_progress_sums_up_to_the_tokens(known_map, z, solver):
     assert min(reports) > 0
 
 
-@pytest.mark.parametrize("coupling", [0.0, 0.01, 1.0, 30.0])
-@pytest.mark.parametrize("window", [1, 2, 3, N - 1, N, None])
-@pytest.mark.parametrize("guess", ["z", "zero"])
+@pytest.mark.parametrize(
+    ("coupling", "window", "guess"),
+    [
+        (0.0, None, "z"),
+        (0.0, 2, "zero"),
+        (0.01, 3, "z"),
+        (0.01, N, "zero"),
+        (1.0, 1, "z"),
+        (1.0, N - 1, "zero"),
+        (1.0, None, "z"),
+        (30.0, N, "z"),
+        (30.0, 2, "z"),
+        (30.0, None, "zero"),
+    ],
+)
 def test_jacobi_without_tolerance_is_exact_in_no_more_evaluations_than_tokens(coupling, window, guess, z):
     known_map = KnownMap(coupling)
     x = Jacobi(window=window, tolerance=0.0, guess=guess)(known_map, z, known_map.first)
@@ -144,8 +157,7 @@ def test_guesses_that_overflow_are_given_up_and_their_window_is_done_one_by_one(
     torch.testing.assert_close(x, finite, equal_nan=True)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.parametrize("wrong", [math.inf, math.nan, 1e30])
+@pytest.mark.parametrize(("window", "wrong"), [(None, math.inf), (None, 1e30), (4, math.nan)])
 def test_a_senseless_guess_does_no_harm(make_flow, make_inputs, window, wrong):
     flow = make_flow(image_size=8, patch_size=1, num_layers=(1, 1))
     _, labels, noise_level = make_inputs(flow)
@@ -218,11 +230,11 @@ def test_settings_that_make_no_sense_are_refused(settings, message):
 
 
 def test_a_window_longer_than_the_sequence_is_refused_before_work(known_map, z, make_flow, make_inputs):
-    with pytest.raises(ValueError, match="window is 10, but the block has 9 tokens"):
+    with pytest.raises(ValueError, match=r"window is 10.* 9 tokens"):
         Jacobi(window=10)(known_map, z, known_map.first)
     assert known_map.calls == []
     flow, reports = make_flow(patch_size=(2, 1), in_channels=1), []  # 16 tokens, then 4
-    with pytest.raises(ValueError, match="window is 8, but the block has 4 tokens"):
+    with pytest.raises(ValueError, match=r"window is 8.* 4 tokens"):
         flow.inverse(torch.zeros(1, *flow.z_shape), None, 0.2, solver=Jacobi(window=8), progress=reports.append)
     assert reports == []
 
@@ -241,9 +253,9 @@ def test_a_solver_a_block_in_the_order_of_inversion(make_flow):
     flow.inverse(z, None, 0.2, solver=[solver("noise side"), solver("image side")])
     assert asked == [("noise side", 16), ("image side", 4)]
     for wrong in (4, "jacobi", [Jacobi(), None]):
-        with pytest.raises(ValueError, match=r"solver is .*; expected one of itarflow.inverse.solvers"):
+        with pytest.raises(ValueError, match=r"solver is .*itarflow.inverse.solvers"):
             flow.inverse(z, None, 0.2, solver=wrong)
-    with pytest.raises(ValueError, match="1 solvers were given for 2 blocks"):
+    with pytest.raises(ValueError, match=r"1 solvers .*2 blocks"):
         flow.inverse(z, None, 0.2, solver=[sequential])
 
 
@@ -272,15 +284,16 @@ def test_the_trajectory_of_a_near_noise_level_is_a_good_guess(make_flow, make_in
     path, first = evaluations(0.3)
     assert evaluations(0.3001, path)[1] < first
     assert evaluations(0.3, path)[1] == 2  # one a block, to see that all is right
-    with pytest.raises(ValueError, match=r"guess has shape \(2, 3, 2, 8, 8\); expected \(3, 3, 2, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"guess .*\(2, 3, 2, 8, 8\).*\(3, 3, 2, 8, 8\)"):
         flow.inverse(z, labels, 0.3, guess=path[:2])
 
 
 def test_a_guess_of_another_shape_is_refused(known_map, z):
-    with pytest.raises(ValueError, match=r"guess has shape \(3, 4, 2\); expected \(3, 9, 2\)"):
+    with pytest.raises(ValueError, match=r"guess .*\(3, 4, 2\).*\(3, 9, 2\)"):
         Jacobi()(known_map, z, known_map.first, guess=z[:, :4])
 
 
+@few_variants
 def test_progress_of_a_flow_sums_to_its_number_of_tokens(flow, make_inputs):
     _, labels, noise_level = make_inputs(flow)
     reports = []
@@ -288,12 +301,11 @@ def test_progress_of_a_flow_sums_to_its_number_of_tokens(flow, make_inputs):
     assert sum(reports) == flow.num_solved_tokens == sum((4 // patch) ** 2 for patch in flow.patch_sizes)
 
 
-@pytest.mark.parametrize("solver", [Jacobi(tolerance=0.0), Jacobi(window=2, tolerance=0.0, guess="zero")], ids=str)
-def test_every_kind_of_flow_is_inverted_by_any_solver(flow, make_inputs, solver):
+def test_every_kind_of_flow_is_inverted_by_jacobi(flow, make_inputs):
     images, labels, noise_level = make_inputs(flow.double())
     z = flow(images, labels, noise_level).z.detach()
-    if min(block.num_tokens for block in flow.blocks) < 2:
-        solver = Jacobi(tolerance=0.0)
+    lone = any(block.num_tokens < 2 for block in flow.blocks)
+    solver = Jacobi(tolerance=0.0) if lone else Jacobi(window=2, tolerance=0.0, guess="zero")
     torch.testing.assert_close(flow.inverse(z, labels, noise_level, solver=solver), images)
     guidance = Guidance(weight=1.5, temperature=0.8)
     exact = flow.inverse(z, labels, noise_level, guidance=guidance)

@@ -44,10 +44,10 @@ def test_a_new_plan_replaces_that_for_its_device_and_batch_size():
     ("changes", "message"),
     [
         ({"num_tokens": (16,)}, "2 solvers for 1 blocks"),
-        ({"num_tokens": (16, 2)}, "window is 4, but the block has 2 tokens"),
-        ({"batch_size": 0}, "batch_size of the inverse plan is 0"),
-        ({"batch_size": 2.5}, "batch_size of the inverse plan is 2.5"),
-        ({"device": None}, "device of the inverse plan is None"),
+        ({"num_tokens": (16, 2)}, "window is 4.* 2 tokens"),
+        ({"batch_size": 0}, "batch_size .* is 0"),
+        ({"batch_size": 2.5}, "batch_size .* is 2.5"),
+        ({"device": None}, "device .* is None"),
     ],
 )
 def test_plans_that_do_not_fit_together_are_refused(changes, message):
@@ -56,7 +56,7 @@ def test_plans_that_do_not_fit_together_are_refused(changes, message):
 
 
 def test_a_plan_for_another_architecture_is_refused(flow):
-    with pytest.raises(ValueError, match=r"for blocks of \(4, 4\) tokens, .* this flow has \(16, 4\)"):
+    with pytest.raises(ValueError, match=r"\(4, 4\) .*\(16, 4\)"):
         plan(num_tokens=(4, 4)).solvers_of(flow)
 
 

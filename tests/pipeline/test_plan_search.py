@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import few_variants
 
 from itarflow.inverse import Guidance, Jacobi, sequential
 from itarflow.pipeline import plan_search as profile
@@ -54,6 +55,7 @@ def test_metrics_of_the_identity_are_zero_and_blocks_are_noise_side_first(make_f
     assert noise_side.crm == 0 < image_side.crm
 
 
+@few_variants
 def test_metrics_leave_the_flow_as_it_was(flow, make_inputs):
     inputs = make_inputs(flow)
     before = flow(*inputs).z

@@ -20,8 +20,7 @@ def limited(limit, message="CUDA out of memory."):
     return make, tried
 
 
-@pytest.mark.parametrize("count", [1, 7, 8, 20])
-@pytest.mark.parametrize("limit", [1, 3, 100])
+@pytest.mark.parametrize(("count", "limit"), [(1, 1), (7, 3), (8, 100), (20, 3), (20, 1)])
 @pytest.mark.filterwarnings("ignore:making")
 def test_everything_is_made_once_and_in_order(count, limit):
     make, tried = limited(limit)
@@ -38,7 +37,7 @@ def test_a_short_last_part_is_halved_itself():
         tried.append(part.stop - part.start)
         return limited(next(limits, 4))[0](part)
 
-    with pytest.warns(UserWarning, match="making 6 images at a time does not fit the memory; going on with 3"):
+    with pytest.warns(UserWarning, match="making 6 images .*3"):
         parts, _ = in_batches(shrinking, 14, 8, "making", "batch_size")
     assert [index for part in parts for index in part] == list(range(14))
     assert tried == [8, 6, 3, 3]

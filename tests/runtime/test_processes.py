@@ -64,6 +64,7 @@ def test_two_processes_give_the_losses_and_weights_of_one(two, tmp_path):
     assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in ours)
 
 
+@pytest.mark.slow
 def test_a_sharded_training_is_the_replicated_one_and_goes_on_on_one_process(two, tmp_path):
     done = run(tmp_path / "run", *SMALL[:-1], "4", "--train.shard", processes=2)
     assert done.returncode == 0, done.stderr
@@ -75,6 +76,7 @@ def test_a_sharded_training_is_the_replicated_one_and_goes_on_on_one_process(two
     assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
 
 
+@pytest.mark.slow
 def test_two_processes_encode_the_codes_that_one_does(tmp_path):
     vae, one, two = (tmp_path / name for name in ("vae", "one", "two"))
     tiny_vae().save_pretrained(vae)
@@ -91,6 +93,7 @@ def test_two_processes_encode_the_codes_that_one_does(tmp_path):
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
 
 
+@pytest.mark.slow
 def test_two_processes_measure_the_likelihoods_that_one_does(make_flow, tmp_path):
     flow = make_flow(in_channels=1, num_classes=10, noise_range=(0.1, 0.5))
     ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.1)).save_pretrained(tmp_path / "pipeline")
@@ -108,6 +111,7 @@ def test_two_processes_measure_the_likelihoods_that_one_does(make_flow, tmp_path
     assert len(list((tmp_path / "two").glob(".rows-*"))) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_fine_tune_a_decoder_as_one(tmp_path):
     tiny_vae().save_pretrained(tmp_path / "vae")
     config = DecoderConfig(
@@ -130,6 +134,7 @@ def test_two_processes_fine_tune_a_decoder_as_one(tmp_path):
     assert terms[1] == pytest.approx(terms[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_training_killed_at_random_instants_ends_with_the_weights_of_an_undisturbed_one():
     command = [sys.executable, str(RECIPE.parents[1] / "benchmarks" / "kill_and_resume.py")]
     command += ["--kills", "1", "--steps", "16"]
@@ -138,6 +143,7 @@ def test_a_training_killed_at_random_instants_ends_with_the_weights_of_an_undist
     assert "Weights identical: True. All 16 losses identical: True." in done.stdout
 
 
+@pytest.mark.slow
 def test_what_one_process_can_not_read_stops_both_in_order(tmp_path):
     (tmp_path / "images").mkdir()
     for index in range(64):
@@ -154,6 +160,7 @@ def test_what_one_process_can_not_read_stops_both_in_order(tmp_path):
     assert int(state.name[-8:]) > 0
 
 
+@pytest.mark.slow
 def test_a_refusal_is_said_once(two):
     done = run(two, *SMALL, processes=2)
     assert done.returncode != 0

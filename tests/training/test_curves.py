@@ -97,7 +97,7 @@ def test_smoothing_keeps_length_and_constants():
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(RunError, match=r"holds no run: recipe\.json is missing"):
+    with pytest.raises(RunError, match=r"recipe\.json is missing"):
         plot_runs([tmp_path], tmp_path / "x.png")
     prepare(tmp_path / "run", tiny_recipe(), "fresh")
     with pytest.raises(RunError, match="has no metrics yet"):

@@ -202,13 +202,13 @@ def test_measured_images_have_noise_of_the_levels_they_are_listed_under(vaes: di
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"t_max": 0.0}, "t_max is 0.0; expected a noise level > 0"),
-        ({"t_min": 0.4}, "t_min is 0.4; expected a noise level from 0 to t_max, 0.3"),
+        ({"t_max": 0.0}, "t_max is 0.0"),
+        ({"t_min": 0.4}, "t_min is 0.4.* t_max, 0.3"),
         ({"noise_levels": ()}, "noise_levels is"),
-        ({"crop_size": 9}, "crop_size is 9; expected 1 to 8"),
-        ({"size": 9}, "9 x 9 pixels, which the VAE's stride of 2"),
-        ({"crop_size": 5}, "5 x 5 pixels, which the VAE's stride of 2"),
-        ({"accumulation": 3}, "can't be shared evenly by 1 processes with train.accumulation 3"),
+        ({"crop_size": 9}, "crop_size is 9.*1 to 8"),
+        ({"size": 9}, "9 x 9 .*stride of 2"),
+        ({"crop_size": 5}, "5 x 5 .*stride of 2"),
+        ({"accumulation": 3}, "1 processes .*train.accumulation 3"),
         ({"ema_decay": 1.0}, "train.ema_decay is 1.0"),
         ({"out": "/proc/out"}, r"can't be written.*another folder by OUT"),
         ({"vae": "no/such/vae"}, "'no/such/vae' can't be loaded"),
@@ -235,7 +235,7 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_it(
         finetune, "reconstruction_terms",
         lambda *args: {name: term * infinite[name] for name, term in terms(*args).items()},
     )  # fmt: skip
-    with pytest.raises(TrainingError, match="2 steps in a row had no finite gradient, up to step 2"):
+    with pytest.raises(TrainingError, match=r"2 steps in a row.* step 2"):
         fine_tune(settings(vaes["tiny"], max_bad_steps=2), tmp_path)
     plain = load_file(Path(vaes["tiny"]) / "diffusion_pytorch_model.safetensors")
     assert all(value.equal(plain[name]) for name, value in weights(tmp_path).items())

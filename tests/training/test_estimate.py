@@ -232,12 +232,12 @@ def test_the_peak_is_at_the_moment_that_needs_most():
     assert [MOMENTS.at_peak(size) for size in (1, 45, 46, 100)] == [1010, 1450, 1480, 3100]
 
 
-@pytest.mark.parametrize("memory", [0, 1009, 1010, 1019, 1020, 1449, 1450, 1480, 5000, -7])
-def test_the_largest_micro_batch_fits_and_one_more_does_not(memory):
-    size = MOMENTS.largest_micro_batch(memory)
-    assert size >= 0
-    assert size == 0 or MOMENTS.at_peak(size) <= memory
-    assert MOMENTS.at_peak(size + 1) > memory
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    for memory in (0, 1009, 1010, 1019, 1020, 1449, 1450, 1480, 5000, -7):
+        size = MOMENTS.largest_micro_batch(memory)
+        assert size >= 0
+        assert size == 0 or MOMENTS.at_peak(size) <= memory
+        assert MOMENTS.at_peak(size + 1) > memory
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -266,17 +266,14 @@ def test_a_device_has_no_room_without_memory():
     assert nothing.largest_micro_batch(Activations(((8, 0),)), 0) == 0
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "devices", "micro_batch", "accumulation"),
-    [(512, 8, 64, 1), (512, 8, 63, 2), (512, 8, 1, 64), (512, 1, 1000, 1), (96, 2, 20, 3), (7, 1, 6, 7),
-     (512, 3, 64, None), (4, 8, 1, None)],
-)  # fmt: skip
-def test_the_accumulation_is_the_smallest_that_fits_and_divides(batch_size, devices, micro_batch, accumulation):
-    assert accumulation_for(batch_size, devices, micro_batch) == accumulation
-    if accumulation is not None:
+def test_the_accumulation_is_the_smallest_that_fits_and_divides():
+    for batch_size, devices, micro_batch in ((512, 8, 64), (512, 8, 63), (512, 8, 1), (512, 1, 1000), (96, 2, 20),
+                                             (7, 1, 6), (512, 3, 64), (4, 8, 1)):  # fmt: skip
         fits = [a for a in range(1, batch_size + 1)
                 if batch_size % (a * devices) == 0 and batch_size // (a * devices) <= micro_batch]  # fmt: skip
-        assert accumulation == min(fits)
+        assert accumulation_for(batch_size, devices, micro_batch) == min(fits, default=None)
+    assert accumulation_for(96, 2, 20) == 3
+    assert accumulation_for(512, 3, 64) is None
 
 
 # -- sampling, and how figures read -----------------------------------------------------------------------------
@@ -292,20 +289,13 @@ def test_a_tarflow_for_likelihoods_can_be_estimated():
     assert estimate(replace(tiny, noise=NoiseConfig(distribution="dequantise", weight="one"))).forward_flops > 0
 
 
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1 KiB"), (1.5 * 2**20, "1.5 MiB"), (1023 * 2**20, "1023 MiB"),
-     (2**30, "1 GiB"), (3 * 2**40, "3 TiB")],
-)  # fmt: skip
-def test_bytes_read_well(count, text):
-    assert human_bytes(count) == text
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0"), (999, "999"), (1000, "1K"), (417_200_736, "417M"), (1.5e9, "1.5G"), (1.5e12, "1.5T")]
-)
-def test_numbers_read_well(count, text):
-    assert human_number(count) == text
+def test_bytes_and_numbers_read_well():
+    counts = (0, 1023, 1024, 1.5 * 2**20, 1023 * 2**20, 2**30, 3 * 2**40)
+    assert [human_bytes(count) for count in counts] == [
+        "0 B", "1023 B", "1 KiB", "1.5 MiB", "1023 MiB", "1 GiB", "3 TiB",
+    ]  # fmt: skip
+    counts = (0, 999, 1000, 417_200_736, 1.5e9, 1.5e12)
+    assert [human_number(count) for count in counts] == ["0", "999", "1K", "417M", "1.5G", "1.5T"]
 
 
 def test_the_cache_is_that_of_the_largest_block_and_doubles_where_it_is_guided():

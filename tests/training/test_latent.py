@@ -54,7 +54,7 @@ def recipe(vae_folder, codes_folder):
 def latent_recipe(vae_folder, codes_folder, **changes):
     settings = {"image_size": 4, "in_channels": 4, "patch_size": 2, "path": str(codes_folder), "batch_size": 20}
     settings |= {"held_out_images": 10, "in_memory": False, "num_workers": 0, "save_every": 2, "epochs": 20}
-    settings |= {"evaluate_every_epochs": 20, "sample_every_epochs": 20}
+    settings |= {"evaluate_every_epochs": 20, "sample_every_epochs": 20, "warmup_epochs": 0.5, "split": "train"}
     codec = CodecConfig(vae=str(vae_folder), sample_posterior=changes.pop("sample_posterior", True))
     return dataclasses.replace(tiny_recipe(**settings | changes), codec=codec)
 
@@ -116,7 +116,7 @@ def test_a_loaded_pipeline_decodes_the_codes_that_it_makes(finished):
     torch.testing.assert_close(made(output_type="pt"), (decoded.clamp(-1, 1) + 1) / 2)
     torch.testing.assert_close(made(output_type="pt", decode_batch_size=2), made(output_type="pt"))
     assert [image.size for image in made()] == [(8, 8)] * 3
-    with pytest.raises(ValueError, match="clip is on, but codes are not limited"):
+    with pytest.raises(ValueError, match="clip is on"):
         made(clip=True)
     with pytest.raises(ValueError, match="decode_batch_size is 0"):
         made(decode_batch_size=0)
@@ -126,13 +126,13 @@ def test_a_pipeline_without_its_vae_gives_codes(make_flow):
     flow = make_flow(in_channels=4)
     pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2))
     pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(ValueError, match="if they are codes of a VAE that is not in it, 'codes'"):
+    with pytest.raises(ValueError, match=r"a VAE .*'codes'"):
         pipe(class_labels=[0])
     assert pipe(class_labels=[0], output_type="codes").images.shape == (1, 4, 4, 4)
 
 
 def test_a_vae_of_other_codes_is_refused_by_the_pipeline(make_flow):
-    with pytest.raises(ValueError, match="codes have 4 channels, but the flow models 2"):
+    with pytest.raises(ValueError, match=r"4 channels.* 2"):
         ITARFlowPipeline(make_flow(), DenoiseScheduler(t_max=0.5, t_min=0.05), vae=tiny_vae())
 
 
@@ -169,7 +169,7 @@ def test_another_vae_or_model_is_refused_before_any_work(vae_folder, codes_folde
     tiny_vae(seed=1).save_pretrained(tmp_path / "other")
     with pytest.raises(DataError, match="were made by another VAE"):
         train(latent_recipe(tmp_path / "other", codes_folder), tmp_path / "run")
-    with pytest.raises(RunError, match=r"codes of .* have 4 channels, but model\.in_channels is 3"):
+    with pytest.raises(RunError, match=r"4 channels.*model\.in_channels is 3"):
         train(latent_recipe(vae_folder, codes_folder, in_channels=3), tmp_path / "run")
     with pytest.raises(RunError, match="'nowhere' can't be loaded"):
         train(latent_recipe("nowhere", codes_folder), tmp_path / "run")
@@ -211,7 +211,7 @@ def test_another_flow_may_denoise_the_grids(finished, vae_folder, codes_folder, 
 
 
 def test_a_denoiser_of_other_images_is_refused_before_any_work(finished, tmp_path):
-    with pytest.raises(RunError, match=r"are to be denoised by a flow for \(4, 4, 4\)"):
+    with pytest.raises(RunError, match=r"flow for \(4, 4, 4\)"):
         train(tiny_recipe(denoiser=str(finished[0] / "pipeline")), tmp_path / "run")
     with pytest.raises(RunError, match="'nowhere' is neither a folder"):
         train(tiny_recipe(denoiser="nowhere"), tmp_path / "run")
@@ -250,7 +250,7 @@ def test_a_run_never_goes_on_with_codes_of_another_vae(recipe, vae_folder, codes
     with pytest.raises(RunError, match=r"codec\.encoder: "):
         train(latent_recipe(tmp_path / "other", codes), tmp_path / "run", start="resume")
     pinned = dataclasses.replace(recipe, codec=dataclasses.replace(recipe.codec, encoder="0"))
-    with pytest.raises(RunError, match=r"but codec\.encoder is 0; name the VAE that it is of"):
+    with pytest.raises(RunError, match=r"codec\.encoder is 0"):
         train(pinned, tmp_path / "pinned")
 
 
@@ -275,7 +275,7 @@ def test_a_pipeline_whose_vae_lacks_tensors_is_refused(finished, tmp_path):
     weights = load_file(file)
     del weights["decoder.conv_out.weight"]
     save_file(weights, file)
-    with pytest.raises(OSError, match=r"tensors are missing, such as decoder\.conv_out\.weight"):
+    with pytest.raises(OSError, match=r"missing.*decoder\.conv_out\.weight"):
         ITARFlowPipeline.from_pretrained(folder)
 
 

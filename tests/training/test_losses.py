@@ -76,7 +76,7 @@ def test_lpips_that_can_not_be_had_is_refused_with_what_to_do(monkeypatch: pytes
 @pytest.mark.parametrize(
     ("changes", "size", "message"),
     [
-        ({"l1": -1.0}, 64, "loss.l1 is -1.0; expected a number >= 0"),
+        ({"l1": -1.0}, 64, "loss.l1 is -1.0"),
         ({"l2": float("nan")}, 64, "loss.l2 is nan"),
         ({"l1": 0.0, "l2": 0.0}, 64, "all 0"),
         ({"lpips": 1.0}, 8, "16 x 16 pixels"),

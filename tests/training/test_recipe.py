@@ -67,19 +67,19 @@ def test_a_sound_recipe_passes(changes):
     [
         (
             {"noise__distribution": "constant"},
-            "'constant', which has one noise level, but model.noise_conditioned is on",
+            "'constant'.*model.noise_conditioned is on",
         ),
-        ({"noise__distribution": "dequantise"}, "'dequantise', which has one noise level"),
+        ({"noise__distribution": "dequantise"}, "'dequantise'.*model.noise_conditioned is on"),
         (
             {"model__noise_conditioned": False},
-            "'uniform', a range of noise levels, but model.noise_conditioned is off",
+            "'uniform'.*model.noise_conditioned is off",
         ),
-        (ONE_LEVEL | {"sampling__num_denoise_steps": 4}, "num_denoise_steps is 4, but a flow of one noise level"),
-        (LIKELIHOOD | {"noise__weight": "t"}, "noise.weight is 't'; likelihood training needs 'one'"),
-        (LIKELIHOOD | {"sampling__method": "euler"}, "sampling.method is 'euler', but likelihood training"),
-        ({"model__patch_size": 3}, "patch_size 3 does not divide image_size 8"),
-        ({"model__channels": 65}, "channels 65 is not a multiple of head_dim 64"),
-        ({"sampling__method": "dpm"}, "method is 'dpm'; expected one of euler"),
+        (ONE_LEVEL | {"sampling__num_denoise_steps": 4}, "num_denoise_steps is 4"),
+        (LIKELIHOOD | {"noise__weight": "t"}, "noise.weight is 't'.*'one'"),
+        (LIKELIHOOD | {"sampling__method": "euler"}, "sampling.method is 'euler'"),
+        ({"model__patch_size": 3}, "patch_size 3 .*image_size 8"),
+        ({"model__channels": 65}, "channels 65 .*head_dim 64"),
+        ({"sampling__method": "dpm"}, "method is 'dpm'.*euler"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(changes, words):
@@ -90,45 +90,45 @@ def test_settings_that_do_not_fit_together_are_refused(changes, words):
 def test_a_batch_that_processes_cannot_share_is_refused():
     split = recipe(train__accumulation=3)
     split.check(num_processes=2)
-    words = r"batch_size 12 can't be shared evenly by 8 processes with train\.accumulation 3; .* multiple of 24"
+    words = r"batch_size 12 .* 8 processes .*train\.accumulation 3.* 24"
     with pytest.raises(ValueError, match=words):
         split.check(num_processes=8)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("train__epochs", 0),
-        ("train__epochs", float("nan")),
-        ("train__batch_size", 0),
-        ("train__accumulation", 0),
-        ("train__learning_rate", 0.0),
-        ("train__min_learning_rate", -1e-6),
-        ("train__min_learning_rate", 1.0),
-        ("train__warmup_epochs", -1),
-        ("train__weight_decay", -0.1),
-        ("train__betas", (0.9, 1.0)),
-        ("train__label_drop", 1.5),
-        ("train__ema_decay", 1.0),
-        ("train__max_grad_norm", 0.0),
-        ("train__log_every", 0),
-        ("train__save_every", -1),
-        ("train__keep_states", 0),
-        ("train__max_bad_steps", 0),
-        ("train__evaluate_every_epochs", 0),
-        ("train__sample_every_epochs", 0),
-        ("sampling__num_denoise_steps", 0),
-        ("sampling__num_images", 0),
-        ("sampling__batch_size", 0),
-    ],
+OUT_OF_RANGE: tuple[tuple[str, Any], ...] = (
+    ("train__epochs", 0),
+    ("train__epochs", float("nan")),
+    ("train__batch_size", 0),
+    ("train__accumulation", 0),
+    ("train__learning_rate", 0.0),
+    ("train__min_learning_rate", -1e-6),
+    ("train__min_learning_rate", 1.0),
+    ("train__warmup_epochs", -1),
+    ("train__weight_decay", -0.1),
+    ("train__betas", (0.9, 1.0)),
+    ("train__label_drop", 1.5),
+    ("train__ema_decay", 1.0),
+    ("train__max_grad_norm", 0.0),
+    ("train__log_every", 0),
+    ("train__save_every", -1),
+    ("train__keep_states", 0),
+    ("train__max_bad_steps", 0),
+    ("train__evaluate_every_epochs", 0),
+    ("train__sample_every_epochs", 0),
+    ("sampling__num_denoise_steps", 0),
+    ("sampling__num_images", 0),
+    ("sampling__batch_size", 0),
 )
-def test_a_value_out_of_range_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=name.replace("__", r"\.")):
-        recipe(**{name: value})
+
+
+def test_a_value_out_of_range_is_refused_by_name():
+    for name, value in OUT_OF_RANGE:
+        with pytest.raises(ValueError, match=name.replace("__", r"\.")):
+            recipe(**{name: value})
 
 
 def test_micro_batches_of_different_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"batch_size 12 is not a multiple of train\.accumulation 5"):
+    with pytest.raises(ValueError, match=r"batch_size 12 .*train\.accumulation 5"):
         recipe(train__accumulation=5)
 
 
@@ -208,51 +208,30 @@ def test_an_unchanged_recipe_has_no_differences():
     assert differences(to_json(recipe()), recipe()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "line"),
-    [
-        ("model__num_layers", (1, 2), "model.num_layers: [1, 1] -> [1, 2]"),
-        ("noise__t_max", 0.6, "noise.t_max: 0.5 -> 0.6"),
-        ("train__batch_size", 24, "train.batch_size: 12 -> 24"),
-        ("train__epochs", 4, "train.epochs: 3 -> 4"),
-        ("train__seed", 1, "train.seed: 0 -> 1"),
-        ("train__ema_decay", 0.9, "train.ema_decay: None -> 0.9"),
-        ("data__horizontal_flip", False, "data.horizontal_flip: True -> False"),
-    ],
-)
-def test_a_setting_that_makes_another_run_is_a_difference(name, value, line):
-    assert differences(to_json(recipe()), recipe(**{name: value})) == [line]
+def test_settings_that_make_another_run_are_differences_in_order_of_name():
+    changed = recipe(
+        train__seed=1, train__batch_size=24, train__epochs=4, train__ema_decay=0.9, noise__t_max=0.6,
+        model__num_layers=(1, 2), data__horizontal_flip=False,
+    )  # fmt: skip
+    assert differences(to_json(recipe()), changed) == [
+        "data.horizontal_flip: True -> False",
+        "model.num_layers: [1, 1] -> [1, 2]",
+        "noise.t_max: 0.5 -> 0.6",
+        "train.batch_size: 12 -> 24",
+        "train.ema_decay: None -> 0.9",
+        "train.epochs: 3 -> 4",
+        "train.seed: 0 -> 1",
+    ]
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("data__path", "/elsewhere"),
-        ("data__num_workers", 7),
-        ("data__in_memory", True),
-        ("data__max_broken", 3),
-        ("train__accumulation", 2),
-        ("train__gradient_checkpointing", True),
-        ("train__compile", True),
-        ("train__log_every", 1),
-        ("train__save_every", 5),
-        ("train__keep_states", 9),
-        ("train__evaluate_every_epochs", 2),
-        ("train__sample_every_epochs", 2),
-        ("train__max_bad_steps", 3),
-        ("train__trackers", ()),
-        ("sampling__num_images", 4),
-        ("sampling__guidance", Guidance(weight=9.0)),
-    ],
-)
-def test_a_setting_that_changes_neither_weights_nor_losses_is_none(name, value):
-    assert differences(to_json(recipe()), recipe(**{name: value})) == []
-
-
-def test_differences_are_listed_in_order_of_name():
-    changed = recipe(train__seed=1, noise__t_max=0.6, model__input_scale=2.0)
-    names = [line.split(":")[0] for line in differences(to_json(recipe()), changed)]
-    assert names == ["model.input_scale", "noise.t_max", "train.seed"]
+def test_settings_that_change_neither_weights_nor_losses_are_none():
+    changed = recipe(
+        data__path="/elsewhere", data__num_workers=7, data__in_memory=True, data__max_broken=3, train__accumulation=2,
+        train__gradient_checkpointing=True, train__compile=True, train__log_every=1, train__save_every=5,
+        train__keep_states=9, train__evaluate_every_epochs=2, train__sample_every_epochs=2, train__max_bad_steps=3,
+        train__trackers=(), sampling__num_images=4, sampling__guidance=Guidance(weight=9.0),
+    )  # fmt: skip
+    assert differences(to_json(recipe()), changed) == []
 
 
 def test_a_setting_that_an_older_version_did_not_have_had_its_default():

