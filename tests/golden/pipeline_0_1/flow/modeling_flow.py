@@ -1,0 +1,1 @@
+from itarflow.flow import TARFlow  # noqa: F401

@@ -1,0 +1,1 @@
+from itarflow.pipeline import ITARFlowPipeline  # noqa: F401

@@ -1,0 +1,1 @@
+from itarflow.denoise import DenoiseScheduler  # noqa: F401
