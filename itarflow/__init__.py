@@ -1,12 +1,13 @@
 """Normalizing flows that generate images: TARFlow and iTARFlow, from training to a shared checkpoint."""
 
-from itarflow.denoisers.diffusion import DiffusionDenoiser
-from itarflow.denoisers.ode import DenoiseScheduler, denoise
-from itarflow.denoisers.score import FlowDenoiser
-from itarflow.flow.tarflow import TARFlow
-from itarflow.inverse.guidance import Guidance
-from itarflow.inverse.solvers import Jacobi
-from itarflow.pipeline.pipeline import ITARFlowPipeline
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from itarflow.denoisers import DenoiseScheduler, DiffusionDenoiser, FlowDenoiser, denoise
+    from itarflow.flow import TARFlow
+    from itarflow.inverse import Guidance, Jacobi
+    from itarflow.pipeline import ITARFlowPipeline
 
 __version__ = "0.1.0"
 
@@ -21,3 +22,27 @@ __all__ = [
     "__version__",
     "denoise",
 ]
+
+# Imported when first asked for: PyTorch and diffusers take seconds, which a page of --help does not need.
+_WINGS = {
+    "DenoiseScheduler": "denoisers",
+    "DiffusionDenoiser": "denoisers",
+    "FlowDenoiser": "denoisers",
+    "Guidance": "inverse",
+    "ITARFlowPipeline": "pipeline",
+    "Jacobi": "inverse",
+    "TARFlow": "flow",
+    "denoise": "denoisers",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WINGS:
+        raise AttributeError(f"module 'itarflow' has no attribute {name!r}")
+    value = getattr(import_module(f"itarflow.{_WINGS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

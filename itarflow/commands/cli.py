@@ -1,61 +1,109 @@
-"""The command `itarflow`: sample from checkpoints, compare, measure, speed up and convert them, and prepare images."""
+"""The command `itarflow`: which commands there are, by errand. A command is imported when it is asked for."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from importlib import import_module
+from typing import Any, NamedTuple
 
-import tyro
-from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from itarflow.commands.bpd import Bpd
-from itarflow.commands.compare import Compare
-from itarflow.commands.convert import Convert
-from itarflow.commands.diagnose import Diagnose
-from itarflow.commands.evaluate import Evaluate
-from itarflow.commands.info import Info
-from itarflow.commands.plot import Plot
-from itarflow.commands.prepare import Prepare
-from itarflow.commands.profile import Profile
-from itarflow.commands.sample import Sample
-from itarflow.commands.sweep import Sweep
+from itarflow import __version__
 from itarflow.runtime.errors import CheckpointError, RunError
-from itarflow.runtime.processes import refuse
 
-Command = (
-    Annotated[Sample, tyro.conf.subcommand("sample")]
-    | Annotated[Info, tyro.conf.subcommand("info")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Prepare, tyro.conf.subcommand("prepare")]
-    | Annotated[Plot, tyro.conf.subcommand("plot")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-    | Annotated[Bpd, tyro.conf.subcommand("bpd")]
-    | Annotated[Profile, tyro.conf.subcommand("profile")]
-)
+
+class Command(NamedTuple):
+    """A command, before it is imported.
+
+    Attributes:
+        errand: under which it is listed.
+        place: "module:name" within itarflow.commands, of a dataclass with a method `run`, or of a function of the
+            words that follow.
+        summary: what it does, in a line.
+    """
+
+    errand: str
+    place: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("Train", "train:run_file", "Train a flow by a recipe, on one device."),
+    "plot": Command("Train", "plot:Plot", "Draw the curves of one run, or of several over one another."),
+    "sample": Command("Sample", "sample:Sample", "Generate images with a checkpoint."),
+    "profile": Command("Sample", "profile:Profile", "Find the fastest way to sample from a checkpoint, and store it."),
+    "evaluate": Command("Measure", "evaluate:Evaluate", "FID and other figures of a checkpoint's samples."),
+    "sweep": Command("Measure", "sweep:Sweep", "The same over guidance weights, denoising steps and noise levels."),
+    "compare": Command("Measure", "compare:Compare", "Checkpoints and denoisers side by side, from the same noise."),
+    "bpd": Command("Measure", "bpd:Bpd", "How likely images are: bits per dimension, nats by noise level."),
+    "diagnose": Command("Measure", "diagnose:Diagnose", "Find collapsed and blurred samples, beside real images."),
+    "prepare": Command("Data", "prepare:Prepare", "Crop and resize a data set once, into parquet files."),
+    "info": Command("Share", "info:Info", "What a checkpoint is, and how it was trained."),
+    "convert": Command("Share", "convert:Convert", "Official checkpoints into pipelines, and back."),
+}
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command line; exits with 1 and a message where something is wrong.
+    """The command line; exits with 1 and a message where something is wrong, with 2 where the words are.
 
     Args:
         args: the words after `itarflow`; None = the process's.
     """
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        _print_help()
+        sys.exit(0)
+    if words[0] == "--version":
+        print(f"itarflow {__version__}")  # noqa: T201
+        sys.exit(0)
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, 1)
+        advice = f"did you mean {near[0]}?" if near else "itarflow --help lists them."
+        Console(stderr=True).print(Text(f"Error: {words[0]!r} is no command of itarflow; {advice}"), soft_wrap=True)
+        sys.exit(2)
+    _run(words[0], words[1:])
+
+
+def _run(name: str, words: list[str]) -> None:
+    import tyro
+    from diffusers.utils.logging import disable_progress_bar
+
+    from itarflow.runtime.processes import refuse
+
+    module, named = COMMANDS[name].place.split(":")
     disable_progress_bar()  # diffusers' own, for the loading of files; that of sampling stays
-    command: Any = tyro.cli(
-        Command,
-        prog="itarflow",
-        description="Normalizing flows that generate images. Training is started by the files in recipes/.",
-        args=args,
-    )
+    command: Any = getattr(import_module(f"itarflow.commands.{module}"), named)
     try:
-        command.run()
+        if isinstance(command, type):
+            tyro.cli(command, prog=f"itarflow {name}", args=words).run()
+        else:
+            command(words)
     except (CheckpointError, ImportError, OSError, RunError, ValueError) as error:
         refuse(error)
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]Stopped.")
         sys.exit(130)
+
+
+def _print_help() -> None:
+    console = Console()
+    console.print("usage: [bold]itarflow COMMAND[/] ...\n\nNormalizing flows that generate images.", highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
+    errand = ""
+    for name, command in COMMANDS.items():
+        if command.errand != errand:
+            errand = command.errand
+            table.add_row()
+            table.add_row(f"[bold]{errand}")
+        table.add_row(f"  [cyan]{name}", command.summary)
+    console.print(table)
+    console.print(
+        "\n[bold]itarflow COMMAND --help[/] explains a command and its options. First steps: itarflow train digits, "
+        "and then\nitarflow sample runs/digits/pipeline.",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -462,7 +464,8 @@ def test_an_unwritable_output_is_refused_before_sampling(refused, save, monkeypa
 @pytest.mark.parametrize(
     ("words", "explanations"),
     [
-        ((), ["Make images with a checkpoint", "Show what a checkpoint is", "started by the files in recipes/"]),
+        ((), ["train", "sample", "Generate images with a checkpoint", "itarflow train digits"]),
+        (("train",), ["RECIPE", "accelerate launch recipes/digits.py", "--dry-run", "--resume"]),
         (("sample",), ["--class-labels", "by name or number", "itarflow sample runs/digits/pipeline", "0 = off"]),
         (("info",), ["A folder with a pipeline, or a Hugging Face Hub id"]),
         (("convert",), ["An official .pth file", "--to-official", "--t-max", "TARFlow's noise_std"]),
@@ -476,6 +479,51 @@ def test_help_explains(words, explanations, capsys):
     printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for explanation in explanations:
         assert explanation in printed
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_of_the_table_is_there(name, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([name, "--help"])
+    assert exit_.value.code == 0
+    assert f"itarflow {name}" in capsys.readouterr().out
+
+
+def test_a_page_of_help_imports_neither_torch_nor_diffusers():
+    script = (
+        "import sys\nfrom itarflow.commands.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "print(len(sys.modules), *{'torch', 'diffusers', 'accelerate', 'numpy', 'tyro'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    count, *heavy = done.stdout.splitlines()[-1].split()
+    assert not heavy
+    assert int(count) < 500  # of some 3,900 when all commands are imported
+
+
+def test_the_package_imports_what_is_asked_for_and_knows_its_names():
+    script = (
+        "import sys, itarflow\nassert 'torch' not in sys.modules\nassert set(itarflow.__all__) <= set(dir(itarflow))\n"
+        "names = [getattr(itarflow, name) for name in itarflow.__all__]\nassert 'torch' in sys.modules\n"
+        "assert not [name for name in sys.modules if name.startswith(('itarflow.training', 'itarflow.evaluation'))]"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_command_that_there_is_not_is_refused_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["sampel"])
+    assert exit_.value.code == 2
+    assert "did you mean sample?" in capsys.readouterr().err
+
+
+def test_train_runs_a_recipe_by_file_or_name_and_refuses_others(run, refused, tmp_path):
+    recipes = Path(__file__).parents[2] / "recipes"
+    assert "Dry run" in run("train", recipes / "digits.py", "--dry-run")
+    assert "no recipe 'digits'" in refused("train", "digits")
+    (Path.cwd() / "recipes").symlink_to(recipes)
+    assert "542,240" in run("train", "digits", "--dry-run")
+    assert "photos_latent" in refused("train", "digitz")
 
 
 def test_an_unknown_option_is_refused(capsys):
