@@ -6,7 +6,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 
-from collections.abc import Callable
+import functools
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import diffusers
@@ -16,9 +18,24 @@ from command_line import refused, run, save  # noqa: F401
 from torch import Tensor
 
 from itarflow.codec import Vae
+from itarflow.data import sources
 from itarflow.flow import TARFlow
 
 torch.set_num_threads(1)  # on tensors this small, threads only cost time
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported is never garbage: a training, which looks for some at its end, need not go through it."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _digits_are_encoded_once() -> Iterator[None]:
+    """The data set of most tests, which never changes: 1,797 PNGs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_digits", functools.cache(sources._digits))
+        yield
+
 
 TINY: dict[str, Any] = {
     "image_size": 4,

@@ -500,6 +500,7 @@ def test_a_saved_pipeline_is_the_same_pipeline(pipe, folder):
     assert dict(loaded.flow.config)["noise_range"] == [0.02, 0.6]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_makes_the_same_images(pipe, folder, tmp_path):
     program = (
         "import sys, torch\n"

@@ -55,6 +55,14 @@ def two(tmp_path_factory):
     return run_dir
 
 
+def test_a_recipe_is_a_script(tmp_path):
+    done = run(tmp_path / "run", *SMALL[:-1], "2", processes=1)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics(tmp_path / "run")) == 6  # two losses, and those of held-out images at four levels
+    assert weights(tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_two_processes_give_the_losses_and_weights_of_one(two, tmp_path):
     done = run(tmp_path / "one", *SMALL, processes=1)
     assert done.returncode == 0, done.stderr

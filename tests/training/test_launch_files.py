@@ -31,6 +31,7 @@ def test_accelerate_reads_the_file(name):
     assert not config.use_cpu
 
 
+@pytest.mark.slow
 def test_sharding_and_checkpointing_are_asked_of_every_process(tmp_path):
     script = tmp_path / "tell.py"
     script.write_text(

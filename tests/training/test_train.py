@@ -93,10 +93,10 @@ def test_a_streamed_run_resumes_exactly_in_the_middle_of_an_epoch(digits_in_parq
         path=str(digits_in_parquet), streaming=True, shuffle_buffer=256, in_memory=False, num_workers=num_workers,
         accumulation=2,
     )  # fmt: skip
-    train(recipe, tmp_path / "whole")
-    train(recipe, tmp_path / "parts", max_steps=9)
-    train(recipe, tmp_path / "parts", start="resume", max_steps=16)
-    train(recipe, tmp_path / "parts", start="resume")
+    train(recipe, tmp_path / "whole", max_steps=10)
+    train(recipe, tmp_path / "parts", max_steps=4)
+    train(recipe, tmp_path / "parts", start="resume", max_steps=7)
+    train(recipe, tmp_path / "parts", start="resume", max_steps=10)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     resumed, expected = shared_weights(tmp_path / "parts"), shared_weights(tmp_path / "whole")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
