@@ -85,6 +85,7 @@ def records(path: str, tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     return json.loads((tmp_path / "out" / "figures.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("train",), ("train", "--dtype", "bf16"), ("inverse",), ("score",), ("sample",)])
 def test_every_path_is_compared_with_a_peer_of_the_same_weights(words, tmp_path, capsys):
     found = records(words[0], tmp_path, *words[1:], "--peer", str(clone(tmp_path)))
@@ -141,6 +142,7 @@ def test_without_a_peer_the_first_variant_is_the_reference(tmp_path):
     assert checkpointed["largest_difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_denoising_is_measured_once_and_in_ten_steps_unless_told_otherwise(tmp_path):
     cases = [record["case"] for record in records("score", tmp_path, "--only", "ours")]
     assert cases == ["score", "10 scores"] * 2
@@ -250,6 +252,7 @@ def test_pipelines_keep_their_weights_and_noise_levels(tmp_path, make_flow):
     assert all(torch.equal(state[name], tensor) for name, tensor in flow.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_pipelines_plan_is_one_more_variant(tmp_path, make_flow):
     flow = make_flow(noise_range=(0.05, 0.4), patch_size=1)
     solvers = [{"window": 4, "tolerance": 0.0, "guess": "z"}] * 2

@@ -342,6 +342,7 @@ def test_profile_writes_a_plan_by_which_the_checkpoint_samples(run, save_long, m
     assert difference.max() <= 2  # one grey level, and rounding
 
 
+@pytest.mark.slow
 def test_profile_keeps_plans_for_other_batch_sizes_and_nothing_without_write(run, save_long):
     folder = save_long()
     run("profile", folder, *PROFILE)
@@ -353,6 +354,7 @@ def test_profile_keeps_plans_for_other_batch_sizes_and_nothing_without_write(run
     assert ITARFlowPipeline.from_pretrained(folder).config.class_names == ["cat", "dog", "bird"]
 
 
+@pytest.mark.slow
 def test_profile_measures_the_metrics_on_real_images(run, save_long):
     shapes = run("profile", save_long(), *PROFILE, "--data", "digits", "--no-write") and Path("profile/profile.json")
     on_digits = json.loads(shapes.read_text())["metrics"]
@@ -381,6 +383,7 @@ def test_nothing_is_computed_before_options_are_refused(refused, save_long, monk
         assert "expected" in refused("profile", folder, *words) or "mouse" in words
 
 
+@pytest.mark.slow
 def test_a_model_card_that_somebody_has_written_stays(run, save_long):
     folder = save_long()
     (folder / "README.md").write_text("# Our pets\n")

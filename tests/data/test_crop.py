@@ -161,6 +161,7 @@ def test_formats(tmp_path: Path, picture_format: str, start: bytes) -> None:
     assert (load(tmp_path / "out").train[1].image.float() - 1).abs().max() <= 2
 
 
+@pytest.mark.slow
 def test_files_suit_streaming(tmp_path: Path) -> None:
     run("digits", tmp_path / "out", shard_size=600, in_channels=1)
     assert files(tmp_path / "out") == ["prepare.json", *(f"train-0000{index}-of-00003.parquet" for index in range(3))]

@@ -143,6 +143,7 @@ def test_training_reads_it(source: Path, tmp_path: Path, vaes: dict[str, Path]) 
     assert torch.equal(views[:, 1, 0].float(), stored(tmp_path / "out", "mean_flipped", (4, 4, 4)))
 
 
+@pytest.mark.slow
 def test_nobody_depends_on_the_number_of_processes(tmp_path: Path, vaes: dict[str, Path]) -> None:
     source = write_row_groups(tmp_path / "source" / "train.parquet", 80, 80).parent
     options: dict[str, Any] = {"shard_size": 25, "batch_size": 10}

@@ -138,6 +138,7 @@ def test_too_many_broken_images_stop_the_workers(tmp_path: Path) -> None:
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [1, 3])
 def test_processes_share_the_batches_of_an_evaluation(num_processes):
     dataset = load_data(DataConfig(path="digits", held_out_images=100), image_size=8, in_channels=1).held_out

@@ -94,6 +94,7 @@ def test_each_images_figures_and_their_means_are_those_of_the_flow(measured, che
     assert Image.open("out/nll.png").size[0] > 100
 
 
+@pytest.mark.slow
 def test_neither_batches_nor_the_number_of_images_change_an_images_figures(measured):
     measured("--draws", 2)
     whole = table()
@@ -141,6 +142,7 @@ def test_it_goes_on_where_it_was_stopped(measured, monkeypatch, capsys):
     assert asked == []
 
 
+@pytest.mark.slow
 def test_figures_of_other_settings_or_weights_are_left_alone(measured, refused, checkpoint, data, save):
     measured()
     before = Path("out/bpd.json").read_bytes()
@@ -153,6 +155,7 @@ def test_figures_of_other_settings_or_weights_are_left_alone(measured, refused, 
     assert Path("out/bpd.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_figures_of_other_data_are_not_taken_for_the_same(measured, refused, checkpoint, data, tmp_path):
     measured()
     words = ("bpd", checkpoint, *QUICK, *LEVELS, "--output", "out", "--data")
@@ -164,6 +167,7 @@ def test_figures_of_other_data_are_not_taken_for_the_same(measured, refused, che
     assert "labels_digest: " not in message
 
 
+@pytest.mark.slow
 def test_figures_of_other_labels_are_not_taken_for_the_same(run, refused, checkpoint, tmp_path):
     labels, features = [0, 1, 2], datasets.ClassLabel(names=["cat", "dog", "bird"])
     columns = {"image": [{"bytes": encoded(index), "path": None} for index in labels], "a": labels, "b": labels[::-1]}
@@ -176,6 +180,7 @@ def test_figures_of_other_labels_are_not_taken_for_the_same(run, refused, checkp
     assert "images_digest: " not in message
 
 
+@pytest.mark.slow
 def test_figures_of_another_vae_are_not_taken_for_the_same(run, refused, save, data):
     def words(**vae: Any) -> tuple[object, ...]:
         folder = save({"in_channels": 4}, vae=tiny_vae(in_channels=3, out_channels=3, **vae))
@@ -228,6 +233,7 @@ def test_a_damaged_report_is_named(measured, refused, checkpoint, data, content)
     assert "choose another folder" in message
 
 
+@pytest.mark.slow
 def test_processes_count_anew_in_each_call(measured, monkeypatch):
     names, counter = [], processes.shared_counter
     monkeypatch.setattr(processes, "shared_counter", lambda name: names.append(name) or counter(name))

@@ -108,6 +108,7 @@ def test_the_same_weights_asked_in_another_way_have_another_identity(lite):
     assert resizes.identity == lite.identity != _Network("one", lite._network, _registered).identity
 
 
+@pytest.mark.slow
 def test_inception_gives_what_adm_evaluates(inception_file):
     extractor = load_extractor(INCEPTION, inception_file)
     features = extractor(pictures(1))

@@ -142,6 +142,7 @@ def test_what_was_stopped_goes_on_and_nothing_is_done_twice(
     assert extractor.seen == 3 * 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncurved")
 def test_values_are_added_to_what_is_there(itarflow: Run, extractor: TinyExtractor) -> None:
     few = ("--guidance-weights", 0, "--t-max", 0.3)
@@ -287,6 +288,7 @@ def test_each_setting_with_several_values_has_a_row_of_panels(
     assert all(panel.get_lines()[-1].get_ydata()[0] == best for panel in first)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncurved")
 def test_wide_grids_of_images_go_on_below(itarflow: Run) -> None:
     itarflow("sweep", *GRID, "--raw", "--picture-rows", 2)

@@ -37,6 +37,7 @@ def test_the_generic_loader_of_diffusers_runs_their_shims(tmp_path: Path, monkey
     assert callable(itarflow.denoise)
 
 
+@pytest.mark.slow
 def test_the_function_denoise_stays_one_after_their_module_is_imported():
     script = (
         "import itarflow, torch\nfrom itarflow.denoise import DenoiseScheduler\n"

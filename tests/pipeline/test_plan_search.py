@@ -87,6 +87,7 @@ def search(flow, make_inputs, **settings):
     return find_plan(flow, invert, lambda **options: [invert(**options)], batch_size=3, repeats=1, **settings)
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_pictures_as_near_as_asked(long_flow, make_inputs):
     invert, reports = inverse_of(long_flow, make_inputs), []
     found = find_plan(
@@ -119,6 +120,7 @@ def test_a_plan_keeps_pictures_as_near_as_asked(long_flow, make_inputs):
         assert all(t.difference <= 0.1 for t in finished)
 
 
+@pytest.mark.slow
 def test_nothing_but_rounding_is_allowed_at_zero(long_flow, make_inputs):
     found = find_plan(
         long_flow,

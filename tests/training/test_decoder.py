@@ -123,6 +123,7 @@ def test_the_decoder_learns_and_the_encoder_does_not(vaes: dict[str, str], kind:
     assert corners == [int(data.held_out[index].image[0, 0, 4]) for index in (20, 10, 0)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     vaes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +154,7 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_last_bit
     assert all(value.equal(expected[name]) for name, value in weights(tmp_path / "cut").items())
 
 
+@pytest.mark.slow
 def test_a_critic_may_join_in_the_middle(vaes: dict[str, str], tmp_path: Path) -> None:
     config = settings(vaes["tiny"], steps=2)
     fine_tune(config, tmp_path, max_steps=1)
@@ -241,6 +243,7 @@ def test_steps_without_a_finite_gradient_change_nothing_and_end_it(
     assert all(value.equal(plain[name]) for name, value in weights(tmp_path).items())
 
 
+@pytest.mark.slow
 def test_the_command_begins_goes_on_begins_anew_and_overwrites_nothing(
     vaes: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -151,6 +151,7 @@ def test_more_devices_never_need_more_each():
 PRECISIONS = ("no", "bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixed_precision", "model"),
     [("no", {"num_layers": (8, 8)}), ("no", {"shared_layers": 1}), ("bf16", {}), ("bf16", {"patch_size": (4, 2)})],
@@ -202,6 +203,7 @@ def test_weights_do_not_count_as_activations():
     assert needed(**sizes).per_image < 0.1 * weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("mixed_precision", PRECISIONS)
 def test_activations_are_what_lives_in_a_real_step(mixed_precision, checkpointing):

@@ -65,6 +65,7 @@ def finished(tmp_path_factory, vae_folder, codes_folder):
     return run_dir, train(latent_recipe(vae_folder, codes_folder), run_dir, max_steps=STEPS)
 
 
+@pytest.mark.slow
 def test_steps_and_evaluation_never_touch_the_vae(finished, recipe, monkeypatch, tmp_path):
     def touched(*args, **kwargs):
         raise AssertionError("the VAE was used")
@@ -77,6 +78,7 @@ def test_steps_and_evaluation_never_touch_the_vae(finished, recipe, monkeypatch,
     assert any("held_out" in line for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_another_decoder_is_the_uninterrupted_one(finished, recipe, codes_folder, tmp_path):
     fine_tuned = tiny_vae()
     fine_tuned.decoder.conv_out.bias.data += 1
@@ -152,6 +154,7 @@ def test_training_on_the_means_is_another_training(finished, vae_folder, codes_f
     assert losses(tmp_path / "run")[1] != losses(finished[0])[1]
 
 
+@pytest.mark.slow
 def test_codes_in_memory_or_streamed_train_alike(finished, vae_folder, codes_folder, tmp_path):
     train(latent_recipe(vae_folder, codes_folder, in_memory=True), tmp_path / "memory", max_steps=STEPS)
     assert losses(tmp_path / "memory") == losses(finished[0])
@@ -182,6 +185,7 @@ def test_another_vae_or_model_is_refused_before_any_work(vae_folder, codes_folde
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_flow_may_denoise_the_grids(finished, vae_folder, codes_folder, tmp_path):
     one_level = {"noise_conditioned": False, "distribution": "constant", "weight": "one"}
     pipeline = str(finished[0] / "pipeline")
@@ -238,6 +242,7 @@ def test_the_command_samples_with_another_decoder_of_the_same_codes(finished, tm
     assert "AutoencoderKL, for images of 8 x 8 pixels" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_never_goes_on_with_codes_of_another_vae(recipe, vae_folder, codes_folder, tmp_path):
     train(recipe, tmp_path / "run", max_steps=2)
     stored = json.loads((tmp_path / "run" / "recipe.json").read_text())["codec"]

@@ -47,6 +47,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
         find_accumulation(tiny_recipe(), Accelerator(cpu=True))
 
 
+@pytest.mark.slow
 def test_a_training_with_the_micro_batch_found_has_the_losses_of_the_whole_batch(memory, tmp_path, capsys):
     train(tiny_recipe(), tmp_path / "whole", max_steps=3)
     memory(40)

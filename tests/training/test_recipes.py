@@ -55,7 +55,7 @@ def test_a_recipe_is_named_as_its_file_fits_together_and_says_how_to_launch_it(p
     "path",
     [
         # One of pixels on any machine and one of codes; the rest differ in their data alone.
-        pytest.param(path, marks=[] if path.stem in ("digits", "starflow_imagenet256") else pytest.mark.slow)
+        pytest.param(path, marks=[] if path.stem in ("digits",) else pytest.mark.slow)
         for path in RECIPES
     ],
     ids=lambda path: path.stem,

@@ -111,6 +111,7 @@ def test_resuming_a_finished_run_adds_nothing(finished, tmp_path, capsys):
     assert (again.steps, again.held_out.nll) == (27, json.loads(before.splitlines()[-1])["held_out"]["nll"])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_before_its_first_state_begins_anew(finished, tmp_path, capsys):
     whole, _ = finished
     run = runs.prepare(tmp_path / "run", tiny_recipe(), "fresh")
@@ -121,6 +122,7 @@ def test_a_run_that_was_stopped_before_its_first_state_begins_anew(finished, tmp
     assert losses(tmp_path / "run") == {step: expected[step] for step in range(1, 5)}
 
 
+@pytest.mark.slow
 def test_resuming_forgets_metrics_written_after_the_saved_state(tmp_path):
     train(tiny_recipe(), tmp_path, max_steps=5)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -156,6 +158,7 @@ def test_accumulation_gives_the_same_losses(finished, tmp_path):
     assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 7)}, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_accumulate_in_other_shares(finished, tmp_path):
     whole, _ = finished
     train(tiny_recipe(), tmp_path, max_steps=5)
@@ -164,6 +167,7 @@ def test_a_resumed_run_may_accumulate_in_other_shares(finished, tmp_path):
     assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 10)}, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_losses(finished, tmp_path):
     whole, _ = finished
     train(tiny_recipe(gradient_checkpointing=True), tmp_path, max_steps=3)
@@ -180,6 +184,7 @@ def test_compiled_layers_give_the_same_losses(finished, tmp_path):
     assert losses(tmp_path) == pytest.approx({step: expected[step] for step in range(1, 4)}, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_close_to_float32(finished, tmp_path):
     whole, _ = finished
     train(tiny_recipe(mixed_precision="bf16"), tmp_path, max_steps=6)
@@ -252,6 +257,7 @@ def images_with_a_broken_one(tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_that_too_many_broken_images_stopped_goes_on_as_if_they_had_been_allowed(
     images_with_a_broken_one, tmp_path
 ):
@@ -268,6 +274,7 @@ def test_a_run_that_too_many_broken_images_stopped_goes_on_as_if_they_had_been_a
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_repaired_images_count_no_longer(images_with_a_broken_one, tmp_path):
     recipe = images_with_a_broken_one
     stricter = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, max_broken=0))
@@ -277,6 +284,7 @@ def test_repaired_images_count_no_longer(images_with_a_broken_one, tmp_path):
     assert train(stricter, tmp_path / "run", start="resume").steps == 20
 
 
+@pytest.mark.slow
 def test_settings_of_the_optimiser_may_be_changed_on_resuming(tmp_path):
     weights = []
     train(tiny_recipe(), tmp_path / "begun", max_steps=2)
@@ -288,6 +296,7 @@ def test_settings_of_the_optimiser_may_be_changed_on_resuming(tmp_path):
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow
 def test_an_average_may_begin_in_the_middle_of_a_run(tmp_path):
     train(tiny_recipe(ema_decay=None), tmp_path, max_steps=2)
     before = shared_weights(tmp_path)["blocks.0.proj_in.weight"]
@@ -296,6 +305,7 @@ def test_an_average_may_begin_in_the_middle_of_a_run(tmp_path):
     train(tiny_recipe(ema_decay=None), tmp_path, start="resume", max_steps=4, allow_changes=True)
 
 
+@pytest.mark.slow
 def test_saving_before_the_first_good_step_changes_nothing_of_it(tmp_path, monkeypatch):
     original = training.clip_grad_norm
 
@@ -313,6 +323,7 @@ def test_saving_before_the_first_good_step_changes_nothing_of_it(tmp_path, monke
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_signal_after_the_last_step_loses_nothing(finished, tmp_path, monkeypatch):
     whole, _ = finished
     original = training._Training.evaluate
@@ -332,6 +343,7 @@ def test_a_signal_after_the_last_step_loses_nothing(finished, tmp_path, monkeypa
     assert losses(tmp_path / "run") == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypatch):
     for index in range(40):
         pixels = np.random.default_rng(index).integers(0, 256, (8, 8), dtype=np.uint8)
@@ -358,6 +370,7 @@ def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypa
     assert train(recipe, tmp_path / "run", start="resume").steps == 20
 
 
+@pytest.mark.slow
 def test_nan_in_many_steps_in_a_row_ends_training_with_advice(tmp_path, monkeypatch):
     def always_nan(*args):
         losses = objective.training_losses(*args)
@@ -373,6 +386,7 @@ def test_nan_in_many_steps_in_a_row_ends_training_with_advice(tmp_path, monkeypa
     assert (summary.steps, summary.bad_steps) == (5, 3)
 
 
+@pytest.mark.slow
 def test_what_fails_after_the_last_step_costs_no_training(tmp_path, monkeypatch):
     def out_of_memory(self):
         raise torch.OutOfMemoryError("no memory for a grid")
@@ -385,6 +399,7 @@ def test_what_fails_after_the_last_step_costs_no_training(tmp_path, monkeypatch)
     assert train(tiny_recipe(), tmp_path, start="resume").steps == max(losses(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_last_line_that_a_crash_cut_off_does_not_stop_resuming(tmp_path):
     train(tiny_recipe(), tmp_path, max_steps=3)
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -451,12 +466,14 @@ def test_likelihood_training_reports_bits_per_dim_of_the_8_bit_image(tmp_path):
     assert summary.held_out.nll == {}
 
 
+@pytest.mark.slow
 def test_the_prior_variance_of_a_volume_preserving_flow_is_estimated(tmp_path):
     train(tiny_recipe(volume_preserving=True), tmp_path, max_steps=8)
     variance = shared_weights(tmp_path)["prior_variance"]
     assert (variance - 1).abs().max() > 0.05
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_named_and_training_goes_on(tmp_path, capfd):
     for label in ("a", "b"):
         (tmp_path / "images" / label).mkdir(parents=True)
@@ -525,6 +542,7 @@ def damage_tensors(state):
     tensors.write_bytes(tensors.read_bytes()[:100])
 
 
+@pytest.mark.slow
 def test_without_a_whole_state_nothing_is_resumed_and_the_fault_is_named(tmp_path):
     train(tiny_recipe(), tmp_path, max_steps=2)
     (state,) = (tmp_path / "state").glob("step-*")
@@ -547,6 +565,7 @@ def test_a_damaged_newest_state_is_passed_over_and_the_run_ends_as_ever(finished
     assert (tmp_path / "run" / "state" / "torn-step-00000010").is_dir()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_older_state_and_says_so(finished, tmp_path):
     whole, _ = finished
     train(tiny_recipe(), tmp_path / "run", max_steps=3)
@@ -563,6 +582,7 @@ def test_a_full_disk_leaves_the_older_state_and_says_so(finished, tmp_path):
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_being_written_is_left_alone(tmp_path):
     train(tiny_recipe(), tmp_path / "run", max_steps=1)
     lock = hold(RunDir(tmp_path / "run"))

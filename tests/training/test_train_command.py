@@ -139,6 +139,7 @@ def test_overrides_reach_the_recipe(run):
         assert words in printed
 
 
+@pytest.mark.slow
 def test_the_values_of_overrides_are_what_changes_the_estimate(run):
     def parameters(printed: str) -> int:
         return int(re.search(r"parameters [\d.]+[KMG]? \(([\d,]+)\)", printed)[1].replace(",", ""))
@@ -146,6 +147,7 @@ def test_the_values_of_overrides_are_what_changes_the_estimate(run):
     assert parameters(run("--dry-run", "--model.channels", 128)) > 3 * parameters(run("--dry-run"))
 
 
+@pytest.mark.slow
 def test_a_size_of_the_paper_is_recognised(run):
     recipe = replace(RECIPE, model=itarflow_model("B", 64), data=DataConfig())
     assert "iTARFlow-B, 770M in the paper" in run("--dry-run", recipe=recipe)
@@ -157,6 +159,7 @@ def test_a_recipe_without_data_says_how_to_give_some(run):
     )
 
 
+@pytest.mark.slow
 def test_data_on_the_hub_that_are_out_of_reach_do_not_fail_a_dry_run(run):
     assert "not checked: path 'someone/pets'" in run("--dry-run", "--data.path", "someone/pets")
 
