@@ -1,9 +1,15 @@
-"""Which sizes of a flow fit together."""
+"""What a flow is given: sizes that fit together, labels, noise levels and solvers in their ranges."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from itarflow.flow.embedding import NULL_LABEL
+from itarflow.inverse.solvers import Jacobi, Solver
 
 
 def per_block(name: str, value: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
@@ -60,3 +66,84 @@ def check_scalars(num_classes: int, input_scale: float, mlp_ratio: int, noise_ra
         raise ValueError(f"input_scale is {input_scale}; expected a finite number > 0.")
     if noise_range is not None and not (len(noise_range) == 2 and 0 < noise_range[0] <= noise_range[1] < math.inf):
         raise ValueError(f"noise_range is {noise_range}; expected (t_min, t_max) with 0 < t_min <= t_max, or None.")
+
+
+def checked_labels(labels: Tensor | None, batch_size: int, num_classes: int, device: torch.device) -> Tensor | None:
+    """Labels as int64 (batch_size,) on the device; None = all unlabelled.
+
+    Raises:
+        ValueError: they are not (batch_size,) whole numbers from 0 to num_classes - 1 or NULL_LABEL, or the flow has
+            no classes.
+    """
+    if labels is None:
+        return None
+    labels = torch.as_tensor(labels)  # a list will do
+    if num_classes == 0:
+        raise ValueError("labels were given, but this flow has no classes (num_classes=0); pass labels=None.")
+    if tuple(labels.shape) != (batch_size,) or labels.is_floating_point():
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected ({batch_size},) int64."
+        )
+    if _readable(labels) and not ((labels >= NULL_LABEL) & (labels < num_classes)).all():
+        wrong = labels[(labels < NULL_LABEL) | (labels >= num_classes)].tolist()
+        raise ValueError(
+            f"labels {wrong[:5]} are out of range; expected 0 .. {num_classes - 1}, or {NULL_LABEL} for no label."
+        )
+    return labels.to(device, torch.int64)
+
+
+def checked_noise_level(noise_level: Tensor | float | None, batch_size: int, device: torch.device) -> Tensor:
+    """The noise level as (batch_size,) on the device, in at least float32.
+
+    Raises:
+        ValueError: there is none, neither one nor one an image, or one that is not finite and > 0.
+    """
+    if noise_level is None:
+        raise ValueError("noise_level is missing: this flow is conditioned on it. Pass a number or a (B,) tensor.")
+    level = torch.as_tensor(noise_level, device=device)
+    level = level.to(torch.promote_types(level.dtype, torch.float32))
+    if level.numel() not in (1, batch_size):
+        raise ValueError(f"noise_level has shape {tuple(level.shape)}; expected one number or ({batch_size},).")
+    if _readable(level) and not ((level > 0) & level.isfinite()).all():
+        raise ValueError(f"noise_level is {level.flatten().tolist()[:5]}; expected finite numbers > 0.")
+    return level.reshape(-1).expand(batch_size)
+
+
+def check_noise_range(noise_level: Tensor | float, noise_range: Sequence[float]) -> None:
+    """Raise ValueError for a level outside (t_min, t_max). It reads the values, so it is not for training steps."""
+    low, high = noise_range
+    # On the CPU, since some devices have no float64.
+    values = noise_level.detach().cpu().double() if isinstance(noise_level, Tensor) else noise_level
+    level = torch.as_tensor(values, dtype=torch.float64)
+    tolerance = 1e-5  # float32 rounding of a level at the edge
+    if not ((level >= low * (1 - tolerance)) & (level <= high * (1 + tolerance))).all():
+        raise ValueError(
+            f"noise_level {level.flatten().tolist()[:5]} lies outside [{low}, {high}], the range this flow was "
+            "trained on; its density means nothing there."
+        )
+
+
+def solver_of_each_block(solver: Solver | Sequence[Solver], num_tokens: Sequence[int]) -> Sequence[Solver]:
+    """One solver a block, from one for all or one each.
+
+    Args:
+        solver: one, or one a block in the order of inversion.
+        num_tokens: of each block, in that order.
+
+    Raises:
+        ValueError: they are no solvers, not as many as blocks, or not for blocks of so many tokens.
+    """
+    by_block = [solver] * len(num_tokens) if callable(solver) else solver
+    if not isinstance(by_block, Sequence) or isinstance(by_block, str) or not all(map(callable, by_block)):
+        raise ValueError(f"solver is {solver!r}; expected one of itarflow.inverse, or a list of them, one a block.")
+    if len(by_block) != len(num_tokens):
+        raise ValueError(f"{len(by_block)} solvers were given for {len(num_tokens)} blocks; expected one each.")
+    for one, tokens in zip(by_block, num_tokens, strict=True):
+        if isinstance(one, Jacobi):
+            one.check(tokens)
+    return by_block
+
+
+def _readable(values: Tensor) -> bool:
+    """Whether looking at values is free: not while compiling, nor where it would wait for a device."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -17,7 +17,15 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from itarflow.flow.block import AutoregressiveBlock, FlowOutput
-from itarflow.flow.checks import check_architecture, check_scalars, per_block
+from itarflow.flow.checks import (
+    check_architecture,
+    check_noise_range,
+    check_scalars,
+    checked_labels,
+    checked_noise_level,
+    per_block,
+    solver_of_each_block,
+)
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.transformer import Transformer
 from itarflow.inverse import solvers
@@ -220,8 +228,10 @@ class TARFlow(ModelMixin, ConfigMixin):
             ValueError: wrong shapes, labels or noise levels.
         """
         images = self._checked_images(images)
-        labels = self._checked_labels(labels, len(images))
-        noise_level = self._checked_noise_level(noise_level, len(images))
+        labels = checked_labels(labels, len(images), self.config.num_classes, self.device)
+        noise_level = (
+            checked_noise_level(noise_level, len(images), self.device) if self.config.noise_conditioned else None
+        )
         image_size, patch = self.config.image_size, self.patch_sizes[0]
         x = patchify(images, patch) * self.config.input_scale
         log_det = images.new_full((len(images),), images[0].numel() * math.log(self.config.input_scale))
@@ -294,24 +304,15 @@ class TARFlow(ModelMixin, ConfigMixin):
         if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
         self.check_noise_range(noise_level)
-        labels = self._checked_labels(labels, len(z))
-        noise_level = self._checked_noise_level(noise_level, len(z))
+        labels = checked_labels(labels, len(z), self.config.num_classes, self.device)
+        noise_level = checked_noise_level(noise_level, len(z), self.device) if self.config.noise_conditioned else None
         guidance = guidance or Guidance()
         if not isinstance(guidance.blocks, int | None) and max(guidance.blocks, default=0) >= len(self.blocks):
             raise ValueError(
                 f"guidance blocks {tuple(guidance.blocks)} name a block that is not there; this flow has "
                 f"{len(self.blocks)}, counted from 0 at the noise side."
             )
-        by_block = [solver] * len(self.blocks) if callable(solver) else solver
-        if not isinstance(by_block, Sequence) or isinstance(by_block, str) or not all(map(callable, by_block)):
-            raise ValueError(
-                f"solver is {solver!r}; expected one of itarflow.inverse.solvers, or a list of them, one a block."
-            )
-        if len(by_block) != len(self.blocks):
-            raise ValueError(f"{len(by_block)} solvers were given for {len(self.blocks)} blocks; expected one each.")
-        for one, (block, _) in zip(by_block, reversed(self._blocks()), strict=True):
-            if isinstance(one, solvers.Jacobi):
-                one.check(block.num_tokens)
+        by_block = solver_of_each_block(solver, [block.num_tokens for block, _ in reversed(self._blocks())])
         self._check_guess(guess, len(z))
         dtype = _autocast_dtype(self.device) if dtype is None else dtype
         image_size, patch = self.config.image_size, self.patch_sizes[-1]
@@ -369,59 +370,13 @@ class TARFlow(ModelMixin, ConfigMixin):
         if guess is not None and tuple(guess.shape) != expected:
             raise ValueError(f"guess has shape {tuple(guess.shape)}; expected {expected}, a trajectory of `inverse`.")
 
-    def _checked_labels(self, labels: Tensor | None, batch_size: int) -> Tensor | None:
-        num_classes = self.config.num_classes
-        if labels is None:
-            return None
-        labels = torch.as_tensor(labels)  # a list will do
-        if num_classes == 0:
-            raise ValueError("labels were given, but this flow has no classes (num_classes=0); pass labels=None.")
-        if tuple(labels.shape) != (batch_size,) or labels.is_floating_point():
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected ({batch_size},) int64."
-            )
-        if _readable(labels) and not ((labels >= NULL_LABEL) & (labels < num_classes)).all():
-            wrong = labels[(labels < NULL_LABEL) | (labels >= num_classes)].tolist()
-            raise ValueError(
-                f"labels {wrong[:5]} are out of range; expected 0 .. {num_classes - 1}, or {NULL_LABEL} for no label."
-            )
-        return labels.to(self.device, torch.int64)
-
-    def _checked_noise_level(self, noise_level: Tensor | float | None, batch_size: int) -> Tensor | None:
-        if not self.config.noise_conditioned:
-            return None
-        if noise_level is None:
-            raise ValueError("noise_level is missing: this flow is conditioned on it. Pass a number or a (B,) tensor.")
-        level = torch.as_tensor(noise_level, device=self.device)
-        level = level.to(torch.promote_types(level.dtype, torch.float32))
-        if level.numel() not in (1, batch_size):
-            raise ValueError(f"noise_level has shape {tuple(level.shape)}; expected one number or ({batch_size},).")
-        if _readable(level) and not ((level > 0) & level.isfinite()).all():
-            raise ValueError(f"noise_level is {level.flatten().tolist()[:5]}; expected finite numbers > 0.")
-        return level.reshape(-1).expand(batch_size)
-
     def check_noise_range(self, noise_level: Tensor | float | None) -> None:
         """Refuse levels that the flow was not trained on. It reads the values, so it is not for training steps."""
-        if self.config.noise_range is None or noise_level is None:
-            return
-        low, high = self.config.noise_range
-        # On the CPU, since some devices have no float64.
-        values = noise_level.detach().cpu().double() if isinstance(noise_level, Tensor) else noise_level
-        level = torch.as_tensor(values, dtype=torch.float64)
-        tolerance = 1e-5  # float32 rounding of a level at the edge
-        if not ((level >= low * (1 - tolerance)) & (level <= high * (1 + tolerance))).all():
-            raise ValueError(
-                f"noise_level {level.flatten().tolist()[:5]} lies outside [{low}, {high}], the range this flow was "
-                "trained on; its density means nothing there."
-            )
+        if self.config.noise_range is not None and noise_level is not None:
+            check_noise_range(noise_level, self.config.noise_range)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in on that device; None = it is off."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None
-
-
-def _readable(values: Tensor) -> bool:
-    """Whether looking at values is free: not while compiling, nor where it would wait for a device."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
