@@ -253,7 +253,7 @@ def test_a_solver_a_block_in_the_order_of_inversion(make_flow):
     flow.inverse(z, None, 0.2, solver=[solver("noise side"), solver("image side")])
     assert asked == [("noise side", 16), ("image side", 4)]
     for wrong in (4, "jacobi", [Jacobi(), None]):
-        with pytest.raises(ValueError, match=r"solver is .*itarflow.inverse.solvers"):
+        with pytest.raises(ValueError, match=r"solver is .*itarflow.inverse"):
             flow.inverse(z, None, 0.2, solver=wrong)
     with pytest.raises(ValueError, match=r"1 solvers .*2 blocks"):
         flow.inverse(z, None, 0.2, solver=[sequential])
