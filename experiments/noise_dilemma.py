@@ -30,7 +30,7 @@ from itarflow.commands.console import reporting
 from itarflow.data import DataConfig, load_data
 from itarflow.denoisers import FlowDenoiser
 from itarflow.evaluation.evaluate import save_samples, scores_of
-from itarflow.evaluation.likelihood.bpd import BpdConfig, measure
+from itarflow.evaluation.likelihood.bpd import BpdConfig, measure_bpd
 from itarflow.evaluation.metrics.extractors import load_extractor
 from itarflow.evaluation.metrics.reference import reference_of
 from itarflow.evaluation.samples.denoising import Denoising, ways_of
@@ -224,7 +224,7 @@ def likelihoods(study: Study, recipe: Recipe, folder: Path, device: str, console
         output=folder / "bpd" / recipe.name,
         device=device,
     )
-    return [figures.to_json() for figures in measure(config, console=console).figures]
+    return [figures.to_json() for figures in measure_bpd(config, console=console).figures]
 
 
 def distance_of(scores: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from itarflow.commands.console import reporting, resumable, say
 from itarflow.evaluation.likelihood.bounds import Mean
-from itarflow.evaluation.likelihood.bpd import BpdConfig, Report, measure
+from itarflow.evaluation.likelihood.bpd import BpdConfig, Report, measure_bpd
 from itarflow.runtime.devices import usable_device
 
 
@@ -48,12 +48,12 @@ class Bpd(BpdConfig):
             if self.device is not None:
                 usable_device(self.device)
             with resumable(self.output):
-                report = measure(self, console=Console(stderr=True))
+                report = measure_bpd(self, console=Console(stderr=True))
             if report is not None:
                 self._show(report)
 
     def _show(self, report: Report) -> None:
-        Console().print(_table(report))
+        Console().print(_bpd_table(report))
         for line in _meanings(report):
             say(line)
         if report.broken:
@@ -65,7 +65,7 @@ class Bpd(BpdConfig):
             say(f"figures of each image, settings and curve in {self.output}/")
 
 
-def _table(report: Report) -> Table:
+def _bpd_table(report: Report) -> Table:
     settings, draws = report.settings, report.settings["draws"]
     labels = f"labels {settings['labels']}" if settings["labels"] != "none" else "no labels"
     where = f"{settings['data']}, {settings['split']}" + (", held out" if settings["held_out_images"] else "")

@@ -101,13 +101,13 @@ class Compare:
             picture_rows=self.picture_rows,
             console=Console(stderr=True),
         )
-        Console().print(_table(comparison))
+        Console().print(_comparison_table(comparison))
         for title, meaning in comparison.metrics.items():
             say(f"{title}: {meaning}.")
         say(f"pictures and figures in {self.output}/; see {self.output / 'compare.png'}")
 
 
-def _table(comparison: Comparison) -> Table:
+def _comparison_table(comparison: Comparison) -> Table:
     """A row for each generator and method, a column for each metric."""
     table = Table(title="Images of each checkpoint, denoised in each way", title_justify="left")
     table.add_column("images of")

@@ -102,7 +102,7 @@ class Diagnose:
             console=Console(stderr=True),
         )
         console = Console()
-        console.print(_table(diagnosis))
+        console.print(_diagnosis_table(diagnosis))
         for note in diagnosis.notes:
             console.print(f"[yellow]Note:[/] {escape(note)}.", soft_wrap=True, highlight=False)
         for line in _lines(diagnosis):
@@ -143,7 +143,7 @@ def _told(diagnosis: Diagnosis) -> list[str]:
     return [kind for kind, parts in KINDS.items() if any(diagnosis.measures[part]["threshold"] for part in parts)]
 
 
-def _table(diagnosis: Diagnosis) -> Table:
+def _diagnosis_table(diagnosis: Diagnosis) -> Table:
     """A section for each set, a row for each kind of failure."""
     table = Table(title="Images that fail", title_justify="left")
     for title in ("", "share", "95 %", "over real", "95 %"):

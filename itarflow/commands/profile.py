@@ -91,7 +91,7 @@ class Profile:
         for batch_size in self.batch_sizes:
             found = self._find(pipe, batch_size)
             report[batch_size] = found
-            Console().print(_table(pipe, metrics, found))
+            Console().print(_plan_table(pipe, metrics, found))
             say(_summary(found.plan))
             if self.write:
                 self._write(pipe, found.plan)
@@ -210,7 +210,7 @@ def _clean(pipe: ITARFlowPipeline, noisy: Tensor, labels: Tensor | None) -> Tens
     return (codec_of(pipe.vae, slice_size=8).decode(clean).clamp(-1, 1) + 1) / 2
 
 
-def _table(pipe: ITARFlowPipeline, metrics: Sequence[BlockMetrics], found: FoundPlan) -> Table:
+def _plan_table(pipe: ITARFlowPipeline, metrics: Sequence[BlockMetrics], found: FoundPlan) -> Table:
     """A row for each block."""
     facts = found.plan.facts
     table = Table(

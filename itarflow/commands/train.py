@@ -153,7 +153,7 @@ def _run(options: Options, console: Console) -> None:
         find_micro_batch=options.find_micro_batch,
     )
     if main_process:
-        console.print(_report(summary))
+        console.print(_summary_table(summary))
         labels = " ".join(shlex.quote(name) for name in summary.class_names[:3])
         chosen = f" --class-labels {labels}" if labels else ""
         command = f"itarflow sample {summary.run.pipeline}{chosen} --num-images 9 --output samples.png"
@@ -185,7 +185,7 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _report(summary: Summary) -> Table:
+def _summary_table(summary: Summary) -> Table:
     table = Table(title="Done", show_header=False, title_justify="left")
     for title, text in summary.described().items():
         table.add_row(title, text)

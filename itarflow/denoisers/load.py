@@ -14,7 +14,7 @@ from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.tarflow import TARFlow
-from itarflow.runtime.hub import check_folder, folder_of, read_index
+from itarflow.runtime.hub import check_pipeline_folder, folder_of, read_index
 
 _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
     "transformer": DiTTransformer2DModel,
@@ -83,7 +83,7 @@ def load_denoiser(
 def _flow(name: str, vae: Vae | None) -> TARFlow:
     """The flow of a pipeline of ours, whose codes must be those of `vae` if both have one."""
     folder = folder_of(name, ["*.json", "*.safetensors"], expected=_EXPECTED)
-    check_folder(folder)
+    check_pipeline_folder(folder)
     if vae is not None and (folder / "vae").is_dir():
         check_same_codes(name, load_vae(CodecConfig(vae=str(folder / "vae"))), vae)
     try:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from itarflow.flow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
 from itarflow.flow.transformer import Layer, Transformer, pack_layers
 from itarflow.inverse import solvers
-from itarflow.inverse.cuda_graph import Replayed
-from itarflow.inverse.decoding import Cache, Conditioner
+from itarflow.inverse.cuda_graph import GraphedConditioner
+from itarflow.inverse.decoding import Cache, CachedConditioner
 from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.kernels import pack
 
@@ -136,7 +136,7 @@ class AutoregressiveBlock(nn.Module):
 
     def conditioner(
         self, condition: Condition, guiding: Condition | None, guidance: Guidance, dtype: torch.dtype | None = None
-    ) -> Conditioner:
+    ) -> CachedConditioner:
         """The block as solvers see it, with its present weights and an empty cache.
 
         Args:
@@ -150,7 +150,7 @@ class AutoregressiveBlock(nn.Module):
         weight = self.proj_in.weight
         exact = weight.dtype
         following = torch.arange(1, self.num_tokens, device=both.embedding.device)
-        return Conditioner(
+        return CachedConditioner(
             layers=pack_layers(self._layers(), dtype or exact),
             proj_in=pack(self.proj_in, exact),
             proj_out=pack(self.proj_out, exact),
@@ -231,7 +231,7 @@ class AutoregressiveBlock(nn.Module):
             weights = guidance.weights(torch.zeros(1, device=z.device), self.num_tokens, shift.dtype)
             first = guide((shift, log_scale), self.first_affine(guiding), weights, guidance)
         conditioner = self.conditioner(condition, guiding, guidance, dtype)
-        fastest = Replayed(conditioner) if z.device.type == "cuda" else conditioner
+        fastest = GraphedConditioner(conditioner) if z.device.type == "cuda" else conditioner
         known = None if guess is None else self._ordered(guess)
         return self._ordered(solver(fastest, self._ordered(z), first, progress, known))
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from itarflow.inverse.decoding import Conditioner
+from itarflow.inverse.decoding import CachedConditioner
 from itarflow.inverse.guidance import Affine
 
 Evaluation = Callable[[Tensor, Tensor], Affine]
@@ -56,13 +56,13 @@ def record(evaluation: Evaluation, tokens: Tensor, start: Tensor) -> Evaluation:
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """A conditioner whose evaluations of small windows are replayed: an `solvers.Conditioner`.
+class GraphedConditioner:
+    """A conditioner whose evaluations of small windows are replayed: a `solvers.Conditioner`.
 
     What a call returns is overwritten by the next one.
     """
 
-    conditioner: Conditioner
+    conditioner: CachedConditioner
     """Its cache gets room for the whole sequence, so that its address stays."""
     record: Callable[[Evaluation, Tensor, Tensor], Evaluation] = record
     _recorded: dict[tuple[int, int], Evaluation | None] = field(default_factory=dict)
@@ -94,6 +94,6 @@ class Replayed:
         self._recorded[key] = recorded
         return recorded(tokens, start)
 
-    def select(self, samples: Tensor) -> Replayed:
+    def select(self, samples: Tensor) -> GraphedConditioner:
         """See `Conditioner`."""
-        return Replayed(self.conditioner.select(samples), self.record)
+        return GraphedConditioner(self.conditioner.select(samples), self.record)

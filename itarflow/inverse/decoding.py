@@ -85,8 +85,8 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Conditioner:
-    """A block, ready to give shift and scale of the tokens that follow a window: an `solvers.Conditioner`.
+class CachedConditioner:
+    """A block, ready to give shift and scale of the tokens that follow a window: a `solvers.Conditioner`.
 
     The cache is written with each call, at the window's positions, so the windows before must have been given.
     """
@@ -141,7 +141,7 @@ class Conditioner:
         weights = self.weights[positions if isinstance(positions, slice) else positions[: len(shift)]]
         return guide((shift, log_scale), (shift_u, log_scale_u), weights, self.guidance)
 
-    def select(self, samples: Tensor) -> Conditioner:
+    def select(self, samples: Tensor) -> CachedConditioner:
         """The same for the samples of the batch with these indices (b,); the cache is copied."""
         rows = torch.cat([samples, samples + len(self.embedding) // 2]) if self.guidance else samples
         temperature = None if self.temperature is None else self.temperature[rows]

@@ -23,12 +23,12 @@ from itarflow.inverse.solvers import Solver, sequential
 from itarflow.pipeline.labels import Label, label_list, label_number, label_tensor
 from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan, choose
-from itarflow.pipeline.storage import SharedPipeline
+from itarflow.pipeline.storage import StoredPipeline
 from itarflow.runtime.devices import in_batches
 from itarflow.runtime.seeds import image_generators
 
 
-class ITARFlowPipeline(SharedPipeline):
+class ITARFlowPipeline(StoredPipeline):
     """Generates images from class labels, or without any.
 
     Args:

@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from itarflow.codec import CodecConfig, load_vae
 from itarflow.runtime.files import write_json
-from itarflow.runtime.hub import INDEX, check_folder, folder_of, read_index, rewrite_json, upload
+from itarflow.runtime.hub import INDEX, check_pipeline_folder, folder_of, read_index, rewrite_json, upload
 
 _FILES = ("*.json", "*.safetensors", "README.md")
 _EXPECTED = (
@@ -23,7 +23,7 @@ _EXPECTED = (
 )
 
 
-class SharedPipeline(DiffusionPipeline):
+class StoredPipeline(DiffusionPipeline):
     """A diffusers pipeline without pickles and without code in its repository; see `ITARFlowPipeline`."""
 
     def model_card(self) -> Any:
@@ -87,7 +87,7 @@ class SharedPipeline(DiffusionPipeline):
         names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder = folder_of(str(pretrained_model_name_or_path), _FILES, expected=_EXPECTED, **options)
-        check_folder(folder)
+        check_pipeline_folder(folder)
         try:
             if (folder / "vae").is_dir() and "vae" not in kwargs:
                 # By ourselves, because diffusers would fill up tensors that are missing.

@@ -25,7 +25,7 @@ PARTIAL = ".partial-"
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def folder_lock(out: Path) -> Iterator[None]:
     """Make a folder, and keep other commands from writing into it meanwhile; nothing of it stays behind.
 
     Raises:

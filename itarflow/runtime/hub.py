@@ -95,7 +95,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def check_folder(folder: Path) -> None:
+def check_pipeline_folder(folder: Path) -> None:
     """Refuse a folder that is no pipeline of ours, or whose weights are pickles.
 
     Raises:

@@ -94,7 +94,7 @@ def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, An
 
     Args:
         recipe: resolved. Of data, VAE or denoiser in a folder on this machine, only the folder's name is told.
-        held_out: as `held_out.evaluate` returns it.
+        held_out: as `held_out.evaluate_held_out` returns it.
         facts: such as steps, seconds and numbers of images.
     """
     settings = to_json(recipe)

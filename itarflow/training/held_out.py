@@ -35,7 +35,7 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: Accelerator) -> Evaluation:
+def evaluate_held_out(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: Accelerator) -> Evaluation:
     """Held-out negative log-likelihood with fixed noise, the same at each call.
 
     Returns:

@@ -204,7 +204,9 @@ def _step(state: Path) -> int:
     return int(state.name.removeprefix("step-"))
 
 
-def check_folder(run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool) -> None:
+def check_run_folder(
+    run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool
+) -> None:
     """Refuse a run's folder that can't be used, or is in use, before any work and without touching it.
 
     Raises:

@@ -120,7 +120,9 @@ def save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     # Asked for the state that an optimiser does not have yet, torch would make one, and change the first step.
     parts = {"optimizer"} if optimizer.state else set()
     with _quiet():
-        dcp.save(_tensors(model, optimizer, ema, parts | {"ema"}), checkpoint_id=folder / _FOLDER, no_dist=_alone())
+        dcp.save(
+            _tensors(model, optimizer, ema, parts | {"ema"}), checkpoint_id=folder / _FOLDER, no_dist=_single_process()
+        )
 
 
 def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
@@ -134,7 +136,7 @@ def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimize
     parts = {name.split(".")[0] for name in stored}
     tensors = _tensors(model, optimizer, ema, parts)
     with _quiet():
-        dcp.load(tensors, checkpoint_id=folder / _FOLDER, no_dist=_alone())
+        dcp.load(tensors, checkpoint_id=folder / _FOLDER, no_dist=_single_process())
     set_model_state_dict(model, tensors["model"])
     if "optimizer" in tensors:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
@@ -170,7 +172,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _alone() -> bool:
+def _single_process() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 

@@ -30,7 +30,7 @@ OnMain = Callable[[Callable[[], object]], None]
 """Runs an action on the main process alone, waits for it on all, and raises its refusal on all."""
 
 
-def alone(action: Callable[[], object]) -> None:
+def run_here(action: Callable[[], object]) -> None:
     """The `OnMain` of a single process."""
     action()
 
@@ -41,7 +41,7 @@ def save_state(
     keep: int,
     write: Callable[[Path], None],
     progress: Mapping[str, Any] | None = None,
-    on_main: OnMain = alone,
+    on_main: OnMain = run_here,
 ) -> Path:
     """Save a state, and remove the oldest of those that are more than `keep`. All processes call this.
 

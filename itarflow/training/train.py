@@ -29,12 +29,12 @@ from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate, find_accumulation
 from itarflow.training.export import make_pipeline, open_denoiser, sample_grid, training_record
-from itarflow.training.held_out import Evaluation, evaluate
+from itarflow.training.held_out import Evaluation, evaluate_held_out
 from itarflow.training.loop import Finished, Loop, learning_rate_factor
 from itarflow.training.metrics import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
 from itarflow.training.objective import Losses, draw, training_losses
 from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
-from itarflow.training.run_folder import RunDir, Start, check_folder, claimed
+from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.sharding import (
     clip_grad_norm,
     compile_layers,
@@ -51,12 +51,12 @@ class Summary(Finished):
     """What a finished training of a flow reports."""
 
     held_out: Evaluation
-    """As `evaluate` returns it."""
+    """As `evaluate_held_out` returns it."""
     class_names: tuple[str, ...]
     grid: Path
 
 
-class _Step(NamedTuple):
+class _FlowStep(NamedTuple):
     """What one optimiser step tells of this process's images."""
 
     losses: Losses
@@ -120,7 +120,7 @@ def train(
     run = RunDir(run_path)
     vae = main_first(accelerator, lambda: open_vae(recipe))
     recipe = with_identity(recipe, vae)
-    check_folder(run, recipe, accelerator, start, allow_changes)
+    check_run_folder(run, recipe, accelerator, start, allow_changes)
     main_first(accelerator, lambda: open_denoiser(recipe, vae))
     data = open_data(recipe, vae)
     if recipe.data.in_memory:
@@ -130,10 +130,10 @@ def train(
         return training.run_to(max_steps, resume=start == "resume")
 
 
-class _Training(Loop[_Step, Summary]):
-    """A `Loop` whose learner is a flow."""
+class _Training(Loop[_FlowStep, Summary]):
+    """A `Loop` that trains a flow."""
 
-    learner = "model"
+    task = "model"
     advice = (
         "Go on by --resume --allow-changes with a lower train.learning_rate, a smaller train.max_grad_norm or "
         "train.mixed_precision no; or begin anew by --restart, also with a longer train.warmup_epochs."
@@ -196,7 +196,7 @@ class _Training(Loop[_Step, Summary]):
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> _Step:
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> _FlowStep:
         """See `Loop.step`."""
         train, accelerator = self.recipe.train, self.accelerator
         self.model.train()
@@ -225,13 +225,13 @@ class _Training(Loop[_Step, Summary]):
                         self.optimizer.zero_grad()
                 parts.append(losses)
                 levels.append(part.noise_level)
-        told = _Step(Losses.together(parts), torch.cat(levels), grad_norm, moments)
+        output = _FlowStep(Losses.together(parts), torch.cat(levels), grad_norm, moments)
         if math.isfinite(grad_norm):
-            self._after_update(told.losses)
+            self._after_update(output.losses)
             if self.monitor.exploded(grad_norm):
-                worst = worst_level(told.losses.nll, told.noise_level)
+                worst = worst_level(output.losses.nll, output.noise_level)
                 self.monitor.report_explosion(number + 1, grad_norm, *worst)
-        return told
+        return output
 
     def _after_update(self, losses: Losses) -> None:
         if self.ema is not None:
@@ -248,17 +248,17 @@ class _Training(Loop[_Step, Summary]):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def culprit(self, told: _Step) -> str:
+    def bad_step_report(self, output: _FlowStep) -> str:
         """The noise level of the worst image of all processes, which all call this."""
-        found = gather_object([worst_level(told.losses.nll, told.noise_level)])
+        found = gather_object([worst_level(output.losses.nll, output.noise_level)])
         level, nll = max(found, key=lambda pair: (not math.isfinite(pair[1]), pair[1]))
         return f" The worst image has noise level {level:.3g} (nll {nll:.3g} nats/dim)."
 
     # -- now and then -------------------------------------------------------------------------------------------
 
-    def metrics(self, told: _Step) -> dict[str, Any]:
+    def metrics(self, output: _FlowStep) -> dict[str, Any]:
         """See `Loop.metrics`."""
-        sums = self.accelerator.reduce(step_sums(told.losses, told.noise_level, told.moments, self.edges), "sum")
+        sums = self.accelerator.reduce(step_sums(output.losses, output.noise_level, output.moments, self.edges), "sum")
         processes = self.accelerator.num_processes
         metrics = step_metrics(sums, processes, self.edges)
         # Of one forward and one backward pass: what is computed a second time is no achievement.
@@ -272,8 +272,8 @@ class _Training(Loop[_Step, Summary]):
             "utilisation": None if peak is None else tflops / peak,
         }
 
-    def chores(self, last_step: int) -> None:
-        """See `Loop.chores`."""
+    def end_of_step(self, last_step: int) -> None:
+        """See `Loop.end_of_step`."""
         evaluate_every, sample_every = self._intervals()
         if self.due(evaluate_every) and self.state.step + evaluate_every // 2 < last_step:
             self.evaluate()
@@ -283,7 +283,7 @@ class _Training(Loop[_Step, Summary]):
     def evaluate(self) -> None:
         """See `Loop.evaluate`."""
         with self._sampling_flow() as flow:
-            self.held_out = evaluate(flow, self.data.held_out, self.recipe, self.accelerator)
+            self.held_out = evaluate_held_out(flow, self.data.held_out, self.recipe, self.accelerator)
         self.measured_at = self.state.step
         self.monitor.name_broken(self.held_out.broken)
         self.monitor.log_held_out(self.state.step, self.held_out)
@@ -325,8 +325,8 @@ class _Training(Loop[_Step, Summary]):
             "unreadable_images": len(self.monitor.broken),
         }
 
-    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """See `Loop.recall`."""
+    def load_state(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """See `Loop.load_state`."""
         for line in lines:
             if "held_out" in line:
                 self.held_out, self.measured_at = Evaluation(**line["held_out"]), line["step"]

@@ -21,7 +21,7 @@ from itarflow.codec import Posterior, VaeCodec, to_pixels
 from itarflow.commands import cli
 from itarflow.evaluation.likelihood import bpd as measuring
 from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
-from itarflow.evaluation.likelihood.report import begin
+from itarflow.evaluation.likelihood.report import open_report
 from itarflow.runtime import processes
 
 Run = Callable[..., str]
@@ -206,8 +206,8 @@ def test_what_is_measured_is_not_written_anew(measured, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("itarflow.runtime.files.os.fsync", no_space)
         with pytest.raises(OSError, match="No space left"):
-            begin(Path("out"), whole["settings"])
-    assert set(begin(Path("out"), whole["settings"])) == set(range(7))
+            open_report(Path("out"), whole["settings"])
+    assert set(open_report(Path("out"), whole["settings"])) == set(range(7))
     assert rows.read_text().endswith("}\n")
 
 

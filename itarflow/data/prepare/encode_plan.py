@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity
 from itarflow.data.codes import CARD, CodesCard, find_card, read_card
 from itarflow.data.dataset import ImageDataset
-from itarflow.data.prepare.manifest import SourceConfig, check_folder, check_settings
+from itarflow.data.prepare.manifest import SourceConfig, check_output_folder, check_settings
 from itarflow.data.prepare.shards import Shard, plan_shards
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import display_name
@@ -115,7 +115,7 @@ def plan_encoding(config: EncodeConfig) -> Plan:
     """
     _check(config)
     settings, card_file = _settings(config), config.out / CARD
-    check_folder(config, card_file, {"settings": settings})
+    check_output_folder(config, card_file, {"settings": settings})
     if find_card(config.source) is not None:
         raise DataError(f"{config.source} holds codes already; expected images: name the source that they are of")
     vae = load_vae(config.codec)
@@ -144,7 +144,7 @@ def plan_encoding(config: EncodeConfig) -> Plan:
         "classes": list(class_names),
         "shards": len(shards),
     }
-    check_folder(config, card_file, depends)
+    check_output_folder(config, card_file, depends)
     if card_file.exists() and (changes := differing(read_card(card_file).identity, card.identity)):
         raise DataError(
             f"{config.out} was begun with another VAE or scaling:\n  "

@@ -91,7 +91,7 @@ def check_settings(config: SourceConfig, lowest: Mapping[str, int]) -> None:
             )
 
 
-def check_folder(config: SourceConfig, manifest: Path, wanted: Mapping[str, Any]) -> None:
+def check_output_folder(config: SourceConfig, manifest: Path, wanted: Mapping[str, Any]) -> None:
     """Refuse a folder with other things in it than a call with the same manifest has begun.
 
     Args:

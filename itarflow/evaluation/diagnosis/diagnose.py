@@ -36,7 +36,7 @@ from itarflow.evaluation.diagnosis.rates import (
     Rate,
     RealImages,
     difference,
-    measure,
+    measure_images,
     rate,
 )
 from itarflow.evaluation.metrics.extractors import Extractor
@@ -150,8 +150,8 @@ def diagnose(
     blank_figure(1, 1)  # which needs matplotlib: now and not in the end
     total = len(reference) + sum(map(len, samples.values()))
     with image_progress(console, "measuring", total, 0) as count:
-        real = measure(reference, patch, batch_size, count)
-        measured = {name: measure(given, patch, batch_size, count) for name, given in samples.items()}
+        real = measure_images(reference, patch, batch_size, count)
+        measured = {name: measure_images(given, patch, batch_size, count) for name, given in samples.items()}
     thresholds = {part.name: threshold(real.values[part.name][::2], nominal_rate) or None for part in MEASURES}
     real_rates = real.rates(thresholds, slice(1, None, 2))
     output.mkdir(parents=True, exist_ok=True)

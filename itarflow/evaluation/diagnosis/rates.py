@@ -131,7 +131,7 @@ class Measurements:
         return {name: float(value.median()) for name, value in self.values.items()}
 
 
-def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int], None]) -> Measurements:
+def measure_images(pictures: Samples, patch: int, batch_size: int, count: Callable[[int], None]) -> Measurements:
     """Measure all images of a set that are not broken and can be read, batch by batch.
 
     Args:

@@ -57,7 +57,7 @@ class Report:
     """Of all processes; None if nothing was left to do."""
 
 
-def begin(folder: Path, settings: Mapping[str, Any]) -> Rows:
+def open_report(folder: Path, settings: Mapping[str, Any]) -> Rows:
     """What is measured already, by the numbers of the images; the settings are written down if they are not yet.
 
     Raises:
@@ -105,11 +105,11 @@ def append(folder: Path, process_index: int, rows: Rows) -> None:
         file.write(json.dumps(rows) + "\n")
 
 
-def finish(folder: Path, report: Report, rows: Rows) -> None:
+def write_report(folder: Path, report: Report, rows: Rows) -> None:
     """Write the figures of each image, the curve, and the report.
 
     Args:
-        folder: as `begin` has left it.
+        folder: as `open_report` has left it.
         report: of the rows.
         rows: by the numbers of the images, in order.
 

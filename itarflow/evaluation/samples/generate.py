@@ -275,7 +275,7 @@ def manifest_of(generation: Generation, folder: Path) -> dict[str, Any]:
     return {**wanted, "cleaning": {**stored["cleaning"], **wanted["cleaning"]}}
 
 
-def begin(generation: Generation, folder: Path, manifest: Mapping[str, Any] | None = None) -> int:
+def begin_generation(generation: Generation, folder: Path, manifest: Mapping[str, Any] | None = None) -> int:
     """Make a folder ready for its files, or find that this is what it was begun with. For the main process alone.
 
     Args:
@@ -308,7 +308,7 @@ def save(
 
     Args:
         generation: what to make.
-        folder: as `begin` has left it.
+        folder: as `begin_generation` has left it.
         process_index: the first batch to make.
         num_processes: see above.
         count: called with the number of images made, counting each variant.

@@ -240,7 +240,7 @@ def decoded_at_all_levels(config: DecoderConfig, codec: VaeCodec, images: Tensor
     return [codec.decode(codes + level * noise) for level in config.noise_levels]
 
 
-def measure(
+def held_out_psnr(
     config: DecoderConfig, codec: VaeCodec, dataset: ImageDataset, accelerator: Accelerator
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """PSNR of the images of a set, decoded from codes with fixed noise, the same at each call.
