@@ -30,7 +30,7 @@ class FlowOutput(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a block is told beside the tokens."""
+    """The inputs of a block besides the tokens."""
 
     embedding: Tensor
     """(B, 1, C), noise level and class."""
@@ -53,7 +53,7 @@ class AutoregressiveBlock(nn.Module):
         num_layers: layers of the block's own.
         backbone: layers shared with other blocks, run before its own; they belong to the flow, and neither
             this block's parameters nor its state include them.
-        reverse: whether the block walks through the image from its end.
+        reverse: whether the block reads the image from its last token to its first.
         volume_preserving: shift only.
         num_classes: 0 = no labels.
         noise_conditioned: whether the noise level is an input.
@@ -217,10 +217,10 @@ class AutoregressiveBlock(nn.Module):
             condition: see `conditioner`.
             guiding: see `conditioner`.
             guidance: see `conditioner`.
-            solver: one of inverse.py.
+            solver: see `itarflow.inverse.solvers`.
             progress: called with the number of tokens that have just been solved.
             dtype: see `conditioner`.
-            guess: (B, N, D) in raster order, near x, where an iterative solver begins.
+            guess: (B, N, D) in raster order, near x, where an iterative solver starts.
 
         Returns:
             x (B, N, D) in raster order.
