@@ -1,8 +1,8 @@
 """The training loop on Accelerate: resume, step, log, save, evaluate, close.
 
 A step is a function of the settings and the step's number: which images it sees (data/order.py), and which random
-numbers a subclass draws. So a state stores weights, optimiser and step, no more, for an exact resume, and the number of
-processes does not matter.
+numbers a subclass draws. So an exact resume needs weights, optimiser and step, no more, and the number of processes
+does not matter.
 """
 
 from __future__ import annotations

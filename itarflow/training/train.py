@@ -1,4 +1,4 @@
-"""The training of a flow: what a `Loop` does for it.
+"""The training of a flow, as a `Loop`.
 
 A step's noise levels, noise, flips and dropped labels are `objective.draw`'s, of the recipe's seed and the step alone.
 """
@@ -48,7 +48,7 @@ from itarflow.training.sharding import (
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(Finished):
-    """What a finished training of a flow reports."""
+    """The result of a finished training of a flow."""
 
     held_out: Evaluation
     """As `evaluate_held_out` returns it."""
@@ -57,7 +57,7 @@ class Summary(Finished):
 
 
 class _FlowStep(NamedTuple):
-    """What one optimiser step tells of this process's images."""
+    """The output of an optimiser step, for this process's images."""
 
     losses: Losses
     noise_level: Tensor
@@ -83,7 +83,7 @@ def train(
     allow_changes: bool = False,
     find_micro_batch: bool = False,
 ) -> Summary:
-    """Train a flow, and leave its states, grids, metrics and pipeline in the run's folder.
+    """Train a flow; its states, grids, metrics and pipeline go to the run's folder.
 
     Args:
         recipe: resolved settings.
@@ -153,7 +153,7 @@ class _Training(Loop[_FlowStep, Summary]):
         total_steps = recipe.num_steps(len(data.train))
         super().__init__(recipe, run, data, accelerator, stop, name=recipe.name, total_steps=total_steps)
         self.recipe, self.sharded = recipe, sharded
-        self.vae = vae  # on the CPU; steps do without it, only sample grids are decoded and pipelines shared
+        self.vae = vae  # on the CPU; only sample grids and exports need it
         self.held_out = Evaluation({}, None)
         self.edges = bucket_edges(recipe)
         self.forward_flops = estimate(recipe).forward_flops
@@ -249,19 +249,19 @@ class _Training(Loop[_FlowStep, Summary]):
             group["lr"] = rate
 
     def bad_step_report(self, output: _FlowStep) -> str:
-        """The noise level of the worst image of all processes, which all call this."""
+        """The noise level of the worst image of all processes. All processes call this."""
         found = gather_object([worst_level(output.losses.nll, output.noise_level)])
         level, nll = max(found, key=lambda pair: (not math.isfinite(pair[1]), pair[1]))
         return f" The worst image has noise level {level:.3g} (nll {nll:.3g} nats/dim)."
 
-    # -- now and then -------------------------------------------------------------------------------------------
+    # -- periodic work -----------------------------------------------------------------------------------------
 
     def metrics(self, output: _FlowStep) -> dict[str, Any]:
         """See `Loop.metrics`."""
         sums = self.accelerator.reduce(step_sums(output.losses, output.noise_level, output.moments, self.edges), "sum")
         processes = self.accelerator.num_processes
         metrics = step_metrics(sums, processes, self.edges)
-        # Of one forward and one backward pass: what is computed a second time is no achievement.
+        # Of one forward and one backward pass; recomputed activations do not count.
         tflops = self.speed / processes * 3 * self.forward_flops / 1e12
         peak = peak_tflops(self.accelerator.device, self.recipe.train.mixed_precision)
         return {
@@ -291,7 +291,7 @@ class _Training(Loop[_FlowStep, Summary]):
     def _sample(self) -> Path:
         path = self.run.grid(self.state.step)
         with self._sampling_flow() as flow:
-            vae = copy.deepcopy(self.vae)  # for the device: gone with the pipeline
+            vae = copy.deepcopy(self.vae)  # a copy on the device, freed with the pipeline
             pipeline = make_pipeline(flow, self.recipe, self.data.class_names, None, vae).to(self.accelerator.device)
             sample_grid(pipeline, self.recipe, path, self.accelerator)
         self.accelerator.wait_for_everyone()
@@ -304,7 +304,7 @@ class _Training(Loop[_FlowStep, Summary]):
         with whole as flow, torch.compiler.set_stance("force_eager"):
             yield flow
 
-    # -- what is left in the folder -----------------------------------------------------------------------------
+    # -- exports -------------------------------------------------------------------------------------------------
 
     def export(self) -> None:
         """Write the pipeline."""
@@ -332,7 +332,7 @@ class _Training(Loop[_FlowStep, Summary]):
                 self.held_out, self.measured_at = Evaluation(**line["held_out"]), line["step"]
 
     def finish(self) -> Summary:
-        """A last grid, and the pipeline with the last evaluation."""
+        """Write a last sample grid, and the pipeline with the last evaluation."""
         grid = self._sample()
         self.export()
         return Summary(

@@ -102,7 +102,7 @@ def fine_tune(
 
 
 class _DecoderStep(NamedTuple):
-    """What one optimiser step tells."""
+    """The output of an optimiser step."""
 
     terms: dict[str, Tensor]
     """() each, of this process's images: "loss", and what it is made of."""
@@ -116,7 +116,7 @@ class _DecoderStep(NamedTuple):
 
 
 class _Tuning(Loop[_DecoderStep, Tuned]):
-    """A `Loop` that trains a VAE's decoder, and beside it perhaps a critic."""
+    """A `Loop` that trains a VAE's decoder, and a critic with it if there is an adversarial loss."""
 
     task = "VAE"
     advice = (
@@ -183,7 +183,7 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
         )
 
     def begin(self) -> None:
-        """What `Loop` does, and a measurement of the VAE as it is."""
+        """As `Loop.begin`, and evaluate the VAE before any step."""
         super().begin()
         if not self.own:
             self.evaluate()
@@ -267,10 +267,10 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
                 group["lr"] = train.learning_rate * factor
 
     def bad_step_report(self, output: _DecoderStep) -> str:  # noqa: ARG002
-        """Nothing is known."""
+        """The cause is not known."""
         return ""
 
-    # -- now and then -------------------------------------------------------------------------------------------
+    # -- periodic work -----------------------------------------------------------------------------------------
 
     def metrics(self, output: _DecoderStep) -> dict[str, Any]:
         """See `Loop.metrics`."""
@@ -298,16 +298,16 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
             if "psnr" in line:
                 self.after, self.measured_at = line["psnr"], line["step"]
 
-    # -- what is left in the folder -----------------------------------------------------------------------------
+    # -- exports -------------------------------------------------------------------------------------------------
 
     def _decoded_examples(self) -> list[Tensor]:
-        """On the main process, which alone draws the comparison."""
+        """Decoded examples on the main process, which draws the comparison; [] on the others."""
         if not self.accelerator.is_main_process:
             return []
         return decoded_examples(self.config, self.measured, self.examples, self.accelerator.device)
 
     def _write_comparison(self) -> None:
-        """Write comparison.png and psnr.json, each whole or not at all."""
+        """Write comparison.png and psnr.json, each atomically."""
         with averaged_weights(self.ema, self.decoding):
             picture = comparison(self.config, self.examples, self.before_images, self._decoded_examples())
         figures = {
@@ -322,15 +322,15 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
         write_json(self.run.path / "psnr.json", figures)
 
     def save_tensors(self, folder: Path) -> None:
-        """What `Loop` writes, and the critic's beside it."""
+        """As `Loop.save_tensors`, and those of the critic."""
         super().save_tensors(folder)
         if self.critic_model is not None and self.critic_optimizer is not None:
             save_tensors(folder / "critic", self.critic_model, self.critic_optimizer, None)
 
     def load_tensors(self, folder: Path) -> None:
-        """What `Loop` reads, and the critic's."""
+        """As `Loop.load_tensors`, and those of the critic."""
         super().load_tensors(folder)
-        # A critic may join in the middle.
+        # A critic may be added by a resumed run.
         if self.critic_model is not None and self.critic_optimizer is not None and (folder / "critic").exists():
             load_tensors(folder / "critic", self.critic_model, self.critic_optimizer, None)
 
@@ -345,7 +345,7 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
         finish_vae(folder)
 
     def finish(self) -> Tuned:
-        """Figures and pictures."""
+        """Write the comparison, and return the figures."""
         on_main(self.accelerator, self._write_comparison)
         return Tuned(
             **vars(self.finished()),
