@@ -40,7 +40,7 @@ from itarflow.runtime.files import folder_lock, remove_partial, write_json
 from itarflow.runtime.progress import image_progress
 
 Format = Literal["png", "jpeg", "webp"]
-"""Picture formats that images are stored in."""
+"""Formats that images are stored in."""
 
 _TASK = 16  # images a worker is given at a time: few, so that it soon hears of an interruption
 
@@ -139,7 +139,7 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
 
 
 def _check(config: PrepareConfig) -> None:
-    """Refuse what only this module knows of; `load_splits` refuses the rest."""
+    """Check the settings of this module; `load_splits` checks the rest."""
     check_settings(config, {"size": 1, "shard_size": 1, "max_broken": 0, "num_workers": 0})
     if config.format not in get_args(Format):
         raise DataError(f"format {config.format!r} is unknown; use one of {', '.join(get_args(Format))}")

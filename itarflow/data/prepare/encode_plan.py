@@ -1,4 +1,4 @@
-"""What encoding a data set with a VAE is told, and the plan that every process makes before anything is written."""
+"""The config of encoding a data set with a VAE, and the plan that every process makes before anything is written."""
 
 from __future__ import annotations
 
@@ -156,14 +156,14 @@ def plan_encoding(config: EncodeConfig) -> Plan:
 
 
 def _check(config: EncodeConfig) -> None:
-    """Refuse what can be seen from the settings alone."""
+    """Refuse what is wrong in the settings alone."""
     check_settings(config, {"size": 1, "shard_size": 1, "batch_size": 1, "max_broken": 0, "num_workers": 0})
     if config.dtype not in get_args(Precision):
         raise DataError(f"dtype {config.dtype!r} is unknown; use one of {', '.join(get_args(Precision))}")
 
 
 def _settings(config: EncodeConfig) -> dict[str, Any]:
-    """What the codes depend on besides the VAE, which the card tells, as JSON has it."""
+    """What the codes depend on besides the VAE, which is in the card, as JSON values."""
     elsewhere = ("vae", "revision", "scaling_factor", "shift_factor", "batch_size", "max_broken", "num_workers")
     return config.settings(without=elsewhere)
 
