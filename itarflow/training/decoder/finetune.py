@@ -1,4 +1,4 @@
-"""The fine-tuning of an autoencoder's decoder on noisy codes, see decoder.py: what a `Loop` does for it.
+"""The fine-tuning of an autoencoder's decoder on noisy codes, see config.py, as a `Loop`.
 
 OUT/recipe.json   metrics.jsonl   state/step-*/   vae/   psnr.json   comparison.png
 """
@@ -52,7 +52,7 @@ from itarflow.training.sharding import averaged_weights, clip_grad_norm, load_te
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned(Finished):
-    """What a finished fine-tuning reports."""
+    """The result of a finished fine-tuning."""
 
     before: dict[str, float]
     """Noise level -> PSNR in dB of the VAE as it was."""
@@ -70,7 +70,7 @@ def fine_tune(
     max_steps: int | None = None,
     allow_changes: bool = False,
 ) -> Tuned:
-    """Fine-tune a VAE's decoder on noisy codes, and leave VAE, figures, pictures and states in a folder.
+    """Fine-tune a VAE's decoder on noisy codes, and write VAE, PSNR, a comparison and states to a folder.
 
     Args:
         config: all settings.
