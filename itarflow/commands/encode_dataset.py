@@ -1,4 +1,4 @@
-"""The command vae/encode_dataset.py: its words, its messages and its closing report."""
+"""The command vae/encode_dataset.py: its options, messages and summary."""
 
 from __future__ import annotations
 

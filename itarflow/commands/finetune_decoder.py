@@ -1,4 +1,4 @@
-"""The command vae/finetune_decoder.py: its words and its closing report."""
+"""The command vae/finetune_decoder.py: its options and its summary."""
 
 from __future__ import annotations
 

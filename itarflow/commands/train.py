@@ -41,7 +41,7 @@ class RunOptions:
     """Begin anew although the run exists; the old folder is kept beside the new one."""
 
     def start(self) -> Start:
-        """How the run's folder is met; raises ValueError for options that make no sense."""
+        """How to start in the run's folder; raises ValueError for options that exclude each other."""
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"--max-steps is {self.max_steps}; expected a number >= 1.")
         if self.resume and self.restart:

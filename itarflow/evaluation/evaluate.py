@@ -31,7 +31,7 @@ _BATCH = 50
 
 
 def save_samples(generations: Mapping[Path, Generation], state: PartialState, console: Console | None = None) -> int:
-    """Make what is missing of generations, by all processes of a launch, which all call this.
+    """Make the missing images of generations. All processes of a launch call this.
 
     Args:
         generations: checked; by their folders, which get samples.json, and a folder for each variant. None is begun
@@ -40,7 +40,7 @@ def save_samples(generations: Mapping[Path, Generation], state: PartialState, co
         console: where the main process draws a bar; None = nowhere.
 
     Returns:
-        How many pictures were made now, counting each variant.
+        How many images were made now, counting each variant.
 
     Raises:
         RunError: a folder holds something else, or can't be written; another process has stopped.
@@ -155,7 +155,7 @@ def scores_of(
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What decides on the samples in the folder of a variant, whatever other ones there are beside it."""
+    """All that the samples in a variant's folder depend on, other variants left out."""
     made = json.loads((folder.parent / MANIFEST).read_text())
     return {**made, "cleaning": made["cleaning"][folder.name]}
 

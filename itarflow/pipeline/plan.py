@@ -18,7 +18,7 @@ class InversePlan:
         solvers: one a block, noise side first; a window of 1 stands for `sequential`.
         num_tokens: of each block, in the same order.
         device: type of the device, such as "cpu" or "cuda".
-        batch_size: images that were inverted at a time, >= 1; the plan serves smaller batches too.
+        batch_size: images that were inverted at a time, >= 1; the plan is used for smaller batches too.
         facts: of the measurement, for display.
 
     Raises:

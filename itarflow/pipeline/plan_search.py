@@ -243,7 +243,7 @@ def check_search(largest_difference: float, windows: Sequence[int], repeats: int
 def find_plan(
     flow: TARFlow,
     invert: Callable[..., Tensor],
-    pictures: Callable[..., Iterable[Tensor]],
+    images: Callable[..., Iterable[Tensor]],
     *,
     batch_size: int,
     largest_difference: float,
@@ -256,7 +256,7 @@ def find_plan(
     Args:
         flow: the flow.
         invert: invert(solver=..., progress=...), which is timed: `flow.inverse` on a batch, other arguments bound.
-        pictures: pictures(solver=..., progress=...), an iterator of images (n, C, H, W) in [0, 1] to compare: the more
+        images: images(solver=..., progress=...), an iterator of images (n, C, H, W) in [0, 1] to compare: the more
             there are, the surer the result. It is consumed no further than needed.
         batch_size: images that `invert` inverts.
         largest_difference: of a pixel of an image, >= 0, such as 1 / 255. Half of it is left as a margin for
@@ -270,13 +270,13 @@ def find_plan(
     """
     check_search(largest_difference, windows, repeats)
     num_tokens = tokens_of_blocks(flow)
-    expected = list(pictures(solver=sequential, progress=partial(progress, "exact pictures")))
+    expected = list(images(solver=sequential, progress=partial(progress, "exact images")))
     limit = largest_difference / 2
     if not all(part.isfinite().all() for part in expected):
         raise ValueError("the exact images are not finite, so no other solver can be compared; try less guidance.")
     for tolerance in TOLERANCES:
         usual = [Jacobi(window=min(16, count), tolerance=tolerance) for count in num_tokens]
-        found = pictures(solver=usual, progress=partial(progress, f"pictures of tolerance {tolerance:g}"))
+        found = images(solver=usual, progress=partial(progress, f"images of tolerance {tolerance:g}"))
         if tolerance > 0 and not _difference(found, expected, limit) <= limit:
             continue
         blocks = list[BlockProfile]()
@@ -296,7 +296,7 @@ def find_plan(
             invert(solver=solver, progress=partial(progress, f"exact and planned, tolerance {tolerance:g}"))
             _wait(flow.device)
             seconds[name].append(time.perf_counter() - began)
-        found = pictures(solver=plan.solvers_of(flow), progress=partial(progress, "planned pictures"))
+        found = images(solver=plan.solvers_of(flow), progress=partial(progress, "planned images"))
         # At tolerance 0 there is no further try, so all images are compared.
         difference = _difference(found, expected, limit if tolerance > 0 else math.inf)
         if tolerance == 0 or difference <= limit:
@@ -317,10 +317,10 @@ def find_plan(
     return FoundPlan(tuple(blocks), replace(plan, facts=facts))
 
 
-def _difference(pictures: Iterable[Tensor], expected: Iterable[Tensor], limit: float) -> float:
+def _difference(images: Iterable[Tensor], expected: Iterable[Tensor], limit: float) -> float:
     """The largest difference, up to the first one above the limit."""
     largest = 0.0
-    for found, exact in zip(pictures, expected, strict=False):
+    for found, exact in zip(images, expected, strict=False):
         largest = max(largest, float((found - exact).abs().nan_to_num(nan=math.inf).max()))
         if largest > limit:
             break

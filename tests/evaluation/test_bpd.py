@@ -299,12 +299,12 @@ def test_a_flow_trained_for_likelihoods_has_one_row(run, save, data):
     printed = run("bpd", folder, "--data", data, *QUICK, "--draws", 2)
     assert "with 1 draw" in printed
     assert "gaussian" not in printed
-    assert "out of what it knows" not in printed
+    assert "out of distribution" not in printed
     assert not list(Path().iterdir())
 
 
 def test_it_says_when_a_flow_is_asked_out_of_its_training(run, checkpoint, data):
-    assert "asked out of what it knows" in run("bpd", checkpoint, "--data", data, *QUICK, "--noise", "uniform")
+    assert "out of distribution" in run("bpd", checkpoint, "--data", data, *QUICK, "--noise", "uniform")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from conftest import tiny_vae
 
 from itarflow.codec import PixelCodec, to_uint8
 from itarflow.denoisers import DenoiseScheduler
-from itarflow.evaluation.samples.denoising import WAYS, Denoising, ways_of
+from itarflow.evaluation.samples.denoising import VARIANTS, Denoising, variants_of
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.evaluation.samples.generate import Generation, begin_generation, labels_by, save
 from itarflow.flow import TARFlow
@@ -32,7 +32,7 @@ def generation(pipe: ITARFlowPipeline | None = None, count: int = 10, **options:
     pipe = pipe or tiny()
     labels = labels_by("balanced", count, pipe.flow.config.num_classes)
     return Generation(
-        **{"pipe": pipe, "variants": ways_of(pipe, pipe.schedule()), "labels": labels, "batch_size": 4, **options}
+        **{"pipe": pipe, "variants": variants_of(pipe, pipe.schedule()), "labels": labels, "batch_size": 4, **options}
     )
 
 
@@ -171,13 +171,13 @@ def test_codes_are_decoded_and_the_vae_is_a_part_of_what_is_made(tmp_path: Path)
         return pipe
 
     pipe = latent(seed=0)
-    made = make(generation(pipe, count=5, variants=ways_of(pipe, pipe.schedule(), decode_size=2)), tmp_path)
+    made = make(generation(pipe, count=5, variants=variants_of(pipe, pipe.schedule(), decode_size=2)), tmp_path)
     assert {name: tuple(images.shape) for name, images in made.items()} == dict.fromkeys(
-        WAYS, (5, *pipe.picture_shape)
+        VARIANTS, (5, *pipe.picture_shape)
     )
     generators = image_generators(torch.Generator().manual_seed(0), 5)
     images = pipe(class_labels=[0, 1, 2, 0, 1], generator=generators, output_type="pt", batch_size=4).images
     assert (made["iterative"].int() - to_uint8(images * 2 - 1).int()).abs().max() <= 1
     other = latent(seed=1)
     with pytest.raises(DataError, match="decoder"):
-        begin_generation(generation(other, count=5, variants=ways_of(other, other.schedule())), tmp_path)
+        begin_generation(generation(other, count=5, variants=variants_of(other, other.schedule())), tmp_path)

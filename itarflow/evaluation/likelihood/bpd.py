@@ -59,7 +59,7 @@ class BpdConfig:
     label_column: str | None = None
     """Column with the class labels. None = it is found."""
     unlabelled: bool = False
-    """Ask a flow with classes for the likelihood without a label, whatever labels the data has."""
+    """Compute the unconditional likelihood, even if flow and data have labels."""
     noise: Kind | None = None
     """uniform: that of one grey level, which gives the usual bits/dim. gaussian: that of the flow's training.
     None = all that applies."""
@@ -116,7 +116,7 @@ def measure_bpd(config: BpdConfig, *, console: Console | None = None) -> Report 
         def open_folder() -> None:
             if folder is not None:
                 if len(work.noises) > 1:
-                    blank_figure(1, 1)  # refuses now, not when the figures are there, if matplotlib is missing
+                    blank_figure(1, 1)  # raises now, not after the measurement, if matplotlib is missing
                 check_writable(folder)
                 locks.enter_context(folder_lock(folder))
                 known[0] = open_report(folder, work.settings)
@@ -259,7 +259,7 @@ _LABELS = {True: "of the data", False: "of the data, by number: its class names 
 
 
 def _same_names(pipe: ITARFlowPipeline, names: Sequence[str]) -> bool:
-    """Whether classes have the names that the flow knows them by, in whatever order."""
+    """Whether the classes have the flow's names, in any order."""
     return sorted(pipe.config.class_names or names) == sorted(names)
 
 
@@ -281,7 +281,7 @@ def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: Par
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
+        generator=torch.Generator(),  # else the loader would advance torch's global one
     )
     for part, results in zip(own, watched(without_alarm(loader), "lower num_workers"), strict=True):
         batch = dict(zip(part, results, strict=True))
