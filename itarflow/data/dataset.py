@@ -58,7 +58,7 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
-class PictureDecoder:
+class ImageDecoder:
     """Makes a square uint8 (C, H, W) tensor of an encoded image.
 
     Attributes:
@@ -91,7 +91,7 @@ class PictureDecoder:
                 square = crop_image(convert_image(image, self.in_channels), self.image_size, self.crop)
             return torch.from_numpy(to_array(square, self.in_channels))
         except UnidentifiedImageError as error:  # whose message names a buffer in memory
-            raise DataError("it is no picture of a known format, or its head is damaged") from error
+            raise DataError("it is no image of a known format, or its head is damaged") from error
 
 
 class ImageDataset(Dataset[Example]):
@@ -118,7 +118,7 @@ class ImageDataset(Dataset[Example]):
         max_broken: int = 100,
     ) -> None:
         columns = rows.select_columns(list(decoder.columns))
-        if isinstance(columns, datasets.Dataset) and isinstance(decoder, PictureDecoder):
+        if isinstance(columns, datasets.Dataset) and isinstance(decoder, ImageDecoder):
             # Undecoded, because with decoding by `datasets` one broken file would end the run.
             columns = columns.cast_column(decoder.column, datasets.Image(decode=False))
         self._rows: Rows = columns

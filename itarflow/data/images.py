@@ -88,7 +88,7 @@ def check_crop(protocol: str) -> None:
         raise DataError(f"crop {protocol!r} is unknown; use one of {', '.join(get_args(Crop))}")
 
 
-def check_picture(image_size: int, in_channels: int, protocol: str) -> None:
+def check_image_size(image_size: int, in_channels: int, protocol: str) -> None:
     """Refuse sizes and channels that images can't have.
 
     Raises:

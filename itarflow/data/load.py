@@ -19,8 +19,8 @@ from torch import Tensor
 
 from itarflow.codec import VaeIdentity
 from itarflow.data.codes import CodeDecoder, check_card, find_card
-from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
-from itarflow.data.images import Crop, check_picture
+from itarflow.data.dataset import Decoder, ImageDataset, ImageDecoder
+from itarflow.data.images import Crop, check_image_size
 from itarflow.data.parquet import ParquetRows
 from itarflow.data.sources import Rows, open_splits, open_tables
 from itarflow.runtime.errors import DataError
@@ -127,7 +127,7 @@ def load_data(
                 f"{config.path} holds codes of the VAE {card.vae}, not images; to train on them name the VAE by "
                 "codec.vae, for all else name the images that they are of"
             )
-        check_picture(image_size, in_channels, config.crop)
+        check_image_size(image_size, in_channels, config.crop)
     elif card is None:
         raise DataError(
             f"{config.path} holds no codes (no codes.json, or the Hub can't be reached), but codec.vae is set; "
@@ -154,7 +154,7 @@ def load_data(
     decoders: tuple[Decoder, Decoder]
     if card is None:
         column = _find_image_column(train.features, config.image_column)
-        decoders = (PictureDecoder(column, image_size, in_channels, config.crop),) * 2
+        decoders = (ImageDecoder(column, image_size, in_channels, config.crop),) * 2
     else:
         decoders = (CodeDecoder(card, config.horizontal_flip, variance), CodeDecoder(card, False, variance))
     label_column = _find_label_column(train.features, config.label_column)
@@ -205,7 +205,7 @@ def load_splits(
         DataError: the configuration or the data cannot be used; the message says what to change.
     """
     _check(config)
-    check_picture(image_size, in_channels, config.crop)
+    check_image_size(image_size, in_channels, config.crop)
     if config.path is None:
         raise DataError(_NO_PATH)
     opened = open_tables(config.path, config.name, splits)
@@ -217,7 +217,7 @@ def load_splits(
     sets = {
         split: ImageDataset(
             table,
-            decoder=PictureDecoder(image_column, image_size, in_channels, config.crop),
+            decoder=ImageDecoder(image_column, image_size, in_channels, config.crop),
             indices=torch.arange(len(table)),
             labels=labels[split],
             max_broken=config.max_broken,
