@@ -20,7 +20,7 @@ from torch import Tensor
 
 from itarflow.data import DataConfig, load_data
 from itarflow.evaluation.diagnosis.failures import STEP, Onset
-from itarflow.evaluation.diagnosis.rates import RealImages, measure
+from itarflow.evaluation.diagnosis.rates import RealImages, measure_images
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.runtime.progress import image_progress
 
@@ -116,8 +116,8 @@ def main(options: Options) -> None:
     dataset = load_data(config, image_size=width, in_channels=channels).train
     reference = RealImages(options.reference, dataset, options.reference_images)
     with image_progress(Console(stderr=True), "measuring", len(reference) + len(samples), 0) as count:
-        normal = normal_detail(measure(reference, options.patch_size, 64, count).energy)
-        energy = measure(samples, options.patch_size, 64, count).energy
+        normal = normal_detail(measure_images(reference, options.patch_size, 64, count).energy)
+        energy = measure_images(samples, options.patch_size, 64, count).energy
     found = onset_with_interval(energy, normal, torch.Generator().manual_seed(options.seed))
     if found is None:
         print("no token was found from which on, or up to which, the images have blur in common")

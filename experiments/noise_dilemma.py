@@ -30,10 +30,10 @@ from itarflow.commands.console import reporting
 from itarflow.data import DataConfig, load_data
 from itarflow.denoisers import FlowDenoiser
 from itarflow.evaluation.evaluate import save_samples, scores_of
-from itarflow.evaluation.likelihood.bpd import BpdConfig, measure
+from itarflow.evaluation.likelihood.bpd import BpdConfig, measure_bpd
 from itarflow.evaluation.metrics.extractors import load_extractor
 from itarflow.evaluation.metrics.reference import reference_of
-from itarflow.evaluation.samples.denoising import Denoising, ways_of
+from itarflow.evaluation.samples.denoising import Denoising, variants_of
 from itarflow.evaluation.samples.files import open_samples, shard_name, write_shard
 from itarflow.evaluation.samples.generate import MANIFEST, Generation, labels_by
 from itarflow.flow import NoiseConfig
@@ -43,7 +43,7 @@ from itarflow.presets import ModelConfig
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import write_json
-from itarflow.runtime.pictures import blank_figure, draw_pictures
+from itarflow.runtime.pictures import blank_figure, draw_comparison
 from itarflow.runtime.text import display_name
 from itarflow.training import Recipe, SamplingConfig, TrainConfig
 from itarflow.training.run_folder import RunDir
@@ -168,7 +168,7 @@ def run(study: Study, folder: Path, device: str, features: Path | None = None) -
     for path, one in made.items():
         for way, variant in one.variants.items():
             pictures[path.name, variant.title] = to_pil(to_pixels(open_samples(path / way).read(0, 2)))
-    draw_pictures(pictures, list(titles), folder / "samples.png")
+    draw_comparison(pictures, list(titles), folder / "samples.png")
     return report
 
 
@@ -199,7 +199,7 @@ def generation(study: Study, pipe: ITARFlowPipeline, iterative: ITARFlowPipeline
     """Samples of a flow at its t_max: noisy, after one step of its own, and after some of the iTARFlow's."""
     denoiser = FlowDenoiser(iterative.flow, study.batch_size)
     # The iTARFlow's own single step is one of those below.
-    variants = ways_of(pipe, pipe.schedule(), ("raw",) if pipe is iterative else ("raw", "self"))
+    variants = variants_of(pipe, pipe.schedule(), ("raw",) if pipe is iterative else ("raw", "self"))
     for steps in study.num_denoise_steps:
         schedule = pipe.schedule(t_min=study.recipe.noise.t_min, num_denoise_steps=steps, denoiser=denoiser)
         variants[f"{steps:02d}"] = Denoising(f"{steps} steps", PixelCodec(), denoiser, schedule)
@@ -224,7 +224,7 @@ def likelihoods(study: Study, recipe: Recipe, folder: Path, device: str, console
         output=folder / "bpd" / recipe.name,
         device=device,
     )
-    return [figures.to_json() for figures in measure(config, console=console).figures]
+    return [figures.to_json() for figures in measure_bpd(config, console=console).figures]
 
 
 def distance_of(scores: dict[str, Any]) -> dict[str, Any]:

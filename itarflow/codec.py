@@ -58,7 +58,7 @@ def to_pixels(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """[-1, 1] -> uint8, any shape: clamped, then rounded to the nearest of the 256 levels.
 
-    It is the only rounding in the project, so that pictures, metrics and training agree; `to_pixels` undoes it.
+    It is the only rounding in the project, so that saved images, metrics and training agree; `to_pixels` undoes it.
     """
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
 
@@ -186,7 +186,7 @@ def stored_codes(stored: Tensor, flip: Tensor, noise: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class VaeIdentity:
-    """What makes codes what they are: two VAEs with equal ones encode alike, whatever their decoders."""
+    """All that codes depend on: two VAEs with equal identities give equal codes; their decoders may differ."""
 
     kind: str
     """Class of diffusers."""
@@ -282,7 +282,7 @@ def load_vae(config: CodecConfig) -> Vae:
         vae, report = _KINDS[kind].from_pretrained(
             folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-        if missing := report["missing_keys"]:  # which diffusers fills with whatever the memory holds
+        if missing := report["missing_keys"]:  # which diffusers leaves uninitialised
             raise OSError(f"{len(missing)} tensors are missing, such as {missing[0]}")
     except torch.OutOfMemoryError:
         raise
@@ -317,6 +317,6 @@ def _affine(vae: Vae, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, C, H, W) in [-1, 1], C = 1 or 3 -> greyscale or RGB pictures."""
+    """(B, C, H, W) in [-1, 1], C = 1 or 3 -> greyscale or RGB images of PIL."""
     arrays = to_uint8(images.nan_to_num()).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]

@@ -86,7 +86,7 @@ def export_official(flow: TARFlow, path: str | os.PathLike[str]) -> Path:
     """Write a flow as an official checkpoint, which the official code loads strictly.
 
     A flow with noise conditioning becomes a checkpoint of ml-itarflow, one without a checkpoint of ml-tarflow. The
-    format has no place for `in_channels`, `input_scale` and `noise_range`: whoever loads the file must know them.
+    format has no place for `in_channels`, `input_scale` and `noise_range`: pass them when the file is loaded.
 
     Args:
         flow: on any device; stored in float32.
@@ -147,7 +147,7 @@ def official_name(name: str, layers: str = ITARFLOW_LAYERS) -> str:
 
 
 def architecture(state: Mapping[str, Tensor], in_channels: int) -> dict[str, Any]:
-    """The arguments of `TARFlow` that official weights have been made with, as far as shapes tell.
+    """The arguments of `TARFlow` that official weights were made with, as far as their shapes determine them.
 
     Args:
         state: official names and tensors, from `read_state`.

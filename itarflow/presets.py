@@ -36,7 +36,7 @@ class ModelConfig:
     shared_layers: int = 0
     """Layers that all blocks share and run first, counted as part of num_layers."""
     input_scale: float = 1.0
-    """Factor on the images at the entrance of the flow."""
+    """Factor on the input images of the flow."""
     learned_first_token: bool = False
     """Let each block transform its first token too, by an affine of noise level and label alone."""
     head_dim: int = 64

@@ -1,6 +1,6 @@
-r"""A small latent iTARFlow for your own pictures at 128 pixels, in minutes on two CPU cores.
+r"""A small latent iTARFlow for your own images at 128 pixels, in minutes on two CPU cores.
 
-Encode a folder of pictures (one sub-folder a class) by TAESD, a tiny VAE, then train on the codes:
+Encode a folder of images (one sub-folder a class) by TAESD, a tiny VAE, then train on the codes:
 
     python vae/encode_dataset.py photos/ codes/photos --vae madebyollin/taesd --size 128 --dtype bf16
     accelerate launch recipes/photos_latent.py --data.path codes/photos --model.num-classes 5

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from itarflow.commands.console import reporting, resumable, say
 from itarflow.evaluation.likelihood.bounds import Mean
-from itarflow.evaluation.likelihood.bpd import BpdConfig, Report, measure
+from itarflow.evaluation.likelihood.bpd import BpdConfig, Report, measure_bpd
 from itarflow.runtime.devices import usable_device
 
 
@@ -22,11 +22,11 @@ class Bpd(BpdConfig):
 
     Example: itarflow bpd runs/digits/pipeline --data digits --split train --held-out-images 179 --output likelihood
 
-    Compute is in float32. Each row of the table is a noise that is added before the flow is asked:
+    Compute is in float32. Each row of the table is a noise that is added to the images:
 
     uniform, that of one grey level: bits/dim as they are published. They are what a flow trained with
-    --noise.distribution dequantise minimises. One trained on Gaussian noise is asked out of what it knows, at its
-    smallest level: the bound holds, but it may be poor.
+    --noise.distribution dequantise minimises. For one trained on Gaussian noise, at its smallest level, such
+    noise is out of distribution: the bound holds, but it may be poor.
 
     gaussian, at the noise levels of training: nats/dim of the noisy images, which is what such a flow minimises, and
     the bits/dim that follow if an image is drawn in two steps, noisy by the flow and then each pixel's grey level by
@@ -48,12 +48,12 @@ class Bpd(BpdConfig):
             if self.device is not None:
                 usable_device(self.device)
             with resumable(self.output):
-                report = measure(self, console=Console(stderr=True))
+                report = measure_bpd(self, console=Console(stderr=True))
             if report is not None:
                 self._show(report)
 
     def _show(self, report: Report) -> None:
-        Console().print(_table(report))
+        Console().print(_bpd_table(report))
         for line in _meanings(report):
             say(line)
         if report.broken:
@@ -65,7 +65,7 @@ class Bpd(BpdConfig):
             say(f"figures of each image, settings and curve in {self.output}/")
 
 
-def _table(report: Report) -> Table:
+def _bpd_table(report: Report) -> Table:
     settings, draws = report.settings, report.settings["draws"]
     labels = f"labels {settings['labels']}" if settings["labels"] != "none" else "no labels"
     where = f"{settings['data']}, {settings['split']}" + (", held out" if settings["held_out_images"] else "")
@@ -99,7 +99,7 @@ def _cell(mean: Mean) -> str:
 
 
 def _meanings(report: Report) -> list[str]:
-    """What the table's figures are, exactly, as far as they are in it."""
+    """Exact meanings of the figures that are in the table."""
     kinds = {figures.noise.kind for figures in report.figures}
     lines = ["Mean over images ± its standard error, in float32; nats/dim are -log p(image + noise) / (C * H * W)."]
     if report.settings["codes"]:
@@ -108,8 +108,8 @@ def _meanings(report: Report) -> list[str]:
         lines.append("uniform: bits/dim by dequantisation, an upper bound of those of the 8-bit images.")
         if report.settings["trained_on"] == "gaussian":
             lines.append(
-                "  This flow was trained on Gaussian noise, not on uniform: the bound holds, but it is asked out of "
-                "what it knows."
+                "  This flow was trained on Gaussian noise, not on uniform: the bound holds, but such noise is "
+                "out of distribution."
             )
     if "gaussian" in kinds:
         lines.append(

@@ -1,4 +1,4 @@
-"""The command `itarflow`: which commands there are, by errand. A command is imported when it is asked for."""
+"""The command `itarflow`: the commands by group. A command is imported when it is called."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Command(NamedTuple):
     """A command, before it is imported.
 
     Attributes:
-        errand: under which it is listed.
+        group: under which it is listed.
         place: "module:name" within itarflow.commands, of a dataclass with a method `run`, or of a function of the
             words that follow.
         summary: what it does, in a line.
     """
 
-    errand: str
+    group: str
     place: str
     summary: str
 
@@ -35,7 +35,7 @@ COMMANDS = {
     "train": Command("Train", "train:run_file", "Train a flow by a recipe, on one device."),
     "plot": Command("Train", "plot:Plot", "Draw the curves of one run, or of several over one another."),
     "sample": Command("Sample", "sample:Sample", "Generate images with a checkpoint."),
-    "profile": Command("Sample", "profile:Profile", "Find the fastest way to sample from a checkpoint, and store it."),
+    "profile": Command("Sample", "profile:Profile", "Find the fastest inverse of a checkpoint, and store it."),
     "evaluate": Command("Measure", "evaluate:Evaluate", "FID and other figures of a checkpoint's samples."),
     "sweep": Command("Measure", "sweep:Sweep", "The same over guidance weights, denoising steps and noise levels."),
     "compare": Command("Measure", "compare:Compare", "Checkpoints and denoisers side by side, from the same noise."),
@@ -93,12 +93,12 @@ def _print_help() -> None:
     console = Console()
     console.print("usage: [bold]itarflow COMMAND[/] ...\n\nNormalizing flows that generate images.", highlight=False)
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
-    errand = ""
+    group = ""
     for name, command in COMMANDS.items():
-        if command.errand != errand:
-            errand = command.errand
+        if command.group != group:
+            group = command.group
             table.add_row()
-            table.add_row(f"[bold]{errand}")
+            table.add_row(f"[bold]{group}")
         table.add_row(f"  [cyan]{name}", command.summary)
     console.print(table)
     console.print(

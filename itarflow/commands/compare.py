@@ -1,4 +1,4 @@
-"""`itarflow compare`: checkpoints and ways of denoising, side by side."""
+"""`itarflow compare`: checkpoints and denoising variants, side by side."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from itarflow.runtime.text import short_names
 
 @dataclass(frozen=True)
 class Compare:
-    """Make noisy images with several checkpoints, denoise them in every way that applies, and put all side by side.
+    """Make noisy images with several checkpoints, denoise them in every variant that applies, all side by side.
 
     Example: itarflow compare runs/tarflow/pipeline runs/itarflow/pipeline --data digits --output compare
 
@@ -36,13 +36,13 @@ class Compare:
     checkpoints: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="CHECKPOINT")]
     """Folders with pipelines, or Hugging Face Hub ids, of one image size, VAE and number of classes."""
     output: Path = Path("compare")
-    """Folder for compare.png, compare.json, and a grid for each checkpoint and way of denoising."""
+    """Folder for compare.png, compare.json, and a grid for each checkpoint and denoising variant."""
     diffusion: tuple[str, ...] = ()
     """Diffusion models in diffusers' format that denoise too: folders or Hub ids of a DiT or UNet with scheduler."""
     decoder: tuple[str, ...] = ()
     """VAEs fine-tuned to decode noisy codes: folders or Hub ids. Only for checkpoints that model a VAE's codes."""
     data: str | None = None
-    """Real images whose residual noise is given for reference: as --data.path in training."""
+    """Real images whose residual noise is reported for comparison: as --data.path in training."""
     class_labels: tuple[str, ...] | None = None
     """Labels, by name or number. None = every class in turn, or no labels if the models have none."""
     num_images: int = 16
@@ -54,7 +54,7 @@ class Compare:
     guidance_weight: float | None = None
     """w in (1 + w) * conditional - w * unconditional, in generating; 0 = off. None = each checkpoint's."""
     num_denoise_steps: int | None = None
-    """Evaluations in each iterative column. None = as the checkpoint says that denoises; 10 for a diffusion model."""
+    """Evaluations in each iterative column. None = the denoising checkpoint's; 10 for a diffusion model."""
     batch_size: int = 16
     """Images that are made, and denoised, at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
@@ -101,15 +101,15 @@ class Compare:
             picture_rows=self.picture_rows,
             console=Console(stderr=True),
         )
-        Console().print(_table(comparison))
+        Console().print(_comparison_table(comparison))
         for title, meaning in comparison.metrics.items():
             say(f"{title}: {meaning}.")
-        say(f"pictures and figures in {self.output}/; see {self.output / 'compare.png'}")
+        say(f"images and figures in {self.output}/; see {self.output / 'compare.png'}")
 
 
-def _table(comparison: Comparison) -> Table:
+def _comparison_table(comparison: Comparison) -> Table:
     """A row for each generator and method, a column for each metric."""
-    table = Table(title="Images of each checkpoint, denoised in each way", title_justify="left")
+    table = Table(title="Images of each checkpoint in each denoising variant", title_justify="left")
     table.add_column("images of")
     table.add_column("denoised by")
     for title in comparison.metrics:

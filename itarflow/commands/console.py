@@ -1,4 +1,4 @@
-"""What several commands need: labels, devices, and how they speak."""
+"""Shared by commands: labels, processes and messages."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def _label(pipe: ITARFlowPipeline, text: str) -> int | None:
 
 
 def joined() -> PartialState:
-    """The processes of a launch, which know of one another from here on."""
-    # A process that is done waits for the others for as long as a file may take them.
+    """Initialise the processes of a launch."""
+    # A long timeout, since a process that is done waits for the others.
     return PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
 
 
@@ -69,7 +69,7 @@ def say(text: str) -> None:
 
 @contextmanager
 def resumable(out: Path | None) -> Iterator[None]:
-    """Around work in a folder that the same command goes on with: where it is stopped, that is said, once.
+    """Context of work that the same command can continue: on Ctrl-C it says so, once, and exits with 130.
 
     Args:
         out: the folder; None = nothing is kept.
@@ -109,14 +109,14 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def reporting(console: Console, advice: str) -> Iterator[None]:
-    """Around a command of one or several processes: what ends it is said once, and becomes its exit status.
+    """Context of a command of one or several processes: errors are printed once, and become its exit status.
 
     Args:
-        console: for what is no error.
+        console: for messages that are no errors.
         advice: what to try when memory runs out.
     """
-    # Until one has downloaded a model, say, or sampled its share of a grid, the others wait.
-    # From here on they know of one another, and say once what concerns all.
+    # A long timeout: processes wait while one downloads a model or samples its share of a grid. From here on they
+    # share a store, by which a message is printed once.
     PartialState(cpu=on_cpu(), timeout=timedelta(hours=2))
     try:
         yield

@@ -35,16 +35,16 @@ class Convert:
     overwrite: bool = False
     """Replace the target if it exists."""
     in_channels: int = 3
-    """Channels of the images, which the file does not tell."""
+    """Channels of the images, which the file does not record."""
     input_scale: float = 1.0
-    """The official input_scale, which the file does not tell."""
+    """The official input_scale, which the file does not record."""
     t_max: float | None = None
     """Noise level at which to sample: the official t1, or TARFlow's noise_std. None = the paper's for the image
     size, else 0.3."""
     t_min: float | None = None
     """Smallest noise level for denoising: the official t0. None = the paper's 0.01, or less if t_max asks for it."""
     guidance_weight: float = 0.0
-    """Guidance by default, in the way of the official code that made the checkpoint."""
+    """Default guidance weight, with the rule of the official code that made the checkpoint."""
     num_denoise_steps: int | None = None
     """Score evaluations by default. None = 10 for an iTARFlow, 1 for a TARFlow."""
 
@@ -57,7 +57,7 @@ class Convert:
             return
         flow = load_official(Path(self.source), in_channels=self.in_channels, input_scale=self.input_scale)
         pipeline = self._pipeline(flow)
-        if self.t_max is not None:  # an assumed level must refuse nothing
+        if self.t_max is not None:  # an assumed level must not make the flow refuse others
             only_level = not flow.config.noise_conditioned and self.t_min is None
             low = self.t_max if only_level else pipeline.scheduler.config.t_min
             flow.register_to_config(noise_range=(low, self.t_max))
@@ -67,7 +67,7 @@ class Convert:
         say(
             f"pipeline with {parameters:,} parameters in {self.target}/; it samples at t_max {defaults.t_max:g}, "
             f"guidance {weight:g}, and denoises in {defaults.num_denoise_steps} steps down to t_min "
-            f"{defaults.t_min:g} unless told otherwise. See `itarflow info {self.target}`."
+            f"{defaults.t_min:g} unless a call overrides them. See `itarflow info {self.target}`."
         )
 
     def _check(self) -> None:

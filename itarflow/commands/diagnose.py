@@ -32,14 +32,14 @@ class Diagnose:
     Example: itarflow diagnose evaluation/iterative --reference cifar10 --output diagnosis
 
     An image fails if it has a darker background, less contrast in it, or less fine detail than nearly all real images
-    have: 99 of 100, unless --nominal-rate says otherwise. Real images that had no part in this are judged too, and the
-    excess over them is what the model does wrong. Name several sets, such as of a model with and one without
-    --model.learned-first-token, to have them side by side, with the differences to the first.
+    have: 99 of 100, unless --nominal-rate says otherwise. Other real images are measured by the same thresholds;
+    the excess over their rate is the model's failure. Name several sets, such as of a model with and one without
+    --model.learned-first-token, to see them side by side, with the differences to the first.
     """
 
     samples: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="SAMPLES")]
-    """What `itarflow evaluate` has made in one way of cleaning, folders of pictures, or .npz files; all of one size.
-    Come first."""
+    """A denoising variant's folder of `itarflow evaluate`, folders of images, or .npz files; all of one size. Come
+    first."""
     reference: Annotated[str, tyro.conf.arg(aliases=["--data"])]
     """A data set of real images, as --data.path in training; no file of statistics, as `itarflow evaluate` takes."""
     output: Path = Path("diagnosis")
@@ -102,7 +102,7 @@ class Diagnose:
             console=Console(stderr=True),
         )
         console = Console()
-        console.print(_table(diagnosis))
+        console.print(_diagnosis_table(diagnosis))
         for note in diagnosis.notes:
             console.print(f"[yellow]Note:[/] {escape(note)}.", soft_wrap=True, highlight=False)
         for line in _lines(diagnosis):
@@ -138,25 +138,25 @@ _TITLES = {
 """Of kinds of failures."""
 
 
-def _told(diagnosis: Diagnosis) -> list[str]:
-    """The kinds of failures that some measure can tell."""
+def _tested(diagnosis: Diagnosis) -> list[str]:
+    """The kinds of failures that some measure can detect."""
     return [kind for kind, parts in KINDS.items() if any(diagnosis.measures[part]["threshold"] for part in parts)]
 
 
-def _table(diagnosis: Diagnosis) -> Table:
+def _diagnosis_table(diagnosis: Diagnosis) -> Table:
     """A section for each set, a row for each kind of failure."""
     table = Table(title="Images that fail", title_justify="left")
     for title in ("", "share", "95 %", "over real", "95 %"):
         table.add_column(title, justify="right" if title else "left", no_wrap=bool(title))
     real = diagnosis.reference["failures"]
     table.add_row(f"[bold]real images[/] ({real['any'].total:,})")
-    for kind in _told(diagnosis):
+    for kind in _tested(diagnosis):
         table.add_row(_TITLES[kind], *_rate(real[kind]))
     for name, findings in diagnosis.samples.items():
         table.add_section()
         table.add_row(f"[bold]{escape(name)}[/] ({findings.images:,})")
         table.add_row("not finite", *_rate(findings.broken))
-        for kind in _told(diagnosis):
+        for kind in _tested(diagnosis):
             failure = findings.failures[kind]
             table.add_row(_TITLES[kind], *_rate(failure.rate), *_difference(failure.excess))
     return table
@@ -186,7 +186,7 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
         )
     first = next(iter(diagnosis.samples))
     for name, kinds in diagnosis.differences.items():
-        parts = (f"{_TITLES[kind]} {' '.join(_difference(kinds[kind]))}" for kind in _told(diagnosis))
+        parts = (f"{_TITLES[kind]} {' '.join(_difference(kinds[kind]))}" for kind in _tested(diagnosis))
         lines.append(f"{name} less {first}: {'; '.join(parts)}.")
     return [*lines, "Intervals are of 95 % confidence: Wilson's of shares, Newcombe's of their differences."]
 

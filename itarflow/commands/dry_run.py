@@ -120,7 +120,7 @@ def _time_row(recipe: Recipe, training_flops: int, num_images: int | None) -> st
 
 
 def _data_row(recipe: Recipe) -> tuple[str, int | None]:
-    """A line about the data set, and its training images; one on the Hub may be out of reach, which is only told."""
+    """A line about the data set, and its training images; one on the Hub that can't be reached is only reported."""
     path = recipe.data.path
     if path is None:
         what = (
@@ -147,7 +147,7 @@ def _data_row(recipe: Recipe) -> tuple[str, int | None]:
 
 
 def _on_hub(name: str) -> bool:
-    """Whether a name can only be one on the Hub, which may be out of reach."""
+    """Whether a name can only be one on the Hub, which may be unreachable."""
     return name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 

@@ -1,4 +1,4 @@
-"""The command vae/encode_dataset.py: its words, its messages and its closing report."""
+"""The command vae/encode_dataset.py: its options, messages and summary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from itarflow.data.prepare.codes_card import training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.runtime.errors import RunError
-from itarflow.runtime.files import alone, check_writable
+from itarflow.runtime.files import check_writable, folder_lock
 from itarflow.runtime.processes import crash, on_main, refuse, shared_images
 from itarflow.runtime.text import human_bytes
 
@@ -57,7 +57,7 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
     except Exception as error:
         crash(error)
     if done is not None:
-        _report(config, *done)
+        _print_encoded(config, *done)
 
 
 def encode(config: EncodeConfig, *, console: Console | None = None) -> tuple[Encoded, float | None] | None:
@@ -92,7 +92,7 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
         nonlocal plan, missing
         plan = plan_encoding(config)
         check_writable(config.out)
-        locks.enter_context(alone(config.out))
+        locks.enter_context(folder_lock(config.out))
         missing = begin(plan)
 
     on_main(state, first)  # it downloads what the others then find, and its refusal reaches them all
@@ -112,7 +112,7 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
     return finish(plan), speed
 
 
-def _report(config: EncodeConfig, encoded: Encoded, speed: float | None) -> None:
+def _print_encoded(config: EncodeConfig, encoded: Encoded, speed: float | None) -> None:
     card, broken = encoded.card, sum(map(len, encoded.broken.values()))
     channels, height, width = card.shape
     print_table("Encoded", {

@@ -1,4 +1,4 @@
-"""`itarflow evaluate`: samples of a checkpoint, and what they are worth by the figures of the field."""
+"""`itarflow evaluate`: samples of a checkpoint, and their FID and other scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from itarflow.commands.console import say
 from itarflow.commands.options import Scoring, figure_text, print_scores, score_table
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
-from itarflow.evaluation.samples.denoising import Way, ways_of
+from itarflow.evaluation.samples.denoising import VariantName, variants_of
 from itarflow.evaluation.samples.files import open_samples, write_npz, write_png
 from itarflow.evaluation.samples.generate import MANIFEST, Generation
 from itarflow.pipeline.pipeline import ITARFlowPipeline
@@ -30,21 +30,21 @@ class Evaluate(Scoring):
     Example: itarflow evaluate runs/cifar10/pipeline --data uoft-cs/cifar10 --num-samples 50000
 
     Samples are scored raw (noisy, as the flow has made them), self-denoised (one step, as TARFlow does) and
-    iteratively denoised (as iTARFlow does). Image i depends on the checkpoint, the seed, i and its label, and on
-    nothing else. The same command goes on after an interruption. Several GPUs share the work:
+    iteratively denoised (as iTARFlow does). Image i depends on the checkpoint, the seed, i and its label
+    only. The same command goes on after an interruption. Several GPUs share the work:
     accelerate launch -m itarflow evaluate ...
     """
 
-    ways: Annotated[tuple[Way, ...] | None, tyro.conf.arg(metavar="WAY ...")] = None
-    """Ways of denoising that are scored: raw, self, iterative. None = all that the checkpoint knows."""
+    ways: Annotated[tuple[VariantName, ...] | None, tyro.conf.arg(metavar="WAY ...")] = None
+    """Denoising variants to score: raw, self, iterative. None = all that the checkpoint has."""
     guidance_weight: float | None = None
     """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
     t_max: float | None = None
-    """Noise level at which is generated. None = the checkpoint's."""
+    """Noise level of the flow's samples. None = the checkpoint's."""
     num_denoise_steps: int | None = None
-    """Score evaluations of the iterative way. None = the checkpoint's."""
+    """Score evaluations of the iterative variant. None = the checkpoint's."""
     npz: bool = False
-    """Write the samples of each way as an .npz file too, which ADM's evaluation suite reads."""
+    """Write the samples of each variant as an .npz file too, which ADM's evaluation suite reads."""
     png: bool = False
     """Write them as folders of PNG files too."""
     record: bool = True
@@ -67,7 +67,7 @@ class Evaluate(Scoring):
         unlabelled = self.labels == "none" or pipe.flow.config.num_classes == 0
         generation = Generation(
             pipe=pipe,
-            variants=ways_of(pipe, schedule, self.ways, denoiser=denoiser, **self.denoising()),
+            variants=variants_of(pipe, schedule, self.ways, denoiser=denoiser, **self.denoising()),
             labels=self.sample_labels(pipe),
             seed=self.seed,
             # Without labels the checkpoint's own weight plays no part, and one given here is refused.
@@ -103,7 +103,7 @@ class Evaluate(Scoring):
             lines = {self._what(name, generation, one): _line(one) for name, one in found.items()}
             known = read_index(folder).get("evaluations") or {}  # as others may have written it meanwhile
             noted = pipe.record(folder, "evaluations", {**known, **lines})
-            card = "and its model card" if noted else "but not in its README.md, which somebody has written"
+            card = "and its model card" if noted else "but not in its README.md, which was edited by hand"
             say(f"noted in {folder} {card}")
 
     def _what(self, name: str, generation: Generation, scores: Scores) -> str:

@@ -1,4 +1,4 @@
-"""The command vae/finetune_decoder.py: its words and its closing report."""
+"""The command vae/finetune_decoder.py: its options and its summary."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
     with reporting(console, advice):
         tuned = tyro.cli(Options, description=description, args=args).run()
         if PartialState().is_main_process:
-            _report(tuned, console)
+            _print_tuned(tuned, console)
 
 
-def _report(tuned: Tuned, console: Console) -> None:
+def _print_tuned(tuned: Tuned, console: Console) -> None:
     title = f"PSNR in dB of {tuned.held_out_images:,} held-out images"
     table = Table("noise of the codes", "before", "after", "gain", title=title, title_justify="left")
     for level, after in tuned.after.items():

@@ -43,15 +43,15 @@ from itarflow.runtime.text import display_name
 class Scoring:
     """A checkpoint, how its samples are made, and the real images that they are compared with.
 
-    A command says what is made (`generations`) and what becomes of its figures (`finish`).
+    A command implements `generations`, what to sample, and `finish`, the report.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A folder with a pipeline, such as runs/cifar10/pipeline, or a Hugging Face Hub id."""
     output: Path = Path("evaluation")
-    """Folder for the figures, and for the samples of each way of denoising."""
+    """Folder for the figures, and for the samples of each denoising variant."""
     data: str | None = None
-    """Real images: as --data.path in training. Their statistics are computed once, and kept."""
+    """Real images: as --data.path in training. Their statistics are computed once, and cached."""
     split: str = "train"
     """Split of the real images. Papers compare with the training images."""
     crop: Crop | None = None
@@ -79,10 +79,10 @@ class Scoring:
     spacing: Spacing | None = None
     """Of its noise levels. None = the checkpoint's."""
     denoiser: str | None = None
-    """What denoises iteratively instead of the checkpoint itself: a pipeline of another flow, or a diffusion model of
-    diffusers."""
+    """Denoiser of the iterative variant instead of the checkpoint itself: a pipeline of another flow, or a diffusion
+    model of diffusers."""
     exact: bool = False
-    """Invert the flow token by token, whatever plan `itarflow profile` has left in the checkpoint."""
+    """Invert the flow token by token, even if the checkpoint has a plan of `itarflow profile`."""
     inverse_dtype: Literal["float32", "bf16"] = "float32"
     """Precision of the transformers in the inverse."""
     denoise_dtype: Literal["float32", "bf16"] = "float32"
@@ -107,7 +107,7 @@ class Scoring:
         raise NotImplementedError
 
     def finish(self, made: Mapping[str, Generation], scores: Mapping[Path, Scores], report: dict[str, Any]) -> None:
-        """Write, draw and tell what has been found; on the main process.
+        """Write, plot and print the results; called on the main process.
 
         Args:
             made: what `generations` gave.
@@ -117,7 +117,7 @@ class Scoring:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Refuse what needs no checkpoint to be told wrong; raises ValueError, OSError or ImportError."""
+        """Check the options that need no checkpoint; raises ValueError, OSError or ImportError."""
         if (self.data is None) == (self.reference is None):
             raise ValueError("give either --data (real images) or --reference (a file with their statistics).")
         if self.num_samples < 2:
@@ -181,7 +181,7 @@ class Scoring:
         return labels_by(self.labels, self.num_samples, pipe.flow.config.num_classes, self.seed)
 
     def denoising(self) -> dict[str, Any]:
-        """How a flow denoises and a VAE decodes, for `ways_of` and `generations_of`."""
+        """Options of denoising and decoding, for `variants_of` and `generations_of`."""
         return {
             "dtype": self._denoise_dtype,
             "slice_size": self.denoise_batch_size,
@@ -189,7 +189,7 @@ class Scoring:
         }
 
     def inverting(self) -> dict[str, Any]:
-        """What a `Generation` is told of the inverse."""
+        """Options of the inverse, for `Generation`."""
         return {
             "solver": sequential if self.exact else None,
             "inverse_dtype": torch.bfloat16 if self.inverse_dtype == "bf16" else None,
@@ -217,7 +217,7 @@ class Scoring:
         return pipe, device
 
     def _open_denoiser(self, pipe: ITARFlowPipeline, device: str) -> Denoiser | None:
-        """What denoises instead of the checkpoint; None = itself."""
+        """The denoiser instead of the checkpoint; None = itself."""
         if self.denoiser is None:
             return None
         return load_denoiser(
@@ -225,23 +225,23 @@ class Scoring:
         )
 
     def _crop(self, pipe: ITARFlowPipeline) -> Crop:
-        """How real images become square: as asked for, else as in the checkpoint's training, as far as that is known.
+        """How real images become square: by --crop, else as in the checkpoint's training, if that is known.
 
         Raises:
-            ValueError: another one is asked for than the checkpoint was trained with.
+            ValueError: --crop differs from that of the checkpoint's training.
         """
         trained = ((pipe.config.training or {}).get("recipe") or {}).get("data", {}).get("crop")
         if self.crop is not None and trained is not None and self.crop != trained:
             raise ValueError(
                 f"--crop is {self.crop}, but the checkpoint was trained on images with crop {trained}; the figures "
-                "would tell the crops apart, not the images. Leave --crop out."
+                "would compare the crops, not the images. Leave --crop out."
             )
         return self.crop or trained or "center"
 
     def _open_reference(
         self, pipe: ITARFlowPipeline, extractor: Extractor, state: PartialState, console: Console
     ) -> Reference:
-        """Statistics of the real images, on all processes; computed now, unless they are kept.
+        """Statistics of the real images, on all processes; computed now, unless they are cached.
 
         Raises:
             DataError: the images have another number of classes than the checkpoint.
@@ -269,13 +269,13 @@ class Scoring:
         if ours and theirs and ours != theirs:
             raise DataError(
                 f"the images in {self.data} have {theirs} classes, but the checkpoint knows {ours}; expected images "
-                "like those that it was trained on. Statistics of whatever images are taken by --reference."
+                "like those that it was trained on. Statistics of other images are given by --reference."
             )
         return reference_of(config, image_size=size, in_channels=channels, **shared)
 
 
 def _plan(generations: Mapping[str, Generation], count: int) -> str:
-    """What will be done in all."""
+    """A summary of the work ahead."""
     variants = [variant for generation in generations.values() for variant in generation.variants.values()]
     steps = sum(one.schedule.config.num_denoise_steps for one in variants if one.schedule is not None)
     return (
@@ -291,7 +291,7 @@ def score_table(
 
     Args:
         heads: of the first columns.
-        scores: by what stands there; where all but the last changes, a line is drawn.
+        scores: by the texts of these columns; where all but the last change, a line is drawn.
         best: by the short name of a figure the row that gets a star. None = no stars, but spreads.
     """
     first = next(iter(scores.values()))
@@ -319,7 +319,7 @@ def score_table(
 
 
 def print_scores(table: Table, scores: Mapping[Any, Scores]) -> None:
-    """Print a table of scores, and what to know before they are compared with others."""
+    """Print a table of scores, and the warnings about comparing them."""
     console = Console()
     console.print(table)
     for warning in dict.fromkeys(warning for one in scores.values() for warning in one.warnings):
@@ -327,12 +327,12 @@ def print_scores(table: Table, scores: Mapping[Any, Scores]) -> None:
 
 
 def device_name(pipe: ITARFlowPipeline) -> str:
-    """Where a pipeline computes, for people."""
+    """The name of a pipeline's device."""
     return torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else str(pipe.device)
 
 
 def figure_text(figure: Figure, spread: bool = True) -> str:
-    """A figure to four digits, with its spread if it has one and it is asked for."""
+    """A figure to four digits, with its spread if it has one and `spread` is set."""
     return f"{figure.value:.4g}" + (f" ± {figure.std:.2g}" if spread and figure.std is not None else "")
 
 

@@ -23,14 +23,14 @@ class Plot:
     runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN")]
     """Folders of runs, such as runs/digits."""
     output: Path = Path("curves.png")
-    """Picture file: .png, .svg or .pdf."""
+    """Image file: .png, .svg or .pdf."""
 
     def run(self) -> None:
         """Carry the command out."""
         if not self.runs:
             raise ValueError("no run is named; expected folders such as runs/digits.")
         if self.output.suffix.lower() not in (".png", ".svg", ".pdf"):
-            raise ValueError(f"--output {self.output} has an unknown picture format; use .png, .svg or .pdf.")
+            raise ValueError(f"--output {self.output} has an unknown image format; use .png, .svg or .pdf.")
         check_writable(self.output.parent)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         plot_runs(self.runs, self.output)

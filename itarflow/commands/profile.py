@@ -1,4 +1,4 @@
-"""`itarflow profile`: where the inverse spends its time, and the fastest way to do it."""
+"""`itarflow profile`: where the inverse spends its time, and its fastest solvers."""
 
 from __future__ import annotations
 
@@ -46,23 +46,23 @@ class Profile:
     Example: itarflow profile runs/digits/pipeline --data digits --batch-sizes 1 16
 
     Each block is inverted token by token, by Jacobi iteration on the whole sequence, and by windows of several sizes.
-    The fastest of them make a plan, with which no pixel of --num-images pictures moves by more than
+    The fastest of them make a plan, with which no pixel of --num-images images changes by more than
     --largest-difference; from then on the checkpoint samples by it on this type of device. `itarflow sample --exact`
     does without.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
-    """A folder with a pipeline, such as runs/digits/pipeline. One on the Hub is brought here by
+    """A folder with a pipeline, such as runs/digits/pipeline. One on the Hub is downloaded by
     `hf download NAME/MODEL --local-dir FOLDER`."""
     data: str | None = None
     """Real images for the metrics CRM and IGM: as --data.path in training. None = generated ones."""
     batch_sizes: tuple[int, ...] = (16,)
-    """Images that are made at a time; a plan for each, which serves smaller batches too. Small ones gain the most."""
+    """Images that are made at a time; a plan for each, also used for smaller batches. Small ones gain the most."""
     largest_difference: float = 1 / 255
-    """Of a pixel, on the scale from 0 to 1, between planned and exact pictures; half of it is kept as a margin for
-    pictures other than the compared ones. 0 = none but by rounding."""
+    """Of a pixel, on the scale from 0 to 1, between planned and exact images; half of it is kept as a margin for
+    images other than the compared ones. 0 = no difference but rounding."""
     num_images: int = 32
-    """Pictures that are compared, beside the exact ones; those of --batch-sizes at least."""
+    """Images to compare with the exact ones; at least as many as the largest of --batch-sizes."""
     windows: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
     """Sizes of windows that are tried, besides the whole sequence; those longer than a block are left out."""
     repeats: int = 3
@@ -91,7 +91,7 @@ class Profile:
         for batch_size in self.batch_sizes:
             found = self._find(pipe, batch_size)
             report[batch_size] = found
-            Console().print(_table(pipe, metrics, found))
+            Console().print(_plan_table(pipe, metrics, found))
             say(_summary(found.plan))
             if self.write:
                 self._write(pipe, found.plan)
@@ -151,10 +151,10 @@ class Profile:
             own = None if labels is None else labels[part]
             return flow.inverse(z[part], own, t_max, guidance=guidance, **options)
 
-        def pictures(**options: Any) -> Iterator[Tensor]:
+        def images(**options: Any) -> Iterator[Tensor]:
             for start in range(0, count, size):
                 chunk = slice(start, start + size)
-                yield _clean(pipe, invert(chunk, **options), None if labels is None else labels[chunk])
+                yield _denoised(pipe, invert(chunk, **options), None if labels is None else labels[chunk])
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -162,7 +162,7 @@ class Profile:
             return find_plan(
                 flow,
                 partial(invert, slice(0, batch_size)),
-                pictures,
+                images,
                 batch_size=batch_size,
                 largest_difference=self.largest_difference,
                 windows=self.windows,
@@ -199,18 +199,18 @@ def _summary(plan: InversePlan) -> str:
     return (
         f"{size} at a time: {1e3 * exact:.1f} ms one token after another, {1e3 * planned:.1f} ms by the plan, with "
         f"all that an inversion prepares ({exact / planned:.2f} times as fast); a pixel differs by at most "
-        f"{255 * facts['largest difference of a pixel']:.2f} / 255 in {facts['pictures compared']} pictures"
+        f"{255 * facts['largest difference of a pixel']:.2f} / 255 in {facts['pictures compared']} images"
     )
 
 
-def _clean(pipe: ITARFlowPipeline, noisy: Tensor, labels: Tensor | None) -> Tensor:
-    """Pictures (B, C, H, W) in [0, 1] of noisy images, cleaned as the checkpoint does."""
+def _denoised(pipe: ITARFlowPipeline, noisy: Tensor, labels: Tensor | None) -> Tensor:
+    """Noisy images denoised by the checkpoint, and decoded, (B, C, H, W) in [0, 1]."""
     without_noise = pipe.schedule(method="euler" if pipe.scheduler.config.method == "sde" else None)
-    clean = denoise(FlowDenoiser(pipe.flow), noisy, labels, without_noise)
-    return (codec_of(pipe.vae, slice_size=8).decode(clean).clamp(-1, 1) + 1) / 2
+    images = denoise(FlowDenoiser(pipe.flow), noisy, labels, without_noise)
+    return (codec_of(pipe.vae, slice_size=8).decode(images).clamp(-1, 1) + 1) / 2
 
 
-def _table(pipe: ITARFlowPipeline, metrics: Sequence[BlockMetrics], found: FoundPlan) -> Table:
+def _plan_table(pipe: ITARFlowPipeline, metrics: Sequence[BlockMetrics], found: FoundPlan) -> Table:
     """A row for each block."""
     facts = found.plan.facts
     table = Table(

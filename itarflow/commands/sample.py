@@ -35,7 +35,7 @@ class Sample:
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A folder with a pipeline, such as runs/digits/pipeline, or a Hugging Face Hub id (NAME/MODEL). Comes first."""
     output: Path = Path("samples.png")
-    """A picture file for a grid of all images, or a folder (any name without suffix) for one file an image."""
+    """An image file for a grid of all images, or a folder (any name without suffix) for one file an image."""
     class_labels: tuple[str, ...] | None = None
     """Labels, by name or number. None = every class in turn, or no labels if the model has none."""
     num_images: int | None = None
@@ -52,7 +52,7 @@ class Sample:
     spacing: Spacing | None = None
     """Of the noise levels: even, or quadratic, which predictor-corrector goes best with. None = the checkpoint's."""
     denoiser: str | None = None
-    """What cleans the images, instead of the checkpoint itself: a folder or Hub id of another flow's pipeline, or of
+    """The denoiser, instead of the checkpoint itself: a folder or Hub id of another flow's pipeline, or of
     a diffusers pipeline with a DiT or UNet (facebook/DiT-XL-2-256, once converted to safetensors), for images or codes
     of the same size. One trained on a single noise level, a TARFlow, needs --num-denoise-steps 1; the others know a
     range of levels, and do best with 10 steps or so."""
@@ -60,7 +60,7 @@ class Sample:
     """Of a checkpoint that models codes: another VAE with the same encoder, such as one whose decoder was fine-tuned
     on noisy codes, which goes with --method skip. A folder or Hub id. None = the checkpoint's."""
     exact: bool = False
-    """Invert the flow token by token, whatever plan `itarflow profile` has left in the checkpoint."""
+    """Invert the flow token by token, even if the checkpoint has a plan of `itarflow profile`."""
     inverse_dtype: Literal["float32", "bf16"] = "float32"
     """Precision of the transformers in the inverse. bf16 makes slightly other images, and is faster unless
     the model is narrow."""
@@ -69,8 +69,8 @@ class Sample:
     denoise_batch_size: int | None = None
     """Images that are denoised at a time. None = as many as are made, or as fit the memory."""
     denoise_dtype: Literal["float32", "bf16"] = "float32"
-    """Precision of a flow's layers in denoising. bf16 takes about half of the time on CPUs that know it, unless the
-    model is tiny, and changes pictures by about a grey level."""
+    """Precision of a flow's layers in denoising. bf16 takes about half of the time on CPUs that support it, unless the
+    model is tiny, and changes images by about one grey level."""
     decode_batch_size: int = 8
     """Images that a VAE decodes at a time. Not used by checkpoints that model pixels."""
     device: str | None = None
@@ -139,10 +139,10 @@ def _matching_vae(pipe: ITARFlowPipeline, name: str) -> Vae:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse a picture format that can't be written, before hours of sampling."""
+    """Refuse an image format that can't be written, before hours of sampling."""
     if output.suffix and Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
         raise ValueError(
-            f"--output {output} has an unknown picture format; use .png, or a folder name without a suffix."
+            f"--output {output} has an unknown image format; use .png, or a folder name without a suffix."
         )
     if output.suffix and output.is_dir():
         raise ValueError(f"--output {output} is a folder; give a file name in it, or a name without a suffix.")

@@ -42,7 +42,7 @@ class Sweep(Scoring):
     guidance_weights: tuple[float, ...] | None = None
     """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
     t_max: tuple[float, ...] | None = None
-    """Noise levels at which is generated, within the range that the flow was trained on. None = the checkpoint's."""
+    """Noise levels of the flow's samples, within the range that it was trained on. None = the checkpoint's."""
     num_denoise_steps: tuple[int, ...] | None = None
     """Score evaluations in denoising; 1 = one step, as TARFlow does. None = the checkpoint's."""
     raw: bool = False
@@ -86,7 +86,8 @@ class Sweep(Scoring):
     def finish(self, made: Mapping[str, Generation], scores: Mapping[Path, Scores], report: dict[str, Any]) -> None:
         """See `Scoring`."""
         found = {
-            one: scores[self.output / one.generation / one.way] for one in self._grid(next(iter(made.values())).pipe)
+            one: scores[self.output / one.generation / one.variant]
+            for one in self._grid(next(iter(made.values())).pipe)
         }
         report |= {
             "samples": {name: json.loads((self.output / name / MANIFEST).read_text()) for name in made},

@@ -41,7 +41,7 @@ class RunOptions:
     """Begin anew although the run exists; the old folder is kept beside the new one."""
 
     def start(self) -> Start:
-        """How the run's folder is met; raises ValueError for options that make no sense."""
+        """How to start in the run's folder; raises ValueError for options that exclude each other."""
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"--max-steps is {self.max_steps}; expected a number >= 1.")
         if self.resume and self.restart:
@@ -153,7 +153,7 @@ def _run(options: Options, console: Console) -> None:
         find_micro_batch=options.find_micro_batch,
     )
     if main_process:
-        console.print(_report(summary))
+        console.print(_summary_table(summary))
         labels = " ".join(shlex.quote(name) for name in summary.class_names[:3])
         chosen = f" --class-labels {labels}" if labels else ""
         command = f"itarflow sample {summary.run.pipeline}{chosen} --num-images 9 --output samples.png"
@@ -185,7 +185,7 @@ def _short(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _report(summary: Summary) -> Table:
+def _summary_table(summary: Summary) -> Table:
     table = Table(title="Done", show_header=False, title_justify="left")
     for title, text in summary.described().items():
         table.add_row(title, text)

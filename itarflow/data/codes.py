@@ -30,11 +30,11 @@ class CodesCard:
     """What the codes are."""
 
     vae: str
-    """Name of the VAE, for people; of a folder, its last part."""
+    """Name of the VAE, for display; of a folder, its last part."""
     revision: str | None
     """Commit of a VAE on the Hub, if it was named."""
     identity: VaeIdentity
-    """What makes its codes what they are."""
+    """What the codes depend on: encoder and scaling."""
     image_size: int
     """Side of the encoded images in pixels."""
     crop: Crop
@@ -146,7 +146,7 @@ def find_card(path: str) -> CodesCard | None:
     try:
         files = glob.has_magic(path) or place.suffix == ".parquet"
         folder = place.parent if files else folder_of(path, [CARD], expected="codes", repo_type="dataset")
-    except OSError:  # no such data set, or no network: whoever opens it will say
+    except OSError:  # no such data set, or no network: opening it will raise
         return None
     return read_card(folder / CARD) if (folder / CARD).is_file() else None
 

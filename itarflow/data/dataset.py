@@ -58,11 +58,11 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
-class PictureDecoder:
-    """Makes a square uint8 (C, H, W) tensor of an encoded picture.
+class ImageDecoder:
+    """Makes a square uint8 (C, H, W) tensor of an encoded image.
 
     Attributes:
-        column: name of the column with pictures.
+        column: name of the column with images.
         image_size: height and width of the tensors in pixels.
         in_channels: 3 for RGB, 1 for grey.
         crop: how images become square.
@@ -76,7 +76,7 @@ class PictureDecoder:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The one with pictures."""
+        """The one with images."""
         return (self.column,)
 
     @property
@@ -90,8 +90,8 @@ class PictureDecoder:
             with Image.open(io.BytesIO(_encoded(row[self.column] or {}))) as image:
                 square = crop_image(convert_image(image, self.in_channels), self.image_size, self.crop)
             return torch.from_numpy(to_array(square, self.in_channels))
-        except UnidentifiedImageError as error:  # whose own words name a buffer in memory
-            raise DataError("it is no picture of a known format, or its head is damaged") from error
+        except UnidentifiedImageError as error:  # whose message names a buffer in memory
+            raise DataError("it is no image of a known format, or its head is damaged") from error
 
 
 class ImageDataset(Dataset[Example]):
@@ -118,8 +118,8 @@ class ImageDataset(Dataset[Example]):
         max_broken: int = 100,
     ) -> None:
         columns = rows.select_columns(list(decoder.columns))
-        if isinstance(columns, datasets.Dataset) and isinstance(decoder, PictureDecoder):
-            # Undecoded, because in the hands of `datasets` one broken file would end the run.
+        if isinstance(columns, datasets.Dataset) and isinstance(decoder, ImageDecoder):
+            # Undecoded, because with decoding by `datasets` one broken file would end the run.
             columns = columns.cast_column(decoder.column, datasets.Image(decode=False))
         self._rows: Rows = columns
         self._decoder = decoder

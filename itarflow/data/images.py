@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from itarflow.runtime.errors import DataError
 
 Crop = Literal["center", "adm", "edm"]
-"""The published ways in which an image becomes square."""
+"""The published protocols by which an image becomes square."""
 
 
 def convert_image(image: Image.Image, in_channels: int) -> Image.Image:
@@ -88,8 +88,8 @@ def check_crop(protocol: str) -> None:
         raise DataError(f"crop {protocol!r} is unknown; use one of {', '.join(get_args(Crop))}")
 
 
-def check_picture(image_size: int, in_channels: int, protocol: str) -> None:
-    """Refuse what no picture can become.
+def check_image_size(image_size: int, in_channels: int, protocol: str) -> None:
+    """Refuse sizes and channels that images can't have.
 
     Raises:
         DataError: a size < 1, channels that are neither 1 nor 3, or an unknown crop.

@@ -1,4 +1,4 @@
-"""Data sets of images or of their codes: what to train on, what to measure on, and the classes.
+"""Data sets of images or of their codes: training and held-out images, and the classes.
 
 An image is a uint8 (C, H, W) tensor, a stored code a float16 one (see `codes.CodeDecoder`).
 """
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from itarflow.codec import VaeIdentity
 from itarflow.data.codes import CodeDecoder, check_card, find_card
-from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
-from itarflow.data.images import Crop, check_picture
+from itarflow.data.dataset import Decoder, ImageDataset, ImageDecoder
+from itarflow.data.images import Crop, check_image_size
 from itarflow.data.parquet import ParquetRows
 from itarflow.data.sources import Rows, open_splits, open_tables
 from itarflow.runtime.errors import DataError
@@ -43,11 +43,11 @@ class DataConfig:
     split: str = "train"
     """Split to train on: train, for instance, or train[:10%] for its first tenth."""
     held_out_split: str | None = None
-    """Split to measure on, never trained on. None = set images of `split` aside."""
+    """Held-out split, never trained on. None = set images of `split` aside."""
     held_out_images: int = 1000
-    """Images to measure on, always the same, from all classes in proportion.
+    """Held-out images, always the same, from all classes in proportion.
     With a held_out_split, at most this many of it; 0 = all of it, for figures that can be compared with others'.
-    Without, set aside from `split`: at least one and at most a tenth of it; 0 = none, nothing to measure on."""
+    Without, set aside from `split`: at least one and at most a tenth of it; 0 = none, and no evaluation."""
     image_column: str | None = None
     """Column with the images. None finds the first one."""
     label_column: str | None = None
@@ -66,7 +66,7 @@ class DataConfig:
     streaming: bool = False
     """Leave parquet files where they are, here or on the Hub, and read them row group by row group, instead of
     copying all of them into the cache first: for data sets larger than the disk. Mixes less; see shuffle_buffer.
-    Name a held_out_split: images set aside from `split` lie all over it, and all is read to measure on them.
+    Name a held_out_split: images set aside from `split` lie all over it, and all is read to evaluate on them.
     Folders of image files, which are never copied, and digits are read as without."""
     shuffle_buffer: int = 8192
     """With streaming: images that are mixed with one another, of row groups drawn at random. With the rest of their
@@ -78,7 +78,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ImageData:
-    """What a run needs of a data set: images to train on, images to measure on, and the names of the classes.
+    """The data of a run: training images, held-out images, and the names of the classes.
 
     `held_out` is empty if the configuration asks for that; `class_names` is () for unlabelled images.
     """
@@ -100,7 +100,7 @@ def load_data(
     vae: VaeIdentity | None = None,
     variance: bool = True,
 ) -> ImageData:
-    """Open the data set that `config` names, choose images to measure on, and try to read one image of each.
+    """Open the data set that `config` names, choose held-out images, and try to read one image of each.
 
     Nothing else is decoded: `in_memory` is for the caller to follow, by `ImageData.decoded`.
 
@@ -127,10 +127,10 @@ def load_data(
                 f"{config.path} holds codes of the VAE {card.vae}, not images; to train on them name the VAE by "
                 "codec.vae, for all else name the images that they are of"
             )
-        check_picture(image_size, in_channels, config.crop)
+        check_image_size(image_size, in_channels, config.crop)
     elif card is None:
         raise DataError(
-            f"{config.path} holds no codes (there is no codes.json, or the Hub can't be asked), but codec.vae is set; "
+            f"{config.path} holds no codes (no codes.json, or the Hub can't be reached), but codec.vae is set; "
             "make them by "
             f"`accelerate launch vae/encode_dataset.py {config.path} OUT --vae VAE --size {image_size * vae.stride}`, "
             "and set data.path to OUT"
@@ -154,7 +154,7 @@ def load_data(
     decoders: tuple[Decoder, Decoder]
     if card is None:
         column = _find_image_column(train.features, config.image_column)
-        decoders = (PictureDecoder(column, image_size, in_channels, config.crop),) * 2
+        decoders = (ImageDecoder(column, image_size, in_channels, config.crop),) * 2
     else:
         decoders = (CodeDecoder(card, config.horizontal_flip, variance), CodeDecoder(card, False, variance))
     label_column = _find_label_column(train.features, config.label_column)
@@ -164,7 +164,7 @@ def load_data(
             rows, decoder=decoder, indices=indices, labels=labels[indices], max_broken=config.max_broken
         )
         if len(dataset) > 0:
-            dataset[0]  # what is wrong with the column or the files shows now, not once the model is built
+            dataset[0]  # errors of the column or the files show now, not once the model is built
         return dataset
 
     labels = _labels(train, label_column)
@@ -205,7 +205,7 @@ def load_splits(
         DataError: the configuration or the data cannot be used; the message says what to change.
     """
     _check(config)
-    check_picture(image_size, in_channels, config.crop)
+    check_image_size(image_size, in_channels, config.crop)
     if config.path is None:
         raise DataError(_NO_PATH)
     opened = open_tables(config.path, config.name, splits)
@@ -217,7 +217,7 @@ def load_splits(
     sets = {
         split: ImageDataset(
             table,
-            decoder=PictureDecoder(image_column, image_size, in_channels, config.crop),
+            decoder=ImageDecoder(image_column, image_size, in_channels, config.crop),
             indices=torch.arange(len(table)),
             labels=labels[split],
             max_broken=config.max_broken,

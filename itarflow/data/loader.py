@@ -1,6 +1,6 @@
 """Batches of images, in the order that a sampler gives.
 
-Images stay uint8 (C, H, W) tensors on their way; the training loop makes pixels of them on the device.
+Images stay uint8 (C, H, W) tensors; the training loop converts them to float pixels on the device.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         prefetch_factor=4 if num_workers else None,
         collate_fn=_collate,
         worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
+        generator=torch.Generator(),  # else the loader would advance torch's global one
     )
     found = list[Batch]()
     for batch in watched(without_alarm(loader), "lower data.num_workers, and go on by --resume"):
@@ -93,9 +93,9 @@ def in_order(
 
 
 def without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The loader's iterator, which tells of a dead worker when it is asked for a batch, and not by a signal.
+    """The loader's iterator, without PyTorch's SIGCHLD handler: a dead worker raises at the next batch.
 
-    PyTorch's handler of that signal raises wherever the program is: in the middle of an optimiser step, for instance.
+    The handler would raise at any place of the program, such as in the middle of an optimiser step.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         return iter(loader)
@@ -106,14 +106,14 @@ def without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def watched(stream: Iterator[Any], advice: str) -> Iterator[Any]:
-    """What a loader's iterator gives; of a worker's death it tells what to do.
+    """The items of a loader's iterator; a worker's death becomes an error that says what to do.
 
     Raises:
         DataError: a worker process died; the message ends with the advice.
     """
     try:
         yield from stream
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two, if it died with a batch in hand
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two, if it died while sending a batch
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         raise DataError(
@@ -122,7 +122,7 @@ def watched(stream: Iterator[Any], advice: str) -> Iterator[Any]:
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches all processes of a terminal; the main one still needs its workers to finish the step."""
+    """Ignore Ctrl-C in a worker: the main process, which gets it too, needs its workers to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -142,7 +142,7 @@ def _joined(parts: Sequence[Batch]) -> Batch:
 
 
 class _Reporting(Dataset[Example | DataError]):
-    """Hands a data error over as a value: raised in a worker, it would arrive with the worker's traceback as text."""
+    """Returns a data error as a value: raised in a worker, it would arrive with the worker's traceback as text."""
 
     def __init__(self, dataset: ImageDataset) -> None:
         self._dataset = dataset

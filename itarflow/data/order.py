@@ -1,6 +1,6 @@
-"""The order of training images: a function of (seed, step) alone, never of the number of processes.
+"""The order of training images: a function of (seed, step), independent of the number of processes.
 
-Also if images are streamed from files, row group by row group (`StreamedBatchSampler`).
+That also holds if images are streamed from files, row group by row group (`StreamedBatchSampler`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from itarflow.runtime.seeds import permutation
 class GlobalBatchSampler(Sampler[list[int]]):
     """Endless lists of indices; what an optimiser step sees depends on (seed, step) alone.
 
-    Every epoch is a fresh permutation of all images. Epochs are strung together, and step k uses positions
-    k * B .. (k + 1) * B - 1 of the string, B = global_batch_size: batches straddle epochs, and neither the
+    Every epoch is a fresh permutation of all images. Epochs are concatenated, and step k uses positions
+    k * B .. (k + 1) * B - 1 of them, B = global_batch_size: batches straddle epochs, and neither the
     number of processes, nor accumulation, nor a resumed run changes what a step sees. For each step come
     `accumulation` lists of m = B / (num_processes * accumulation) indices: list a of process p has the
     positions from (a * num_processes + p) * m on, counted from the start of the step.
@@ -81,7 +81,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class StreamedBatchSampler(GlobalBatchSampler):
-    """The same promises, of epochs that read few row groups at a time: `StreamedEpoch`s instead of permutations.
+    """As `GlobalBatchSampler`, with epochs that read few row groups at a time: `StreamedEpoch`s, not permutations.
 
     What a step sees depends on (seed, step), the sizes of the row groups and shuffle_buffer alone. A process whose
     share of a batch is contiguous reads few of the streams.
@@ -103,7 +103,7 @@ class StreamedBatchSampler(GlobalBatchSampler):
         self.row_groups, self.shuffle_buffer = row_groups, shuffle_buffer
 
     def parts(self, num_workers: int) -> int:
-        """Into how many parts to cut each list, so that workers taking turns read as few streams each as can be.
+        """Into how many parts to cut each list, so that each worker reads as few streams as possible.
 
         No part is empty.
         """
@@ -113,15 +113,15 @@ class StreamedBatchSampler(GlobalBatchSampler):
         )
 
     def windows(self, num_workers: int) -> tuple[int, int]:
-        """In how many windows each worker is busy at a time, at most, if lists are cut into `parts`; their size."""
+        """How many windows each worker reads at a time, at most, if lists are cut into `parts`; and their size."""
         streams = self._streams_of_a_worker(num_workers, self.parts(num_workers))
         return streams, window_size(self.global_batch_size, self.shuffle_buffer)
 
     def _streams_of_a_worker(self, num_workers: int, parts: int) -> int:
-        places = self.accumulation * parts  # of a part within a step; each worker comes by every so many of them
+        places = self.accumulation * parts  # parts in a step; the workers take them in turn
         visited = places // math.gcd(places, max(num_workers, 1))
         streams, part = num_streams(self.global_batch_size), math.ceil(self.size / parts)
-        # One more than fit, because from the second epoch on a step begins in the middle of a stream.
+        # One more, because from the second epoch on a step begins in the middle of a stream.
         return min(visited * (math.ceil(part * streams / self.global_batch_size) + 1), streams)
 
     def _epoch(self, epoch: int) -> StreamedEpoch:
@@ -137,10 +137,10 @@ class StreamedBatchSampler(GlobalBatchSampler):
 def training_sampler(
     dataset: ImageDataset, global_batch_size: int, *, shuffle_buffer: int, **share: int
 ) -> GlobalBatchSampler:
-    """Endless lists of indices, in the order that suits the set.
+    """Endless lists of indices, in the order for the kind of data set.
 
     A set with row groups gets a `StreamedBatchSampler`. Others (held in memory, or read at random from the disk) get
-    a `GlobalBatchSampler`, and no use is made of shuffle_buffer. Arguments and errors as of these.
+    a `GlobalBatchSampler`, and shuffle_buffer is not used. Arguments and errors as of these.
     """
     row_groups = dataset.row_groups
     if row_groups is None:
@@ -151,14 +151,14 @@ def training_sampler(
 class StreamedEpoch:
     """The images of one epoch in an order that reads few row groups at a time; sliced like a list of N indices.
 
-    The row groups are permuted, and their images strung together. The string is cut into V = gcd(B, STREAMS) streams,
+    The row groups are permuted, and their images concatenated. The sequence is cut into V = gcd(B, STREAMS) streams,
     where B is the batch size, and each stream is shuffled within consecutive windows of shuffle_buffer / V images.
-    Of each B positions of the epoch, the first B / V come from the first stream, and so on; so whoever reads a fixed
-    part of every batch reads fixed streams. What the streams have left when less than a batch is left comes last,
-    stream by stream. Their lengths are made to fit: every stream has B / V images of each whole batch, and the rest
+    Of each B positions of the epoch, the first B / V come from the first stream, and so on; so a reader of a fixed
+    part of every batch reads fixed streams. The rest, less than a batch, comes last, stream by stream. The lengths of
+    the streams fit: every stream has B / V images of each whole batch, and the rest
     is divided as evenly as whole numbers allow.
 
-    Nothing is computed but the order of the row groups, and the windows that are asked for. Permutations:
+    Only the order of the row groups and the windows in use are computed. Permutations:
     "itarflow row groups {seed} {epoch}", "itarflow window {seed} {epoch} {stream} {window}"; see `permutation`.
 
     Args:
@@ -172,8 +172,8 @@ class StreamedEpoch:
     def __init__(self, groups: np.ndarray, *, batch_size: int, shuffle_buffer: int, seed: int, epoch: int) -> None:
         order = permutation(f"itarflow row groups {seed} {epoch}", len(groups)).numpy()
         begins = np.cumsum(groups) - groups
-        self._ends = np.cumsum(groups[order])  # in the string of images, of each row group in its new order
-        self._shifts = begins[order] - (self._ends - groups[order])  # from places in the string to indices
+        self._ends = np.cumsum(groups[order])  # in the sequence of images, of each row group in its new order
+        self._shifts = begins[order] - (self._ends - groups[order])  # from places in the sequence to indices
         self._total, self._batch, self._streams = int(groups.sum()), batch_size, num_streams(batch_size)
         self._share = batch_size // self._streams
         self._whole, left = divmod(self._total, batch_size)

@@ -27,9 +27,9 @@ from itarflow.runtime.errors import DataError
 STREAMS = 8
 """At most so many places of a data set are read at a time; a divisor of the batch, so that processes share them."""
 
-_LARGE_GROUP = 10**9  # bytes, from which on a user is told that memory may not do
-_MANY_FILES = 20  # from which on a bar tells how far they are read
-_CONNECTIONS = 16  # files that are read at a time, before training: on the Hub, waiting is all there is to it
+_LARGE_GROUP = 10**9  # bytes, from which on a warning says that memory may not suffice
+_MANY_FILES = 20  # from which on a progress bar is shown
+_CONNECTIONS = 16  # files that are read at a time, before training: on the Hub, it is all latency
 
 # Consecutive rows of a table that lie in one row group: rows first .. first + rows - 1 of the group_rows rows which
 # its file has from row group_start on.

@@ -1,6 +1,6 @@
 """Where images are found: the digits of scikit-learn, folders, parquet files, the Hugging Face Hub.
 
-Whatever it is, `open_splits` gives tables of encoded images. Reading is left to `datasets`, except for plain folders
+In all cases `open_splits` gives tables of encoded images. Reading is left to `datasets`, except for plain folders
 and for parquet files that are read where they are (`streaming`).
 """
 
@@ -132,7 +132,7 @@ def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: b
     if not _HUB_NAME.fullmatch(place):
         raise DataError(f"path {path!r} does not exist, and is no Hub name (owner/name): check it")
     if "/" not in place and importlib.util.find_spec(f"datasets.packaged_modules.{place.split('.')[0]}"):
-        # `datasets` has a reader of this name, and would turn it loose on the current folder.
+        # `datasets` has a reader of this name, and would run it on the current folder.
         raise DataError(f"path {place!r} is the name of a file format; give a folder, files or a Hub name")
     if os.environ.get("LOCAL_RANK", "0") == "0":
         Console(stderr=True).print(
@@ -276,7 +276,7 @@ def _open_parquet(
             raise DataError(f"{str(file)!r} is not a readable parquet file: {reason}. Replace it") from error
         splits.setdefault(_split_of(file, root), []).append(str(file))
     if len(splits) == 1 and (root is None or "" in splits):
-        # Files that are named one by one are meant, whatever they are called.
+        # Files that are named one by one are used under any name.
         splits = {"train" if root else wanted[0]: next(iter(splits.values()))}
     if "" in splits:
         name, others = splits[""][0], ", ".join(sorted(filter(None, splits)))
@@ -289,7 +289,7 @@ def _open_parquet(
 
 
 def _split_of(file: Path, root: Path | None) -> str:
-    """Split that a file's name or folder tells ("" = none): train-00000-of-00002, test_1, val/part0."""
+    """Split by a file's name or folder ("" = none): train-00000-of-00002, test_1, val/part0."""
     if shard := _SHARD.fullmatch(file.stem):
         return shard[1]
     folders = file.relative_to(root).parts[:-1] if root else ()

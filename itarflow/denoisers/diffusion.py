@@ -1,4 +1,4 @@
-"""A diffusion model of diffusers as a denoiser: a flow generates, a DiT or a UNet cleans (iTARFlow, table 7).
+"""A diffusion model of diffusers as a denoiser: a flow generates, a DiT or a UNet denoises (iTARFlow, table 7).
 
 Ours is x_t = x_0 + t * eps. The model's is y_k = a_k * x_0 + s_k * eps with a_k^2 = alphas_cumprod[k] = 1 - s_k^2, the
 same up to a factor: y_k = x_t / sqrt(1 + t^2) at the step k whose noise-to-signal ratio sigma_k = s_k / a_k is t.
@@ -24,14 +24,14 @@ _TOLERANCE = 0.01  # so little beyond a schedule's end counts as its end: a DiT 
 
 
 class DiffusionDenoiser:
-    """The denoiser that a diffusion model is, at any noise level of its schedule, also between two of its steps.
+    """A diffusion model as a denoiser at any noise level of its schedule, also between two of its steps.
 
-    The model is only read. Its weights are shared, not copied, and get no gradients; it computes in its own precision.
-    A model that is moved or cast afterwards needs a new denoiser. There is no guidance in it.
+    The model is not changed. Its weights are shared, not copied, and get no gradients; it computes in its own dtype. A
+    model that is moved or cast afterwards needs a new denoiser. There is no guidance in it.
 
     Args:
-        model: a `DiTTransformer2DModel`, a `UNet2DModel`, or any module with their call,
-            model(y (B, C, H, W), k (B,), class_labels=(B,)).sample, and what its `config` has of theirs: sample_size,
+        model: a `DiTTransformer2DModel`, a `UNet2DModel`, or any module with their signature,
+            model(y (B, C, H, W), k (B,), class_labels=(B,)).sample, and these entries of their `config`: sample_size,
             in_channels, out_channels, and num_embeds_ada_norm or num_class_embeds. Without the last two it is called
             without class_labels. Of 2 * C channels that it returns, the second half, a learned variance, is dropped.
         scheduler: a scheduler of diffusers with `alphas_cumprod` and `config.prediction_type`, such as DDIMScheduler.
@@ -40,7 +40,7 @@ class DiffusionDenoiser:
         slice_size: how many images are denoised at a time, which bounds the memory; None = all.
 
     Raises:
-        ValueError: the scheduler is of another kind, or the model one that can't be asked between steps or about
+        ValueError: the scheduler is of another kind, or the model can't be evaluated between steps, or with
             labels.
 
     Example:
@@ -119,7 +119,7 @@ class DiffusionDenoiser:
 
         Args:
             noisy: (B, C, H, W), clean images plus noise of standard deviation noise_level.
-            labels: (B,) int64, -1 = none; None = none at all. A model without classes is not told them.
+            labels: (B,) int64, -1 = none; None = none at all. A model without classes ignores them.
             noise_level: (B,) or one number, inside `noise_range`; up to 1 % beyond counts as its end.
 
         Returns:
@@ -129,7 +129,7 @@ class DiffusionDenoiser:
             ValueError: a level outside the range, labels that the model does not have, or wrong shapes.
         """
         x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
-        # On the CPU in float64: between two steps, digits count, and some devices have none.
+        # On the CPU in float64: interpolation between steps needs the precision, and some devices lack float64.
         t = torch.as_tensor(noise_level).detach().cpu().double().reshape(-1)
         if len(t) not in (1, len(x)):
             raise ValueError(f"noise_level has shape {tuple(t.shape)}; expected ({len(x)},), one an image.")
@@ -149,7 +149,7 @@ class DiffusionDenoiser:
         return predicted
 
     def _predict(self, y: Tensor, k: Tensor, labels: Tensor | None) -> Tensor:
-        """What the model says of y, without a learned variance, in y's precision."""
+        """The model's output for y, without a learned variance, in y's precision."""
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), y.dtype)
         given = {} if labels is None else {"class_labels": labels}
         output = self.model(y.to(dtype), k, **given).sample
@@ -244,11 +244,11 @@ def _classes(config: Any, null_label: int | None) -> _Classes | None:
 
 
 def _check_model(config: Any) -> None:
-    """Refuse a model that can't be asked at fractional steps, or whose output is of other channels than its input."""
+    """Refuse a model that can't be evaluated at fractional steps, or that returns another number of channels."""
     embedding = _setting(config, "time_embedding_type")
     if embedding not in (None, "positional"):
         raise ValueError(
-            f"the model's time_embedding_type is {embedding!r}; expected 'positional', which knows what lies between "
+            f"the model's time_embedding_type is {embedding!r}; expected 'positional', which is defined between "
             "two steps."
         )
     channels, out = _setting(config, "in_channels"), _setting(config, "out_channels")

@@ -14,7 +14,7 @@ from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.tarflow import TARFlow
-from itarflow.runtime.hub import check_folder, folder_of, read_index
+from itarflow.runtime.hub import check_pipeline_folder, folder_of, read_index
 
 _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
     "transformer": DiTTransformer2DModel,
@@ -36,7 +36,7 @@ def load_denoiser(
     """The denoiser in a folder or a repository of the Hugging Face Hub.
 
     Args:
-        name: a folder, or a Hub id (NAME/MODEL), of a pipeline of ours, whose flow then denoises; or of a diffusers
+        name: a folder, or a Hub id (NAME/MODEL), of an itarflow pipeline, whose flow then denoises; or of a diffusers
             pipeline with a DiTTransformer2DModel or a UNet2DModel and its scheduler, as of DiTPipeline, DDPMPipeline
             or DDIMPipeline. Of such a one only these two are read, and of their weights only safetensors.
         vae: whose codes are to be denoised; a flow of another VAE's is refused. None = pixels, or not known.
@@ -81,9 +81,9 @@ def load_denoiser(
 
 
 def _flow(name: str, vae: Vae | None) -> TARFlow:
-    """The flow of a pipeline of ours, whose codes must be those of `vae` if both have one."""
+    """The flow of an itarflow pipeline, whose codes must be those of `vae` if both have one."""
     folder = folder_of(name, ["*.json", "*.safetensors"], expected=_EXPECTED)
-    check_folder(folder)
+    check_pipeline_folder(folder)
     if vae is not None and (folder / "vae").is_dir():
         check_same_codes(name, load_vae(CodecConfig(vae=str(folder / "vae"))), vae)
     try:
@@ -108,7 +108,7 @@ def _class_of(index: dict[str, Any], part: str) -> str | None:
 
 
 def _place(folder: Path, part: str) -> Path:
-    """Where a part's files are; in repositories of the first years, beside the index."""
+    """Where a part's files are; in old repositories of diffusers, beside the index."""
     return folder / part if (folder / part).is_dir() else folder
 
 

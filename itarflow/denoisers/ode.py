@@ -1,6 +1,6 @@
-"""From a noisy sample to a clean one: the integrators of dx = -t * score dt.
+"""Denoising: solvers of the ODE dx = -t * score dt from a noisy sample to a clean one.
 
-They see a denoiser only through its clean estimates x0(x, t) = x + t^2 score (Tweedie), so that the ODE reads
+They call a denoiser only for its clean estimates x0(x, t) = x + t^2 score (Tweedie), so that the ODE reads
 
     dx/dt = -t grad_x log p(x, t) = (x - x0(x, t)) / t = d(x, t)
 
@@ -33,9 +33,9 @@ Callback = Callable[[int, float, Tensor, Tensor], None]
 
 
 def lowest_level(denoiser: Denoiser, t_max: float) -> float:
-    """Where the steps of a denoiser may end that begin at t_max: at the smallest level that it knows.
+    """The default t_min of a denoiser for steps from t_max: the smallest level that it was trained on.
 
-    If it doesn't say, at the papers' 0.01; if that is not below t_max, at half of t_max.
+    If that is not recorded, the papers' 0.01; if that is not below t_max, half of t_max.
     """
     known = denoiser.noise_range if isinstance(denoiser, CheckedDenoiser) else None
     low = known[0] if known else 0.01
@@ -137,7 +137,7 @@ def _euler(estimate: Estimate, x: Tensor, levels: list[float], report: Callback)
 def _heun(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, budget: int) -> Tensor:
     """x' = x + h/2 (d(x, t) + d(x + h d(x, t), t')): Heun's step (Karras et al. 2022, algorithm 1).
 
-    As many as `budget` evaluations reach, then one Euler step before the last if one evaluation is left over. A single
+    As many as `budget` evaluations allow, then one Euler step before the last if one evaluation is left over. A single
     Euler step has a local error of the size that all Heun steps have together, so the order stays two.
     """
     spare = (budget - 1) - 2 * (len(levels) - 2)  # < 0: that many intervals must do with one evaluation
@@ -241,7 +241,7 @@ class DenoiseScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         t_max: noise level of the noisy images, at which the flow is sampled.
-        t_min: smallest level at which the denoiser is asked; from there one step leads to 0.
+        t_min: smallest level at which the denoiser is evaluated; from there one step leads to 0.
         num_denoise_steps: evaluations of the denoiser, >= 1. 1 = TARFlow's single Tweedie step.
         method: "euler": first order. "heun": second order, two evaluations a step (Karras et al. 2022, algorithm 1),
             on fewer and larger steps. "multistep": second order from one evaluation a step and the one before

@@ -1,7 +1,7 @@
 """The score of a flow, and denoisers: any function (noisy, labels, noise_level) -> clean estimate.
 
-A flow denoises by Tweedie's formula on the gradient of its own log-density. What generates and what denoises may be
-different models (iTARFlow, table 6).
+A flow denoises by Tweedie's formula on the gradient of its own log-density. The model that generates and the one that
+denoises may differ (iTARFlow, table 6).
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Denoiser(Protocol):
 
 @runtime_checkable
 class CheckedDenoiser(Denoiser, Protocol):
-    """A denoiser that knows what it can't denoise, so that it is refused before anything is generated for it."""
+    """A denoiser that can check its inputs, so that unsuitable images are refused before they are generated."""
 
     @property
     def noise_range(self) -> tuple[float, float] | None:
-        """Smallest and largest noise level that it knows; None = not recorded."""
+        """Smallest and largest noise level that it was trained on; None = not recorded."""
 
     def check(
         self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float], *, unlabelled: bool = False
     ) -> None:
-        """Refuse what will not go.
+        """Refuse images, labels or noise levels that it can't denoise.
 
         Args:
             image_shape: (C, H, W) of the images to come.
@@ -48,7 +48,7 @@ class CheckedDenoiser(Denoiser, Protocol):
             unlabelled: whether some images come without a label.
 
         Raises:
-            ValueError: naming what is asked for and what the denoiser is for.
+            ValueError: naming what was asked for and what the denoiser supports.
         """
 
 
@@ -57,24 +57,24 @@ class FlowDenoiser:
 
     Its `score` is s(x_t, t) = grad_x log p(x_t, t); a call gives x_t + t^2 s(x_t, t).
 
-    The flow is only read, and its weights get no gradients. They are shared: those that are updated in place are
-    seen, but in another `dtype`, which takes a copy of them, as they were. A flow that is moved or cast afterwards
-    needs a new denoiser.
+    The flow is not changed, and its weights get no gradients. They are shared, so in-place updates of them take
+    effect, except with a `dtype`, which copies them. A flow that is moved or cast afterwards needs a new denoiser.
 
     Args:
-        flow: any TARFlow. Without noise conditioning it has one noise level of its own, and cleans well only there.
-        slice_size: how many images are differentiated at a time, which bounds the memory; None = all. Where the
-            device's memory does not do for so many, it is halved until it does, with a warning.
-        dtype: of the transformer layers. torch.bfloat16 takes about half of the time and memory on CPUs that know it,
-            unless the model is tiny; embeddings, affine maps, log-determinants and their sum over the blocks keep the
-            flow's type, so that ten steps change pictures by about a grey level of 255. None = the flow's own type,
-            exactly.
-        checkpointing: compute the layers a second time for the gradient instead of keeping what they have computed:
+        flow: any TARFlow. Without noise conditioning it has one noise level, and denoises well only there.
+        slice_size: how many images are differentiated at a time, which bounds the memory; None = all. If
+            the device runs out of memory, it is halved until they fit, with a warning, and stays so (`slice_size` of
+            this object is changed).
+        dtype: of the transformer layers. torch.bfloat16 takes about half of the time and memory on CPUs that support
+            it, unless the model is tiny; embeddings, affine maps, log-determinants and their sum over the blocks keep
+            the flow's type, so that ten steps change images by about one grey level of 255. None = its own type,
+            without rounding.
+        checkpointing: recompute the layers' activations for the gradient instead of keeping them:
             less than half of the memory for about one and a half times the time. For batches that do not fit
             otherwise, and are too slow in slices. A flow on which gradient checkpointing is enabled already does so
             anyway.
-        compiled: translate the layers by torch.compile, which takes a minute or so at the first evaluation of each
-            size. For many evaluations on a GPU; on CPUs it is slower than without.
+        compiled: compile the layers by torch.compile, which takes a minute or so at the first evaluation of each
+            batch size. For many evaluations on a GPU; on CPUs it is slower than without.
 
     Raises:
         ValueError: slice_size < 1, or a dtype that is too narrow for gradients.
@@ -97,7 +97,7 @@ class FlowDenoiser:
             )
         self.flow = frozen_view(flow)
         self.slice_size = slice_size
-        """Images that are differentiated at a time; lowered where the memory did not do."""
+        """Images that are differentiated at a time; lowered when they did not fit into memory."""
         self._dtype = dtype
         if checkpointing:
             self.flow.enable_gradient_checkpointing(_recomputed)
@@ -120,7 +120,7 @@ class FlowDenoiser:
         num_classes: int,
         levels: Sequence[float],
         *,
-        unlabelled: bool = False,  # which every flow knows
+        unlabelled: bool = False,  # every flow can do without labels
     ) -> None:
         """See `CheckedDenoiser`: the flow's image shape, number of classes and noise_range decide."""
         if image_shape != self.flow.image_shape:
@@ -144,8 +144,8 @@ class FlowDenoiser:
         Args:
             noisy: (B, C, H, W).
             labels: (B,) or None. Guidance plays no part in the score (iTARFlow, section 3.2).
-            noise_level: (B,) or one number, inside the flow's noise_range. A tensor on a GPU is not looked at, which
-                would wait for it: `check` its values before.
+            noise_level: (B,) or one number, inside the flow's noise_range. The values of a tensor on a GPU are
+                not checked, since that would synchronise: `check` them before.
 
         Raises:
             ValueError: as `TARFlow.log_prob`.
@@ -176,7 +176,7 @@ class FlowDenoiser:
         return score
 
     def _precision(self, device: str) -> AbstractContextManager[Any]:
-        """A dtype that was asked for holds whatever the caller's autocast says."""
+        """Autocast is off if a dtype was asked for, so that the caller's does not override it."""
         if self._dtype is None or not torch.amp.is_autocast_available(device):
             return nullcontext()
         return torch.autocast(device, enabled=False)
@@ -196,7 +196,7 @@ class FlowDenoiser:
 
 
 def _tensor(noise_level: Tensor | float, noisy: Tensor) -> Tensor:
-    """(B,) or (1,) on the device of noisy; a number gets there without waiting for it."""
+    """(B,) or (1,) on the device of noisy; for a number without a synchronisation."""
     if isinstance(noise_level, Tensor):
         return noise_level.to(noisy.device).reshape(-1)
     return torch.full((1,), noise_level, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32))
@@ -225,10 +225,10 @@ def check_level(flow: TARFlow, name: str, level: float) -> None:
 
 
 def frozen_view(module: Module) -> Module:
-    """A second module over the same weights that no gradient reaches, and that is not in training.
+    """A second module over the same weights, without gradients and in eval mode.
 
     Autograd then neither computes weight gradients nor keeps the activations they would need, and the caller's
-    module is left as it is, also for other threads.
+    module is left unchanged, also for other threads.
     """
     shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
     shared |= {id(buffer): buffer for buffer in module.buffers()}

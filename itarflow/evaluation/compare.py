@@ -1,7 +1,7 @@
-"""Noisy samples of several flows, each denoised in several ways, side by side (iTARFlow, table 7).
+"""Noisy samples of several flows, each in several denoising variants, side by side (iTARFlow, table 7).
 
-Rows are generators: pipelines that make noisy codes from the same seeds and labels. Columns are ways of denoising
-them. A figure is a `Metric` of the images; `METRICS` are those in use.
+Rows are generators: pipelines that make noisy codes from the same seeds and labels. Columns are denoising variants. A
+figure is a `Metric` of the images; `METRICS` are those in use.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from itarflow.evaluation.samples.generate import Batch, Generation, generate, gi
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
 from itarflow.runtime.files import check_writable, write_json
-from itarflow.runtime.pictures import blank_figure, draw_pictures, image_grid
+from itarflow.runtime.pictures import blank_figure, draw_comparison, image_grid
 from itarflow.runtime.progress import image_progress
 from itarflow.runtime.text import file_name
 
@@ -40,13 +40,13 @@ _KINDS = ("noisy", "self", "own iterative", "iterative", "diffusion", "decoder")
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure for each generator and way of denoising."""
+    """A figure for each generator and denoising variant."""
 
     title: str
     meaning: str
     """What is computed, exactly."""
     measure: Callable[[Batch], float | None]
-    """Of all images of a generator, denoised in one way; None = there is no such figure."""
+    """Of all images of a generator in one denoising variant; None = there is no such figure."""
 
 
 def residual_noise(images: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ METRICS = (
         "residual noise",
         "noise that is left in the images, estimated by Immerkaer's filter (1996), in grey levels of 255; mean over "
         "channels and images. Fine texture counts as noise, and noise of codes, once decoded, looks like texture: "
-        "compare with real images, and look at the pictures",
+        "compare with real images, and look at the images",
         lambda made: float(residual_noise(made.images).mean()),
     ),
     Metric(
@@ -83,7 +83,7 @@ METRICS = (
         lambda made: made.seconds / len(made.images),
     ),
 )
-"""The metrics that need no model; a `nats_per_dim` for each flow that can judge comes on top."""
+"""The metrics that need no model; a `nats_per_dim` for each noise-conditioned flow is added."""
 
 
 def nats_per_dim(name: str, pipeline: ITARFlowPipeline, batch_size: int) -> Metric:
@@ -110,12 +110,12 @@ def nats_per_dim(name: str, pipeline: ITARFlowPipeline, batch_size: int) -> Metr
 
 @dataclass(frozen=True)
 class Result:
-    """The figures of one generator's images, denoised in one way."""
+    """The figures of one generator's images in one denoising variant."""
 
     generator: str
     method: str
     grid: str
-    """The picture of all images, in the folder of the comparison."""
+    """The grid of all images, a file in the folder of the comparison."""
     values: Mapping[str, float | None]
     """By the titles of the metrics; None = there is no such figure, or it is not finite."""
     broken: int
@@ -151,7 +151,7 @@ def compare(
     picture_rows: int = 2,
     console: Console | None = None,
 ) -> Comparison:
-    """Generate noisy images with each pipeline once, denoise them in every way that applies, and write the results.
+    """Generate noisy images with each pipeline once, denoise them in every variant that applies, write the results.
 
     The columns: "noisy", as generated; "self", one Tweedie step of the generator at its t_max; "own iterative", its
     own ODE, if it is noise-conditioned; "iterative: NAME", the ODE of each other noise-conditioned pipeline that knows
@@ -184,7 +184,7 @@ def compare(
             model or decoder for other images. Nothing has been generated then.
         DataError: the real images can't be used.
     """
-    blank_figure(1, 1)  # refuses now, not when the images are done, if matplotlib is missing
+    blank_figure(1, 1)  # raises now, not after the images are made, if matplotlib is missing
     check_writable(output)
     _check_names(pipelines, diffusion or {}, decoders or {})
     _check_alike(pipelines)
@@ -197,8 +197,8 @@ def compare(
     }
     variants = _variants(bare, diffusion or {}, decoders or {}, num_denoise_steps, denoise_batch_size)
     real = None if data is None else _real_images(first, data)
-    judges = {name: pipe for name, pipe in pipelines.items() if pipe.flow.config.noise_conditioned}
-    metrics = [*METRICS, *(nats_per_dim(name, pipe, batch_size) for name, pipe in judges.items())]
+    scoring = {name: pipe for name, pipe in pipelines.items() if pipe.flow.config.noise_conditioned}
+    metrics = [*METRICS, *(nats_per_dim(name, pipe, batch_size) for name, pipe in scoring.items())]
     guidance = {name: one.guidance or one.pipe.default_guidance for name, one in bare.items()}
     comparison = Comparison(
         settings={
@@ -233,7 +233,7 @@ def compare(
             write_json(output / "compare.json", asdict(comparison))
     # One generator may have columns that another lacks.
     titles = sorted({title: None for _, title in pictures}, key=lambda title: _KINDS.index(title.split(":")[0]))
-    draw_pictures({place: to_pil(images) for place, images in pictures.items()}, titles, output / "compare.png")
+    draw_comparison({place: to_pil(images) for place, images in pictures.items()}, titles, output / "compare.png")
     return comparison
 
 
@@ -316,8 +316,8 @@ def _variants(
     """Those of each pipeline by name and title; ODEs of denoisers that don't know its t_max are left out.
 
     Raises:
-        ValueError: a pipeline that can't denoise its own images, a diffusion model that can denoise nobody's, or a
-            decoder of other codes.
+        ValueError: a pipeline that can't denoise its own images, a diffusion model that can denoise none of the
+            pipelines' images, or a decoder of other codes.
     """
     vae = next(iter(generations.values())).pipe.vae
     decoding = []

@@ -19,8 +19,8 @@ from itarflow.evaluation.metrics.features import extract
 from itarflow.evaluation.metrics.reference import Reference
 from itarflow.evaluation.metrics.scores import Figure, Scores, score
 from itarflow.evaluation.samples.files import Samples, open_samples
-from itarflow.evaluation.samples.generate import MANIFEST, Generation, begin, manifest_of, save
-from itarflow.runtime.files import alone, check_writable, remove_partial, write_json
+from itarflow.evaluation.samples.generate import MANIFEST, Generation, begin_generation, manifest_of, save
+from itarflow.runtime.files import check_writable, folder_lock, remove_partial, write_json
 from itarflow.runtime.processes import on_main, shared_images
 from itarflow.runtime.progress import image_progress
 
@@ -31,7 +31,7 @@ _BATCH = 50
 
 
 def save_samples(generations: Mapping[Path, Generation], state: PartialState, console: Console | None = None) -> int:
-    """Make what is missing of generations, by all processes of a launch, which all call this.
+    """Make the missing images of generations. All processes of a launch call this.
 
     Args:
         generations: checked; by their folders, which get samples.json, and a folder for each variant. None is begun
@@ -40,7 +40,7 @@ def save_samples(generations: Mapping[Path, Generation], state: PartialState, co
         console: where the main process draws a bar; None = nowhere.
 
     Returns:
-        How many pictures were made now, counting each variant.
+        How many images were made now, counting each variant.
 
     Raises:
         RunError: a folder holds something else, or can't be written; another process has stopped.
@@ -52,12 +52,12 @@ def save_samples(generations: Mapping[Path, Generation], state: PartialState, co
             nonlocal missing
             for folder in generations:
                 check_writable(folder)
-                locks.enter_context(alone(folder))
+                locks.enter_context(folder_lock(folder))
             manifests = {folder: manifest_of(generation, folder) for folder, generation in generations.items()}
             for folder, generation in generations.items():
                 for name in generation.variants:
                     remove_partial(folder / name)
-                missing += begin(generation, folder, manifests[folder])
+                missing += begin_generation(generation, folder, manifests[folder])
 
         on_main(state, first)
         total = sum(len(one.labels) * len(one.variants) for one in generations.values())
@@ -155,7 +155,7 @@ def scores_of(
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What decides on the samples in the folder of a variant, whatever other ones there are beside it."""
+    """All that the samples in a variant's folder depend on, other variants left out."""
     made = json.loads((folder.parent / MANIFEST).read_text())
     return {**made, "cleaning": made["cleaning"][folder.name]}
 

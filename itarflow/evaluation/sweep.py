@@ -38,8 +38,8 @@ class Setting:
     """A point of the grid.
 
     Attributes:
-        t_max: noise level at which is generated.
-        guidance_weight: in generating; 0 = unguided.
+        t_max: noise level of the flow's samples.
+        guidance_weight: of generation; 0 = unguided.
         num_denoise_steps: score evaluations; 0 = the noisy images as they are.
     """
 
@@ -53,13 +53,13 @@ class Setting:
         return f"guidance-{plain(self.guidance_weight)}_t-{plain(self.t_max)}"
 
     @property
-    def way(self) -> str:
-        """Name of the folder in it with the samples of this setting."""
+    def variant(self) -> str:
+        """Name of the folder in it with this setting's samples: its denoising variant."""
         return f"steps-{self.num_denoise_steps:02d}" if self.num_denoise_steps else "raw"
 
 
 def plain(value: float) -> str:
-    """All digits that tell a number from others, and no more."""
+    """The shortest text that stands for this number only."""
     return repr(float(value)).removesuffix(".0")
 
 
@@ -83,8 +83,8 @@ def grid_of(
         num_denoise_steps: each >= 1.
         raw: the noisy images too.
         method: solver; None = the checkpoint's. Of "skip" there are noisy images alone.
-        other_denoiser: another denoiser than the checkpoint's own flow is asked.
-        labelled: whether images have labels. Without, the checkpoint's own guidance weight plays no part.
+        other_denoiser: whether another denoiser than the checkpoint's own flow is used.
+        labelled: whether images have labels. Without, the checkpoint's own guidance weight is ignored.
 
     Raises:
         ValueError: no values, steps < 1, or more steps than the checkpoint knows.
@@ -158,9 +158,9 @@ def generations_of(
         for setting in group:
             if steps := setting.num_denoise_steps:
                 schedule = pipe.schedule(setting.t_max, None, steps, method, spacing, denoiser=denoiser)
-                variants[setting.way] = Denoising(f"{steps} steps", codec, denoises, schedule)
+                variants[setting.variant] = Denoising(f"{steps} steps", codec, denoises, schedule)
             else:
-                variants[setting.way] = Denoising("noisy", codec)
+                variants[setting.variant] = Denoising("noisy", codec)
         guidance = replace(pipe.default_guidance, weight=setting.guidance_weight)
         generations[name] = Generation(
             pipe=pipe, variants=variants, labels=labels, seed=seed, guidance=guidance, t_max=setting.t_max, **options
@@ -173,7 +173,7 @@ def generations_of(
 
 
 def best_settings(scores: Mapping[Setting, Scores]) -> dict[str, Setting]:
-    """The best setting by each figure's short name; of equal ones the first. Figures must be finite to be best."""
+    """The best setting by each figure's short name; the first of equal ones. Only finite figures count."""
     best: dict[str, Setting] = {}
     for name in figure_names(scores):
         sign = -1 if name in HIGHER_IS_BETTER else 1

@@ -31,7 +31,7 @@ def draw_curves(scores: Mapping[Setting, Scores], path: Path) -> None:
 
     Args:
         scores: of all settings of a grid.
-        path: of a picture file.
+        path: of an image file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -124,13 +124,13 @@ def draw_images(settings: Sequence[Setting], folder: Path, path: Path, count: in
     Args:
         settings: of a grid, whose samples are in the folder.
         folder: of the sweep.
-        path: of a picture file.
+        path: of an image file.
         count: images of each setting.
-        widest: width of the picture in pixels, beyond which columns go on below.
+        widest: width of the figure in pixels; further columns go below.
     """
     columns = []
     for setting in settings:
-        samples = open_samples(folder / setting.generation / setting.way)
+        samples = open_samples(folder / setting.generation / setting.variant)
         columns.append(to_pil(to_pixels(samples.read(0, min(count, len(samples))))))
     width = max(columns[0][0].width, 98)
     ways = len({setting.num_denoise_steps for setting in settings})
@@ -150,5 +150,5 @@ def draw_images(settings: Sequence[Setting], folder: Path, path: Path, count: in
 
 def _title(setting: Setting) -> str:
     steps = setting.num_denoise_steps
-    way = "noisy" if not steps else "1 step" if steps == 1 else f"{steps} steps"
-    return f"guidance {plain(setting.guidance_weight)}\nt_max {plain(setting.t_max)}\n{way}"
+    steps_text = "noisy" if not steps else "1 step" if steps == 1 else f"{steps} steps"
+    return f"guidance {plain(setting.guidance_weight)}\nt_max {plain(setting.t_max)}\n{steps_text}"

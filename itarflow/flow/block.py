@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from itarflow.flow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
 from itarflow.flow.transformer import Layer, Transformer, pack_layers
 from itarflow.inverse import solvers
-from itarflow.inverse.cuda_graph import Replayed
-from itarflow.inverse.decoding import Cache, Conditioner
+from itarflow.inverse.cuda_graph import GraphedConditioner
+from itarflow.inverse.decoding import Cache, CachedConditioner
 from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.kernels import pack
 
@@ -30,7 +30,7 @@ class FlowOutput(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a block is told beside the tokens."""
+    """The inputs of a block besides the tokens."""
 
     embedding: Tensor
     """(B, 1, C), noise level and class."""
@@ -53,7 +53,7 @@ class AutoregressiveBlock(nn.Module):
         num_layers: layers of the block's own.
         backbone: layers shared with other blocks, run before its own; they belong to the flow, and neither
             this block's parameters nor its state include them.
-        reverse: whether the block walks through the image from its end.
+        reverse: whether the block reads the image from its last token to its first.
         volume_preserving: shift only.
         num_classes: 0 = no labels.
         noise_conditioned: whether the noise level is an input.
@@ -136,7 +136,7 @@ class AutoregressiveBlock(nn.Module):
 
     def conditioner(
         self, condition: Condition, guiding: Condition | None, guidance: Guidance, dtype: torch.dtype | None = None
-    ) -> Conditioner:
+    ) -> CachedConditioner:
         """The block as solvers see it, with its present weights and an empty cache.
 
         Args:
@@ -150,7 +150,7 @@ class AutoregressiveBlock(nn.Module):
         weight = self.proj_in.weight
         exact = weight.dtype
         following = torch.arange(1, self.num_tokens, device=both.embedding.device)
-        return Conditioner(
+        return CachedConditioner(
             layers=pack_layers(self._layers(), dtype or exact),
             proj_in=pack(self.proj_in, exact),
             proj_out=pack(self.proj_out, exact),
@@ -217,10 +217,10 @@ class AutoregressiveBlock(nn.Module):
             condition: see `conditioner`.
             guiding: see `conditioner`.
             guidance: see `conditioner`.
-            solver: one of inverse.py.
+            solver: see `itarflow.inverse.solvers`.
             progress: called with the number of tokens that have just been solved.
             dtype: see `conditioner`.
-            guess: (B, N, D) in raster order, near x, where an iterative solver begins.
+            guess: (B, N, D) in raster order, near x, where an iterative solver starts.
 
         Returns:
             x (B, N, D) in raster order.
@@ -231,7 +231,7 @@ class AutoregressiveBlock(nn.Module):
             weights = guidance.weights(torch.zeros(1, device=z.device), self.num_tokens, shift.dtype)
             first = guide((shift, log_scale), self.first_affine(guiding), weights, guidance)
         conditioner = self.conditioner(condition, guiding, guidance, dtype)
-        fastest = Replayed(conditioner) if z.device.type == "cuda" else conditioner
+        fastest = GraphedConditioner(conditioner) if z.device.type == "cuda" else conditioner
         known = None if guess is None else self._ordered(guess)
         return self._ordered(solver(fastest, self._ordered(z), first, progress, known))
 

@@ -78,8 +78,8 @@ class PositionEmbedding(nn.Module):
     def forward(self, start: int, stop: int, reverse: bool) -> Tensor:
         """The embeddings (stop - start, channels) of positions start .. stop - 1 in a block's own order.
 
-        A vector belongs to a place, not to a step: a block that walks the image backwards
-        (`reverse`) reads the table backwards.
+        A vector belongs to a place in the image, not to a step: a block that reads the image backwards
+        (`reverse`) reads the table backwards, too.
         """
         if not reverse:
             return self.weight[start:stop]

@@ -89,7 +89,7 @@ class TARFlow(ModelMixin, ConfigMixin):
     """A normalizing flow of images: TARFlow, or iTARFlow if it is conditioned on the noise level.
 
     Values that differ between blocks are tuples in the order of the forward direction, image side first and
-    noise side last; a single number stands for all blocks.
+    noise side last; a single number applies to all blocks.
 
     Args:
         image_size: side of the square images, in pixels (or in codes, in a latent space).
@@ -102,11 +102,11 @@ class TARFlow(ModelMixin, ConfigMixin):
         volume_preserving: shift-only blocks (VP), with a prior variance that training estimates.
         shared_layers: layers of a backbone that all blocks share and run first; it counts as part
             of num_layers, and a block with fewer layers than that has none of its own. 0 = none.
-        input_scale: factor on the images at the entrance of the flow. It does not rescale the noise level.
+        input_scale: factor on the input images of the flow. It does not rescale the noise level.
         learned_first_token: lets each block transform its first token by an affine of the condition alone.
         head_dim: width of an attention head.
         mlp_ratio: hidden width of the MLPs in units of channels.
-        noise_range: (t_min, t_max) that the flow was trained on; None = unknown, and nothing is refused.
+        noise_range: (t_min, t_max) that the flow was trained on; None = unknown: no level is refused.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -174,7 +174,7 @@ class TARFlow(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> TARFlow:
-        """As in diffusers, but weights that do not fit the config are refused, not filled up at random.
+        """As in diffusers, but weights that do not fit the config are refused, not initialised at random.
 
         Raises:
             OSError: tensors are missing, or too many, or the file is damaged.
@@ -285,13 +285,13 @@ class TARFlow(ModelMixin, ConfigMixin):
             noise_level: as in `forward`; t_max in sampling.
             guidance: None = off.
             return_trajectory: also give what lies between the blocks (TARFlow, appendix D.1).
-            solver: how a block is inverted, one of inverse.py; or one a block, in the order of inversion: noise side
-                first, as from `InversePlan.solvers_of`.
+            solver: how a block is inverted, see `itarflow.inverse.solvers`; or one a block, in the order of inversion:
+                noise side first, as from `InversePlan.solvers_of`.
             dtype: of the transformers' products and of the cache, such as torch.bfloat16, which changes the
                 images a little, and is faster unless the model is narrow; the affine maps keep the weights' type.
                 None = the weights', or autocast's.
-            guess: (K + 1, B, C, H, W), where iterative solvers begin: the trajectory of the same z at a near noise
-                level or with near labels, as `return_trajectory` gives it.
+            guess: (K + 1, B, C, H, W), where iterative solvers start: the trajectory of the same z at a nearby noise
+                level or with other labels, as `return_trajectory` gives it.
             progress: called with the number of tokens just solved; they sum up to `num_solved_tokens`.
 
         Returns:
@@ -322,10 +322,10 @@ class TARFlow(ModelMixin, ConfigMixin):
             if block_patch != patch:
                 x = patchify(unpatchify(x, patch, image_size), block_patch)
                 patch = block_patch
-            # Precision is what `dtype` says, in affine maps too.
+            # `dtype` sets the precision, of affine maps too.
             with torch.autocast(self.device.type, enabled=False):
                 guiding = None
-                # Without labels and at temperature 1 the guiding pass equals the other: it changes nothing.
+                # Without labels and at temperature 1 both passes are equal: guidance changes nothing.
                 differs = labels is not None or guidance.temperature != 1
                 if differs and guidance.guides(from_noise):
                     guiding = block.condition(len(x), None, noise_level, guidance.temperature)
@@ -377,6 +377,6 @@ class TARFlow(ModelMixin, ConfigMixin):
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast computes in on that device; None = it is off."""
+    """The dtype of autocast on that device; None = it is off."""
     available = torch.amp.is_autocast_available(device.type)
     return torch.get_autocast_dtype(device.type) if available and torch.is_autocast_enabled(device.type) else None

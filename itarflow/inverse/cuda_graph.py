@@ -1,4 +1,4 @@
-"""Small windows on a GPU, recorded once as a CUDA graph and replayed: the host is too slow to launch each kernel.
+"""CUDA graphs for small windows: recorded once and replayed, since launching each kernel would bound the speed.
 
 A graph has fixed shapes and addresses. So the window's position is a tensor, and attention reads the cache up to a
 length that stays the same for many windows, with a mask: the next power of two, hence few recordings a block. They
@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from itarflow.inverse.decoding import Conditioner
+from itarflow.inverse.decoding import CachedConditioner
 from itarflow.inverse.guidance import Affine
 
 Evaluation = Callable[[Tensor, Tensor], Affine]
 """(tokens (B, n, D), start (B,)) -> (shift, scale)."""
 
 _WIDEST = 64
-"""Windows of more tokens keep the device busy longer than the host needs to launch their kernels."""
+"""Larger windows keep the device busy for longer than the host takes to launch their kernels."""
 _SHORTEST = 64
 """The least length of cache that is read."""
 _RECORDING = threading.Lock()
@@ -30,7 +30,7 @@ _RECORDING = threading.Lock()
 def record(evaluation: Evaluation, tokens: Tensor, start: Tensor) -> Evaluation:
     """The same function of tensors of the same shapes, as a CUDA graph.
 
-    What it returns is overwritten by its next call.
+    The tensors that a call returns are overwritten by the next call.
     """
     given = tokens.clone(), start.clone()
     # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time.
@@ -56,14 +56,14 @@ def record(evaluation: Evaluation, tokens: Tensor, start: Tensor) -> Evaluation:
 
 
 @dataclass(frozen=True)
-class Replayed:
-    """A conditioner whose evaluations of small windows are replayed: an `solvers.Conditioner`.
+class GraphedConditioner:
+    """A `solvers.Conditioner` that evaluates small windows by CUDA graphs. Stateful, as the conditioner it wraps.
 
-    What a call returns is overwritten by the next one.
+    The tensors that a call returns are overwritten by the next call.
     """
 
-    conditioner: Conditioner
-    """Its cache gets room for the whole sequence, so that its address stays."""
+    conditioner: CachedConditioner
+    """Its cache is allocated for the whole sequence, because a graph needs a fixed address."""
     record: Callable[[Evaluation, Tensor, Tensor], Evaluation] = record
     _recorded: dict[tuple[int, int], Evaluation | None] = field(default_factory=dict)
     """By count and length; None = used once."""
@@ -85,7 +85,7 @@ class Replayed:
         def evaluation(tokens: Tensor, start: Tensor) -> Affine:
             return self.conditioner.at(tokens, self.conditioner.scattered(start, count, length))
 
-        # Recorded at the second use: the last windows of a sequence get shorter, and each comes but once.
+        # Recorded at the second use: the last windows of a sequence get shorter, and each occurs only once.
         key = count, length
         if key not in self._recorded:
             self._recorded[key] = None
@@ -94,6 +94,6 @@ class Replayed:
         self._recorded[key] = recorded
         return recorded(tokens, start)
 
-    def select(self, samples: Tensor) -> Replayed:
+    def select(self, samples: Tensor) -> GraphedConditioner:
         """See `Conditioner`."""
-        return Replayed(self.conditioner.select(samples), self.record)
+        return GraphedConditioner(self.conditioner.select(samples), self.record)

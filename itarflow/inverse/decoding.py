@@ -1,10 +1,10 @@
-"""The conditioner of a block as its inverse needs it: window after window of tokens, without gradients, fast.
+"""The conditioner of a block for its inverse: fast, without gradients, one window of tokens after another.
 
 It gives mu_i(x_{<i}) and exp(alpha_i(x_{<i})), guided or not, of equations 4 and 9 of TARFlow, one window of i at a
 time; keys and values of x_{<i} are cached (TARFlow, appendix D).
 
 Weights are cast and laid out once, the condition is embedded once, keys and values of earlier tokens are kept in a
-cache, and both passes of guidance ride in one batch. Everything lives as long as one inversion of one block.
+cache, and both passes of guidance are one batch. All of it is freed after one inversion of one block.
 
 Shapes: B batch, B' = 2B if the block is guided, else B; N tokens, n of them in a window, D values a token, C channels,
 H heads, E head width (C = H * E), L layers.
@@ -37,15 +37,15 @@ class PackedLayer(NamedTuple):
 
 
 class Cache:
-    """The keys and values of all layers, with room for the positions that have been reached, and up to twice as many.
+    """The keys and values of all layers. It grows with the positions in use, to at most twice as many.
 
-    Room grows by copying, so that what attention reads lies close together. It is zero, not uninitialised, where
-    nothing has been written: what masks hide must be finite all the same.
+    It grows by copying, so that attention reads contiguous memory. Unwritten positions are zero, not uninitialised:
+    masked values must be finite, too.
 
     Args:
         shape: (L, 2, B', H, N, E).
-        like: of the type and on the device that it will have.
-        room: positions at first.
+        like: gives its dtype and device.
+        room: positions allocated at first.
     """
 
     def __init__(self, shape: Sequence[int], like: Tensor, room: int = 64) -> None:
@@ -54,7 +54,7 @@ class Cache:
         """(L, 2, B', H, room, E)."""
 
     def reaching(self, stop: int) -> Tensor:
-        """The tensor, with room for positions up to stop - 1 <= N - 1 at least."""
+        """The tensor, grown if needed to hold positions 0 .. stop - 1."""
         *outer, room, width = self.tensor.shape
         if stop > room:
             grown = self.tensor.new_zeros(*outer, min(max(stop, 2 * room), self.num_tokens), width)
@@ -85,10 +85,10 @@ class Window(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Conditioner:
-    """A block, ready to give shift and scale of the tokens that follow a window: an `solvers.Conditioner`.
+class CachedConditioner:
+    """A `solvers.Conditioner` of a block with a cache of keys and values. Stateful: each call writes the cache.
 
-    The cache is written with each call, at the window's positions, so the windows before must have been given.
+    A call writes the positions of its window, and reads those before it, which earlier calls must have written.
     """
 
     layers: tuple[PackedLayer, ...]
@@ -141,7 +141,7 @@ class Conditioner:
         weights = self.weights[positions if isinstance(positions, slice) else positions[: len(shift)]]
         return guide((shift, log_scale), (shift_u, log_scale_u), weights, self.guidance)
 
-    def select(self, samples: Tensor) -> Conditioner:
+    def select(self, samples: Tensor) -> CachedConditioner:
         """The same for the samples of the batch with these indices (b,); the cache is copied."""
         rows = torch.cat([samples, samples + len(self.embedding) // 2]) if self.guidance else samples
         temperature = None if self.temperature is None else self.temperature[rows]

@@ -22,7 +22,7 @@ Affine = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How samples are guided. The default guides nothing.
+    """How samples are guided. The default is no guidance.
 
     With labels the guiding pass is the unconditional one. Without labels it is the same model with its attention
     logits divided by tau:
@@ -36,7 +36,7 @@ class Guidance:
             "gaussian": the product of Gaussians p(x|y)^(1+w) / p(x)^w, with the variance ratio
             kept at most 1 (STARFlow), which is always a valid Gaussian.
         schedule: "constant", or "linear": token i of N, in the block's own order, gets weight * i / (N - 1).
-        blocks: which blocks are guided, counted from the noise side, which is where sampling starts: a number k
+        blocks: which blocks are guided, counted from the noise side, where sampling starts: a number k
             = the first k that are inverted; a collection of indices = those (0 = the first inverted); None = all, as
             in TARFlow. iTARFlow guides the first alone, 1 (iTARFlow, section 3.2).
         shift: whether the shift is guided.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 Affine = tuple[Tensor, Tensor]
 Guess = Literal["z", "zero"]
-"""Where an iteration begins."""
+"""Where an iteration starts."""
 
 
 class Conditioner(Protocol):
@@ -28,13 +28,13 @@ class Conditioner(Protocol):
         """(shift, scale), each (B, n, D), of the tokens at positions start + 1 .. start + n.
 
         Args:
-            tokens: (B, n, D), at positions start .. start + n - 1. All tokens before them have been given, and those
-                that were given twice count as they were given last.
+            tokens: (B, n, D), at positions start .. start + n - 1. Earlier calls must have given all tokens before
+                them; of a token given twice the last value counts.
             start: one position for all samples, or (B,) int64.
         """
 
     def select(self, samples: Tensor) -> Conditioner:
-        """The same for the samples with these indices (b,) alone."""
+        """A conditioner for the samples of the batch with these indices (b,) only."""
 
 
 Progress = Callable[[int], None]
@@ -59,7 +59,7 @@ class Solver(Protocol):
             z: in the block's own order.
             first: (shift, scale) of token 0, each broadcastable to (B, 1, D).
             progress: called now and then; the numbers sum up to N.
-            guess: (B, N, D), something near x to begin with; None = the solver's own.
+            guess: (B, N, D), an initial guess of x; None = the solver's own.
         """
 
 
@@ -68,7 +68,7 @@ def sequential(
     z: Tensor,
     first: Affine,
     progress: Progress | None = None,
-    guess: Tensor | None = None,  # noqa: ARG001, which it has no use for
+    guess: Tensor | None = None,  # noqa: ARG001, not used by an exact solver
 ) -> Tensor:
     """Exact inversion, one token after another: N - 1 evaluations on windows of one. See `Solver`.
 
@@ -91,18 +91,18 @@ class Jacobi:
 
         x'_i = z_i scale_i(x_{<i}) + shift_i(x_{<i}),  all i of the window at once
 
-    from guesses x of the tokens before them, again and again. After each evaluation one more token is known for
-    certain, since all before it were known; and so is each further one whose predecessors have all been guessed within
-    the tolerance. So there are never more evaluations than tokens.
+    from guesses x of the tokens before them, repeated until they converge. Each evaluation makes at least one more
+    token exact, since all tokens before it are; and accepts each further one whose predecessors were all guessed
+    within the tolerance. So there are never more evaluations than tokens.
 
     With `window` = None it is the Jacobi iteration on the whole sequence (Song et al. 2021); with a number of tokens,
     Gauss-Seidel between windows and Jacobi within (arXiv 2505.12849), except that the window slides; 1 = `sequential`.
 
     Args:
         window: tokens that are computed at once, from 1 to N; None = all.
-        tolerance: largest change of a value of x, in the units of the block, at which a guess counts as right. 0 =
+        tolerance: largest change of a value of x, in the units of the block, at which a guess is accepted. 0 =
             until nothing changes, which gives the result of `sequential` up to rounding.
-        guess: where to begin unless a call brings something better: "z", or "zero".
+        guess: the initial guess unless a call gives one: "z", or "zero".
 
     Raises:
         ValueError: window < 1, a tolerance that is negative or not finite, or another guess.
@@ -145,7 +145,7 @@ class Jacobi:
         1. Window: for each sample the next `window` tokens from its first unknown one on.
         2. Evaluate: x' of the window from the present x; tokens that are known stay.
         3. Accept: the first unknown token, and those after it up to the first whose guess was wrong.
-        4. Give up on overflow: guesses beyond `_LARGEST_GUESS` become 0, and their window is done token by token.
+        4. Reset on overflow: guesses beyond `_LARGEST_GUESS` become 0, and their window is done token by token.
         5. Drop finished samples, as soon as they are half of those that are left.
         """
         self.check(z.shape[1])
@@ -158,7 +158,7 @@ class Jacobi:
         alone_until = 0  # where guesses overflowed, windows hold one token
         reported = _report(progress, 0, low)
         while low < total:
-            # 1. It does not reach beyond the end; the tokens that it then sees again stay as they are.
+            # 1. It ends at the last token at most; known tokens that it then covers again stay as they are.
             count = 1 if low < alone_until else min(self.window or total, total - low)
             start = (known - 1).clamp(max=total - 1 - count)
             given = start[:, None] + torch.arange(count, device=z.device)
@@ -174,7 +174,7 @@ class Jacobi:
             after, overflown = _without_overflow(after, guessed=window >= known[:, None])
             x = x.scatter(1, window[..., None].expand_as(after), after)
             done = known == total
-            # What the host must know to go on: it waits for the device here.
+            # The host needs these values to go on, so it waits for the device here.
             low, high, any_overflown, num_done = torch.stack(
                 [known.min(), known.max(), overflown.any().long(), done.sum()]
             ).tolist()
@@ -193,7 +193,7 @@ class Jacobi:
 
 
 _LARGEST_GUESS = 1e4
-"""Guesses beyond are given up, long before they become infinite inside the network."""
+"""Larger guesses are reset to 0, long before they would overflow inside the network."""
 
 
 def _first_guess(z: Tensor, given: Tensor | None, otherwise: str) -> Tensor:

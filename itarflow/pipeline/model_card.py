@@ -57,12 +57,12 @@ def model_card(
     class_names: list[str] | None,
     evaluations: Mapping[str, str],
 ) -> ModelCard:
-    """A card with metadata that the Hub reads and tables that people read.
+    """A card with metadata for the Hub and tables for readers.
 
     Args:
         architecture: the flow's config and number of parameters.
         sampling: defaults of the pipeline.
-        training: what `training.py` stores: "name", "data", "recipe" and "metrics"; None = unknown.
+        training: from `training.export.training_record`: "name", "data", "recipe" and "metrics"; None = unknown.
         class_names: names of the labels; None = unlabelled.
         evaluations: figures of samples, by what was evaluated.
     """

@@ -23,12 +23,12 @@ from itarflow.inverse.solvers import Solver, sequential
 from itarflow.pipeline.labels import Label, label_list, label_number, label_tensor
 from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan, choose
-from itarflow.pipeline.storage import SharedPipeline
+from itarflow.pipeline.storage import StoredPipeline
 from itarflow.runtime.devices import in_batches
 from itarflow.runtime.seeds import image_generators
 
 
-class ITARFlowPipeline(SharedPipeline):
+class ITARFlowPipeline(StoredPipeline):
     """Generates images from class labels, or without any.
 
     Args:
@@ -40,7 +40,7 @@ class ITARFlowPipeline(SharedPipeline):
         vae: the autoencoder whose codes the flow models; None = it models pixels.
         plans: the fastest inverse for a device and batch size each, `InversePlan.to_json`; written by `itarflow
             profile`.
-        evaluations: figures of its samples for people, by what was evaluated; written by `itarflow evaluate`.
+        evaluations: scores of its samples as text, by what was evaluated; written by `itarflow evaluate`.
 
     Raises:
         ValueError: names, guidance, plans or VAE that do not fit the flow.
@@ -71,7 +71,7 @@ class ITARFlowPipeline(SharedPipeline):
             raise ValueError(
                 f"class_names has {len(class_names)} names for a flow with {flow.config.num_classes} classes."
             )
-        Guidance(**(guidance or {}))  # refuses what is wrong
+        Guidance(**(guidance or {}))  # raises ValueError if it is invalid
         for plan in plans or []:
             InversePlan.from_json(plan).solvers_of(flow)
         if vae is not None and vae.config.latent_channels != flow.config.in_channels:
@@ -109,20 +109,20 @@ class ITARFlowPipeline(SharedPipeline):
         tiled_decode: bool = False,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Make images. What is left out is taken from the checkpoint.
+        """Generate images. Arguments that are None take the checkpoint's defaults.
 
         Args:
             class_labels: one label or several, as numbers or names; None inside a list, or alone = unlabelled.
             num_images: how many; None = one a label. With a single label it is repeated.
             guidance_weight: w >= 0 in (1 + w) * conditional - w * unconditional; 0 = off. Without labels there is
-                nothing to guide by: the checkpoint's weight then plays no part, and one given here is refused.
+                nothing to guide by: the checkpoint's weight is then ignored, and one given here is refused.
             guidance: rule, schedule and blocks; `guidance_weight` then overrides its weight.
             num_denoise_steps: score evaluations, >= 1; 1 = TARFlow's single step.
             method: "euler", "heun", "multistep", "predictor-corrector" or "sde", or "skip" for the noisy images.
             spacing: of the noise levels, "even" or "quadratic", see `noise_levels`.
             t_max: noise level at which the flow is sampled, inside its noise_range.
-            t_min: smallest level at which the denoiser is asked. With a flow of one level and another denoiser, the
-                smallest that the denoiser knows.
+            t_min: smallest level at which the denoiser is evaluated. With a flow of one level and another denoiser,
+                the smallest that the denoiser was trained on.
             clip: clamp the clean estimates to [-1, 1]; not for codes.
             denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
             solver: how the flow is inverted, see `TARFlow.inverse`; `sequential` is exact, one token after another.
@@ -130,13 +130,13 @@ class ITARFlowPipeline(SharedPipeline):
             inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: slightly other images, and
                 faster unless the model is narrow. None = the weights'.
             generator: one for all images (image i then depends on its seed and on i alone, up to rounding; with a
-                plan, up to its difference, because plans go by batch size), or one an image.
-            batch_size: images that are generated at a time, to bound memory; None = all. Where memory runs out, fewer.
+                plan, up to its tolerance, because plans depend on the batch size), or one an image.
+            batch_size: images that are generated at a time, to bound memory; None = all. If memory runs out, fewer.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated, or, with a
                 warning, as fit the memory.
             denoise_dtype: of the flow's layers while it denoises: torch.bfloat16 takes about half of the time and
-                of the memory, unless the model is tiny, and changes pictures by about a grey level, see
-                `FlowDenoiser`. None = the flow's own. Not with a denoiser, which has its own.
+                of the memory, unless the model is tiny, and changes images by about one grey level, see
+                `FlowDenoiser`. None = the flow's own. Not with a `denoiser`, which has its own.
             decode_batch_size: images that the VAE decodes at a time; None = as many as are generated.
             tiled_decode: decode large images in tiles, see `VaeCodec`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "codes": what the flow
@@ -146,7 +146,7 @@ class ITARFlowPipeline(SharedPipeline):
             An object whose `images` are of `output_type`.
 
         Raises:
-            ValueError: labels, counts, noise levels or settings out of range. Nothing has been computed then.
+            ValueError: labels, counts, noise levels or settings out of range; raised before anything is computed.
         """
         check_output(output_type, self.picture_shape[0])
         codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
@@ -171,7 +171,7 @@ class ITARFlowPipeline(SharedPipeline):
         return ImagePipelineOutput(images=converted(images, output_type))
 
     def _make(self, call: Call, size: int) -> Tensor:
-        """The images of a call, of at most `size` at a time, or fewer where memory runs out."""
+        """The images of a call, of at most `size` at a time, or fewer if memory runs out."""
         count = len(call.generators)
         with self.progress_bar(total=count * (self.flow.num_solved_tokens + call.evaluations)) as bar:
 
@@ -186,7 +186,7 @@ class ITARFlowPipeline(SharedPipeline):
 
                 try:
                     return _batch(self.flow, part, advance)
-                except RuntimeError:  # if it was the memory, the same images are made again, fewer at a time
+                except RuntimeError:  # if memory ran out, the same images are made again, fewer at a time
                     for generator, state in zip(part.generators, states, strict=True):
                         generator.set_state(state)
                     advance(-done)
@@ -212,14 +212,14 @@ class ITARFlowPipeline(SharedPipeline):
 
     @property
     def picture_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the pictures, which are the decoded codes if there is a VAE."""
+        """(C, H, W) of the output images, which are decoded codes if there is a VAE."""
         if self.vae is None:
             return self.flow.image_shape
         side = self.flow.config.image_size * vae_stride(self.vae)
         return self.vae.config.out_channels, side, side
 
     def planned_solver(self, batch_size: int) -> Solver | list[Solver]:
-        """How so many images at a time are inverted by default, on the pipeline's device."""
+        """The default solver for batches of that size on the pipeline's device."""
         plan = choose(self.inverse_plans, self.flow.device.type, batch_size)
         return sequential if plan is None else plan.solvers_of(self.flow)
 
@@ -266,10 +266,10 @@ class ITARFlowPipeline(SharedPipeline):
         clip: bool | None = None,
         denoiser: Denoiser | None = None,
     ) -> DenoiseScheduler:
-        """The stored scheduler with a call's own values put in; arguments as in a call.
+        """The stored scheduler with a call's arguments put in, which see.
 
         Raises:
-            ValueError: values out of range, or that the flow does not know.
+            ValueError: values out of range, or outside the flow's noise range.
         """
         stored = self.scheduler.config
         t_max = stored.t_max if t_max is None else t_max
@@ -305,7 +305,7 @@ class ITARFlowPipeline(SharedPipeline):
         )
 
     def vae_facts(self) -> dict[str, Any]:
-        """What people want to know of the VAE; {} in pixel space."""
+        """The VAE's rows of the model card; {} in pixel space."""
         if self.vae is None:
             return {}
         (_, height, width), config = self.picture_shape, self.vae.config
@@ -318,7 +318,7 @@ class ITARFlowPipeline(SharedPipeline):
 
 @dataclass(frozen=True)
 class Call:
-    """What a call of the pipeline asks for, checked, with all that the checkpoint decides filled in."""
+    """The checked arguments of a call, with the checkpoint's defaults filled in."""
 
     labels: Tensor | None
     """(B,) int64 on the flow's device; None = all unlabelled."""
@@ -330,7 +330,7 @@ class Call:
     denoiser: Denoiser
     schedule: DenoiseScheduler
     codec: Codec
-    """Makes what is asked for of clean codes."""
+    """Decodes what the flow models to the output."""
 
     @property
     def evaluations(self) -> int:
@@ -372,16 +372,16 @@ def _batch(flow: TARFlow, call: Call, advance: Callable[[int], None]) -> Tensor:
 
 
 def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
-    """Refuse what the denoiser does not know, before anything is generated for it.
+    """Refuse what the denoiser can't denoise, before anything is generated.
 
     Args:
-        denoiser: if it is no `CheckedDenoiser`, nothing is known of it.
-        scheduler: the noise levels at which it will be asked.
+        denoiser: not checked unless it is a `CheckedDenoiser`.
+        scheduler: the noise levels at which it will be evaluated.
         flow: makes the noisy images.
         labels: (B,) their labels, -1 = none; None = all without.
 
     Raises:
-        ValueError: naming what is asked for and what the denoiser is for.
+        ValueError: naming what was asked for and what the denoiser supports.
     """
     config = scheduler.config
     if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
@@ -405,22 +405,22 @@ def positive(name: str, value: int | None) -> int | None:
 
 
 def check_output(output_type: str, channels: int) -> None:
-    """Refuse a type of output that there is not, or not for images of so many channels.
+    """Refuse an unknown output type, or one that can't hold that many channels.
 
     Raises:
-        ValueError: naming the types that there are.
+        ValueError: naming the output types.
     """
     if output_type not in ("pil", "np", "pt", "codes"):
         raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'codes'.")
     if output_type == "pil" and channels not in (1, 3):
         raise ValueError(
-            f"output_type 'pil' makes pictures of 1 or 3 channels, but this pipeline's images have {channels}; "
+            f"output_type 'pil' makes images of 1 or 3 channels, but this pipeline's images have {channels}; "
             "use 'pt', 'np' or, if they are codes of a VAE that is not in it, 'codes'."
         )
 
 
 def converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
-    """(B, C, H, W) in [-1, 1], or codes as they are -> the output type; says which images are not finite."""
+    """(B, C, H, W) in [-1, 1], or codes as they are -> the output type; warns of images that are not finite."""
     broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
     if broken:
         logger.warning(

@@ -18,8 +18,8 @@ class InversePlan:
         solvers: one a block, noise side first; a window of 1 stands for `sequential`.
         num_tokens: of each block, in the same order.
         device: type of the device, such as "cpu" or "cuda".
-        batch_size: images that were inverted at a time, >= 1; the plan serves smaller batches too.
-        facts: figures of the measurement, for people.
+        batch_size: images that were inverted at a time, >= 1; the plan is used for smaller batches too.
+        facts: of the measurement, for display.
 
     Raises:
         ValueError: not as many solvers as blocks, a window longer than its block, or batch_size < 1.
@@ -45,7 +45,7 @@ class InversePlan:
             solver.check(num_tokens)
 
     def solvers_of(self, flow: TARFlow) -> list[Solver]:
-        """For `TARFlow.inverse`.
+        """The solvers as `TARFlow.inverse` takes them.
 
         Raises:
             ValueError: the plan is for another architecture.
@@ -63,7 +63,7 @@ class InversePlan:
         return all(solver.window == 1 for solver in self.solvers)
 
     def described(self) -> dict[str, str]:
-        """A row for people: what it is for, and what it does."""
+        """A row of a table: title and description."""
         name = f"inverse on {self.facts.get('device', self.device)}, up to {self.batch_size} at a time"
         if self.exact:
             return {name: "exact: nothing is faster than one token after another"}
@@ -82,7 +82,7 @@ class InversePlan:
         """What `to_json` gave.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is not such a dict.
         """
         try:
             solvers = tuple(Jacobi(**solver) for solver in values["solvers"])

@@ -1,4 +1,4 @@
-"""Where the inverse of a flow spends its time, and which solvers are the fastest, on this device.
+"""Profile the inverse of a flow, and search the fastest solver of each block, on this device.
 
 CRM and IGM are those of arXiv 2505.12849: how hard a block is for the Jacobi iteration, and how good a first guess is.
 """
@@ -24,16 +24,16 @@ from itarflow.inverse.solvers import Conditioner, Guess, Jacobi, Progress, seque
 from itarflow.pipeline.plan import InversePlan, tokens_of_blocks
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
-"""Of the solvers; tried from the first on until the images are near enough."""
+"""Of the solvers; tried in this order until the images are close enough."""
 _WORTHWHILE = 0.95
 """A solver must take less than this part of the sequential one's time to be chosen in its place."""
 _ROUNDING = 1e-3
-"""Difference of pixels that solvers without tolerance may have, because products of other shapes round otherwise."""
+"""Difference of pixels that solvers without tolerance may have: products of other shapes round differently."""
 
 
 @dataclass(frozen=True)
 class BlockMetrics:
-    """What the published metrics say of a block; less is easier. Norms are spectral, of (N, D) matrices or weights."""
+    """The published metrics of a block; lower = easier. Norms are spectral, of (N, D) matrices or weights."""
 
     crm: float
     """Convergence ranking metric: |mean of exp(-log_scale) * x| * |W_s| + |W_u|, where W_s and W_u are the rows of
@@ -92,7 +92,7 @@ def _norm(matrix: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """How a solver did on a block."""
+    """The measurement of a solver on a block."""
 
     solver: Jacobi
     """A window of 1 is `sequential`."""
@@ -111,7 +111,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class BlockProfile:
-    """What was measured of a block."""
+    """All measurements of a block."""
 
     timings: tuple[Timing, ...]
     """`sequential` first, then whole-sequence Jacobi from each guess, then windows with the better of the guesses."""
@@ -157,7 +157,7 @@ class _Counted:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A solver that solves a block by `sequential`, and tries all others on it meanwhile."""
+    """A solver that solves a block by `sequential`, and times all others on it."""
 
     tolerance: float
     windows: Sequence[int]
@@ -172,7 +172,7 @@ class _Trial:
         progress: Progress | None = None,
         guess: Tensor | None = None,  # noqa: ARG002, which profiles do not use
     ) -> Tensor:
-        exact = sequential(conditioner, z, first)  # the first use of a block is slow, and does not count
+        exact = sequential(conditioner, z, first)  # a warm-up: the first use of a block is slow
 
         def timed(solver: Jacobi, limit: float) -> Timing:
             return _timed(solver, conditioner, z, first, exact, limit, self.repeats)
@@ -196,7 +196,7 @@ def _timed(
 ) -> Timing:
     solve = sequential if solver.window == 1 else solver
     seconds, evaluations, difference = [], [0], math.nan
-    warm_up = int(z.device.type == "cuda")  # in which graphs are recorded, and which does not count
+    warm_up = int(z.device.type == "cuda")  # when graphs are recorded; not timed
     for turn in range(warm_up + repeats):
         _wait(z.device)
         began, evaluations = time.perf_counter(), [0]
@@ -218,12 +218,12 @@ def _wait(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class FoundPlan:
-    """What was found."""
+    """The result of `find_plan`."""
 
     blocks: tuple[BlockProfile, ...]
     """Noise side first."""
     plan: InversePlan
-    """The fastest whose pictures are near enough; `sequential` for all blocks if none is."""
+    """The fastest whose images are close enough to the exact ones; `sequential` for all blocks if none is."""
 
 
 def check_search(largest_difference: float, windows: Sequence[int], repeats: int) -> None:
@@ -243,7 +243,7 @@ def check_search(largest_difference: float, windows: Sequence[int], repeats: int
 def find_plan(
     flow: TARFlow,
     invert: Callable[..., Tensor],
-    pictures: Callable[..., Iterable[Tensor]],
+    images: Callable[..., Iterable[Tensor]],
     *,
     batch_size: int,
     largest_difference: float,
@@ -251,32 +251,32 @@ def find_plan(
     repeats: int = 3,
     progress: Callable[[str, int], None] = lambda *_: None,
 ) -> FoundPlan:
-    """The fastest solver of each block with which the pictures stay as they are.
+    """The fastest solver of each block with which the images stay the same up to `largest_difference`.
 
     Args:
         flow: the flow.
-        invert: invert(solver=..., progress=...), which is timed: `flow.inverse` on a batch with all else given.
-        pictures: pictures(solver=..., progress=...), some (n, C, H, W) in [0, 1] after another, to be compared: the
-            more there are, the surer it is that others stay as near. It is not asked for more than it takes to tell.
+        invert: invert(solver=..., progress=...), which is timed: `flow.inverse` on a batch, other arguments bound.
+        images: images(solver=..., progress=...), an iterator of images (n, C, H, W) in [0, 1] to compare: the more
+            there are, the surer the result. It is consumed no further than needed.
         batch_size: images that `invert` inverts.
-        largest_difference: of a pixel of a picture, >= 0, such as 1 / 255. Half of it is left as a margin for
-            pictures that are not compared.
-        windows: that are tried, besides the whole sequence; those longer than a block are left out.
+        largest_difference: of a pixel of an image, >= 0, such as 1 / 255. Half of it is left as a margin for
+            images that are not compared.
+        windows: to try, besides the whole sequence; those longer than a block are left out.
         repeats: timed runs of each solver on each block, of which the median counts; >= 1.
-        progress: called with what is done, and the number of tokens solved since the last call.
+        progress: called with the name of the stage, and the number of tokens solved since the last call.
 
     Raises:
         ValueError: a number out of its range, or exact images that are not finite.
     """
     check_search(largest_difference, windows, repeats)
     num_tokens = tokens_of_blocks(flow)
-    expected = list(pictures(solver=sequential, progress=partial(progress, "exact pictures")))
+    expected = list(images(solver=sequential, progress=partial(progress, "exact images")))
     limit = largest_difference / 2
     if not all(part.isfinite().all() for part in expected):
-        raise ValueError("the exact images are not finite, so no other way can be compared; try less guidance.")
+        raise ValueError("the exact images are not finite, so no other solver can be compared; try less guidance.")
     for tolerance in TOLERANCES:
         usual = [Jacobi(window=min(16, count), tolerance=tolerance) for count in num_tokens]
-        found = pictures(solver=usual, progress=partial(progress, f"pictures of tolerance {tolerance:g}"))
+        found = images(solver=usual, progress=partial(progress, f"images of tolerance {tolerance:g}"))
         if tolerance > 0 and not _difference(found, expected, limit) <= limit:
             continue
         blocks = list[BlockProfile]()
@@ -296,8 +296,8 @@ def find_plan(
             invert(solver=solver, progress=partial(progress, f"exact and planned, tolerance {tolerance:g}"))
             _wait(flow.device)
             seconds[name].append(time.perf_counter() - began)
-        found = pictures(solver=plan.solvers_of(flow), progress=partial(progress, "planned pictures"))
-        # Without tolerance there is no further try: all pictures are told of.
+        found = images(solver=plan.solvers_of(flow), progress=partial(progress, "planned images"))
+        # At tolerance 0 there is no further try, so all images are compared.
         difference = _difference(found, expected, limit if tolerance > 0 else math.inf)
         if tolerance == 0 or difference <= limit:
             break
@@ -317,10 +317,10 @@ def find_plan(
     return FoundPlan(tuple(blocks), replace(plan, facts=facts))
 
 
-def _difference(pictures: Iterable[Tensor], expected: Iterable[Tensor], limit: float) -> float:
-    """The largest; of the pictures up to the first that is beyond the limit."""
+def _difference(images: Iterable[Tensor], expected: Iterable[Tensor], limit: float) -> float:
+    """The largest difference, up to the first one above the limit."""
     largest = 0.0
-    for found, exact in zip(pictures, expected, strict=False):
+    for found, exact in zip(images, expected, strict=False):
         largest = max(largest, float((found - exact).abs().nan_to_num(nan=math.inf).max()))
         if largest > limit:
             break

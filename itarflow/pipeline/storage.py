@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline
 
 from itarflow.codec import CodecConfig, load_vae
 from itarflow.runtime.files import write_json
-from itarflow.runtime.hub import INDEX, check_folder, folder_of, read_index, rewrite_json, upload
+from itarflow.runtime.hub import INDEX, check_pipeline_folder, folder_of, read_index, rewrite_json, upload
 
 _FILES = ("*.json", "*.safetensors", "README.md")
 _EXPECTED = (
@@ -23,7 +23,7 @@ _EXPECTED = (
 )
 
 
-class SharedPipeline(DiffusionPipeline):
+class StoredPipeline(DiffusionPipeline):
     """A diffusers pipeline without pickles and without code in its repository; see `ITARFlowPipeline`."""
 
     def model_card(self) -> Any:
@@ -55,7 +55,7 @@ class SharedPipeline(DiffusionPipeline):
         """Set a setting of this pipeline, and of the folder that it was loaded from, with its model card.
 
         Returns:
-            Whether the card was written: one that somebody has rewritten stays as it is.
+            Whether the card was written: one that was edited by hand stays as it is.
         """
         card = folder / "README.md"
         generated = not card.exists() or card.read_text() == str(self.model_card())
@@ -87,10 +87,10 @@ class SharedPipeline(DiffusionPipeline):
         names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
         options = {name: kwargs.pop(name) for name in names if name in kwargs}
         folder = folder_of(str(pretrained_model_name_or_path), _FILES, expected=_EXPECTED, **options)
-        check_folder(folder)
+        check_pipeline_folder(folder)
         try:
             if (folder / "vae").is_dir() and "vae" not in kwargs:
-                # By ourselves, because diffusers would fill up tensors that are missing.
+                # Not by diffusers, which would fill missing tensors with random values.
                 vae = load_vae(CodecConfig(vae=str(folder / "vae")))
                 given = kwargs.get("torch_dtype", kwargs.get("dtype"))
                 wanted = given.get("vae", given.get("default")) if isinstance(given, dict) else given
@@ -152,7 +152,7 @@ def finish_folder(folder: Path) -> None:
 
 
 def finish_vae(folder: Path) -> None:
-    """Free the folder of a VAE, as diffusers has written it, of private paths and of a setting that is none."""
+    """Free the folder of a VAE, as diffusers has written it, of private paths and of an invalid setting."""
     config = json.loads((folder / "config.json").read_text())
     # An AutoencoderTiny writes this, and on loading warns that it does not know it.
     without = ("block_out_channels",) if config["_class_name"] == "AutoencoderTiny" else ()

@@ -1,4 +1,4 @@
-"""The device: which one is used, what it can do, and batches that are halved where its memory runs out."""
+"""The device: which one is used, its peak and memory, and batches that are halved if its memory runs out."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def usable_device(name: str | None) -> str:
 
 
 def on_cpu() -> bool:
-    """Whether to train on the CPU: Accelerate only joins several processes there when it is told so."""
+    """Whether to train on the CPU, which Accelerate must be passed: else it joins no processes there."""
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
 @contextmanager
 def tf32_products() -> Iterator[None]:
-    """Inside, products of float32 matrices may be TF32 where there is a GPU. Afterwards they are what they were."""
+    """Inside, products of float32 matrices may be TF32 on a GPU. Afterwards the setting is restored."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         yield
-    finally:  # what the process does next, samples for figures perhaps, is float32 as before
+    finally:  # later work of the process, such as evaluations, is float32 as before
         torch.set_float32_matmul_precision(precision)
 
 
@@ -81,7 +81,7 @@ def peak_tflops(device: torch.device, mixed_precision: str) -> float | None:
 
 
 def memory_gib(device: torch.device) -> float:
-    """The most that PyTorch has allocated so far on a GPU; elsewhere what the process has resident now."""
+    """Peak memory of PyTorch on a GPU; elsewhere the resident memory of the process now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
@@ -91,11 +91,11 @@ Part = TypeVar("Part")
 
 
 def in_batches(make: Callable[[slice], Part], count: int, size: int, what: str, option: str) -> tuple[list[Part], int]:
-    """make(part) for parts of 0 .. count - 1 in order, of at most `size` each, or fewer where memory runs out.
+    """make(part) for parts of 0 .. count - 1 in order, of at most `size` each, or fewer if memory runs out.
 
     Args:
-        make: makes a part; called again for a smaller one if it fails for want of memory.
-        count: how many there are; with 0 it is asked for an empty part.
+        make: makes a part; called again for a smaller one if it runs out of memory.
+        count: how many there are; with 0 it is called once, with an empty part.
         size: >= 1.
         what: is made, for the warning: "the score of".
         option: that sets the size, for the warning.
@@ -117,7 +117,7 @@ def in_batches(make: Callable[[slice], Part], count: int, size: int, what: str, 
         except RuntimeError as error:
             if tried <= 1 or not should_reduce_batch_size(error):
                 raise
-        # Outside of the handler, which holds on to what the failed attempt had allocated.
+        # Outside the handler, which keeps the tensors of the failed attempt alive.
         clear_device_cache(garbage_collection=True)
         warnings.warn(
             f"{what} {tried} images at a time does not fit the memory; going on with {tried // 2}. To choose it "

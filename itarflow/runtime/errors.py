@@ -1,4 +1,4 @@
-"""The errors that a user can do something about; commands print their message and exit with 1."""
+"""Errors that users can fix; commands print their message and exit with 1."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from itarflow.runtime.errors import DataError, RunError
 
 LOCK = ".lock"
 PARTIAL = ".partial-"
-"""How the names of files begin that a call is writing, or had to leave behind."""
+"""Prefix of files that are being written, or were left by a killed call."""
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Make a folder, and keep other commands from writing into it meanwhile; nothing of it stays behind.
+def folder_lock(out: Path) -> Iterator[None]:
+    """Make a folder, and lock it against other commands inside `with`; lock file and empty folder are removed after.
 
     Raises:
         DataError: another command writes into it.
@@ -54,7 +54,7 @@ def locked(path: Path, busy: Exception) -> FileLock:
 
 
 def remove_partial(out: Path) -> None:
-    """Remove what a call that was killed has left behind."""
+    """Remove the partial files of a killed call."""
     for left in out.glob(f"{PARTIAL}*"):
         left.unlink(missing_ok=True)
 
@@ -72,7 +72,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A name to write a file under; if all goes well it comes to the disk and gets its own name, else it goes."""
+    """A temporary path to write to; at success it is flushed and renamed to `path`, else it is removed."""
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}{path.name}")
     try:
         yield partial

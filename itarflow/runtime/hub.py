@@ -1,4 +1,4 @@
-"""Folders of checkpoints, here or on the Hub: brought here, read and uploaded, without code and without pickles."""
+"""Folders of checkpoints, local or on the Hub: downloaded, read and uploaded, without code and without pickles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ INDEX = "model_index.json"
 
 
 def folder_of(name: str, patterns: Sequence[str], *, expected: str, **options: Any) -> Path:
-    """The folder of a name: one here, or what is brought here of a repository of the Hub.
+    """The local folder of a name, downloaded if it is a repository of the Hub.
 
     Args:
         name: a folder, or a Hub id (NAME/MODEL).
@@ -76,7 +76,7 @@ def upload(
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What the model_index.json of a pipeline, of ours or of diffusers, names.
+    """The model_index.json of a pipeline, of itarflow or of diffusers.
 
     Raises:
         OSError: there is none, or it is damaged.
@@ -95,8 +95,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is no pipeline of ours, or whose weights are pickles.
+def check_pipeline_folder(folder: Path) -> None:
+    """Refuse a folder that is no itarflow pipeline, or whose weights are pickles.
 
     Raises:
         OSError: saying what the folder holds instead.
@@ -116,7 +116,7 @@ def check_folder(folder: Path) -> None:
 
 
 def rewrite_json(path: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
-    """Put `changes` in, and take out the path that diffusers notes on loading: it is nobody else's business."""
+    """Put `changes` in, and remove the local path that diffusers records on loading, which is private."""
     content = {**json.loads(path.read_text()), **changes}
     for name in ("_name_or_path", *without):
         content.pop(name, None)

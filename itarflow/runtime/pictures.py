@@ -71,7 +71,7 @@ def captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], colum
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """A figure of so many inches that is drawn into files only, whatever else the process draws.
+    """A figure of so many inches for files only, independent of pyplot's state.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -86,23 +86,21 @@ def blank_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def draw_pictures(
-    pictures: Mapping[tuple[str, str], Sequence[Image.Image]], columns: Sequence[str], path: Path
+def draw_comparison(
+    images: Mapping[tuple[str, str], Sequence[Image.Image]], columns: Sequence[str], path: Path
 ) -> None:
-    """Draw pictures into a file, as rows of what made them and columns of how they were cleaned.
+    """Draw images into a file: a row for each image of a generator, a column for each denoising variant.
 
     Args:
-        pictures: of (what made them, how they were cleaned); a picture of each in every row. Pairs may be missing.
-        columns: the ways of cleaning, in order.
-        path: of the picture file.
+        images: by (generator, variant); pairs may be missing.
+        columns: the variants, in order.
+        path: of the image file.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    generators = list(dict.fromkeys(generator for generator, _ in pictures))
-    height = {
-        generator: max(len(of) for (by, _), of in pictures.items() if by == generator) for generator in generators
-    }
+    generators = list(dict.fromkeys(generator for generator, _ in images))
+    height = {generator: max(len(of) for (by, _), of in images.items() if by == generator) for generator in generators}
     rows = [(generator, index) for generator in generators for index in range(height[generator])]
     figure = blank_figure(1.6 * len(columns) + 0.6, 1.6 * len(rows) + 0.6)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -110,9 +108,9 @@ def draw_pictures(
         for column, axis in zip(columns, line, strict=True):
             axis.set_xticks([])
             axis.set_yticks([])
-            if (generator, column) in pictures:
-                picture = pictures[generator, column][index]
-                axis.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            if (generator, column) in images:
+                image = images[generator, column][index]
+                axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             else:
                 axis.set_frame_on(False)
     for column, axis in zip(columns, axes[0], strict=True):

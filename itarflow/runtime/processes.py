@@ -1,4 +1,4 @@
-"""What Accelerate leaves open about the processes of a launch."""
+"""Helpers for the processes of a launch, beyond Accelerate's."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Opened = TypeVar("Opened")
 
 
 def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object]) -> None:
-    """Act on the main process alone; all wait for it, and its failure reaches them all, as a RunError.
+    """Run an action on the main process only; all wait for it, and an error of it is raised on all, as a RunError.
 
-    On the main process an error that is no refusal (RunError, OSError, ValueError) stays what it is.
+    On the main process errors other than RunError, OSError and ValueError are raised unchanged.
     """
     refusal: list[str | None] = [None]
     unforeseen: Exception | None = None
@@ -46,7 +46,7 @@ def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object
 
 
 def main_first(accelerator: Accelerator | PartialState, open_: Callable[[], Opened]) -> Opened:
-    """What opens something, on all processes; the main one, which may download it, or refuse it for all, goes first.
+    """Open something on all processes, the main one first: it may download it, or raise for all.
 
     Raises:
         RunError: as `on_main`.
@@ -65,13 +65,13 @@ def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
 
 
 def first_to_say(text: str) -> bool:
-    """Whether no other process has said this yet, so that what befalls all of them is read once."""
+    """Whether no other process has printed this yet, so that an error of all of them is printed once."""
     if not dist.is_initialized():
         return True
     try:
         store = dist.distributed_c10d._get_default_store()
         return bool(store.add(f"itarflow {hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
-    except (RuntimeError, ValueError):  # whoever keeps the store is gone: better twice than never
+    except (RuntimeError, ValueError):  # the process with the store is gone: better twice than never
         return True
 
 
@@ -94,7 +94,7 @@ def shared_counter(name: str) -> Callable[[int], int]:
 def shared_images(
     state: PartialState, console: Console | None, title: str, total: int, done: int
 ) -> Iterator[Callable[[int], None]]:
-    """Around work on images that all processes share: the main one draws a bar of all, and at the end all wait.
+    """Context of work on images that all processes share: the main one draws a bar for all, and at the end all wait.
 
     Args:
         state: of the launch.
@@ -109,7 +109,7 @@ def shared_images(
     Raises:
         RunError: another process has stopped.
     """
-    name = broadcast_object_list([uuid.uuid4().hex])[0]  # another one for each piece of work
+    name = broadcast_object_list([uuid.uuid4().hex])[0]  # unique to this context
     counted, shown = shared_counter(name), 0
     with image_progress(console if state.is_main_process else None, title, total, done) as show:
 
@@ -133,7 +133,7 @@ def processes_here() -> int:
 
 
 def refuse(error: Exception) -> NoReturn:
-    """Say once what all processes met, and with its number what one of them met, a broken image, say; then exit."""
+    """Print an error once, with the number of its process if there are several, and exit with 1."""
     if first_to_say(str(error)):
         of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
         Console(stderr=True).print(f"[red]Error{of}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
@@ -141,7 +141,7 @@ def refuse(error: Exception) -> NoReturn:
 
 
 def crash(error: Exception) -> NoReturn:
-    """What nobody foresaw, with its traceback: once, with the number of the process that met it first."""
+    """Print an unexpected error once, with its traceback and the number of the first process that had it, and exit."""
     if PartialState().num_processes == 1:
         raise error
     if first_to_say("".join(traceback.format_tb(error.__traceback__)[-1:]) + type(error).__name__):

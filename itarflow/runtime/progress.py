@@ -1,4 +1,4 @@
-"""What people look at while they wait: the live line of a training, and grids of images."""
+"""Progress bars: of a training, and of work on images."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def training_progress(console: Console, name: str, total_steps: int, first_step:
 
 
 class _TimeLeft(ProgressColumn):
-    """By the mean speed from the start: a file of images may take longer than rich's own column looks back."""
+    """By the mean speed from the start: a file of images may take longer than the window of rich's own column."""
 
     def render(self, task: Task) -> Text:
         made, elapsed, left = task.fields["made"], task.elapsed, task.remaining
@@ -64,7 +64,7 @@ def image_progress(console: Console | None, title: str, total: int, done: int) -
     """A live line that counts images: bar, images a second, time left; no console, no line.
 
     Yields:
-        A function to call with the number of images done since its last call. Those of `done` count for no speed.
+        A function to call with the number of images done since its last call. `done` does not count for the speed.
     """
     columns = (
         TextColumn("[bold]{task.description}"),

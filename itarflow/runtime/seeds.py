@@ -1,4 +1,4 @@
-"""Randomness that depends on a seed and a place alone: of an image, a step, an epoch."""
+"""Random numbers that depend on a seed and an index only: of an image, a step, an epoch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request that a loop honours at a good moment."""
+"""SIGINT and SIGTERM as a request to stop, which a loop checks between steps."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class StopSignal:
                 os.kill(os.getpid(), number)
             return
         self.signal_number, self._since = number, time.monotonic()
-        # Not through rich or print, which a handler may interrupt half-way.
+        # Not through rich or print, which the signal may have interrupted.
         os.write(2, b"\nStopping after this step and saving; a second signal stops at once.\n")
 
     def _restore(self) -> None:

@@ -1,4 +1,4 @@
-"""How names, numbers and nested settings are written for people."""
+"""Names, numbers and nested settings as text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
 
 
 def display_name(path: str) -> str:
-    """The name of a VAE or of images for others to read: of what lies here its last part, of the Hub all of it."""
+    """A public name of a VAE or a data set: of a local path the last part only, of the Hub all of it."""
     place = os.path.expanduser(path)
     local = path.startswith((".", "/", "~")) or path.endswith(".parquet") or glob.has_magic(path)
     return os.path.basename(os.path.abspath(place)) if local or os.path.exists(place) else path

@@ -58,13 +58,13 @@ def flat_state(content: object) -> dict[str, Tensor]:
             f"holds entries that are no tensors: {listed(others)}; expected names and tensors only. "
             "Save model.state_dict() alone."
         )
-    clean = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in state.items()}
-    if len(clean) != len(state):
+    plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in state.items()}
+    if len(plain) != len(state):
         raise CheckpointError(
-            f"holds {len(state)} tensors of which {len(state) - len(clean)} have the name of another once "
+            f"holds {len(state)} tensors of which {len(state) - len(plain)} have the name of another once "
             "'module.' and '_orig_mod.' are taken off; expected one model. Save one model's state_dict() alone."
         )
-    return clean
+    return plain
 
 
 def _read(path: Path) -> object:
@@ -88,7 +88,7 @@ def _read(path: Path) -> object:
         raise CheckpointError(_refusal(error)) from error
     except OSError:
         raise
-    except Exception as error:  # whatever a damaged file makes the unpickler stumble over
+    except Exception as error:  # a damaged file can make the unpickler raise nearly anything
         reason = str(error).split("\n", maxsplit=1)[0]
         # The unpickler's own words may be a mere key.
         raise CheckpointError(_damage(path, reason if " " in reason else "it is none")) from error
@@ -110,7 +110,7 @@ def _check_kind(start: bytes) -> None:
 def _check_checksums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
-            # PyTorch can be told not to compute checksums; it then writes zeros.
+            # PyTorch can be set not to compute checksums; it then writes zeros.
             has_checksums = any(entry.CRC for entry in archive.infolist())
             damaged = archive.testzip() if has_checksums else None
     except (zipfile.BadZipFile, EOFError) as error:

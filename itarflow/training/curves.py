@@ -1,4 +1,4 @@
-"""Pictures of figures and of images: the curves of a run, from its metrics.jsonl, and rows of images side by side."""
+"""Plots of a run: its curves, from metrics.jsonl, and rows of images side by side."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Panel:
 
 
 def plot_runs(runs: Sequence[Path], output: Path) -> None:
-    """Draw the curves of one run, or of several over one another, into a picture file.
+    """Draw the curves of one run, or of several over one another, into an image file.
 
     Panels for which no run has figures are left out. Noisy curves are drawn faint, with their moving average.
 

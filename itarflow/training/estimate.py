@@ -1,4 +1,4 @@
-"""What a training costs before anything is allocated: parameters, FLOPs an image, and the memory of each device."""
+"""Estimates of a training, without allocating anything: parameters, FLOPs an image, and memory of each device."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ USABLE = 0.9
 
 @dataclass(frozen=True)
 class Activations:
-    """What a forward and backward pass needs besides weights and gradients."""
+    """The memory of a forward and backward pass besides weights and gradients."""
 
     moments: tuple[tuple[int, int], ...]
-    """The moments of the pass that can be its peak: bytes of each image of the micro-batch, and bytes whatever the
-    micro-batch, such as the 2-byte copies of the weights under bf16."""
+    """The moments of the pass that can be its peak: bytes of each image of the micro-batch, and bytes that do not
+    depend on it, such as the 2-byte copies of the weights under bf16."""
 
     @property
     def per_image(self) -> int:
@@ -70,7 +70,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """What lies in the memory of one device of a training, in bytes; all of it is float32."""
+    """The persistent memory of one device of a training, in bytes; all of it is float32."""
 
     weights: int
     gradients: int
@@ -79,12 +79,12 @@ class DeviceMemory:
     average: int
     """The moving average of the weights, if there is one."""
     exchange: int
-    """Several devices: DDP's second copy of the gradients, to send them; FSDP2's weights and gradients that are whole
-    at a time, those of two layers and of what is around the layers."""
+    """Several devices: DDP's second copy of the gradients, to send them; FSDP2's gathered weights and
+    gradients, those of two layers and of the modules around the layers."""
 
     @property
     def state(self) -> int:
-        """All of it: what a device needs before the first image."""
+        """All of it: the bytes that a device needs before the first image."""
         return self.weights + self.gradients + self.optimizer + self.average + self.exchange
 
     def at_peak(self, activations: Activations, micro_batch: int) -> int:
@@ -113,10 +113,10 @@ def estimate(recipe: Recipe) -> Estimate:
 
 
 def device_memory(recipe: Recipe, devices: int = 1, *, sharded: bool = False) -> DeviceMemory:
-    """The share of one device, that which holds the most.
+    """The memory of the device that holds the most.
 
     Args:
-        recipe: its own train.shard plays no part.
+        recipe: its train.shard is ignored.
         devices: how many there are.
         sharded: False = each holds everything (DDP); True = they split it (FSDP2).
     """
@@ -128,7 +128,7 @@ def device_memory(recipe: Recipe, devices: int = 1, *, sharded: bool = False) ->
         rows = ((math.ceil(len(p) / devices), p.numel() // len(p)) for p in flow.parameters())
         share = 4 * sum(count * values for count, values in rows)
         layers = [_bytes(module) for module in flow.modules() if isinstance(module, Layer)]
-        # One layer at work and the next on its way, each with its gradients; the rest stays whole during a step.
+        # One layer computes and the next is prefetched, each with its gradients; the rest stays gathered.
         exchange = 2 * (2 * max(layers) + whole - sum(layers)) if devices > 1 else 0
     else:
         share, exchange = whole, whole if devices > 1 else 0
@@ -137,16 +137,16 @@ def device_memory(recipe: Recipe, devices: int = 1, *, sharded: bool = False) ->
 
 
 def activations(recipe: Recipe, *, checkpointing: bool) -> Activations:
-    """What images need in the recipe's precision: a forward and backward pass on the meta device, watched.
+    """The memory of images in the recipe's precision, traced through a forward and backward pass on the meta device.
 
     Args:
-        recipe: its own train.gradient_checkpointing plays no part.
+        recipe: its train.gradient_checkpointing is ignored.
         checkpointing: whether activations are computed again in the backward pass.
     """
     with torch.device("meta"):
         flow = recipe.model.build(recipe.noise_range)
     for parameter in flow.parameters():
-        parameter.grad = torch.empty_like(parameter)  # as from the micro-batch before
+        parameter.grad = torch.empty_like(parameter)  # as left by the micro-batch before
     precision = _Precision(torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float32)
     if checkpointing:
         flow.enable_gradient_checkpointing(_checkpoint_within(precision))
@@ -185,10 +185,10 @@ def _example(flow: TARFlow, size: int) -> tuple[Tensor, Tensor | None, Tensor]:
     return torch.zeros(size, *flow.image_shape, device="meta"), labels, torch.ones(size, device="meta")
 
 
-# -- a forward and backward pass, watched without memory ------------------------------------------------------------
+# -- tracing a forward and backward pass without memory -------------------------------------------------------------
 
 _BATCH = 8191
-"""A prime number of images: only what belongs to images has a size that it divides."""
+"""A prime number of images: it divides the sizes of tensors that belong to images, and no others."""
 
 
 def _checkpoint_within(precision: _Precision) -> Callable[..., Any]:
@@ -202,7 +202,7 @@ def _checkpoint_within(precision: _Precision) -> Callable[..., Any]:
 
 
 class _Precision(TorchFunctionMode):
-    """On the meta device, which has neither: autocast, and attention that does not write its weights out.
+    """Emulates on the meta device, which has neither, autocast and fused attention.
 
     The rule of autocast for this network: linear layers and attention take and give `dtype`; all else, the norms and
     the sum of the layers among it, stays what its inputs are. The copies of weights live until the outermost exit.
@@ -248,7 +248,7 @@ class _Living(TorchDispatchMode):
     """Inside `with`: how many bytes of new tensors live at a time.
 
     Args:
-        given: tensors that were there before, and do not count.
+        given: tensors that existed before, and do not count.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
@@ -296,8 +296,8 @@ def find_accumulation(recipe: Recipe, accelerator: Accelerator) -> int:
     """The smallest train.accumulation with which a training step fits every process's memory.
 
     Args:
-        recipe: its own train.accumulation plays no part.
-        accelerator: of the processes that will train; each tries for itself, the most cautious decides.
+        recipe: its train.accumulation is ignored.
+        accelerator: of the processes that will train; each tries for itself, the largest value is used.
 
     Raises:
         ValueError: not even one image fits, or the processes can't share the batch.
@@ -323,7 +323,7 @@ def find_accumulation(recipe: Recipe, accelerator: Accelerator) -> int:
             raise
         found = 0
     if accelerator.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # or metrics would tell the peak of the trials
+        torch.cuda.reset_peak_memory_stats()  # or metrics would include the peak of the trials
     everywhere = gather_object([found])
     if 0 in everywhere:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""From a flow in training to what people see of it: the pipeline, its record of the training, and sample grids."""
+"""What a training exports: the pipeline, its record of the training, and sample grids."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def make_pipeline(
 
 
 def open_denoiser(recipe: Recipe, vae: Vae | None, device: torch.device | str = "cpu") -> CheckedDenoiser | None:
-    """What denoises the recipe's grids, on the device; None = the flow itself.
+    """The denoiser of the recipe's sample grids, on the device; None = the flow itself.
 
     Raises:
         OSError: it can't be loaded.
-        ValueError: it is for other images, codes of another VAE, labels or noise levels.
+        ValueError: it does not fit the images, the VAE, the labels or the noise levels.
     """
     name, scheduler = recipe.sampling.denoiser, recipe.scheduler().config
     if name is None:
@@ -65,7 +65,7 @@ def open_denoiser(recipe: Recipe, vae: Vae | None, device: torch.device | str = 
 def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelerator: Accelerator) -> None:
     """Write a grid of images from fixed noise and labels, classes in turn; the processes share the work.
 
-    Which process makes an image does not change it: see `seeds.image_generators`.
+    An image does not depend on the process that makes it, see `seeds.image_generators`.
     """
     denoiser = open_denoiser(recipe, pipeline.vae, pipeline.device)
     count, num_classes = recipe.sampling.num_images, recipe.model.num_classes
@@ -90,11 +90,11 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
 
 
 def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the pipeline, its model card and `itarflow info` tell about its training.
+    """The record of a training in the pipeline, its model card and `itarflow info`.
 
     Args:
-        recipe: resolved. Of data, VAE or denoiser in a folder on this machine, only the folder's name is told.
-        held_out: as `held_out.evaluate` returns it.
+        recipe: resolved. Of data, VAE or denoiser in a local folder, only the folder's name is recorded.
+        held_out: as `held_out.evaluate_held_out` returns it.
         facts: such as steps, seconds and numbers of images.
     """
     settings = to_json(recipe)

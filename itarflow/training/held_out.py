@@ -35,11 +35,11 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: Accelerator) -> Evaluation:
+def evaluate_held_out(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: Accelerator) -> Evaluation:
     """Held-out negative log-likelihood with fixed noise, the same at each call.
 
     Returns:
-        Means over the images of all processes, and the unreadable ones that this process met.
+        Means over the images of all processes, and this process's unreadable images.
     """
     if len(dataset) == 0:
         return Evaluation({}, None, ())
@@ -75,7 +75,7 @@ def evaluate(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, accelerator: 
 
 
 def _held_out_images(recipe: Recipe, stored: Tensor, batch: int) -> Tensor:
-    """What the flow models, of batch number `batch`: codes are drawn from their posteriors with fixed noise."""
+    """The flow's inputs of batch number `batch`: codes are drawn from their posteriors with fixed noise."""
     posterior = None
     if recipe.codec.vae is not None and recipe.codec.sample_posterior:
         generator = torch.Generator(stored.device).manual_seed(mixed_seed(recipe.train.seed, batch, 0, 2))

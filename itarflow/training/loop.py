@@ -1,8 +1,8 @@
-"""The loop of every training on images, on Accelerate: from resuming to closing in order.
+"""The training loop on Accelerate: resume, step, log, save, evaluate, close.
 
-What a step does is a function of the settings and the step's number: which images it sees (batches.py), and what a
-subclass draws. So nothing but weights, optimiser and step need be stored for a resumed run to be the same run, and the
-number of processes does not matter.
+A step is a function of the settings and the step's number: which images it sees (data/order.py), and which random
+numbers a subclass draws. So an exact resume needs weights, optimiser and step, no more, and the number of processes
+does not matter.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class State(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """What every finished training reports."""
+    """The result of every finished training."""
 
     run: RunDir
     steps: int
     total_steps: int
-    """Of the whole training; more than `steps` if it was told to stop before."""
+    """Of the whole training; more than `steps` if `max_steps` ended it before."""
     seconds: float
     """Of training, over all resumed parts."""
     images_per_second: float
@@ -61,7 +61,7 @@ class Finished:
     unreadable_images: int
 
     def described(self) -> dict[str, str]:
-        """For the terminal: how far it came, and what was not as it should be, by title."""
+        """Lines for the terminal by title: steps and speed, and skipped steps or unreadable images, if any."""
         steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'}"
         if self.steps < self.total_steps:
             steps += f" of {self.total_steps:,} (--resume goes on)"
@@ -74,8 +74,8 @@ class Finished:
         return lines
 
 
-class Told(Protocol):
-    """What an optimiser step tells; a subclass of `Loop` adds what it wants to know."""
+class StepOutput(Protocol):
+    """What `Loop.step` returns; a subclass of `Loop` adds its own fields."""
 
     @property
     def loss(self) -> Tensor:
@@ -86,18 +86,18 @@ class Told(Protocol):
         """Of all processes; not finite if the step was skipped."""
 
 
-ToldT = TypeVar("ToldT", bound=Told)
+StepOutputT = TypeVar("StepOutputT", bound=StepOutput)
 Result = TypeVar("Result")
 
 
-class Loop(ABC, Generic[ToldT, Result]):
-    """The objects of one training, and the loop over them. All processes have one, and call the same of it.
+class Loop(ABC, Generic[StepOutputT, Result]):
+    """The objects of one training, and the loop over them. Each process has one, and all call the same methods.
 
-    A subclass says what is its own: the plan, a step, what is told of it, what is measured and shared. Its constructor
-    sets `model`, `optimizer` and `ema`, after calling this one's.
+    A subclass implements the plan, a step, its metrics, the evaluation and the export. Its constructor sets `model`,
+    `optimizer` and `ema`, after calling this one's.
     """
 
-    learner: ClassVar[str]
+    task: ClassVar[str]
     """What is trained, for messages: "model"."""
     advice: ClassVar[str]
     """How to go on after too many bad steps: a sentence."""
@@ -127,30 +127,30 @@ class Loop(ABC, Generic[ToldT, Result]):
         self.own: dict[str, Any] = {}  # plain values of a subclass, which states keep, too
         self.measured_at = -1  # the step of the newest evaluation
 
-    # -- what a subclass says -----------------------------------------------------------------------------------
+    # -- what a subclass implements -------------------------------------------------------------------------------
 
     @abstractmethod
     def plan(self) -> str:
-        """What is going to be done, in lines for the terminal."""
+        """A summary of the training ahead, in lines for the terminal."""
 
     @abstractmethod
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> ToldT:
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> StepOutputT:
         """Optimiser step `number` = 0, 1, ..., on this process's share of the global batch.
 
         It changes nothing where the gradient is not finite.
         """
 
     @abstractmethod
-    def culprit(self, told: ToldT) -> str:
-        """What is known of the cause of a bad step: a sentence with a space before it, or nothing."""
+    def bad_step_report(self, output: StepOutputT) -> str:
+        """What is known of the cause of a step without a finite gradient: a sentence after a space, or ""."""
 
     @abstractmethod
-    def metrics(self, told: ToldT) -> dict[str, Any]:
-        """What a line of metrics.jsonl tells of a step's images, those of all processes."""
+    def metrics(self, output: StepOutputT) -> dict[str, Any]:
+        """Metrics of a step over the images of all processes, for a line of metrics.jsonl."""
 
     @abstractmethod
-    def chores(self, last_step: int) -> None:
-        """What is due now and then besides saving; nothing shortly before the end, which does it anyway."""
+    def end_of_step(self, last_step: int) -> None:
+        """Periodic work besides saving, such as evaluations; skipped shortly before the end, which does it anyway."""
 
     @abstractmethod
     def evaluate(self) -> None:
@@ -158,14 +158,14 @@ class Loop(ABC, Generic[ToldT, Result]):
 
     @abstractmethod
     def export(self) -> None:
-        """Write what others will use, as it is now."""
+        """Write what users load, such as a pipeline, from the current weights."""
 
     @abstractmethod
     def finish(self) -> Result:
-        """What comes after the last step, its state and its evaluation; returns what the training reports."""
+        """Called last, after the final state and evaluation are there; returns the training's result."""
 
     def finished(self) -> Finished:
-        """What every training reports of itself."""
+        """The part of the result that all trainings share."""
         return Finished(
             run=self.run,
             steps=self.state.step,
@@ -177,30 +177,30 @@ class Loop(ABC, Generic[ToldT, Result]):
         )
 
     @abstractmethod
-    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def load_state(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Restore the newest evaluation, and `measured_at`, from the lines of metrics.jsonl up to a state."""
 
     # -- what a subclass may add to -----------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """What comes before the first step: the plan, and the images that could not be decoded."""
+        """Called before the first step: prints the plan, and the images that could not be decoded."""
         self.monitor.say(self.plan())
-        # Each process has decoded all images, and one says which failed.
+        # Each process has decoded all images, and the main one reports which failed.
         decoded = (*self.data.train.broken, *self.data.held_out.broken)
         self.monitor.name_broken(decoded, aloud=self.accelerator.is_main_process)
 
     def save_tensors(self, folder: Path) -> None:
-        """Write the tensors of a state. All processes call this."""
+        """Write the tensors of a state: model, optimiser, EMA. All processes call this."""
         save_tensors(folder, self.model, self.optimizer, self.ema)
 
     def load_tensors(self, folder: Path) -> None:
-        """Bring them back. All processes call this."""
+        """Read the tensors of a state. All processes call this."""
         load_tensors(folder, self.model, self.optimizer, self.ema)
 
-    # -- from the beginning to the end --------------------------------------------------------------------------
+    # -- the whole training ---------------------------------------------------------------------------------
 
     def run_to(self, max_steps: int | None, *, resume: bool) -> Result:
-        """Train up to max_steps or the end, with all that comes before and after, and close.
+        """Resume, train up to max_steps or the end, save, evaluate, and close.
 
         Args:
             max_steps: None = all steps.
@@ -246,29 +246,29 @@ class Loop(ABC, Generic[ToldT, Result]):
             while self.state.step < last_step:
                 began = time.perf_counter()
                 micro_batches = self._fetch(loader)
-                told = self.step(self.state.step, micro_batches)
-                bad = not math.isfinite(told.grad_norm)
+                output = self.step(self.state.step, micro_batches)
+                bad = not math.isfinite(output.grad_norm)
                 bad_in_a_row = bad_in_a_row + 1 if bad else 0
                 passed = time.perf_counter() - began
                 step_seconds += passed
                 step, seconds, bad_steps = self.state
                 self.state = State(step + 1, seconds + passed, bad_steps + bad)
                 if bad:
-                    self._report_bad(told, bad_in_a_row)
+                    self._report_bad(output, bad_in_a_row)
                 self.speed = (self.state.step - first_step) * train.batch_size / step_seconds
-                show(self.state.step, float(told.loss) if self.due(5) else None, self.speed)
+                show(self.state.step, float(output.loss) if self.due(5) else None, self.speed)
                 if self.due(train.log_every):
-                    self._log(told)
+                    self._log(output)
                 if self.due(train.save_every) and self.state.step < last_step:
-                    self._save()  # the first of the chores, because it saves work
-                self.chores(last_step)
+                    self._save()  # first, because it saves work
+                self.end_of_step(last_step)
 
     def due(self, every: int) -> bool:
-        """Whether something is, that is done every so many steps."""
+        """Whether the current step is a multiple of `every`."""
         return self.state.step % every == 0
 
     def shares(self, spread: str = "") -> str:
-        """A line for the plan, on how processes share a step, and how the model is spread over them."""
+        """A line for the plan: how a step's batch is divided over processes, and `spread`: how the model is."""
         train, processes = self.settings.train, self.accelerator.num_processes
         micro = train.batch_size // processes // train.accumulation
         return (
@@ -277,11 +277,10 @@ class Loop(ABC, Generic[ToldT, Result]):
         )
 
     def _close(self) -> None:
-        """End together: all processes call this, and none before the main one has finished its trackers.
+        """End together: all processes call this, and none returns before the main one has finished its trackers.
 
-        All objects are let go first, the model among them. The other way round, DDP would close the connection to the
-        others while holding the interpreter's lock, which gloo's threads may be waiting for: a process in some
-        hundreds would never end.
+        All objects are released first, the model among them. The other way round, DDP would close the process group
+        while holding the GIL, which gloo's threads may be waiting for: about one process in some hundreds would hang.
         """
         accelerator = self.accelerator
         self._finish_trackers()
@@ -291,7 +290,7 @@ class Loop(ABC, Generic[ToldT, Result]):
         accelerator.state.destroy_process_group()
 
     def _finish_trackers(self) -> None:
-        """Let what was logged reach its place."""
+        """Flush the trackers."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -312,9 +311,9 @@ class Loop(ABC, Generic[ToldT, Result]):
         return batches(self.data.train, sampler, data.num_workers)
 
     def _fetch(self, loader: Iterator[Batch]) -> list[Batch]:
-        """The next step's micro-batches; but if any process was told to stop, or has no images, all save and end here.
+        """The next step's micro-batches; if any process got a signal or can't read images, all save and stop here.
 
-        This is the one place between two steps where the processes agree, and where nothing is half done.
+        This is the one place between two steps where the processes agree, and where no work is half done.
 
         Raises:
             Interrupted: a signal has arrived.
@@ -336,28 +335,28 @@ class Loop(ABC, Generic[ToldT, Result]):
             raise refusal or DataError("another process can't read its images; its message says why")
         return found
 
-    def _report_bad(self, told: ToldT, in_a_row: int) -> None:
-        """Say that a step was skipped, and what is known of the cause; give up after too many."""
-        # What is not finite at one process is not finite at any, so all come here.
-        step, culprit = self.state.step, self.culprit(told)
+    def _report_bad(self, output: StepOutputT, in_a_row: int) -> None:
+        """Report that a step was skipped, and why as far as known; stop after too many."""
+        # A gradient that is not finite on one process is so on all, so all come here.
+        step, cause = self.state.step, self.bad_step_report(output)
         self.monitor.say(
             f"Step {step}: the gradient is not finite; the step was skipped ({in_a_row} in a row, "
-            f"{self.state.bad_steps} in all).{culprit}",
+            f"{self.state.bad_steps} in all).{cause}",
             "yellow",
         )
         if in_a_row >= self.settings.train.max_bad_steps:
             self._save()  # these steps changed nothing: the weights are those of the last good one
             raise TrainingError(
-                f"{in_a_row} steps in a row had no finite gradient, up to step {step}, whose state is saved.{culprit} "
+                f"{in_a_row} steps in a row had no finite gradient, up to step {step}, whose state is saved.{cause} "
                 f"{self.advice}"
             )
 
-    def _log(self, told: ToldT) -> None:
-        """One line of metrics."""
+    def _log(self, output: StepOutputT) -> None:
+        """Write a line of metrics.jsonl."""
         self.monitor.log({
             "step": self.state.step,
-            **self.metrics(told),
-            "grad_norm": told.grad_norm,
+            **self.metrics(output),
+            "grad_norm": output.grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "images_per_second": self.speed,
             "memory_gib": memory_gib(self.accelerator.device),
@@ -367,7 +366,7 @@ class Loop(ABC, Generic[ToldT, Result]):
         })  # fmt: skip
 
     def _stop_if_asked(self) -> None:
-        """Between the chores after the last step, whose state has been saved."""
+        """After the last step, whose state has been saved."""
         (signal_number,) = agreed(self.accelerator, self.stop.signal_number or 0)
         if signal_number:
             raise Interrupted(signal_number, self.run.path, self.state.step)
@@ -375,7 +374,7 @@ class Loop(ABC, Generic[ToldT, Result]):
     # -- states -------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Save the state, unless it is on the disk already, and what others will use."""
+        """Save the state, unless it is on the disk already, and export."""
         if self.saved_at == self.state.step:
             return
         self.monitor.gather_broken()
@@ -402,10 +401,10 @@ class Loop(ABC, Generic[ToldT, Result]):
             self.load_tensors(folder)
         except torch.OutOfMemoryError:
             raise
-        except (Exception, CheckpointException) as error:  # of many libraries, and all mean the same
+        except (Exception, CheckpointException) as error:  # of many libraries, all meaning the same
             raise RunError(
                 f"The state {folder} is whole, but can't be read: {first_cause(error)}. It is of another "
-                f"{self.learner}, or of another version of this program: use the settings of its recipe.json, or "
+                f"{self.task}, or of another version of this program: use the settings of its recipe.json, or "
                 "begin anew by --restart."
             ) from error
         self.monitor.broken = frozenset(progress.pop("broken"))
@@ -415,7 +414,7 @@ class Loop(ABC, Generic[ToldT, Result]):
         if self.ema is not None:
             self.ema.optimization_step = self.state.step - self.state.bad_steps
         kept = [line for line in self.run.logged() if line["step"] <= self.state.step]
-        self.recall(kept)
+        self.load_state(kept)
         # All have read before one writes.
         self.accelerator.wait_for_everyone()
         on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))

@@ -1,4 +1,4 @@
-"""What a training step tells of itself, and the trackers that hear it."""
+"""Metrics of training steps, and the `Monitor` that logs them to the terminal, to files and to trackers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from itarflow.training.run_folder import RunDir
 from itarflow.training.settings import Settings, to_json
 
 NUM_BUCKETS = 4
-"""Noise levels are told apart in so many buckets of equal width."""
+"""Metrics by noise level have so many buckets of equal width."""
 
 
 def bucket_edges(recipe: Recipe) -> Tensor | None:
@@ -56,7 +56,7 @@ def watch_blocks(flow: TARFlow, wanted: bool = True) -> Iterator[Tensor]:
     """Collects (blocks, 3) sums over the z that each block gives inside `with`: of 1, z and z^2.
 
     Args:
-        flow: the flow, under whatever wrapper; it is watched, not changed.
+        flow: the flow, not its wrapper; it gets forward hooks for the time.
         wanted: False collects nothing.
     """
     moments = torch.zeros(len(flow.blocks), 3, device=flow.device)
@@ -77,7 +77,7 @@ def watch_blocks(flow: TARFlow, wanted: bool = True) -> Iterator[Tensor]:
 
 
 def mean_and_spread(moments: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of z after each block, image side first; 0 and 1 of a flow that fits.
+    """Mean and standard deviation of z after each block, image side first; 0 and 1 for a well-trained flow.
 
     Args:
         moments: as `watch_blocks` collects them, summed over processes.
@@ -88,14 +88,14 @@ def mean_and_spread(moments: Tensor) -> tuple[list[float], list[float]]:
 
 
 def worst_level(nll: Tensor, noise_level: Tensor) -> tuple[float, float]:
-    """Noise level and NLL of the image that fares worst: one that is not finite, else the one with the largest."""
+    """Noise level and NLL of the worst image: one that is not finite, else the one with the largest NLL."""
     finite = nll.isfinite()
     index = int((~finite).int().argmax()) if not finite.all() else int(nll.argmax())
     return float(noise_level[index]), float(nll[index])
 
 
 def step_sums(losses: Losses, noise_level: Tensor, moments: Tensor, edges: Tensor | None) -> dict[str, Tensor]:
-    """What of a process's images is added to that of the others' before `step_metrics`.
+    """Sums over a process's images, to be reduced over processes before `step_metrics`.
 
     Args:
         losses: of its images.
@@ -125,47 +125,47 @@ def step_metrics(sums: Mapping[str, Tensor], num_processes: int, edges: Tensor |
 
 
 def in_bits(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The likelihoods of `step_metrics` in bits a dim; of pixels, for codes are not counted in grey levels."""
+    """The likelihoods of `step_metrics` in bits a dim; only for pixels: codes have no grey levels."""
     by_level = {level: bits_per_dim(value) for level, value in metrics["nll_by_level"].items()}
     return {"bpd": bits_per_dim(metrics["nll"]), "bpd_by_level": by_level}
 
 
 def rounded(values: Sequence[float], digits: int = 5) -> list[float]:
-    """Short enough for a line of metrics."""
+    """Rounded to significant digits, for a line of metrics."""
     return [float(np.format_float_positional(value, digits, fractional=False)) for value in values]
 
 
 _EXPLOSION = 10.0
-"""A gradient norm so many times the usual one is reported."""
+"""A gradient norm so many times the running average is reported."""
 _USUAL_AFTER = 20
-"""Steps before there is a usual norm."""
+"""Steps before the running average is used."""
 
 
 class Monitor:
-    """Tells people and files what happens. All processes have one; most of it is said by the main one."""
+    """Logs to the terminal, to metrics.jsonl and to trackers. Each process has one; mostly the main one writes."""
 
     def __init__(self, recipe: Settings, run: RunDir, accelerator: Accelerator) -> None:
         self.recipe, self.run, self.accelerator = recipe, run, accelerator
         self.console = Console(quiet=not accelerator.is_main_process)
         self.broken: frozenset[str] = frozenset()
         """Names, with reasons, of the images that could not be read; those of all processes after `gather_broken`."""
-        self._met: set[str] = set()  # by this process, in this part of the run: what counts towards the limit
-        self._warnings = Console(stderr=True)  # of every process: a broken image is met by one of them
+        self._met: set[str] = set()  # by this process since the last resume: these count towards the limit
+        self._warnings = Console(stderr=True)  # of every process: one process reads each broken image
         self._usual_norm, self._norms_seen, self._quiet_until = 0.0, 0, 0
         accelerator.init_trackers("logs", config=_scalars(to_json(recipe)))
 
     def say(self, text: str, style: str = "") -> None:
-        """A line on the main process's terminal."""
+        """Print a line, on the main process."""
         self.console.print(escape(text), style=style, soft_wrap=True, highlight=False)
 
     # -- images that can't be read ------------------------------------------------------------------------------
 
     def name_broken(self, names: Sequence[str], aloud: bool = True) -> None:
-        """Name each unreadable image once, and give up past the limit.
+        """Report each unreadable image once, and raise past the limit.
 
         Args:
             names: "name: reason" of each.
-            aloud: False where another process says the same.
+            aloud: False if another process prints the same.
 
         Raises:
             DataError: more than data.max_broken.
@@ -194,9 +194,9 @@ class Monitor:
         return self._norms_seen > _USUAL_AFTER and grad_norm > _EXPLOSION * usual
 
     def report_explosion(self, step: int, grad_norm: float, level: float, nll: float) -> None:
-        """Say where a large gradient came from; not more often than every hundred steps.
+        """Report the noise level behind a large gradient; at most once in a hundred steps.
 
-        The image is of the main process's: asking the others would need all to come to the same verdict.
+        Only the main process's images are considered: a collective call would need all processes to agree to make it.
         """
         if step < self._quiet_until:
             return
@@ -210,13 +210,13 @@ class Monitor:
     # -- figures ------------------------------------------------------------------------------------------------
 
     def log(self, values: dict[str, Any]) -> None:
-        """A line of metrics; values that are None stay out of the trackers."""
+        """Write a line of metrics; trackers do not get values that are None."""
         if self.accelerator.is_main_process:
             self.run.log(values)
             self.accelerator.log(_scalars(_named(values)), step=values["step"])
 
     def log_held_out(self, step: int, held_out: Evaluation) -> None:
-        """A held-out evaluation, to the terminal too."""
+        """Log a held-out evaluation, and print it."""
         if not self.accelerator.is_main_process:
             return
         self.run.log({"step": step, "held_out": {"nll": held_out.nll, "bpd": held_out.bpd}})
@@ -228,7 +228,7 @@ class Monitor:
 
 
 def _named(values: dict[str, Any]) -> dict[str, Any]:
-    """Lists as one entry a block, and what is None left out."""
+    """One entry a block for lists, and without values that are None."""
     named: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list):
@@ -241,6 +241,6 @@ def _named(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scalars(values: dict[str, Any]) -> dict[str, Any]:
-    """Flat and plain, as trackers want them."""
+    """Flat, with plain values, as trackers take them."""
     plain = int | float | bool | str
     return {key: value if isinstance(value, plain) else str(value) for key, value in flat(values).items()}

@@ -1,4 +1,4 @@
-"""What training minimises: the random numbers of a step, the weighted loss, and the held-out likelihood."""
+"""The training objective: the random numbers of a step, and the weighted loss."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from itarflow.training.recipe import Recipe
 
 
 class Draws(NamedTuple):
-    """All that is random in an optimiser step, for its global batch."""
+    """The random numbers of an optimiser step, for its global batch."""
 
     noise_level: Tensor
     """(B,)"""
@@ -26,7 +26,7 @@ class Draws(NamedTuple):
     flip: Tensor
     """(B,) bool, images to mirror."""
     drop: Tensor
-    """(B,) bool, images that lose their label."""
+    """(B,) bool, images whose label is dropped."""
     posterior: Tensor | None
     """(B, C, H, W), standard normal, which draws codes from their posteriors; None in pixel space, or for the mean."""
 
@@ -53,10 +53,10 @@ def draw(recipe: Recipe, step: int, device: torch.device) -> Draws:
 
 
 def clean_images(recipe: Recipe, stored: Tensor, flip: Tensor, posterior: Tensor | None) -> Tensor:
-    """What the flow models, from what the data set holds.
+    """The flow's clean inputs, from what the data set stores.
 
     Args:
-        recipe: says whether that is pixels or codes.
+        recipe: decides between pixels and codes.
         stored: uint8 images (b, C, H, W), or codes as `codec.stored_codes` takes them.
         flip: (b,) bool, images to mirror.
         posterior: as in `Draws`.
@@ -92,7 +92,7 @@ class Losses(NamedTuple):
 
 
 def training_losses(flow: torch.nn.Module, recipe: Recipe, stored: Tensor, labels: Tensor, draws: Draws) -> Losses:
-    """Loss of b images as the data set holds them, with labels (b,), and their part of the step's draws.
+    """Loss of b images as the data set stores them, with labels (b,), and their part of the step's draws.
 
         E_{x, t, eps} gamma_t [-log p(x + t eps, t)] / (N D)                (iTARFlow, section 3.1)
 

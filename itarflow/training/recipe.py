@@ -1,4 +1,4 @@
-"""What a recipe is: all settings of an experiment, as data that can be printed, stored and overridden."""
+"""Recipes: all settings of an experiment as data that can be printed, stored and overridden."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def open_vae(recipe: Recipe) -> Vae | None:
 
 
 def with_identity(recipe: Recipe, vae: Vae | None) -> Recipe:
-    """The recipe that names not only a VAE, but also its encoder and scaling, so that no other takes its place."""
+    """The recipe with the VAE's encoder and scaling recorded, so that another VAE is refused later."""
     if vae is None:
         return recipe
     identity = vae_identity(vae)

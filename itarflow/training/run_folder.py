@@ -27,11 +27,11 @@ Start = Literal["fresh", "resume", "restart"]
 
 @dataclass(frozen=True)
 class RunDir:
-    """The folder of a run, and where things lie in it."""
+    """The folder of a run, and its layout."""
 
     path: Path
     option: str = "--run-dir"
-    """How the command line names it, for messages."""
+    """The command-line option that names it, for messages."""
 
     @property
     def recipe(self) -> Path:
@@ -58,7 +58,7 @@ class RunDir:
         return self.path / "samples" / f"step-{step:08d}.png"
 
     def states(self) -> list[Path]:
-        """Saved states, oldest first. One that was being written, or was found damaged, has another name."""
+        """Saved states, oldest first. Unfinished and damaged ones have other names."""
         return sorted((self.path / "state").glob("step-*"))
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -67,13 +67,13 @@ class RunDir:
             file.write(json.dumps(dict(values)) + "\n")
 
     def logged(self) -> list[dict[str, Any]]:
-        """All lines of metrics.jsonl, but for a last one that a crash cut off."""
+        """All lines of metrics.jsonl, without a last one that a crash cut off."""
         if not self.metrics.exists():
             return []
         return [line for line in map(_json_or_none, self.metrics.read_text().splitlines()) if line is not None]
 
     def rewrite_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Put other lines in the place of metrics.jsonl, all or none."""
+        """Replace the lines of metrics.jsonl, atomically."""
         write_text(self.metrics, "".join(json.dumps(dict(line)) + "\n" for line in lines))
 
 
@@ -133,7 +133,7 @@ def prepare(
 
 
 def hold(run: RunDir) -> FileLock:
-    """Keep other trainings, of a requeued job for instance, from writing into a run until the lock is released.
+    """Lock a run against other trainings, of a requeued job for instance, until the lock is released.
 
     Raises:
         RunError: another one holds it.
@@ -143,14 +143,14 @@ def hold(run: RunDir) -> FileLock:
 
 
 def claim(run: RunDir, recipe: Settings, start: Start, allow_changes: bool, locks: ExitStack) -> None:
-    """Hold a run's folder, so that no other training writes into it or moves it, and make it ready.
+    """Lock a run's folder, so that no other training writes into it or moves it, and prepare it.
 
     Args:
         run: the run.
         recipe: resolved.
         start: see `prepare`.
         allow_changes: see `prepare`.
-        locks: keeps the hold until it closes.
+        locks: releases the lock when it closes.
 
     Raises:
         RunError: as `hold` and `prepare`.
@@ -164,7 +164,7 @@ def claim(run: RunDir, recipe: Settings, start: Start, allow_changes: bool, lock
 
 
 def check_free(run: RunDir) -> None:
-    """Refuse a run that another training writes.
+    """Refuse a run that another training is writing to.
 
     Raises:
         RunError: as `hold`.
@@ -204,7 +204,9 @@ def _step(state: Path) -> int:
     return int(state.name.removeprefix("step-"))
 
 
-def check_folder(run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool) -> None:
+def check_run_folder(
+    run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool
+) -> None:
     """Refuse a run's folder that can't be used, or is in use, before any work and without touching it.
 
     Raises:
@@ -218,10 +220,10 @@ def check_folder(run: RunDir, settings: Settings, accelerator: Accelerator, star
 def claimed(
     run: RunDir, settings: Settings, accelerator: Accelerator, start: Start, allow_changes: bool
 ) -> Iterator[StopSignal]:
-    """While inside, the run's folder is ready, and held by the main process, and the first signal is a request.
+    """While inside, the run's folder is prepared and locked by the main process, and a first signal asks to stop.
 
     Yields:
-        Where that request is seen.
+        The record of that signal.
 
     Raises:
         RunError: on all processes; as `run_folder.claim`.

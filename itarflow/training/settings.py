@@ -15,7 +15,7 @@ from itarflow.runtime.text import flat
 
 
 class Optimisation:
-    """A base of dataclasses, which give the settings defaults, help, and their order among those of their own."""
+    """Base of training configs: dataclasses that give these settings their defaults, help and order."""
 
     batch_size: int
     accumulation: int
@@ -77,7 +77,7 @@ class Optimisation:
 
 
 class Settings(Protocol):
-    """All settings of a run, a dataclass of plain values: a `Recipe`, or what else is trained on images."""
+    """All settings of a run, a dataclass of plain values: a `Recipe`, or a `DecoderConfig`."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
@@ -113,7 +113,7 @@ _FREE = {
 def differences(stored: dict[str, Any], recipe: Settings) -> list[str]:
     """The settings on which a stored recipe and `recipe` disagree so that a run can't go on, "name: old -> new".
 
-    A setting that was not there yet when the run began had its default.
+    A setting that did not exist yet when the run began counts as its default.
     """
     old, new = _defaults(recipe) | flat(stored), flat(to_json(recipe))
     names = sorted((old.keys() | new.keys()) - _FREE)

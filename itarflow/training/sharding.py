@@ -1,7 +1,7 @@
 """How a flow is spread over processes, replicated (DDP) or sharded (FSDP2), and its tensors on disk in either form.
 
-Sharding is torch's own `fully_shard`: Accelerate's needs an accelerator, and what can't be tried on a CPU can't be
-trusted on a hundred GPUs. Tensors are stored by torch's distributed checkpoints, which any number of processes reads.
+Sharding is torch's own `fully_shard`: Accelerate's needs an accelerator, so it can't be tested on CPUs. Tensors are
+stored by torch's distributed checkpoints, which any number of processes can read.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ def whole_flow(
 ) -> Iterator[TARFlow]:
     """A flow that can be evaluated, sampled and saved, with averaged weights if there are any. All processes enter.
 
-    A sharded flow is gathered into a copy; any other lends its own modules for the while.
+    A sharded flow is gathered into a copy; otherwise it is the model itself, with its weights swapped for the time.
 
     Args:
         model: from `distribute`.
         recipe: of the flow.
         ema: the averages.
         device: where to gather a sharded flow.
-        wanted: False for a process that only helps to gather: its flow is on the meta device.
+        wanted: False for a process that only takes part in gathering: its flow is on the meta device.
     """
     if not isinstance(model, FSDPModule):
         flow = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -117,30 +117,32 @@ def whole_flow(
 
 def save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
     """Write weights, optimiser state and averages into a state's folder. All processes call this."""
-    # Asked for the state that an optimiser does not have yet, torch would make one, and change the first step.
+    # If the optimiser has no state yet, asking torch for it would create one, and change the first step.
     parts = {"optimizer"} if optimizer.state else set()
     with _quiet():
-        dcp.save(_tensors(model, optimizer, ema, parts | {"ema"}), checkpoint_id=folder / _FOLDER, no_dist=_alone())
+        dcp.save(
+            _tensors(model, optimizer, ema, parts | {"ema"}), checkpoint_id=folder / _FOLDER, no_dist=_single_process()
+        )
 
 
 def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
-    """Bring everything back to where `save_tensors` left it, on any number of processes, sharded or not.
+    """Load what `save_tensors` wrote, on any number of processes, sharded or not.
 
-    Averages that were not kept then begin with the weights. The optimiser keeps the settings that it has, for a
-    resumed run may have changed them.
+    Averages that were not saved start from the weights. The optimiser keeps its current settings, since a resumed run
+    may have changed them.
     """
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     stored = FileSystemReader(folder / _FOLDER).read_metadata().state_dict_metadata
     parts = {name.split(".")[0] for name in stored}
     tensors = _tensors(model, optimizer, ema, parts)
     with _quiet():
-        dcp.load(tensors, checkpoint_id=folder / _FOLDER, no_dist=_alone())
+        dcp.load(tensors, checkpoint_id=folder / _FOLDER, no_dist=_single_process())
     set_model_state_dict(model, tensors["model"])
     if "optimizer" in tensors:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group.update(own)
-    if ema is not None and "ema" not in tensors:  # else they have been read in place
+    if ema is not None and "ema" not in tensors:  # else they were loaded in place
         for average, parameter in zip(ema.shadow_params, model.parameters(), strict=True):
             average.copy_(parameter.detach())
 
@@ -164,13 +166,13 @@ def _whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch's remark that a single process, which it was told of, is a single process."""
+    """Without torch's warning about a single process, which `no_dist` has asked for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         yield
 
 
-def _alone() -> bool:
+def _single_process() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
@@ -189,7 +191,7 @@ def averaged_weights(ema: EMAModel | None, model: nn.Module) -> Iterator[None]:
 
 
 def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[str]) -> Accelerator:
-    """The Accelerator of a training: devices, processes and trackers are its business, the rest is ours.
+    """The Accelerator of a training, which handles devices, processes and trackers, no more.
 
     Precision is the loop's own autocast, so that evaluation and samples are float32, and sharding is torch's own.
 
@@ -199,12 +201,12 @@ def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[st
         trackers: names, as Accelerate knows them.
 
     Raises:
-        ValueError: the launcher asks for an engine that brings an optimiser and states of its own.
+        ValueError: the launcher asks for an engine that has its own optimiser and states.
     """
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
             raise ValueError(
-                f"the Accelerate config asks for {engine}, which keeps optimiser and states in ways of its own; use "
+                f"the Accelerate config asks for {engine}, which has its own optimiser and states; use "
                 "recipes/launch/fsdp2.yaml or --train.shard, which split a model over devices as well."
             )
     with patch_environment(accelerate_use_fsdp="false"):

@@ -1,6 +1,6 @@
-"""Saved states on disk: written under another name, flushed, vouched for by a manifest, then renamed.
+"""Saved states (checkpoints for resuming): written to a temporary folder, flushed, with a manifest, then renamed.
 
-So a state is whole or it is not there; and where a disk or a copy has damaged one since, its manifest tells.
+So a state is complete or absent, and the manifest detects one that was damaged later by a disk or a copy.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _CHUNK = 2**22
 
 OnMain = Callable[[Callable[[], object]], None]
-"""Runs an action on the main process alone, waits for it on all, and raises its refusal on all."""
+"""Runs an action on the main process alone, waits for it on all, and raises its error on all."""
 
 
-def alone(action: Callable[[], object]) -> None:
+def run_here(action: Callable[[], object]) -> None:
     """The `OnMain` of a single process."""
     action()
 
@@ -41,7 +41,7 @@ def save_state(
     keep: int,
     write: Callable[[Path], None],
     progress: Mapping[str, Any] | None = None,
-    on_main: OnMain = alone,
+    on_main: OnMain = run_here,
 ) -> Path:
     """Save a state, and remove the oldest of those that are more than `keep`. All processes call this.
 
@@ -64,7 +64,7 @@ def save_state(
         on_main(lambda: _seal(run, partial, final, keep, progress or {}))
     except torch.OutOfMemoryError:
         raise
-    except (OSError, RuntimeError, CheckpointException) as error:  # torch has types of its own for a failed write
+    except (OSError, RuntimeError, CheckpointException) as error:  # torch has its own types for a failed write
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(
             f"The state of step {step} could not be saved in {final}: {first_cause(error)}. Older states are whole; "
@@ -109,16 +109,16 @@ def newest_whole(run: RunDir) -> tuple[Path | None, list[str]]:
 
 
 def set_aside_newer(run: RunDir, state: Path) -> None:
-    """Rename the states after `state`, so that they count no longer among those to keep."""
+    """Rename the states after `state`, so that they no longer count as states."""
     for other in run.states():
         if other.name > state.name:
             torn = other.with_name(f"torn-{other.name}")
-            shutil.rmtree(torn, ignore_errors=True)  # of an earlier time
+            shutil.rmtree(torn, ignore_errors=True)  # from an earlier resume
             other.rename(torn)
 
 
 def first_cause(error: BaseException) -> str:
-    """What failed at the bottom of an error of torch's distributed checkpoints; else the error's own words."""
+    """The message of the cause of an error of torch's distributed checkpoints, else of the error itself."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     return str(error).strip().split("\n")[0].rstrip(". ") or type(error).__name__
@@ -138,7 +138,7 @@ def _seal(run: RunDir, partial: Path, final: Path, keep: int, progress: Mapping[
     (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
     for path in (*partial.rglob("*"), partial):
         _flush(path)
-    if final.exists():  # renamed before it is removed, lest a kill leave half of it
+    if final.exists():  # renamed before it is removed, so that a kill does not leave half of it
         os.replace(final, final.with_name(f".partial-old-{final.name}"))
     os.replace(partial, final)
     shutil.rmtree(final.with_name(f".partial-old-{final.name}"), ignore_errors=True)
@@ -148,7 +148,7 @@ def _seal(run: RunDir, partial: Path, final: Path, keep: int, progress: Mapping[
 
 
 def _flush(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk before the rename vouches for them."""
+    """Flush a file or a folder's entries to the disk, before the rename makes the state valid."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -157,7 +157,7 @@ def _flush(path: Path) -> None:
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
-    with ThreadPoolExecutor(8) as pool:  # hashing releases the interpreter's lock
+    with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
         return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The training of a flow: what a `Loop` does for it.
+"""The training of a flow, as a `Loop`.
 
 A step's noise levels, noise, flips and dropped labels are `objective.draw`'s, of the recipe's seed and the step alone.
 """
@@ -29,12 +29,12 @@ from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate, find_accumulation
 from itarflow.training.export import make_pipeline, open_denoiser, sample_grid, training_record
-from itarflow.training.held_out import Evaluation, evaluate
+from itarflow.training.held_out import Evaluation, evaluate_held_out
 from itarflow.training.loop import Finished, Loop, learning_rate_factor
 from itarflow.training.metrics import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
 from itarflow.training.objective import Losses, draw, training_losses
 from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
-from itarflow.training.run_folder import RunDir, Start, check_folder, claimed
+from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.sharding import (
     clip_grad_norm,
     compile_layers,
@@ -48,16 +48,16 @@ from itarflow.training.sharding import (
 
 @dataclass(frozen=True, kw_only=True)
 class Summary(Finished):
-    """What a finished training of a flow reports."""
+    """The result of a finished training of a flow."""
 
     held_out: Evaluation
-    """As `evaluate` returns it."""
+    """As `evaluate_held_out` returns it."""
     class_names: tuple[str, ...]
     grid: Path
 
 
-class _Step(NamedTuple):
-    """What one optimiser step tells of this process's images."""
+class _FlowStep(NamedTuple):
+    """The output of an optimiser step, for this process's images."""
 
     losses: Losses
     noise_level: Tensor
@@ -83,7 +83,7 @@ def train(
     allow_changes: bool = False,
     find_micro_batch: bool = False,
 ) -> Summary:
-    """Train a flow, and leave its states, grids, metrics and pipeline in the run's folder.
+    """Train a flow; its states, grids, metrics and pipeline go to the run's folder.
 
     Args:
         recipe: resolved settings.
@@ -120,7 +120,7 @@ def train(
     run = RunDir(run_path)
     vae = main_first(accelerator, lambda: open_vae(recipe))
     recipe = with_identity(recipe, vae)
-    check_folder(run, recipe, accelerator, start, allow_changes)
+    check_run_folder(run, recipe, accelerator, start, allow_changes)
     main_first(accelerator, lambda: open_denoiser(recipe, vae))
     data = open_data(recipe, vae)
     if recipe.data.in_memory:
@@ -130,10 +130,10 @@ def train(
         return training.run_to(max_steps, resume=start == "resume")
 
 
-class _Training(Loop[_Step, Summary]):
-    """A `Loop` whose learner is a flow."""
+class _Training(Loop[_FlowStep, Summary]):
+    """A `Loop` that trains a flow."""
 
-    learner = "model"
+    task = "model"
     advice = (
         "Go on by --resume --allow-changes with a lower train.learning_rate, a smaller train.max_grad_norm or "
         "train.mixed_precision no; or begin anew by --restart, also with a longer train.warmup_epochs."
@@ -153,7 +153,7 @@ class _Training(Loop[_Step, Summary]):
         total_steps = recipe.num_steps(len(data.train))
         super().__init__(recipe, run, data, accelerator, stop, name=recipe.name, total_steps=total_steps)
         self.recipe, self.sharded = recipe, sharded
-        self.vae = vae  # on the CPU; steps do without it, only sample grids are decoded and pipelines shared
+        self.vae = vae  # on the CPU; only sample grids and exports need it
         self.held_out = Evaluation({}, None)
         self.edges = bucket_edges(recipe)
         self.forward_flops = estimate(recipe).forward_flops
@@ -196,7 +196,7 @@ class _Training(Loop[_Step, Summary]):
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> _Step:
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> _FlowStep:
         """See `Loop.step`."""
         train, accelerator = self.recipe.train, self.accelerator
         self.model.train()
@@ -225,13 +225,13 @@ class _Training(Loop[_Step, Summary]):
                         self.optimizer.zero_grad()
                 parts.append(losses)
                 levels.append(part.noise_level)
-        told = _Step(Losses.together(parts), torch.cat(levels), grad_norm, moments)
+        output = _FlowStep(Losses.together(parts), torch.cat(levels), grad_norm, moments)
         if math.isfinite(grad_norm):
-            self._after_update(told.losses)
+            self._after_update(output.losses)
             if self.monitor.exploded(grad_norm):
-                worst = worst_level(told.losses.nll, told.noise_level)
+                worst = worst_level(output.losses.nll, output.noise_level)
                 self.monitor.report_explosion(number + 1, grad_norm, *worst)
-        return told
+        return output
 
     def _after_update(self, losses: Losses) -> None:
         if self.ema is not None:
@@ -248,20 +248,20 @@ class _Training(Loop[_Step, Summary]):
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def culprit(self, told: _Step) -> str:
-        """The noise level of the worst image of all processes, which all call this."""
-        found = gather_object([worst_level(told.losses.nll, told.noise_level)])
+    def bad_step_report(self, output: _FlowStep) -> str:
+        """The noise level of the worst image of all processes. All processes call this."""
+        found = gather_object([worst_level(output.losses.nll, output.noise_level)])
         level, nll = max(found, key=lambda pair: (not math.isfinite(pair[1]), pair[1]))
         return f" The worst image has noise level {level:.3g} (nll {nll:.3g} nats/dim)."
 
-    # -- now and then -------------------------------------------------------------------------------------------
+    # -- periodic work -----------------------------------------------------------------------------------------
 
-    def metrics(self, told: _Step) -> dict[str, Any]:
+    def metrics(self, output: _FlowStep) -> dict[str, Any]:
         """See `Loop.metrics`."""
-        sums = self.accelerator.reduce(step_sums(told.losses, told.noise_level, told.moments, self.edges), "sum")
+        sums = self.accelerator.reduce(step_sums(output.losses, output.noise_level, output.moments, self.edges), "sum")
         processes = self.accelerator.num_processes
         metrics = step_metrics(sums, processes, self.edges)
-        # Of one forward and one backward pass: what is computed a second time is no achievement.
+        # Of one forward and one backward pass; recomputed activations do not count.
         tflops = self.speed / processes * 3 * self.forward_flops / 1e12
         peak = peak_tflops(self.accelerator.device, self.recipe.train.mixed_precision)
         return {
@@ -272,8 +272,8 @@ class _Training(Loop[_Step, Summary]):
             "utilisation": None if peak is None else tflops / peak,
         }
 
-    def chores(self, last_step: int) -> None:
-        """See `Loop.chores`."""
+    def end_of_step(self, last_step: int) -> None:
+        """See `Loop.end_of_step`."""
         evaluate_every, sample_every = self._intervals()
         if self.due(evaluate_every) and self.state.step + evaluate_every // 2 < last_step:
             self.evaluate()
@@ -283,7 +283,7 @@ class _Training(Loop[_Step, Summary]):
     def evaluate(self) -> None:
         """See `Loop.evaluate`."""
         with self._sampling_flow() as flow:
-            self.held_out = evaluate(flow, self.data.held_out, self.recipe, self.accelerator)
+            self.held_out = evaluate_held_out(flow, self.data.held_out, self.recipe, self.accelerator)
         self.measured_at = self.state.step
         self.monitor.name_broken(self.held_out.broken)
         self.monitor.log_held_out(self.state.step, self.held_out)
@@ -291,7 +291,7 @@ class _Training(Loop[_Step, Summary]):
     def _sample(self) -> Path:
         path = self.run.grid(self.state.step)
         with self._sampling_flow() as flow:
-            vae = copy.deepcopy(self.vae)  # for the device: gone with the pipeline
+            vae = copy.deepcopy(self.vae)  # a copy on the device, freed with the pipeline
             pipeline = make_pipeline(flow, self.recipe, self.data.class_names, None, vae).to(self.accelerator.device)
             sample_grid(pipeline, self.recipe, path, self.accelerator)
         self.accelerator.wait_for_everyone()
@@ -304,7 +304,7 @@ class _Training(Loop[_Step, Summary]):
         with whole as flow, torch.compiler.set_stance("force_eager"):
             yield flow
 
-    # -- what is left in the folder -----------------------------------------------------------------------------
+    # -- exports -------------------------------------------------------------------------------------------------
 
     def export(self) -> None:
         """Write the pipeline."""
@@ -325,14 +325,14 @@ class _Training(Loop[_Step, Summary]):
             "unreadable_images": len(self.monitor.broken),
         }
 
-    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """See `Loop.recall`."""
+    def load_state(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """See `Loop.load_state`."""
         for line in lines:
             if "held_out" in line:
                 self.held_out, self.measured_at = Evaluation(**line["held_out"]), line["step"]
 
     def finish(self) -> Summary:
-        """A last grid, and the pipeline with the last evaluation."""
+        """Write a last sample grid, and the pipeline with the last evaluation."""
         grid = self._sample()
         self.export()
         return Summary(

@@ -291,8 +291,8 @@ def test_notes_in_a_pipelines_folder_are_not_overwritten(run, refused):
         (("--batch-size", "0"), "--batch-size is 0"),
         (("--num-denoise-steps", "0"), "num_denoise_steps is 0"),
         (("--guidance-weight", "-1"), "expected a finite number >= 0"),
-        (("--output", "images.doc"), "images.doc has an unknown picture format; use .png"),
-        (("--output", "images.psd"), "images.psd has an unknown picture format; use .png"),
+        (("--output", "images.doc"), "images.doc has an unknown image format; use .png"),
+        (("--output", "images.psd"), "images.psd has an unknown image format; use .png"),
         (("--device", "abacus"), "--device abacus can't be used"),
         (("--device", "meta"), "--device meta can't be used"),
     ],
@@ -580,4 +580,4 @@ def test_plot_draws_runs_and_refuses_what_is_none(run, refused, tmp_path):
     assert "curves in new/curves.png" in run("plot", folder, "--output", "new/curves.png")
     assert pixels(Path("new/curves.png")).std() > 1
     assert "holds no run" in refused("plot", tmp_path / "nothing")
-    assert "unknown picture format" in refused("plot", folder, "--output", "curves.doc")
+    assert "unknown image format" in refused("plot", folder, "--output", "curves.doc")

@@ -31,7 +31,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from itarflow.data import DataConfig, load_data
-from itarflow.data.dataset import ImageDataset, PictureDecoder
+from itarflow.data.dataset import ImageDataset, ImageDecoder
 from itarflow.runtime.errors import DataError
 
 
@@ -302,7 +302,7 @@ def test_image_bomb_missing_bytes_and_missing_file_are_broken(tmp_path: Path, mo
 def test_row_of_a_broken_image_is_that_of_the_table(tmp_path: Path) -> None:
     columns = {"image": [encoded(value) if value != 7 else b"junk" for value in range(10)]}
     data = load(write_parquet(tmp_path / "a.parquet", columns), held_out_images=1)
-    assert "row 7: it is no picture" in str(data.train[6].broken)  # row 5 is held out
+    assert "row 7: it is no image" in str(data.train[6].broken)  # row 5 is held out
 
 
 def test_images_in_archives_are_read(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_images_in_archives_are_read(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict(paths, datasets.Features({"image": datasets.Image()}))
     dataset = ImageDataset(
         rows,
-        decoder=PictureDecoder("image", image_size=8, in_channels=1),
+        decoder=ImageDecoder("image", image_size=8, in_channels=1),
         indices=torch.tensor([0]),
         labels=torch.tensor([-1]),
     )

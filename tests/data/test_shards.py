@@ -25,7 +25,7 @@ from itarflow.data.prepare.shards import (
     write_shard,
 )
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import alone
+from itarflow.runtime.files import folder_lock
 
 FEATURES = datasets.Features({"value": datasets.Value("int64")})
 
@@ -92,14 +92,14 @@ def test_a_worker_that_dies_with_a_batch_in_hand_is_told(tmp_path: Path, monkeyp
 
 
 def test_two_commands_do_not_write_into_one_folder(tmp_path: Path) -> None:
-    with alone(tmp_path / "out"):
-        with pytest.raises(DataError, match="is being written by another command"), alone(tmp_path / "out"):
+    with folder_lock(tmp_path / "out"):
+        with pytest.raises(DataError, match="is being written by another command"), folder_lock(tmp_path / "out"):
             pass
         (tmp_path / "out" / "file").touch()
-    with alone(tmp_path / "out"):
+    with folder_lock(tmp_path / "out"):
         pass
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
-    with alone(tmp_path / "empty"):
+    with folder_lock(tmp_path / "empty"):
         pass
     assert not (tmp_path / "empty").exists()
 

@@ -21,7 +21,7 @@ from itarflow.codec import Posterior, VaeCodec, to_pixels
 from itarflow.commands import cli
 from itarflow.evaluation.likelihood import bpd as measuring
 from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
-from itarflow.evaluation.likelihood.report import begin
+from itarflow.evaluation.likelihood.report import open_report
 from itarflow.runtime import processes
 
 Run = Callable[..., str]
@@ -206,8 +206,8 @@ def test_what_is_measured_is_not_written_anew(measured, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("itarflow.runtime.files.os.fsync", no_space)
         with pytest.raises(OSError, match="No space left"):
-            begin(Path("out"), whole["settings"])
-    assert set(begin(Path("out"), whole["settings"])) == set(range(7))
+            open_report(Path("out"), whole["settings"])
+    assert set(open_report(Path("out"), whole["settings"])) == set(range(7))
     assert rows.read_text().endswith("}\n")
 
 
@@ -299,12 +299,12 @@ def test_a_flow_trained_for_likelihoods_has_one_row(run, save, data):
     printed = run("bpd", folder, "--data", data, *QUICK, "--draws", 2)
     assert "with 1 draw" in printed
     assert "gaussian" not in printed
-    assert "out of what it knows" not in printed
+    assert "out of distribution" not in printed
     assert not list(Path().iterdir())
 
 
 def test_it_says_when_a_flow_is_asked_out_of_its_training(run, checkpoint, data):
-    assert "asked out of what it knows" in run("bpd", checkpoint, "--data", data, *QUICK, "--noise", "uniform")
+    assert "out of distribution" in run("bpd", checkpoint, "--data", data, *QUICK, "--noise", "uniform")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from itarflow.commands import cli
 from itarflow.denoisers import DiffusionDenoiser
 from itarflow.evaluation.compare import Comparison, compare, nats_per_dim, residual_noise
 from itarflow.evaluation.evaluate import save_samples
-from itarflow.evaluation.samples.denoising import WAYS, Denoising, ways_of
+from itarflow.evaluation.samples.denoising import VARIANTS, Denoising, variants_of
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.evaluation.samples.generate import Batch, Generation, generate
 from itarflow.inverse import Jacobi, sequential
@@ -90,7 +90,7 @@ def never_generates(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves compare.png out, which takes longer than all the rest."""
-    monkeypatch.setattr("itarflow.evaluation.compare.draw_pictures", lambda *_: None)
+    monkeypatch.setattr("itarflow.evaluation.compare.draw_comparison", lambda *_: None)
 
 
 def methods(comparison: Comparison, generator: str) -> list[str]:
@@ -142,12 +142,12 @@ def test_images_are_those_of_the_pipeline_and_of_an_evaluation(
         pipe.register_to_config(plans=[plan.to_json()])
     pipe.set_progress_bar_config(disable=True)
     compare({"pets": pipe}, LABELS[:count], output=tmp_path, seed=7, batch_size=batch_size)
-    labels, ways = torch.tensor([0, 2, -1, 1, 0])[:count], ways_of(pipe, pipe.schedule())
+    labels, ways = torch.tensor([0, 2, -1, 1, 0])[:count], variants_of(pipe, pipe.schedule())
     evaluation = Generation(pipe=pipe, variants=ways, labels=labels, seed=7, batch_size=batch_size)
     evaluation.check()
     save_samples({tmp_path / "evaluation": evaluation}, PartialState(cpu=True))
     calls = {"noisy": {"method": "skip"}, "self": {"num_denoise_steps": 1, "method": "euler"}, "own iterative": {}}
-    for (title, options), way in zip(calls.items(), WAYS, strict=True):
+    for (title, options), way in zip(calls.items(), VARIANTS, strict=True):
         call = {"generator": torch.Generator().manual_seed(7), "output_type": "codes", "batch_size": batch_size}
         images = pipe(LABELS[:count], **call, **options).images
         assert torch.equal(seen(pipe, title)[1], images)
@@ -293,7 +293,7 @@ def test_settings_out_of_range_are_refused_before_any_work(make_pipe, tmp_path, 
 
 @pytest.mark.usefixtures("never_generates")
 def test_what_can_not_be_shown_written_or_denoised_is_refused(make_pipe, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"pets: .*images of 2 channels, which are no pictures"):
+    with pytest.raises(ValueError, match=r"pets: .*images of 2 channels; expected 1 or 3"):
         compare({"pets": make_pipe({"in_channels": 2})}, [0], output=tmp_path)
     with pytest.raises(ValueError, match=r"'a/b' is not fit for a file"):
         compare({"a/b": make_pipe()}, [0], output=tmp_path)

@@ -22,7 +22,7 @@ from itarflow.data import DataConfig
 from itarflow.evaluation import evaluate as evaluating
 from itarflow.evaluation.metrics.features import Sums, frechet_distance
 from itarflow.evaluation.metrics.reference import reference_of
-from itarflow.evaluation.samples.denoising import ways_of
+from itarflow.evaluation.samples.denoising import variants_of
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.evaluation.samples.generate import Generation
 
@@ -175,7 +175,7 @@ def sampled_and_scored(out: Path, state: PartialState) -> list[dict[str, Any]]:
     pipe = ITARFlowPipeline.from_pretrained(out / "pipeline")
     pipe.set_progress_bar_config(disable=True)
     labels = torch.arange(10) % 2
-    made = Generation(pipe=pipe, variants=ways_of(pipe, pipe.schedule()), labels=labels, batch_size=4)
+    made = Generation(pipe=pipe, variants=variants_of(pipe, pipe.schedule()), labels=labels, batch_size=4)
     evaluating.save_samples({out / "samples": made}, state)
     extractor = TinyExtractor()
     reference = reference_of(

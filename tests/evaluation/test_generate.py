@@ -8,9 +8,9 @@ from conftest import tiny_vae
 
 from itarflow.codec import PixelCodec, to_uint8
 from itarflow.denoisers import DenoiseScheduler
-from itarflow.evaluation.samples.denoising import WAYS, Denoising, ways_of
+from itarflow.evaluation.samples.denoising import VARIANTS, Denoising, variants_of
 from itarflow.evaluation.samples.files import open_samples
-from itarflow.evaluation.samples.generate import Generation, begin, labels_by, save
+from itarflow.evaluation.samples.generate import Generation, begin_generation, labels_by, save
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance, sequential
 from itarflow.pipeline import ITARFlowPipeline
@@ -32,13 +32,13 @@ def generation(pipe: ITARFlowPipeline | None = None, count: int = 10, **options:
     pipe = pipe or tiny()
     labels = labels_by("balanced", count, pipe.flow.config.num_classes)
     return Generation(
-        **{"pipe": pipe, "variants": ways_of(pipe, pipe.schedule()), "labels": labels, "batch_size": 4, **options}
+        **{"pipe": pipe, "variants": variants_of(pipe, pipe.schedule()), "labels": labels, "batch_size": 4, **options}
     )
 
 
 def make(wanted: Generation, folder: Path, processes: int = 1) -> dict[str, torch.Tensor]:
     wanted.check()
-    begin(wanted, folder)
+    begin_generation(wanted, folder)
     for index in range(processes):
         save(wanted, folder, process_index=index, num_processes=processes)
     return {name: open_samples(folder / name).read(0, len(wanted.labels)) for name in wanted.variants}
@@ -63,11 +63,11 @@ def test_what_was_killed_goes_on_and_makes_only_what_is_missing(tmp_path: Path) 
             raise Killed
 
     wanted, calls = generation(), list[int]()
-    assert begin(wanted, tmp_path / "stopped") == 30
+    assert begin_generation(wanted, tmp_path / "stopped") == 30
     with pytest.raises(Killed):
         save(wanted, tmp_path / "stopped", count=kill_after_two)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "stopped").rglob("*.safetensors")}
-    assert begin(wanted, tmp_path / "stopped") == 30 - 8
+    assert begin_generation(wanted, tmp_path / "stopped") == 30 - 8
     counts = list[int]()
     save(wanted, tmp_path / "stopped", count=counts.append)
     assert sum(counts) == 22
@@ -90,17 +90,17 @@ def test_image_i_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
     [({"seed": 3}, "seed"), ({"guidance": Guidance(weight=2.0)}, "guidance"), ({"count": 11}, "num_samples")],
 )
 def test_a_folder_goes_on_only_with_what_began_it(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
-    begin(generation(), tmp_path)
+    begin_generation(generation(), tmp_path)
     with pytest.raises(DataError, match=named):
-        begin(generation(**changes), tmp_path)
+        begin_generation(generation(**changes), tmp_path)
     other = tiny()
     with torch.no_grad():
         next(other.flow.parameters()).add_(1)
     with pytest.raises(DataError, match="flow"):
-        begin(generation(other), tmp_path)
+        begin_generation(generation(other), tmp_path)
     (tmp_path / "samples.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
-        begin(generation(), tmp_path)
+        begin_generation(generation(), tmp_path)
 
 
 def test_the_last_file_is_inverted_as_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,13 +171,13 @@ def test_codes_are_decoded_and_the_vae_is_a_part_of_what_is_made(tmp_path: Path)
         return pipe
 
     pipe = latent(seed=0)
-    made = make(generation(pipe, count=5, variants=ways_of(pipe, pipe.schedule(), decode_size=2)), tmp_path)
+    made = make(generation(pipe, count=5, variants=variants_of(pipe, pipe.schedule(), decode_size=2)), tmp_path)
     assert {name: tuple(images.shape) for name, images in made.items()} == dict.fromkeys(
-        WAYS, (5, *pipe.picture_shape)
+        VARIANTS, (5, *pipe.picture_shape)
     )
     generators = image_generators(torch.Generator().manual_seed(0), 5)
     images = pipe(class_labels=[0, 1, 2, 0, 1], generator=generators, output_type="pt", batch_size=4).images
     assert (made["iterative"].int() - to_uint8(images * 2 - 1).int()).abs().max() <= 1
     other = latent(seed=1)
     with pytest.raises(DataError, match="decoder"):
-        begin(generation(other, count=5, variants=ways_of(other, other.schedule())), tmp_path)
+        begin_generation(generation(other, count=5, variants=variants_of(other, other.schedule())), tmp_path)

@@ -104,7 +104,7 @@ def test_files_that_a_kill_left_half_written_are_passed_over(tmp_path: Path) -> 
 def test_what_holds_no_samples_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither a folder nor"):
         open_samples(tmp_path / "nothing")
-    with pytest.raises(DataError, match="has no pictures"):
+    with pytest.raises(DataError, match="has no images"):
         open_samples(tmp_path)
     stored(tmp_path / "raw", pictures(2), 2)
     with pytest.raises(DataError, match="name one of them"):

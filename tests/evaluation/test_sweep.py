@@ -104,7 +104,7 @@ def test_cells_are_what_an_evaluation_finds(itarflow: Run) -> None:
                 if (cell["guidance_weight"], cell["t_max"], cell["num_denoise_steps"]) == (weight, level, steps)
             )
             assert cell["figures"] == alone[way]["figures"]
-            folder = Path("sweep", Setting(level, weight, steps).generation, Setting(level, weight, steps).way)
+            folder = Path("sweep", Setting(level, weight, steps).generation, Setting(level, weight, steps).variant)
             assert torch.equal(open_samples(folder).read(0, 6), open_samples(out / way).read(0, 6))
 
 
@@ -224,7 +224,7 @@ def test_single_flows_know_one_step_and_skipping_ones_none(tmp_path: Path) -> No
 def test_folders_tell_all_settings_apart() -> None:
     assert Setting(0.3, 1.0, 5).generation == "guidance-1_t-0.3"
     assert Setting(0.1 + 0.2, 1.0, 5).generation != Setting(0.3, 1.0, 5).generation
-    assert [Setting(0.3, 1, steps).way for steps in (0, 1, 250)] == ["raw", "steps-01", "steps-250"]
+    assert [Setting(0.3, 1, steps).variant for steps in (0, 1, 250)] == ["raw", "steps-01", "steps-250"]
 
 
 # -- what people look at ----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ import torch
 
 from itarflow.inverse import Guidance, Jacobi, sequential
 from itarflow.inverse import cuda_graph as replay
-from itarflow.inverse.cuda_graph import Replayed
+from itarflow.inverse.cuda_graph import GraphedConditioner
 
 
 def as_a_graph(evaluation, tokens, start):
@@ -49,7 +49,7 @@ def test_replayed_windows_give_the_same_result(long_block, solver, guided):
     passes = condition, guiding if guided else None, Guidance(weight=1.5)
     first = torch.zeros(1, dtype=z.dtype), torch.ones(1, dtype=z.dtype)
     expected = sequential(block.conditioner(*passes), z, first)
-    replayed = Replayed(block.conditioner(*passes), as_a_graph)
+    replayed = GraphedConditioner(block.conditioner(*passes), as_a_graph)
     address = replayed.conditioner.cache.tensor.data_ptr()
     found = solver(replayed, z, first)
     torch.testing.assert_close(found, expected)
@@ -61,7 +61,7 @@ def test_replayed_windows_give_the_same_result(long_block, solver, guided):
 def test_a_block_is_recorded_once_for_each_power_of_two(long_block):
     block, condition, _, z = long_block
     first = torch.zeros(1, dtype=z.dtype), torch.ones(1, dtype=z.dtype)
-    sequential(Replayed(block.conditioner(condition, None, Guidance()), as_a_graph), z, first)
+    sequential(GraphedConditioner(block.conditioner(condition, None, Guidance()), as_a_graph), z, first)
     assert recordings == [((3, 1, 2), (3,))] * 5  # 4, 8, 16, 32, 64, each at its second use
 
 

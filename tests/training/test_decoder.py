@@ -27,7 +27,7 @@ from itarflow.runtime.errors import TrainingError
 from itarflow.runtime.signals import Interrupted
 from itarflow.training.decoder import config as decoder
 from itarflow.training.decoder import finetune
-from itarflow.training.decoder.config import DecoderConfig, Draws, TuneConfig, augmented, draw, measure
+from itarflow.training.decoder.config import DecoderConfig, Draws, TuneConfig, augmented, draw, held_out_psnr
 from itarflow.training.decoder.finetune import fine_tune
 from itarflow.training.decoder.losses import LossConfig, PatchCritic
 
@@ -115,7 +115,7 @@ def test_the_decoder_learns_and_the_encoder_does_not(vaes: dict[str, str], kind:
     } == ({"decoder"} if kind == "tiny" else {"decoder", "post_quant_conv"})
 
     data = _data(config.data, image_size=8, in_channels=1)
-    again, _ = measure(config, VaeCodec(made), data.held_out, Accelerator(cpu=True))
+    again, _ = held_out_psnr(config, VaeCodec(made), data.held_out, Accelerator(cpu=True))
     assert again == pytest.approx(tuned.after, abs=1e-4)  # the averaged weights are those that were measured
     picture = Image.open(tmp_path / "comparison.png")
     assert picture.width == 5 * 98 - 2

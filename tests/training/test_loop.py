@@ -23,15 +23,15 @@ from itarflow.training.loop import Loop
 from itarflow.training.run_folder import RunDir, claimed
 
 
-class _Told(NamedTuple):
+class _Output(NamedTuple):
     loss: Tensor
     grad_norm: float
 
 
-class _Counting(Loop[_Told, list[str]]):
+class _Counting(Loop[_Output, list[str]]):
     """Learns nothing, and notes what it is asked for; its bad step number `bad` has no finite gradient."""
 
-    learner, advice = "counter", "Count lower."
+    task, advice = "counter", "Count lower."
 
     def __init__(self, recipe: Recipe, path: Path, stop: StopSignal, bad: int | None = None) -> None:
         data, accelerator = load_data(recipe.data, image_size=8, in_channels=1), Accelerator(cpu=True)
@@ -44,20 +44,20 @@ class _Counting(Loop[_Told, list[str]]):
     def plan(self) -> str:
         return f"A plan. {self.shares()}"
 
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> _Told:
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> _Output:
         self.events.append(f"step {number}")
         if self.own.get("stop at") == number:
             self.stop.signal_number = 15
-        return _Told(torch.tensor(1.0), float("nan") if number == self.bad else 1.0)
+        return _Output(torch.tensor(1.0), float("nan") if number == self.bad else 1.0)
 
-    def culprit(self, told: _Told) -> str:
+    def bad_step_report(self, output: _Output) -> str:
         return " It was the moon."
 
-    def metrics(self, told: _Told) -> dict[str, Any]:
-        return {"loss": float(told.loss)}
+    def metrics(self, output: _Output) -> dict[str, Any]:
+        return {"loss": float(output.loss)}
 
-    def chores(self, last_step: int) -> None:
-        self.events.append("chores")
+    def end_of_step(self, last_step: int) -> None:
+        self.events.append("end")
 
     def evaluate(self) -> None:
         self.events.append("evaluate")
@@ -66,8 +66,8 @@ class _Counting(Loop[_Told, list[str]]):
     def export(self) -> None:
         self.events.append(f"saved {self.saved_at}")
 
-    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        self.events.append(f"recall {len(lines)}")
+    def load_state(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        self.events.append(f"load {len(lines)}")
 
     def finish(self) -> list[str]:
         self.events.append("finish")
@@ -81,10 +81,10 @@ def run(path: Path, *, resume: bool = False, bad: int | None = None, max_bad_ste
 
 
 def test_states_are_saved_before_anything_else_is_done(tmp_path: Path) -> None:
-    first = ["step 0", "chores", "step 1", "saved 2", "chores", "step 2", "chores", "saved 3", "evaluate", "finish"]
+    first = ["step 0", "end", "step 1", "saved 2", "end", "step 2", "end", "saved 3", "evaluate", "finish"]
     assert run(tmp_path) == first
     assert run(tmp_path, resume=True) == [
-        "recall 3", "step 3", "saved 4", "chores", "step 4", "chores", "saved 5", "evaluate", "finish",
+        "load 3", "step 3", "saved 4", "end", "step 4", "end", "saved 5", "evaluate", "finish",
     ]  # fmt: skip
 
 

@@ -88,7 +88,7 @@ _MEANING = {
 
 
 def codes_card(card: CodesCard, *, source: str, images: Mapping[str, int], file: str, command: str) -> DatasetCard:
-    """A card with metadata that the Hub reads, and what people need to use the codes.
+    """A card with metadata for the Hub, and how to use the codes.
 
     Args:
         card: finished.
@@ -124,8 +124,8 @@ def training_command(card: CodesCard, codec: CodecConfig, path: str, splits: Seq
 
     Args:
         card: of the codes.
-        codec: the VAE, for whoever calls it.
-        path: where the codes are, for whoever calls it.
+        codec: the VAE.
+        path: where the codes are.
         splits: names; it trains on train, or else the first, and measures on the next.
     """
     train = "train" if "train" in splits else splits[0]

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 from itarflow.data.dataset import ImageDataset
-from itarflow.data.prepare.manifest import SourceConfig, check_folder, check_settings
+from itarflow.data.prepare.manifest import SourceConfig, check_output_folder, check_settings
 from itarflow.data.prepare.shards import (
     Content,
     Reader,
@@ -36,11 +36,11 @@ from itarflow.data.prepare.shards import (
 )
 from itarflow.runtime.devices import usable_cores
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import alone, remove_partial, write_json
+from itarflow.runtime.files import folder_lock, remove_partial, write_json
 from itarflow.runtime.progress import image_progress
 
 Format = Literal["png", "jpeg", "webp"]
-"""Picture formats that images are stored in."""
+"""Formats that images are stored in."""
 
 _TASK = 16  # images a worker is given at a time: few, so that it soon hears of an interruption
 
@@ -105,7 +105,7 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
     """
     _check(config)
     manifest_file, settings = config.out / "prepare.json", _settings(config)
-    check_folder(config, manifest_file, {"settings": settings})
+    check_output_folder(config, manifest_file, {"settings": settings})
     sets, class_names = config.open(config.in_channels)
     sizes = {split: len(images) for split, images in sets.items()}
     shards = plan_shards(config.out, sizes, config.shard_size)
@@ -116,8 +116,8 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         "classes": list(class_names),
         "shards": len(shards),
     }
-    check_folder(config, manifest_file, manifest)
-    with alone(config.out):
+    check_output_folder(config, manifest_file, manifest)
+    with folder_lock(config.out):
         if not manifest_file.exists():
             write_json(manifest_file, manifest | {"finished": False})
         contents, speed = _write_shards(config, sets, class_names, shards, console)
@@ -139,7 +139,7 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
 
 
 def _check(config: PrepareConfig) -> None:
-    """Refuse what only this module knows of; `load_splits` refuses the rest."""
+    """Check the settings of this module; `load_splits` checks the rest."""
     check_settings(config, {"size": 1, "shard_size": 1, "max_broken": 0, "num_workers": 0})
     if config.format not in get_args(Format):
         raise DataError(f"format {config.format!r} is unknown; use one of {', '.join(get_args(Format))}")

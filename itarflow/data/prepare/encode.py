@@ -70,7 +70,7 @@ class Encoded:
 
 
 def begin(plan: Plan) -> int:
-    """Write the manifest, unless it is there; one process does it, before any encodes, and `files.alone`.
+    """Write the manifest, unless it is there; one process does it, before any encodes, and `files.folder_lock`.
 
     Returns:
         How many images are in files that are missing.

@@ -1,4 +1,4 @@
-"""What encoding a data set with a VAE is told, and the plan that every process makes before anything is written."""
+"""The config of encoding a data set with a VAE, and the plan that every process makes before anything is written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity
 from itarflow.data.codes import CARD, CodesCard, find_card, read_card
 from itarflow.data.dataset import ImageDataset
-from itarflow.data.prepare.manifest import SourceConfig, check_folder, check_settings
+from itarflow.data.prepare.manifest import SourceConfig, check_output_folder, check_settings
 from itarflow.data.prepare.shards import Shard, plan_shards
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import display_name
@@ -115,7 +115,7 @@ def plan_encoding(config: EncodeConfig) -> Plan:
     """
     _check(config)
     settings, card_file = _settings(config), config.out / CARD
-    check_folder(config, card_file, {"settings": settings})
+    check_output_folder(config, card_file, {"settings": settings})
     if find_card(config.source) is not None:
         raise DataError(f"{config.source} holds codes already; expected images: name the source that they are of")
     vae = load_vae(config.codec)
@@ -144,7 +144,7 @@ def plan_encoding(config: EncodeConfig) -> Plan:
         "classes": list(class_names),
         "shards": len(shards),
     }
-    check_folder(config, card_file, depends)
+    check_output_folder(config, card_file, depends)
     if card_file.exists() and (changes := differing(read_card(card_file).identity, card.identity)):
         raise DataError(
             f"{config.out} was begun with another VAE or scaling:\n  "
@@ -156,14 +156,14 @@ def plan_encoding(config: EncodeConfig) -> Plan:
 
 
 def _check(config: EncodeConfig) -> None:
-    """Refuse what can be seen from the settings alone."""
+    """Refuse what is wrong in the settings alone."""
     check_settings(config, {"size": 1, "shard_size": 1, "batch_size": 1, "max_broken": 0, "num_workers": 0})
     if config.dtype not in get_args(Precision):
         raise DataError(f"dtype {config.dtype!r} is unknown; use one of {', '.join(get_args(Precision))}")
 
 
 def _settings(config: EncodeConfig) -> dict[str, Any]:
-    """What the codes depend on besides the VAE, which the card tells, as JSON has it."""
+    """What the codes depend on besides the VAE, which is in the card, as JSON values."""
     elsewhere = ("vae", "revision", "scaling_factor", "shift_factor", "batch_size", "max_broken", "num_workers")
     return config.settings(without=elsewhere)
 

@@ -1,4 +1,4 @@
-"""What every data set that is made of another one is told, and the manifest in its folder that keeps it.
+"""The common config of data sets made of another one, and the manifest in their folder that records it.
 
 A manifest has sections: the settings, and what the source was like. A later call goes on only with the same.
 """
@@ -65,7 +65,7 @@ class SourceConfig:
     def settings(self, without: Sequence[str]) -> dict[str, Any]:
         """The values of all fields but these and `out`, as JSON has them; of a local source, only its name.
 
-        What they are stored with may go to the Hub: nobody's folders go with it.
+        They may go to the Hub, so they name no local folders.
         """
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("out", *without)}
         return values | {"source": display_name(self.source), "split": list(self.split)}
@@ -91,7 +91,7 @@ def check_settings(config: SourceConfig, lowest: Mapping[str, int]) -> None:
             )
 
 
-def check_folder(config: SourceConfig, manifest: Path, wanted: Mapping[str, Any]) -> None:
+def check_output_folder(config: SourceConfig, manifest: Path, wanted: Mapping[str, Any]) -> None:
     """Refuse a folder with other things in it than a call with the same manifest has begun.
 
     Args:
@@ -114,7 +114,7 @@ def check_folder(config: SourceConfig, manifest: Path, wanted: Mapping[str, Any]
         return
     try:
         stored = json.loads(manifest.read_text(encoding="utf-8"))
-        # Once, it was stored as it was typed.
+        # Earlier versions stored it as it was typed.
         stored["settings"]["source"] = display_name(stored["settings"]["source"])
         changes = [
             change for section, values in wanted.items() for change in _changes(section, stored[section], values)

@@ -3,7 +3,7 @@
 OUT/NAME.json   train-00000-of-00012.parquet ...   broken.json (if images could not be read)
 
 Rows are dealt to files before any is read, so that a broken image makes its file shorter and moves no other. A file
-has a hidden name (.train-00000-of-00012.parquet) until all are there: nobody trains on a part of them unawares.
+has a hidden name (.train-00000-of-00012.parquet) until all are there, so that training never uses a part of them.
 NAME.json is the `manifest`: what the files depend on.
 """
 
@@ -44,7 +44,7 @@ class Shard:
 
     @property
     def hidden(self) -> Path:
-        """Where it waits for the others."""
+        """Its hidden path until all are there."""
         return self.path.with_name(f".{self.path.name}")
 
     @property
@@ -91,7 +91,7 @@ class Reader(Dataset[Tensor | str]):
 
     Args:
         sets: by split.
-        source: the folder that they were read from, which the names leave out: nobody's folders go out with data.
+        source: the folder that they were read from, which the names leave out, so that data name no local folders.
     """
 
     def __init__(self, sets: Mapping[str, ImageDataset], source: str) -> None:
@@ -132,7 +132,7 @@ def read_ahead(
         prefetch_factor=4 if workers else None,
         collate_fn=collate,
         worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
+        generator=torch.Generator(),  # else the loader would advance torch's global one
     )
     return watched(
         without_alarm(loader), "whole files are kept, and the same command goes on: run it with fewer num_workers"
@@ -169,7 +169,7 @@ def write_shard(
     try:
         with (
             atomically(shard.hidden) as partial,
-            # What pictures and codes hold is dense already, and no one looks for the least of them.
+            # Images and codes do not compress further, and their minima are of no use.
             pq.ParquetWriter(
                 partial, schema, compression="none", use_dictionary=["label"], write_statistics=["label"]
             ) as writer,

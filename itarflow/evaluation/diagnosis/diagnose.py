@@ -1,6 +1,6 @@
 """Failures of sampled images, found by comparing them with real ones: how many, which, and where the blur begins.
 
-Half of the real images set the thresholds of failures.py, the other half tells how often real images fail by them.
+Half of the real images set the thresholds of failures.py, the other half measures how often real images fail by them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from itarflow.evaluation.diagnosis.rates import (
     Rate,
     RealImages,
     difference,
-    measure,
+    measure_images,
     rate,
 )
 from itarflow.evaluation.metrics.extractors import Extractor
@@ -46,12 +46,12 @@ from itarflow.runtime.pictures import blank_figure, captioned_grid
 from itarflow.runtime.progress import image_progress
 
 Thresholds = Mapping[str, float | None]
-"""By measure; None = blind, because too many real images have the least value."""
+"""By measure; None = no threshold, because too many real images have the least value."""
 
 REFERENCE = "reference"
 """The name of the real images in files."""
 MOST_CELLS = 1024
-"""Places a picture at which detail is kept, 4 bytes each."""
+"""Cells of an image whose detail is kept, 4 bytes each."""
 FEW_SAMPLES, FEW_BEYOND = 100, 10
 """Fewer samples, or fewer real images beyond a threshold, and a note says so."""
 SHEET_COLUMNS = 8
@@ -86,7 +86,7 @@ class Findings:
     """Energy of fine structure relative to the median of real images: lower quartile, median and upper quartile of the
     images, each by token in raster order."""
     distances: Distances | None
-    """Of all images and of those without any failure; None = not asked for, or nearly all fail."""
+    """Of all images and of those without any failure; None = no extractor, or nearly all fail."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Diagnosis:
     differences: Mapping[str, Mapping[str, Difference]]
     """Rates less those of the first set: by name, by kind."""
     notes: tuple[str, ...]
-    """What to keep in mind: that there are few images, or that a measure can't tell anything of such images."""
+    """What to keep in mind: few images, or a measure that does not apply to such images."""
 
 
 def diagnose(
@@ -119,10 +119,10 @@ def diagnose(
     seed: int = 0,
     console: Console | None = None,
 ) -> Diagnosis:
-    """Find what fails in sets of samples, by thresholds that real images give, and write what is found.
+    """Find what fails in sets of samples, by thresholds from real images, and write a report.
 
     A measure's threshold is the value that a share `nominal_rate` of every other real image is below. The rates of
-    the samples stand beside the rate of the remaining real images, which it was not chosen by.
+    the samples are reported beside those of the remaining real images, which did not set the threshold.
 
     Args:
         samples: by name, all of one shape, square, of 8 pixels a side or more. Differences are to the first one.
@@ -133,7 +133,7 @@ def diagnose(
         nominal_rate: share of real images that each measure counts as failed.
         patch_size: side in pixels of the cells in which detail is compared, the patch size of the flow for instance,
             so that they are its tokens. None = at most 8 x 8 cells.
-        extractor: makes the features for the Fréchet distance without the failures; None = it is left out.
+        extractor: of the features for the Fréchet distance without the failures; None = it is left out.
         worst: images in each contact sheet, at most.
         batch_size: images that are read and measured at a time.
         seed: draws as many samples as do not fail, for the distance of so many.
@@ -147,11 +147,11 @@ def diagnose(
     """
     patch = _check(samples, reference, nominal_rate, patch_size, worst, batch_size)
     check_writable(output)
-    blank_figure(1, 1)  # which needs matplotlib: now and not in the end
+    blank_figure(1, 1)  # raises now, not at the end, if matplotlib is missing
     total = len(reference) + sum(map(len, samples.values()))
     with image_progress(console, "measuring", total, 0) as count:
-        real = measure(reference, patch, batch_size, count)
-        measured = {name: measure(given, patch, batch_size, count) for name, given in samples.items()}
+        real = measure_images(reference, patch, batch_size, count)
+        measured = {name: measure_images(given, patch, batch_size, count) for name, given in samples.items()}
     thresholds = {part.name: threshold(real.values[part.name][::2], nominal_rate) or None for part in MEASURES}
     real_rates = real.rates(thresholds, slice(1, None, 2))
     output.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def draw_detail(real: Tensor, sets: Mapping[str, Detail], path: Path) -> None:
     Args:
         real: (m, N) as `Detail.relative`, of real images.
         sets: by name, a panel each.
-        path: picture file.
+        path: image file.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -131,11 +131,11 @@ class Measurements:
         return {name: float(value.median()) for name, value in self.values.items()}
 
 
-def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int], None]) -> Measurements:
+def measure_images(samples: Samples, patch: int, batch_size: int, count: Callable[[int], None]) -> Measurements:
     """Measure all images of a set that are not broken and can be read, batch by batch.
 
     Args:
-        pictures: the set.
+        samples: the set.
         patch: side of the cells of `fine_energy`.
         batch_size: images at a time.
         count: called with the number of images done.
@@ -143,13 +143,13 @@ def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int
     Raises:
         ValueError: all images are broken, or can't be read.
     """
-    whole = torch.ones(len(pictures), dtype=torch.bool)
-    whole[pictures.broken] = False
+    whole = torch.ones(len(samples), dtype=torch.bool)
+    whole[samples.broken] = False
     values: dict[str, list[Tensor]] = {part.name: [] for part in MEASURES}
     energy, unreadable = list[Tensor](), list[str]()
-    for start in range(0, len(pictures), batch_size):
-        stop = min(start + batch_size, len(pictures))
-        images, reports = _read(pictures, start, stop)
+    for start in range(0, len(samples), batch_size):
+        stop = min(start + batch_size, len(samples))
+        images, reports = _read(samples, start, stop)
         whole[torch.tensor([*reports], dtype=torch.int64) + start] = False
         unreadable += reports.values()
         kept = images[whole[start:stop]]
@@ -160,14 +160,14 @@ def measure(pictures: Samples, patch: int, batch_size: int, count: Callable[[int
             values[part.name].append(part.measure(kept))
         energy.append(fine_energy(kept, patch).flatten(1))
     if not energy:
-        raise ValueError(f"all {len(pictures)} images of {pictures.name} are broken; there is nothing to measure.")
+        raise ValueError(f"all {len(samples)} images of {samples.name} are broken; there is nothing to measure.")
     joined = {name: torch.cat(parts) for name, parts in values.items()}
     return Measurements(whole.nonzero().flatten(), joined, torch.cat(energy), tuple(unreadable))
 
 
-def _read(pictures: Samples, start: int, stop: int) -> tuple[Tensor, dict[int, str]]:
+def _read(samples: Samples, start: int, stop: int) -> tuple[Tensor, dict[int, str]]:
     """Images, and by its place among them "name: reason" of each that could not be read."""
-    if not isinstance(pictures, RealImages):
-        return pictures.read(start, stop), {}
-    images, reports = zip(*pictures.examples(start, stop), strict=True)
+    if not isinstance(samples, RealImages):
+        return samples.read(start, stop), {}
+    images, reports = zip(*samples.examples(start, stop), strict=True)
     return torch.stack(images), {place: report for place, report in enumerate(reports) if report is not None}

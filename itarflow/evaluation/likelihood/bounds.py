@@ -36,12 +36,12 @@ _AT_A_TIME = 2**14
 
 @dataclass(frozen=True)
 class Noise:
-    """What is added to images before a flow judges them."""
+    """The noise that is added to images before their likelihood is computed."""
 
     kind: Kind
     level: float | None
-    """The noise level at which the flow is asked; of Gaussian noise also its standard deviation. None = the flow has
-    none, which goes with uniform noise only."""
+    """The noise level at which the flow is evaluated; of Gaussian noise also its standard deviation. None = the
+    flow has none, which goes with uniform noise only."""
 
     @property
     def title(self) -> str:
@@ -92,7 +92,7 @@ def noises_of(
     """The noises that suit a flow.
 
     Args:
-        flow: whose density is asked for.
+        flow: gives the density.
         kind: None = both, as far as they apply: uniform noise for pixels, and Gaussian noise at levels that are given
             or known from training. Uniform noise goes with the smallest level, if the flow is conditioned on it.
         levels: None = evenly spaced over the flow's noise_range, or its only one.
@@ -160,7 +160,7 @@ def likelihoods(
         draws: k, times that noise is drawn for each image.
         seed: of the noise, with the number of the image and that of the draw, and nothing else.
         numbers: of the images; None = 0, 1, ...
-        bits: False for a VAE's codes, which have no grey levels, and where only nats are asked for.
+        bits: False for a VAE's codes, which have no grey levels, or where only nats are wanted.
 
     Raises:
         ValueError: draws < 1, a flow in lower precision, or as `TARFlow.log_prob`.

@@ -24,14 +24,13 @@ from itarflow.data.load import DataConfig, load_data
 from itarflow.data.loader import ignore_interrupts, watched, without_alarm
 from itarflow.data.prepare.shards import Reader
 from itarflow.evaluation.likelihood.bounds import Kind, Noise, likelihoods, mean_of, noises_of
-from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append, finish
-from itarflow.evaluation.likelihood.report import begin as begin_folder
+from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append, open_report, write_report
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import on_cpu
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import alone, check_writable, weights_digest
+from itarflow.runtime.files import check_writable, folder_lock, weights_digest
 from itarflow.runtime.pictures import blank_figure
 from itarflow.runtime.processes import main_first, on_main, shared_images
 from itarflow.runtime.text import display_name, short_names
@@ -60,7 +59,7 @@ class BpdConfig:
     label_column: str | None = None
     """Column with the class labels. None = it is found."""
     unlabelled: bool = False
-    """Ask a flow with classes for the likelihood without a label, whatever labels the data has."""
+    """Compute the unconditional likelihood, even if flow and data have labels."""
     noise: Kind | None = None
     """uniform: that of one grey level, which gives the usual bits/dim. gaussian: that of the flow's training.
     None = all that applies."""
@@ -86,7 +85,7 @@ class BpdConfig:
     """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one."""
 
 
-def measure(config: BpdConfig, *, console: Console | None = None) -> Report | None:
+def measure_bpd(config: BpdConfig, *, console: Console | None = None) -> Report | None:
     """Measure the likelihood of each image; go on where an earlier call stopped. All processes of a launch call it.
 
     Args:
@@ -114,15 +113,15 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
         folder = config.output
         known = [Rows()]  # the main process's, for all
 
-        def begin() -> None:
+        def open_folder() -> None:
             if folder is not None:
                 if len(work.noises) > 1:
-                    blank_figure(1, 1)  # refuses now, not when the figures are there, if matplotlib is missing
+                    blank_figure(1, 1)  # raises now, not after the measurement, if matplotlib is missing
                 check_writable(folder)
-                locks.enter_context(alone(folder))
-                known[0] = begin_folder(folder, work.settings)
+                locks.enter_context(folder_lock(folder))
+                known[0] = open_report(folder, work.settings)
 
-        on_main(state, begin)
+        on_main(state, open_folder)
         broadcast_object_list(known)
         rows = known[0]
         start = time.monotonic()
@@ -141,9 +140,9 @@ def measure(config: BpdConfig, *, console: Console | None = None) -> Report | No
             rows = rows | part
         speed = len(missing) / (time.monotonic() - start) if missing else None
         wanted = {number: rows[number] for number in work.numbers}
-        report = replace(_report(work, list(wanted.values())), images_per_second=speed)
+        report = replace(_summary(work, list(wanted.values())), images_per_second=speed)
         if folder is not None:
-            finish(folder, report, wanted)
+            write_report(folder, report, wanted)
         return report
 
 
@@ -260,7 +259,7 @@ _LABELS = {True: "of the data", False: "of the data, by number: its class names 
 
 
 def _same_names(pipe: ITARFlowPipeline, names: Sequence[str]) -> bool:
-    """Whether classes have the names that the flow knows them by, in whatever order."""
+    """Whether the classes have the flow's names, in any order."""
     return sorted(pipe.config.class_names or names) == sorted(names)
 
 
@@ -282,7 +281,7 @@ def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: Par
         num_workers=workers,
         collate_fn=list,
         worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # else the loader draws from the global one, which is not its to advance
+        generator=torch.Generator(),  # else the loader would advance torch's global one
     )
     for part, results in zip(own, watched(without_alarm(loader), "lower num_workers"), strict=True):
         batch = dict(zip(part, results, strict=True))
@@ -313,7 +312,7 @@ def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: Par
         yield rows
 
 
-def _report(work: _Work, rows: Sequence[Mapping[str, Any]]) -> Report:
+def _summary(work: _Work, rows: Sequence[Mapping[str, Any]]) -> Report:
     broken = tuple(row["broken"] for row in rows if "broken" in row)
     values = [row["values"] for row in rows if "values" in row]
     if not values:

@@ -1,4 +1,4 @@
-"""Likelihoods of images as they are told and kept: means over images, a table of all of them, and a curve."""
+"""The report of likelihoods, in memory and on disk: means over images, a table of all of them, and a curve."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Report:
     """Of all processes; None if nothing was left to do."""
 
 
-def begin(folder: Path, settings: Mapping[str, Any]) -> Rows:
-    """What is measured already, by the numbers of the images; the settings are written down if they are not yet.
+def open_report(folder: Path, settings: Mapping[str, Any]) -> Rows:
+    """The rows measured so far, by image number; a new folder gets the settings.
 
     Raises:
         RunError: the folder holds figures of other settings, or a file in it is damaged.
@@ -93,23 +93,23 @@ def begin(folder: Path, settings: Mapping[str, Any]) -> Rows:
                     f"line {place} of {path} is damaged ({error!r}); delete that line, and its images are measured "
                     "again, or choose another folder."
                 ) from error
-        if torn:  # else the next line would go on with it
+        if torn:  # else the next line would be appended to it
             write_text(path, "".join(f"{line.decode()}\n" for line in whole))
     return rows
 
 
 def append(folder: Path, process_index: int, rows: Rows) -> None:
-    """Write down what a process has measured; a line, so that a torn one costs no more than itself."""
+    """Append a process's rows as one line, so that an interrupted write loses that line only."""
     path = folder / PROGRESS.replace("*", f"{process_index:05d}")
     with path.open("a") as file:
         file.write(json.dumps(rows) + "\n")
 
 
-def finish(folder: Path, report: Report, rows: Rows) -> None:
+def write_report(folder: Path, report: Report, rows: Rows) -> None:
     """Write the figures of each image, the curve, and the report.
 
     Args:
-        folder: as `begin` has left it.
+        folder: as `open_report` has left it.
         report: of the rows.
         rows: by the numbers of the images, in order.
 

@@ -1,4 +1,4 @@
-"""Networks that turn images into the features that distances between sets of images are taken of."""
+"""Feature extractors: networks whose features of images the metrics compare."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class _Network:
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Inside, neither products of matrices nor convolutions are rounded to TF32, whatever a training has set."""
+    """Inside, neither products of matrices nor convolutions use TF32, even if training has enabled it."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

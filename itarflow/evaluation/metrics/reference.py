@@ -1,4 +1,4 @@
-"""What samples are compared with: features of real images, computed once for a data set and a crop, and kept.
+"""Reference statistics: features of real images, computed once for a data set and a crop, and cached.
 
 A file of statistics is named after a fingerprint of all that they depend on, so that none is ever taken for another.
 """
@@ -43,15 +43,15 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Origin:
-    """What statistics were made of.
+    """The source of statistics.
 
     Attributes:
-        source: the images, for people: "cifar10, split train", or the name of a file.
+        source: name of the images: "cifar10, split train", or the name of a file.
         extractor: its name.
         identity: the extractor's; "" of an .npz file, which only says by its numbers that it is of Inception.
-        image_size: height and width of the images in pixels; None = the file doesn't tell.
-        crop: how they became square; None = the file doesn't tell.
-        count: number of images; None = the file doesn't tell.
+        image_size: height and width of the images in pixels; None = not in the file.
+        crop: how they became square; None = not in the file.
+        count: number of images; None = not in the file.
         broken: "name: reason" of each image that could not be read, and was replaced by its neighbour.
     """
 
@@ -69,7 +69,7 @@ class Reference:
     """Statistics of real images.
 
     Attributes:
-        origin: what they were made of.
+        origin: their source.
         pool: moments of the pooled features.
         spatial: moments of those that sFID is taken of, or None.
         features: (K, F) float32 pooled features of some images, evenly spaced, or None.
@@ -91,7 +91,7 @@ class Reference:
 
 
 def statistics_folder() -> Path:
-    """Where statistics are kept unless one says otherwise: beside the caches of Hugging Face."""
+    """The default folder of statistics: beside the caches of Hugging Face."""
     return Path(constants.HF_HOME, "itarflow", "statistics")
 
 
@@ -115,7 +115,7 @@ def reference_of(
     and `keep`; it does not cover versions of Pillow.
 
     Args:
-        data: where the images are; what it says of held-out images is not used.
+        data: where the images are; its held-out settings are ignored.
         image_size: height and width of the images in pixels.
         in_channels: 3 for RGB, 1 for grey.
         extractor: on the device of this process.
@@ -186,7 +186,7 @@ def read_reference(
         path: the file, whose name ends in .safetensors or .npz.
         extractor: on the device of this process.
         image_size: height and width of the samples in pixels.
-        crop: how the real images of the samples' model became square. An .npz file doesn't tell its own.
+        crop: how the real images of the samples' model became square. An .npz file does not hold its own.
         accelerator: of the launch; every process calls this, and gets the same.
         keep: of how many evenly spaced images of arr_0 to keep the features.
         batch_size: images at a time in each process.
@@ -281,7 +281,7 @@ def _cached(folder: Path, fingerprint: str, accelerator: Accelerator, compute: C
     found: Reference | None = _from_main(accelerator, lambda: _read(path) if path.exists() else None)
     if found is not None:
         return found
-    on_main(accelerator, lambda: check_writable(folder))  # refused now, not after the work
+    on_main(accelerator, lambda: check_writable(folder))  # raises now, not after the work
     reference = compute()
     on_main(accelerator, lambda: _write(reference, path))
     return reference

@@ -1,4 +1,4 @@
-"""How near samples come to real images: FID, sFID, Inception Score, kernel distance, precision and recall.
+"""Scores of samples against real images: FID, sFID, Inception Score, kernel distance, precision and recall.
 
 All but the Fréchet distances are taken of feature vectors, and give what torch-fidelity gives, up to rounding.
 """
@@ -26,11 +26,11 @@ _ROWS = 2048  # of distances at a time
 
 
 class Spread(NamedTuple):
-    """A figure that was taken several times."""
+    """Mean and spread of a figure over splits or subsets."""
 
     mean: float
     std: float
-    """Of splits or subsets; it tells nothing of another set of samples."""
+    """Standard deviation over splits or subsets; not that over other sets of samples."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -129,7 +129,7 @@ class Figure:
         title: what it is called.
         meaning: what is computed, exactly.
         value: the figure.
-        std: over splits or subsets; None = it was taken once.
+        std: over splits or subsets; None = computed once.
     """
 
     title: str
@@ -140,7 +140,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Scores:
-    """All figures of a set of samples, and what they rest on.
+    """All figures of a set of samples, and what they depend on.
 
     Attributes:
         figures: by a short name: fid, sfid, kid, inception_score, precision, recall; of other extractors than the
@@ -148,11 +148,11 @@ class Scores:
             inception_score.
         extractor: its name.
         samples: how many there are, those that were not finite included.
-        broken: of how many some values were not finite; they count as the pictures that were made of them.
-        reference: the real images, for people.
-        reference_images: how many there are; None = their file doesn't tell.
+        broken: of how many some values were not finite; they are scored as they were stored.
+        reference: name of the real images.
+        reference_images: how many there are; None = not in their file.
         kept_images: of how many real images there are features, for kernel distance, precision and recall.
-        warnings: what to know before the figures are compared with others.
+        warnings: about comparing the figures with others.
     """
 
     figures: dict[str, Figure]
@@ -165,7 +165,7 @@ class Scores:
     warnings: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What JSON can hold; the figures as {"title", "meaning", "value", "std"}."""
+        """JSON values; the figures as {"title", "meaning", "value", "std"}."""
         return {
             **{name: value for name, value in vars(self).items() if name != "figures"},
             "warnings": list(self.warnings),
@@ -187,7 +187,7 @@ def score(
         reference: of the same extractor.
         extractor: that both were made by.
         broken: number of samples with values that were not finite.
-        device: where neighbours are sought; 50,000 samples among each other keep a core of a CPU busy for minutes.
+        device: of the nearest-neighbour search; 50,000 samples among each other keep a core of a CPU busy for minutes.
 
     Raises:
         ValueError: fewer than 2 samples, another extractor, or features that are not finite.
@@ -265,7 +265,7 @@ def _warnings(samples: Extracted, reference: Reference, inception: bool, broken:
             "higher is a Fréchet distance; compare only at equal counts"
         )
     if broken:
-        found.append(f"{broken:,} samples have values that are not finite; they count as the pictures made of them")
+        found.append(f"{broken:,} samples have values that are not finite; they are scored as stored")
     if origin.broken:
         found.append(
             f"{len(origin.broken):,} real images could not be read, and were replaced by their neighbours; the first: "
@@ -276,9 +276,9 @@ def _warnings(samples: Extracted, reference: Reference, inception: bool, broken:
     elif min(len(samples.kept.pool), len(reference.features)) < 1000:
         found.append("fewer than 1,000 images of a kind: the kernel distance is of smaller subsets, and less certain")
     if origin.image_size is None:
-        found.append(f"{origin.source} doesn't tell of what size its images are; figures compare at one size only")
+        found.append(f"{origin.source} does not record the size of its images; figures compare at one size only")
     if origin.crop is None:
-        found.append(f"{origin.source} doesn't tell how its images were cropped; FID depends on it")
+        found.append(f"{origin.source} does not record how its images were cropped; FID depends on it")
     if inception and samples.spatial is not None and reference.spatial is None:
         found.append(f"{origin.source} has no mu_s and sigma_s: there is no sFID")
     return found

@@ -1,1 +1,1 @@
-"""Samples: generated once, denoised in several ways, kept."""
+"""Samples: generated once, denoised in several variants, stored."""

@@ -1,4 +1,4 @@
-"""Denoising variants: the ways from noisy codes to images, by a flow, a diffusion model or a decoder.
+"""Denoising variants: from noisy codes to images by a flow, a diffusion model or a decoder.
 
 Images are generated once and denoised in all variants. This is the one place where an evaluation denoises.
 """
@@ -20,22 +20,22 @@ from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline, check_denoiser
 from itarflow.runtime.files import weights_digest
 
-Way = Literal["raw", "self", "iterative"]
-WAYS: tuple[Way, ...] = ("raw", "self", "iterative")
+VariantName = Literal["raw", "self", "iterative"]
+VARIANTS: tuple[VariantName, ...] = ("raw", "self", "iterative")
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """One way from noisy codes to images."""
+    """A denoising variant: from noisy codes to images."""
 
     title: str
-    """For tables and pictures."""
+    """For tables and figures."""
     codec: Codec
     """Decodes what is denoised."""
     denoiser: Denoiser | None = None
     """None = the codes are left as they are."""
     schedule: DenoiseScheduler | None = None
-    """How the denoiser is asked, from the noise level of the codes down; None without a denoiser."""
+    """The denoiser's schedule, from the noise level of the codes down; None without a denoiser."""
     by_decoder: bool = False
     """The codec denoises, so that there are no denoised codes."""
 
@@ -48,7 +48,7 @@ class Denoising:
             level: noise level of the codes.
 
         Raises:
-            ValueError: the schedule begins elsewhere, or the denoiser is for other images, classes or noise levels.
+            ValueError: the schedule begins at another level, or the denoiser is for other images, classes or levels.
         """
         if self.denoiser is None or self.schedule is None:
             return
@@ -72,17 +72,17 @@ class Denoising:
         return denoise(self.denoiser, noisy, labels, self.schedule, generator=own)
 
 
-def ways_of(
+def variants_of(
     pipe: ITARFlowPipeline,
     schedule: DenoiseScheduler,
-    wanted: Sequence[Way] | None = None,
+    wanted: Sequence[VariantName] | None = None,
     *,
     denoiser: Denoiser | None = None,
     dtype: torch.dtype | None = None,
     slice_size: int | None = None,
     decode_size: int | None = None,
 ) -> dict[str, Denoising]:
-    """The ways in which a checkpoint's samples are denoised, by the names of their folders.
+    """The denoising variants of a checkpoint's samples, by the names of their folders.
 
     "raw": not at all, as the flow has made them. "self": by one step of the flow itself, as a TARFlow does.
     "iterative": by the schedule, as an iTARFlow does.
@@ -90,15 +90,15 @@ def ways_of(
     Args:
         pipe: the checkpoint.
         schedule: from t_max down, of `pipe.schedule`.
-        wanted: some of `WAYS`; None = all that apply: "iterative" needs a denoiser of a range of noise levels, and no
-            way but "raw" goes with the method "skip".
+        wanted: some of `VARIANTS`; None = all that apply: "iterative" needs a denoiser of a range of noise levels, and
+            the method "skip" has only "raw".
         denoiser: denoises in "iterative"; None = the flow itself.
         dtype: of the flow's layers while it denoises, see `FlowDenoiser`.
         slice_size: images that the flow denoises at a time; None = all that are given.
         decode_size: images that a VAE decodes at a time; None = all that are given.
 
     Raises:
-        ValueError: a way is wanted that does not apply.
+        ValueError: a variant is wanted that does not apply.
     """
     codec, config = codec_of(pipe.vae, slice_size=decode_size), schedule.config
     variants = {"raw": Denoising("noisy", codec)}
@@ -108,10 +108,10 @@ def ways_of(
         several = pipe.flow.config.noise_conditioned and config.num_denoise_steps > 1
         if denoiser is not None or several:
             variants["iterative"] = Denoising("iterative", codec, denoiser or own, schedule)
-    for way in wanted or ():
-        if way not in variants:
+    for name in wanted or ():
+        if name not in variants:
             raise ValueError(
-                f"the samples can't be denoised in the way {way!r}: this checkpoint, by its schedule "
+                f"the samples have no denoising variant {name!r}: this checkpoint, by its schedule "
                 f"({config.num_denoise_steps} steps, method {config.method}), knows {', '.join(variants)}."
             )
     return {name: variant for name, variant in variants.items() if wanted is None or name in wanted}
@@ -124,7 +124,7 @@ def one_step(schedule: DenoiseScheduler) -> DenoiseScheduler:
 
 
 def identity_of(denoiser: Denoiser | None) -> str | None:
-    """What a denoiser is, by its weights and schedule; of one that is neither flow nor diffusion model, its type."""
+    """A text that identifies a denoiser: by weights and schedule, or by its type if it is of another kind."""
     if isinstance(denoiser, FlowDenoiser):
         return weights_digest(denoiser.flow.state_dict())
     if isinstance(denoiser, DiffusionDenoiser):

@@ -1,6 +1,6 @@
-"""Sets of 8-bit pictures on disk, read part by part: what a model has made, whoever has written it.
+"""Sets of 8-bit sample images on disk, read in parts, from itarflow or other software.
 
-`itarflow evaluate` writes safetensors files of some pictures each; other software folders of pictures, or the `.npz`
+`itarflow evaluate` writes safetensors files of some images each; other software image files, or the `.npz`
 of ADM's evaluation suite (arr_0: uint8 (N, H, W, C)). All are uint8 tensors (n, C, H, W) here.
 """
 
@@ -26,12 +26,12 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import atomically
 
 SUFFIX = ".safetensors"
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
 class Samples(Protocol):
-    """Pictures of one size, by number."""
+    """Images of one size, by number."""
 
     @property
     def name(self) -> str:
@@ -43,16 +43,16 @@ class Samples(Protocol):
 
     @property
     def labels(self) -> Tensor | None:
-        """(N,) int64, -1 = none; None if nobody has noted them."""
+        """(N,) int64, -1 = none; None if they are not recorded."""
 
     @property
     def broken(self) -> Tensor:
-        """(n,) int64 numbers of pictures that had values which were not finite; those are stored as mid-grey."""
+        """(n,) int64 numbers of images that had values which were not finite; such values are stored as mid-grey."""
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Tensor:
-        """Pictures start .. stop - 1, uint8 (n, C, H, W).
+        """Images start .. stop - 1, uint8 (n, C, H, W).
 
         Raises:
             DataError: a file is damaged.
@@ -60,7 +60,7 @@ class Samples(Protocol):
 
 
 def open_samples(path: Path) -> Samples:
-    """The pictures in a folder of `itarflow evaluate`, an `.npz` file, or a folder of picture files in their order.
+    """The images in a folder of `itarflow evaluate`, an `.npz` file, or a folder of image files in their order.
 
     Raises:
         DataError: there are none, they are of several sizes, or a file is damaged.
@@ -70,34 +70,34 @@ def open_samples(path: Path) -> Samples:
     if not path.is_dir():
         raise DataError(
             f"{path} is neither a folder nor an .npz file; expected samples, such as evaluation/iterative of "
-            "`itarflow evaluate`, a folder of pictures, or an .npz file with uint8 arr_0."
+            "`itarflow evaluate`, a folder of images, or an .npz file with uint8 arr_0."
         )
     if shards := _whole(path):
         return StoredSamples.open(path, shards)
     if inside := sorted(folder.name for folder in path.iterdir() if folder.is_dir() and _whole(folder)):
         names = ", ".join(str(path / name) for name in inside)
         raise DataError(f"{path} holds several sets of samples; name one of them: {names}.")
-    return PictureSamples.open(path)
+    return ImageFileSamples.open(path)
 
 
 def batches(samples: Samples, size: int, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
-    """Pictures start .. stop - 1 (None = all) in their order, at most `size` at a time."""
+    """Images start .. stop - 1 (None = all) in their order, at most `size` at a time."""
     end = len(samples) if stop is None else stop
     return (samples.read(first, min(first + size, end)) for first in range(start, end, size))
 
 
 def _whole(folder: Path) -> list[Path]:
-    """The files of pictures in a folder, in their order, without those that are half written."""
+    """The files of images in a folder, in their order, without unfinished ones."""
     return sorted(path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith("."))
 
 
 def shard_name(start: int, stop: int) -> str:
-    """The file of pictures start .. stop - 1."""
+    """The file of images start .. stop - 1."""
     return f"{start:08d}-{stop:08d}{SUFFIX}"
 
 
 def write_shard(path: Path, images: Tensor, labels: Tensor, broken: Tensor) -> None:
-    """Write a file of pictures, whole or not at all.
+    """Write a file of images, whole or not at all.
 
     Args:
         path: by `shard_name`.
@@ -113,7 +113,7 @@ def write_shard(path: Path, images: Tensor, labels: Tensor, broken: Tensor) -> N
 
 @dataclass(frozen=True)
 class StoredSamples:
-    """Pictures in files written by `write_shard`, one after another."""
+    """Images in files written by `write_shard`, one after another."""
 
     name: str
     image_shape: tuple[int, int, int]
@@ -121,7 +121,7 @@ class StoredSamples:
     broken: Tensor
     files: tuple[Path, ...]
     starts: tuple[int, ...]
-    """Number of the first picture of each file, and at the end the number of all."""
+    """Number of the first image of each file, and at the end the number of all."""
 
     @classmethod
     def open(cls, folder: Path, files: Sequence[Path]) -> StoredSamples:
@@ -132,7 +132,7 @@ class StoredSamples:
             ends = re.fullmatch(rf"(\d+)-(\d+){re.escape(SUFFIX)}", path.name)
             if ends is None or int(ends[1]) != starts[-1]:
                 raise DataError(
-                    f"{path} does not go on where the pictures before it end, at {starts[-1]}; let `itarflow "
+                    f"{path} does not go on where the images before it end, at {starts[-1]}; let `itarflow "
                     "evaluate` make what is missing, by the same command."
                 )
             with _opened(path) as file:
@@ -140,7 +140,7 @@ class StoredSamples:
                 broken.append(file.get_tensor("broken").nonzero().flatten() + starts[-1])
                 found = tuple(file.get_slice("images").get_shape()[1:])
             if shape not in (None, found):
-                raise DataError(f"{path} holds pictures of shape {found}, files before it {shape}; expected one size.")
+                raise DataError(f"{path} holds images of shape {found}, files before it {shape}; expected one size.")
             shape = found
             starts.append(int(ends[2]))
         assert shape is not None
@@ -173,7 +173,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class ArraySamples:
-    """Pictures in an array (N, H, W, C)."""
+    """Images in an array (N, H, W, C)."""
 
     name: str
     array: np.ndarray
@@ -182,7 +182,7 @@ class ArraySamples:
 
     @classmethod
     def open(cls, path: Path) -> ArraySamples:
-        """arr_0 holds the pictures, arr_1 their labels if it is there, as in ADM's files."""
+        """arr_0 holds the images, arr_1 their labels if it is there, as in ADM's files."""
         try:
             with np.load(path, allow_pickle=False) as file:
                 array = file["arr_0"] if "arr_0" in file.files else None
@@ -210,8 +210,8 @@ class ArraySamples:
 
 
 @dataclass(frozen=True)
-class PictureSamples:
-    """Picture files of one size, in the order of their names."""
+class ImageFileSamples:
+    """Image files of one size, in the order of their names."""
 
     name: str
     image_shape: tuple[int, int, int]
@@ -220,19 +220,19 @@ class PictureSamples:
     broken: Tensor = _NONE
 
     @classmethod
-    def open(cls, folder: Path) -> PictureSamples:
-        """All pictures in a folder and the folders in it; grey if the first one is."""
+    def open(cls, folder: Path) -> ImageFileSamples:
+        """All images in a folder and the folders in it; grey if the first one is."""
         files = tuple(
             sorted(
                 path
                 for path in folder.rglob("*")
-                if path.suffix.lower() in _PICTURES and not path.name.startswith(".")  # else it is half written
+                if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")  # else it is half written
             )
         )
         if not files:
             raise DataError(
-                f"{folder} has no pictures ({', '.join(_PICTURES)}) and no samples of `itarflow evaluate`; expected "
-                "a folder with some."
+                f"{folder} has no images ({', '.join(_IMAGE_SUFFIXES)}) and no samples of `itarflow evaluate`; "
+                "expected a folder with some."
             )
         try:
             with Image.open(files[0]) as first:
@@ -251,13 +251,13 @@ class PictureSamples:
         images = torch.zeros((0, *self.image_shape), dtype=torch.uint8)
         for path in self.files[start:stop]:
             try:
-                with Image.open(path) as picture:
-                    if picture.size != (width, height):
+                with Image.open(path) as image:
+                    if image.size != (width, height):
                         raise DataError(
-                            f"{path} has {picture.width} x {picture.height} pixels, others {width} x {height}; "
+                            f"{path} has {image.width} x {image.height} pixels, others {width} x {height}; "
                             "samples are compared as they are, so crop or resize them alike first."
                         )
-                    array = to_array(picture.convert("L" if channels == 1 else "RGB"), channels)
+                    array = to_array(image.convert("L" if channels == 1 else "RGB"), channels)
             except OSError as error:
                 raise DataError(f"{path} can't be read: {error}. Make or copy it again.") from error
             images = torch.cat([images, torch.from_numpy(array)[None]])
@@ -268,7 +268,7 @@ class PictureSamples:
 
 
 def write_npz(samples: Samples, path: Path) -> None:
-    """Write arr_0, uint8 (N, H, W, 3), which ADM's evaluation suite reads; grey pictures get three equal channels.
+    """Write arr_0, uint8 (N, H, W, 3), which ADM's evaluation suite reads; grey images get three equal channels.
 
     arr_1 holds the labels, if they are known, as in ADM's own files.
     """
@@ -282,12 +282,12 @@ def write_npz(samples: Samples, path: Path) -> None:
 
 
 def write_png(samples: Samples, folder: Path) -> None:
-    """Write 00000000.png, ...; pictures that are already there are left as they are."""
+    """Write 00000000.png, ...; images that are already there are left as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(len(samples)):
         path = folder / f"{index:08d}.png"
         if not path.exists():
-            (picture,) = samples.read(index, index + 1)
-            array = picture[0].numpy() if len(picture) == 1 else picture.permute(1, 2, 0).numpy()
+            (image,) = samples.read(index, index + 1)
+            array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
             with atomically(path) as partial:
                 Image.fromarray(array).save(partial, format="png")

@@ -1,7 +1,7 @@
 """Images of a checkpoint, generated once and denoised in several variants: batch by batch, or into a folder.
 
 `generate` is the one generator of batches: `save` writes them, `compare` measures and draws them. A folder has
-samples.json, which says what is in it, and a folder of 8-bit pictures for each variant (see samples.py). Files hold a
+samples.json, which says what is in it, and a folder of 8-bit images for each variant (see files.py). Files hold a
 batch each; a file that is there is not made again, and its content depends on nothing but samples.json, so any number
 of processes gives the same files.
 """
@@ -45,7 +45,7 @@ def labels_by(rule: LabelRule, count: int, num_classes: int, seed: int = 0) -> T
         rule: "balanced": every class in turn, so that their counts differ by one at most. "random": each drawn
             uniformly. "none": no labels.
         count: of images.
-        num_classes: of the flow; 0 = it has no labels, whatever the rule.
+        num_classes: of the flow; 0 = it has no labels, for any rule.
         seed: of random labels.
 
     Raises:
@@ -57,7 +57,7 @@ def labels_by(rule: LabelRule, count: int, num_classes: int, seed: int = 0) -> T
         return torch.full((count,), NULL_LABEL)
     if rule == "balanced":
         return torch.arange(count) % num_classes
-    # A stream of its own: the same as that of the noise would tie noise and label together.
+    # A separate stream, so that noise and labels are independent.
     draws = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 1))))
     return torch.from_numpy(np.floor(draws.random(count) * num_classes).astype(np.int64))
 
@@ -68,11 +68,11 @@ class Generation:
 
     Attributes:
         pipe: the checkpoint, on its device.
-        variants: the ways of denoising by the names of their folders; an image is generated once for all of them.
+        variants: of denoising, by the names of their folders; an image is generated once for all of them.
         labels: (N,) int64, -1 = none; their number is that of the images.
         seed: of the noise: that of image i is the i-th that `seeds.image_seeds` gives, as in training's grids.
-        guidance: in generating; None = the checkpoint's.
-        t_max: noise level of generating; None = the checkpoint's.
+        guidance: of generation; None = the checkpoint's.
+        t_max: noise level of the flow's samples; None = the checkpoint's.
         solver: as in a call of the pipeline; None = the checkpoint's plan, else exact.
         inverse_dtype: as in a call of the pipeline.
         batch_size: images that are made together, and lie in a file.
@@ -98,8 +98,8 @@ class Generation:
         """Refuse what can't be made.
 
         Raises:
-            ValueError: no images, a label that there is not, a noise level outside the flow's range, images that are
-                no pictures, or a denoiser that does not suit them.
+            ValueError: no images, a label that there is not, a noise level outside the flow's range, images that
+                are neither grey nor RGB, or a denoiser that does not suit them.
         """
         flow, level = self.pipe.flow, self.level
         if len(self.labels) == 0:
@@ -113,7 +113,7 @@ class Generation:
         channels, _, _ = self.pipe.picture_shape
         if channels not in (1, 3):
             raise ValueError(
-                f"this checkpoint makes images of {channels} channels, which are no pictures; expected 1 or 3. If "
+                f"this checkpoint makes images of {channels} channels; expected 1 or 3. If "
                 "they are codes, the pipeline lacks their VAE."
             )
         given = given_labels(self.labels)
@@ -132,11 +132,11 @@ class Generation:
 
     @property
     def level(self) -> float:
-        """The noise level at which is generated."""
+        """The noise level of the flow's samples."""
         return float(self.pipe.scheduler.config.t_max if self.t_max is None else self.t_max)
 
     def described(self) -> dict[str, Any]:
-        """What decides on the images, as plain values; two generations with equal ones make equal images."""
+        """All that the images depend on, as plain values: equal values, equal images."""
         guidance = self.pipe.default_guidance if self.guidance is None else self.guidance
         by_block = self.solvers if isinstance(self.solvers, Sequence) else [self.solvers]
         values = {
@@ -218,7 +218,7 @@ def generate(
     """
     pipe = generation.pipe
     seeds = image_seeds(torch.Generator().manual_seed(generation.seed), len(generation.labels))
-    # Shared out by number, not among those that are wanted: which these are changes while others write.
+    # Batches are assigned by number, not among the wanted ones, which change while other processes write.
     for start, stop in generation.batches[process_index::num_processes]:
         names = generation.variants if wanted is None else wanted(start, stop)
         if not names:
@@ -242,7 +242,7 @@ def generate(
         for name in names:
             variant, begun = generation.variants[name], time.perf_counter()
             codes = variant.denoised(noisy, None if given is None else given.to(noisy.device), generators)
-            images = variant.codec.decode(codes).cpu()  # which waits for the device
+            images = variant.codec.decode(codes).cpu()  # synchronises
             seconds = time.perf_counter() - begun
             yield Batch(name, start, labels, None if variant.by_decoder else codes.cpu(), images, seconds)
 
@@ -275,13 +275,13 @@ def manifest_of(generation: Generation, folder: Path) -> dict[str, Any]:
     return {**wanted, "cleaning": {**stored["cleaning"], **wanted["cleaning"]}}
 
 
-def begin(generation: Generation, folder: Path, manifest: Mapping[str, Any] | None = None) -> int:
-    """Make a folder ready for its files, or find that this is what it was begun with. For the main process alone.
+def begin_generation(generation: Generation, folder: Path, manifest: Mapping[str, Any] | None = None) -> int:
+    """Prepare a folder for the files of a generation, new or begun before. For the main process only.
 
     Args:
         generation: checked.
         folder: made if needed.
-        manifest: of `manifest_of`; None = ask it now.
+        manifest: from `manifest_of`; None = call it.
 
     Returns:
         How many images are still to be made, counting each variant.
@@ -308,7 +308,7 @@ def save(
 
     Args:
         generation: what to make.
-        folder: as `begin` has left it.
+        folder: as `begin_generation` has left it.
         process_index: the first batch to make.
         num_processes: see above.
         count: called with the number of images made, counting each variant.

@@ -1,4 +1,4 @@
-"""What it takes to fine-tune an autoencoder's decoder on noisy codes: settings, randomness, and how it is measured.
+"""Fine-tuning of an autoencoder's decoder on noisy codes: config, random numbers, and evaluation.
 
 A flow of one noise level models codes + t * noise, and so its samples are noisy. A decoder that has learnt to decode
 such codes gives clean images at once (STARFlow, arXiv 2506.06276). The encoder stays as it is, and with it the codes.
@@ -55,7 +55,7 @@ class TuneConfig(Optimisation):
     max_grad_norm: float | None = 1.0
     """Gradients are scaled down to this norm. None = never."""
     ema_decay: float | None = 0.999
-    """Exponential moving average of the weights, which is what is measured and shared. None = the last weights."""
+    """Exponential moving average of the weights, which is evaluated and exported. None = the last weights."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Precision of encoder, decoder and critic in training; losses and evaluation are float32 always."""
     gradient_checkpointing: bool = False
@@ -65,7 +65,7 @@ class TuneConfig(Optimisation):
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every: int = 2000
-    """Steps between measurements on the held-out images."""
+    """Steps between evaluations on the held-out images."""
     save_every: int = 1000
     """Steps between saved states, from which --resume goes on."""
     keep_states: int = 2
@@ -81,7 +81,7 @@ class TuneConfig(Optimisation):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """What to fine-tune, on which images, for which noise."""
+    """The config of a fine-tuning: VAE, images and noise."""
 
     vae: str
     """The autoencoder in diffusers' format, AutoencoderKL or AutoencoderTiny: a folder, or a name on the Hub such as
@@ -106,13 +106,13 @@ class DecoderConfig:
     """Draw the noise level of each image uniformly from t_min to t_max, for one decoder of a range of levels.
     None = always t_max."""
     noise_levels: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5)
-    """Noise levels at which the decoder is measured, before and after."""
+    """Noise levels at which the decoder is evaluated, before and after."""
     comparison_images: int = 6
     """Held-out images in comparison.png."""
     data: DataConfig = field(default_factory=DataConfig)
     """The images."""
     loss: LossConfig = field(default_factory=LossConfig)
-    """What makes a decoded image good."""
+    """Weights of the loss terms."""
     train: TuneConfig = field(default_factory=TuneConfig)
     """The optimisation."""
 
@@ -164,7 +164,7 @@ class DecoderConfig:
 
 
 class Draws(NamedTuple):
-    """All that is random in an optimiser step, for its global batch."""
+    """The random numbers of an optimiser step, for its global batch."""
 
     noise_level: Tensor
     """(B,)"""
@@ -191,7 +191,7 @@ def draw(config: DecoderConfig, shape: tuple[int, int, int], step: int, device: 
 
 
 class Decoding(nn.Module):
-    """The part of a VAE that learns, as a module: codes (B, C, H, W) -> images in about [-1, 1], in float32.
+    """The decoder of a VAE as a module: codes (B, C, H, W) -> images in about [-1, 1], in float32.
 
     It shares the VAE's modules, so that the VAE learns with it.
     """
@@ -240,7 +240,7 @@ def decoded_at_all_levels(config: DecoderConfig, codec: VaeCodec, images: Tensor
     return [codec.decode(codes + level * noise) for level in config.noise_levels]
 
 
-def measure(
+def held_out_psnr(
     config: DecoderConfig, codec: VaeCodec, dataset: ImageDataset, accelerator: Accelerator
 ) -> tuple[dict[str, float], tuple[str, ...]]:
     """PSNR of the images of a set, decoded from codes with fixed noise, the same at each call.

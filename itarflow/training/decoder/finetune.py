@@ -1,4 +1,4 @@
-"""The fine-tuning of an autoencoder's decoder on noisy codes, see decoder.py: what a `Loop` does for it.
+"""The fine-tuning of an autoencoder's decoder on noisy codes, see config.py, as a `Loop`.
 
 OUT/recipe.json   metrics.jsonl   state/step-*/   vae/   psnr.json   comparison.png
 """
@@ -36,7 +36,7 @@ from itarflow.training.decoder.config import (
     decoded_examples,
     draw,
     examples,
-    measure,
+    held_out_psnr,
 )
 from itarflow.training.decoder.losses import (
     PatchCritic,
@@ -46,13 +46,13 @@ from itarflow.training.decoder.losses import (
     reconstruction_terms,
 )
 from itarflow.training.loop import Finished, Loop, learning_rate_factor
-from itarflow.training.run_folder import RunDir, Start, check_folder, claimed
+from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.sharding import averaged_weights, clip_grad_norm, load_tensors, make_accelerator, save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned(Finished):
-    """What a finished fine-tuning reports."""
+    """The result of a finished fine-tuning."""
 
     before: dict[str, float]
     """Noise level -> PSNR in dB of the VAE as it was."""
@@ -70,7 +70,7 @@ def fine_tune(
     max_steps: int | None = None,
     allow_changes: bool = False,
 ) -> Tuned:
-    """Fine-tune a VAE's decoder on noisy codes, and leave VAE, figures, pictures and states in a folder.
+    """Fine-tune a VAE's decoder on noisy codes, and write VAE, PSNR, a comparison and states to a folder.
 
     Args:
         config: all settings.
@@ -87,7 +87,7 @@ def fine_tune(
     """
     accelerator = make_accelerator(out, accumulation=config.train.accumulation, trackers=config.train.trackers)
     run = RunDir(out, "OUT")
-    check_folder(run, config, accelerator, start, allow_changes)
+    check_run_folder(run, config, accelerator, start, allow_changes)
     vae = main_first(accelerator, lambda: load_vae(config.codec))
     config.check(vae, accelerator.num_processes)
     perceptual = main_first(accelerator, load_lpips) if config.loss.lpips else None
@@ -101,8 +101,8 @@ def fine_tune(
         return tuning.run_to(max_steps, resume=start == "resume")
 
 
-class _Step(NamedTuple):
-    """What one optimiser step tells."""
+class _DecoderStep(NamedTuple):
+    """The output of an optimiser step."""
 
     terms: dict[str, Tensor]
     """() each, of this process's images: "loss", and what it is made of."""
@@ -115,10 +115,10 @@ class _Step(NamedTuple):
         return self.terms["loss"]
 
 
-class _Tuning(Loop[_Step, Tuned]):
-    """A `Loop` whose learner is a VAE's decoder, and beside it perhaps a critic."""
+class _Tuning(Loop[_DecoderStep, Tuned]):
+    """A `Loop` that trains a VAE's decoder, and a critic with it if there is an adversarial loss."""
 
-    learner = "VAE"
+    task = "VAE"
     advice = (
         "Go on by --resume --allow-changes with a lower train.learning_rate or train.mixed_precision no; or begin "
         "anew by --restart."
@@ -183,7 +183,7 @@ class _Tuning(Loop[_Step, Tuned]):
         )
 
     def begin(self) -> None:
-        """What `Loop` does, and a measurement of the VAE as it is."""
+        """As `Loop.begin`, and evaluate the VAE before any step."""
         super().begin()
         if not self.own:
             self.evaluate()
@@ -191,7 +191,7 @@ class _Tuning(Loop[_Step, Tuned]):
 
     # -- one step -----------------------------------------------------------------------------------------------
 
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> _Step:
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> _DecoderStep:
         """See `Loop.step`."""
         train, accelerator = self.config.train, self.accelerator
         self._set_learning_rate(number)
@@ -211,7 +211,9 @@ class _Tuning(Loop[_Step, Tuned]):
                 found.append(self._backward(images, part, critical))
                 if accelerator.sync_gradients:
                     grad_norm = self._update(train.max_grad_norm or math.inf, critical)
-        return _Step({name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}, grad_norm)
+        return _DecoderStep(
+            {name: torch.stack([terms[name] for terms in found]).mean() for name in found[0]}, grad_norm
+        )
 
     def _backward(self, images: Tensor, draws: Draws, critical: bool) -> dict[str, Tensor]:
         """Gradients of a micro-batch, of the decoder and, if it has begun, of the critic; returns the terms."""
@@ -264,48 +266,48 @@ class _Tuning(Loop[_Step, Tuned]):
             for group in () if optimizer is None else optimizer.param_groups:
                 group["lr"] = train.learning_rate * factor
 
-    def culprit(self, told: _Step) -> str:  # noqa: ARG002
-        """Nothing is known."""
+    def bad_step_report(self, output: _DecoderStep) -> str:  # noqa: ARG002
+        """The cause is not known."""
         return ""
 
-    # -- now and then -------------------------------------------------------------------------------------------
+    # -- periodic work -----------------------------------------------------------------------------------------
 
-    def metrics(self, told: _Step) -> dict[str, Any]:
+    def metrics(self, output: _DecoderStep) -> dict[str, Any]:
         """See `Loop.metrics`."""
-        means = self.accelerator.reduce(torch.stack(list(told.terms.values())).float(), "mean").tolist()
-        return dict(zip(told.terms, means, strict=True))
+        means = self.accelerator.reduce(torch.stack(list(output.terms.values())).float(), "mean").tolist()
+        return dict(zip(output.terms, means, strict=True))
 
-    def chores(self, last_step: int) -> None:
-        """See `Loop.chores`."""
+    def end_of_step(self, last_step: int) -> None:
+        """See `Loop.end_of_step`."""
         if self.due(self.config.train.evaluate_every) and self.state.step < last_step:
             self.evaluate()
 
     def evaluate(self) -> None:
         """See `Loop.evaluate`."""
         with averaged_weights(self.ema, self.decoding):
-            self.after, broken = measure(self.config, self.measured, self.data.held_out, self.accelerator)
+            self.after, broken = held_out_psnr(self.config, self.measured, self.data.held_out, self.accelerator)
         self.measured_at = self.state.step
         self.monitor.name_broken(broken)
         self.monitor.log({"step": self.state.step, "psnr": self.after})
         figures = ", ".join(f"{value:.2f} at t={level}" for level, value in self.after.items())
         self.monitor.say(f"step {self.state.step}  held-out PSNR {figures} (dB)")
 
-    def recall(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """See `Loop.recall`."""
+    def load_state(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """See `Loop.load_state`."""
         for line in lines:
             if "psnr" in line:
                 self.after, self.measured_at = line["psnr"], line["step"]
 
-    # -- what is left in the folder -----------------------------------------------------------------------------
+    # -- exports -------------------------------------------------------------------------------------------------
 
     def _decoded_examples(self) -> list[Tensor]:
-        """On the main process, which alone draws the comparison."""
+        """Decoded examples on the main process, which draws the comparison; [] on the others."""
         if not self.accelerator.is_main_process:
             return []
         return decoded_examples(self.config, self.measured, self.examples, self.accelerator.device)
 
-    def _report(self) -> None:
-        """Write comparison.png and psnr.json, each whole or not at all."""
+    def _write_comparison(self) -> None:
+        """Write comparison.png and psnr.json, each atomically."""
         with averaged_weights(self.ema, self.decoding):
             picture = comparison(self.config, self.examples, self.before_images, self._decoded_examples())
         figures = {
@@ -320,15 +322,15 @@ class _Tuning(Loop[_Step, Tuned]):
         write_json(self.run.path / "psnr.json", figures)
 
     def save_tensors(self, folder: Path) -> None:
-        """What `Loop` writes, and the critic's beside it."""
+        """As `Loop.save_tensors`, and those of the critic."""
         super().save_tensors(folder)
         if self.critic_model is not None and self.critic_optimizer is not None:
             save_tensors(folder / "critic", self.critic_model, self.critic_optimizer, None)
 
     def load_tensors(self, folder: Path) -> None:
-        """What `Loop` reads, and the critic's."""
+        """As `Loop.load_tensors`, and those of the critic."""
         super().load_tensors(folder)
-        # A critic may join in the middle.
+        # A critic may be added by a resumed run.
         if self.critic_model is not None and self.critic_optimizer is not None and (folder / "critic").exists():
             load_tensors(folder / "critic", self.critic_model, self.critic_optimizer, None)
 
@@ -343,8 +345,8 @@ class _Tuning(Loop[_Step, Tuned]):
         finish_vae(folder)
 
     def finish(self) -> Tuned:
-        """Figures and pictures."""
-        on_main(self.accelerator, self._report)
+        """Write the comparison, and return the figures."""
+        on_main(self.accelerator, self._write_comparison)
         return Tuned(
             **vars(self.finished()),
             before=self.own["before"],

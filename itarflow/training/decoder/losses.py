@@ -1,4 +1,4 @@
-"""How near decoded images come to their originals: the terms that train a decoder, its critic, and PSNR."""
+"""Losses of a decoder (reconstruction terms and a critic), and PSNR."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LossConfig:
     l2: float = 1.0
     """Of the squared difference. It is what PSNR measures, and alone gives blurred images."""
     lpips: float = 0.0
-    """Of LPIPS, the difference that people see, as VGG-16 finds it; 1 is usual. Needs pip install "itarflow[decoder]",
+    """Of LPIPS, the perceptual difference by VGG-16; 1 is usual. Needs pip install "itarflow[decoder]",
     and downloads the weights of VGG-16 (528 MB) once."""
     adversarial: float = 0.0
     """Of a critic that learns to tell decoded patches from real ones: sharper, at the expense of PSNR; 0.1, say."""
@@ -60,7 +60,7 @@ class PatchCritic(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         for level in range(2):
             inner, outer = width << level, width << (level + 1)
-            # Of groups and not of the batch, so that an image's verdict does not hang on its neighbours.
+            # Group norm, not batch norm, so that an image's scores do not depend on the batch.
             layers += [
                 nn.Conv2d(inner, outer, 4, stride=2, padding=1, bias=False),
                 nn.GroupNorm(8, outer),
@@ -119,7 +119,7 @@ def load_lpips() -> nn.Module:
         ) from error
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # lpips calls torchvision in ways of the past
+            warnings.simplefilter("ignore")  # lpips calls torchvision by a deprecated interface
             return lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
     except (OSError, RuntimeError) as error:  # no network, or half a file
         raise ValueError(
