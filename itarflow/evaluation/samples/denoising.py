@@ -17,7 +17,8 @@ from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.ode import DenoiseScheduler, denoise
 from itarflow.denoisers.score import Denoiser, FlowDenoiser
 from itarflow.flow.tarflow import TARFlow
-from itarflow.pipeline.pipeline import ITARFlowPipeline, check_denoiser
+from itarflow.pipeline.call import check_denoiser
+from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import weights_digest
 
 VariantName = Literal["raw", "self", "iterative"]

@@ -1,0 +1,135 @@
+"""A call of the pipeline: its checked arguments, the images that they make, and the types of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import logging
+from PIL import Image
+from torch import Tensor
+
+from itarflow.codec import Codec, to_pil
+from itarflow.denoisers.ode import DenoiseScheduler, denoise, noise_levels
+from itarflow.denoisers.score import CheckedDenoiser, Denoiser
+from itarflow.flow.tarflow import TARFlow
+from itarflow.inverse.guidance import Guidance
+from itarflow.inverse.solvers import Solver
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The checked arguments of a call, with the checkpoint's defaults filled in."""
+
+    labels: Tensor | None
+    """(B,) int64 on the flow's device; None = all unlabelled."""
+    generators: list[torch.Generator]
+    """B, one an image."""
+    guidance: Guidance
+    solver: Solver | Sequence[Solver]
+    inverse_dtype: torch.dtype | None
+    denoiser: Denoiser
+    schedule: DenoiseScheduler
+    codec: Codec
+    """Decodes what the flow models to the output."""
+
+    @property
+    def evaluations(self) -> int:
+        """Of the denoiser, for each image."""
+        config = self.schedule.config
+        return 0 if config.method == "skip" else config.num_denoise_steps
+
+    def part(self, chunk: slice) -> Call:
+        """The same for some of the images."""
+        labels = None if self.labels is None else self.labels[chunk]
+        return replace(self, labels=labels, generators=self.generators[chunk])
+
+
+def generate(flow: TARFlow, call: Call, advance: Callable[[int], None]) -> Tensor:
+    """The images (B, C, H, W) of a call, all at once: noise -> inverse of the flow -> denoising -> decoding.
+
+    Args:
+        flow: generates.
+        call: what to make.
+        advance: called with the number of steps done, tokens of the inverse and evaluations of the denoiser.
+    """
+    own = call.generators
+
+    def counted(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
+        clean = call.denoiser(noisy, labels, noise_level)
+        advance(1)
+        return clean
+
+    noisy = flow.inverse(
+        flow.sample_prior(len(own), own),
+        call.labels,
+        call.schedule.config.t_max,
+        guidance=call.guidance,
+        solver=call.solver,
+        dtype=call.inverse_dtype,
+        progress=advance,
+    )
+    return call.codec.decode(denoise(counted, noisy, call.labels, call.schedule, generator=own))
+
+
+def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
+    """Refuse what the denoiser can't denoise, before anything is generated.
+
+    Args:
+        denoiser: not checked unless it is a `CheckedDenoiser`.
+        scheduler: the noise levels at which it will be evaluated.
+        flow: makes the noisy images.
+        labels: (B,) their labels, -1 = none; None = all without.
+
+    Raises:
+        ValueError: naming what was asked for and what the denoiser supports.
+    """
+    config = scheduler.config
+    if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
+        levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps, config.spacing)[:-1]
+        num_classes, unlabelled = (0, True) if labels is None else (flow.config.num_classes, bool((labels < 0).any()))
+        denoiser.check(flow.image_shape, num_classes, levels, unlabelled=unlabelled)
+
+
+def positive(name: str, value: int | None) -> int | None:
+    """The value of a setting of that name, unless it is below 1.
+
+    Raises:
+        ValueError: it is.
+    """
+    if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; expected a number >= 1, or None.")
+    return value
+
+
+def check_output(output_type: str, channels: int) -> None:
+    """Refuse an unknown output type, or one that can't hold that many channels.
+
+    Raises:
+        ValueError: naming the output types.
+    """
+    if output_type not in ("pil", "np", "pt", "codes"):
+        raise ValueError(f"output_type is {output_type!r}; expected 'pil', 'np', 'pt' or 'codes'.")
+    if output_type == "pil" and channels not in (1, 3):
+        raise ValueError(
+            f"output_type 'pil' makes images of 1 or 3 channels, but this pipeline's images have {channels}; "
+            "use 'pt', 'np' or, if they are codes of a VAE that is not in it, 'codes'."
+        )
+
+
+def converted(images: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
+    """(B, C, H, W) in [-1, 1], or codes as they are -> the output type; warns of images that are not finite."""
+    broken = (~images.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if broken:
+        logger.warning(
+            f"Images {broken} contain NaN or infinite values: the flow's inverse or the denoising diverged. Less "
+            "guidance or float32 weights often help."
+        )
+    if output_type == "pil":
+        return to_pil(images)
+    return images if output_type == "codes" else VaeImageProcessor().postprocess(images, output_type)
