@@ -289,6 +289,7 @@ def test_variants_run_in_turns_and_the_first_result_is_kept():
     assert len(a.seconds) == len(b.seconds) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells the peak")
 def test_working_memory_is_that_of_the_call_alone():
     size = 2**26
@@ -309,6 +310,7 @@ def test_peaks_of_this_machine(monkeypatch):
     assert all(1e8 < peak.bytes_per_second < 1e13 and 1e8 < peak.flops_per_second < 1e15 for peak in found.values())
 
 
+@pytest.mark.slow
 def test_floors_of_presets_are_told_as_markdown(monkeypatch, capsys):
     monkeypatch.setattr(floors, "PRESETS", {name: floors.PRESETS[name] for name in ("cifar10", "S, 64 px")})
     run.main(["costs", "--batch-sizes", "8", "256"])
@@ -321,6 +323,7 @@ def test_floors_of_presets_are_told_as_markdown(monkeypatch, capsys):
     assert all(len(row) == 8 for row in rows)
 
 
+@pytest.mark.slow
 def test_reading_images_is_measured(tmp_path):
     write_classes(tmp_path / "images", {"a": 6, "b": 6})
     words = ("--sizes", "8", "--images", "8", "--batch-size", "2", "--num-batches", "2", "--repeats", "1")

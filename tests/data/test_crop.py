@@ -109,6 +109,7 @@ def test_several_processes_write_the_same(tmp_path: Path) -> None:
     assert content(tmp_path / "0") == content(tmp_path / "2")
 
 
+@pytest.mark.slow
 def test_grey_digits(tmp_path: Path) -> None:
     run("digits", tmp_path / "out", in_channels=1, format="png")
     assert same("digits", tmp_path / "out", in_channels=1, held_out_images=100)
@@ -182,6 +183,7 @@ def test_datasets_reads_it_too(tmp_path: Path) -> None:
     assert opened["train"][2]["image"].size == (8, 8)
 
 
+@pytest.mark.slow
 def test_manifest_tells_what_was_done(tmp_path: Path) -> None:
     run("digits", tmp_path / "out", crop="adm", format="jpeg", quality=90)
     manifest = json.loads((tmp_path / "out" / "prepare.json").read_text())

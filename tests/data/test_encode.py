@@ -234,6 +234,7 @@ def _stop_at(monkeypatch: pytest.MonkeyPatch, batch: int) -> list[int]:
     return sizes
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_stopped(
     source: Path, tmp_path: Path, vaes: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,7 @@ def test_options_that_change_no_score(flow, make_inputs, options):
     torch.testing.assert_close(FlowDenoiser(flow, **options).score(images, labels, level), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_ten_steps_in_bfloat16_change_images_by_less_than_a_grey_level(
     make_flow, make_inputs, randomise, checkpointing
@@ -234,6 +235,7 @@ def test_frozen_weights_keep_no_inputs(make_flow, make_inputs):
     assert 9 * tokens < (more - few) / 2 < 10.5 * tokens
 
 
+@pytest.mark.slow
 def test_nothing_is_read_from_the_device(make_flow, make_inputs):
     """Tensors of the meta device have no values: to look at one is an error, as it is a wait on a GPU."""
     flow = make_flow(noise_range=(0.01, 0.5))

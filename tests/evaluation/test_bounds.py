@@ -47,6 +47,7 @@ def gaussian_bits(values: list[int], scale: float, level: float) -> np.ndarray:
     return np.array([-np.log2(np.trapezoid(p * norm.pdf(y, levels[value], level), y)) for value in values])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [UNIFORM, Noise("gaussian", 0.02)], ids=lambda noise: noise.title)
 def test_many_draws_give_the_bits_of_a_known_density_and_few_give_more(make_flow, noise):
     scale, values = 60.0, [124, 126, 127, 129, 131] * 12  # a grey level is half a standard deviation wide
@@ -75,6 +76,7 @@ def test_a_density_that_is_constant_in_each_cell_gives_exact_bits_with_one_draw(
     torch.testing.assert_close(found.nll[:, 0], -(mass[values] * 128).log())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [UNIFORM, Noise("gaussian", 0.01)], ids=lambda noise: noise.title)
 def test_probabilities_of_all_images_sum_to_the_mass_of_the_flow(make_flow, noise):
     scale = 4.0

@@ -114,6 +114,7 @@ def test_labels_may_be_left_out(measured, checkpoint, data):
     assert {row["label"] for row in table()} == {"-1"}
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped(measured, monkeypatch, capsys):
     whole = measured(output="whole")
     asked: list[int] = []
@@ -192,6 +193,7 @@ def test_figures_of_another_vae_are_not_taken_for_the_same(run, refused, save, d
     assert "vae scaling_factor: 0.4 -> 0.3" in refused(*words(scaling_factor=0.3))
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_not_written_anew(measured, monkeypatch):
     def no_space(_file: int) -> None:
         raise OSError(28, "No space left on device")
@@ -211,6 +213,7 @@ def test_what_is_measured_is_not_written_anew(measured, monkeypatch):
     assert rows.read_text().endswith("}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ['{"4": {"lab\n', "[1]\n", '{"a": {}}\n'])
 def test_a_damaged_row_is_named(measured, refused, checkpoint, data, line):
     measured("--batch-size", 3)

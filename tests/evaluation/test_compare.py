@@ -157,6 +157,7 @@ def test_images_are_those_of_the_pipeline_and_of_an_evaluation(
         assert not torch.equal(exact.images, images)
 
 
+@pytest.mark.slow
 def test_files_and_figures(pipelines, tmp_path):
     write_classes(tmp_path / "data", {"a": 3, "b": 2})
     output = tmp_path / "new" / "compare"

@@ -113,6 +113,7 @@ def test_sets_are_compared_with_the_first(real, tmp_path):
     assert all(other.low < 0 < other.high for other in differences["other"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_broken_images_are_counted_on_their_own(real, tmp_path):
     images, broken = natural_images(200, seed=5), (0, 1, 2, 150)  # the first batch is broken from end to end
@@ -196,6 +197,7 @@ class MeanAndSpread:
         return Features(torch.stack([values.mean(dim=1), values.std(dim=1)], dim=1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("undrawn")
 def test_the_distance_without_failures_is_smaller_than_that_of_as_many(real, tmp_path):
     given: dict[str, Any] = {"a": as_samples(planted("black", slice(80)))}
@@ -252,6 +254,7 @@ def test_what_can_not_be_diagnosed_is_refused(tmp_path):
         diagnose({}, as_samples(small), output=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_command_shows_sets_side_by_side(tmp_path, capsys):
     folder = tmp_path / "data" / "train" / "pets"
     folder.mkdir(parents=True)

@@ -138,6 +138,7 @@ def test_images_that_are_not_finite_are_counted(evaluate: Run, monkeypatch: pyte
     assert "3 samples have values that are not finite" in printed
 
 
+@pytest.mark.slow
 def test_the_crop_is_that_of_the_training(evaluate: Run, refused: Run, tmp_path: Path) -> None:
     pipe = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline")
     pipe.record(tmp_path / "pipeline", "training", {"name": "tiny", "recipe": {"data": {"crop": "adm"}}})

@@ -130,6 +130,7 @@ def test_inception_gives_what_adm_evaluates(inception_file):
     assert not branch._forward_hooks
 
 
+@pytest.mark.slow
 def test_the_published_weights_are_known_by_their_hash(inception_file):
     with patch("itarflow.evaluation.metrics.extractors._INCEPTION_HASH", ""):
         assert load_extractor(INCEPTION, inception_file).name == INCEPTION

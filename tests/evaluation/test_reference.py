@@ -158,6 +158,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, folder, options):
         read(tmp_path / "text.npz", options)
 
 
+@pytest.mark.slow
 def test_adm_statistics_are_taken_as_they_are_with_features_of_the_images(tmp_path, options):
     images = write_npz(tmp_path / "adm.npz", **moments(2.0), **moments(3.0, "mu_s", "sigma_s", SPATIAL_FEATURES))
     for seen in (5, 0):

@@ -256,6 +256,7 @@ def test_figures_that_are_not_finite_are_never_best() -> None:
     assert best_settings(scores_of((0,), (0.3,), (1,), lambda _: float("inf"))) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "rows", "lines"),
     [

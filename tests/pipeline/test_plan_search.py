@@ -159,6 +159,7 @@ def test_a_solver_is_stopped_once_it_has_had_its_time(monkeypatch):
     assert math.isnan(tried[1].difference)
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_not_faster_in_the_end_is_none(long_flow, make_inputs, monkeypatch):
     monkeypatch.setattr(profile.statistics, "median", lambda seconds: 1.0)
     found = find_plan(
@@ -173,6 +174,7 @@ def test_a_plan_that_is_not_faster_in_the_end_is_none(long_flow, make_inputs, mo
     assert found.plan.facts["largest difference of a pixel"] == 0
 
 
+@pytest.mark.slow
 def test_no_more_pictures_are_made_than_it_takes_to_tell(long_flow, make_inputs):
     made = []
 

@@ -39,6 +39,7 @@ def panel(title):
     return next(panel for panel in PANELS if panel.title.startswith(title))
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_of_one_run_and_of_several(make_run, tmp_path):
     one, other = make_run("one"), make_run("other", steps=60)
     plot_runs([one], tmp_path / "one.png")
@@ -62,6 +63,7 @@ def test_lines_are_found_by_level_and_by_block(make_run):
     assert panel("memory").find(lines) == {}
 
 
+@pytest.mark.slow
 def test_a_likelihood_run_has_its_own_panels(make_run, tmp_path):
     lines = [
         json.loads(line) for line in (make_run("run", likelihood=True) / "metrics.jsonl").read_text().splitlines()

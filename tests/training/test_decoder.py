@@ -85,6 +85,7 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "vae" / "diffusion_pytorch_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny", "kl"])
 def test_the_decoder_learns_and_the_encoder_does_not(vaes: dict[str, str], kind: str, tmp_path: Path) -> None:
     crop_size = {"tiny": 6, "kl": None}[kind]

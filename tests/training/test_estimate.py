@@ -188,6 +188,7 @@ def test_a_layer_keeps_what_its_operations_need_again(mixed_precision):
     assert two - one == pytest.approx(tokens * (4 * full + size * linear), rel=0.15)
 
 
+@pytest.mark.slow
 def test_bf16_copies_the_weights_and_halves_most_activations():
     sizes = {"channels": 64, "head_dim": 32, "num_layers": (2, 4), "image_size": 16}
     full, half = needed(**sizes), needed({"mixed_precision": "bf16"}, **sizes)

@@ -149,6 +149,7 @@ def test_each_visit_of_an_image_draws_its_code_anew(recipe):
     assert torch.equal(drawn.noise, without.noise)  # the noise does not depend on it
 
 
+@pytest.mark.slow
 def test_training_on_the_means_is_another_training(finished, vae_folder, codes_folder, tmp_path):
     train(latent_recipe(vae_folder, codes_folder, sample_posterior=False), tmp_path / "run", max_steps=2)
     assert losses(tmp_path / "run")[1] != losses(finished[0])[1]

@@ -80,6 +80,7 @@ def run(path: Path, *, resume: bool = False, bad: int | None = None, max_bad_ste
         return _Counting(recipe, path, stop, bad).run_to(3 if not resume else None, resume=resume)
 
 
+@pytest.mark.slow
 def test_states_are_saved_before_anything_else_is_done(tmp_path: Path) -> None:
     first = ["step 0", "end", "step 1", "saved 2", "end", "step 2", "end", "saved 3", "evaluate", "finish"]
     assert run(tmp_path) == first

@@ -102,6 +102,7 @@ def test_a_streamed_run_resumes_exactly_in_the_middle_of_an_epoch(digits_in_parq
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_adds_nothing(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -151,6 +152,7 @@ def test_a_signal_saves_the_state_and_resuming_goes_on(finished, tmp_path, monke
     assert losses(tmp_path / "run") == losses(whole)
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_same_losses(finished, tmp_path):
     whole, _ = finished
     train(tiny_recipe(accumulation=4), tmp_path, max_steps=6)
@@ -194,6 +196,7 @@ def test_bfloat16_trains_close_to_float32(finished, tmp_path):
     assert all(tensor.dtype == torch.float32 for tensor in shared_weights(tmp_path).values())
 
 
+@pytest.mark.slow
 def test_a_step_whose_loss_is_nan_is_skipped_and_counted(tmp_path, monkeypatch):
     def nan_at_the_third(flow, recipe, images, labels, draws):
         losses = objective.training_losses(flow, recipe, images, labels, draws)

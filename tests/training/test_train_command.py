@@ -119,6 +119,7 @@ def test_help_explains_every_setting(run, capsys):
         assert words in printed
 
 
+@pytest.mark.slow
 def test_a_dry_run_prints_the_costs_and_leaves_nothing_behind(run, tmp_path):
     printed = run("--dry-run")
     flow = RECIPE.model.build()
@@ -130,6 +131,7 @@ def test_a_dry_run_prints_the_costs_and_leaves_nothing_behind(run, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_overrides_reach_the_recipe(run):
     printed = run(
         "--dry-run", "--model.num-layers", 1, 2, 3, "--train.epochs", 7, "--train.no-compile", "--noise.t-max", 0.4,
@@ -153,6 +155,7 @@ def test_a_size_of_the_paper_is_recognised(run):
     assert "iTARFlow-B, 770M in the paper" in run("--dry-run", recipe=recipe)
 
 
+@pytest.mark.slow
 def test_a_recipe_without_data_says_how_to_give_some(run):
     assert "none yet: give a folder, parquet files or a Hub name by --data.path" in run(
         "--dry-run", recipe=replace(RECIPE, data=DataConfig())
@@ -184,6 +187,7 @@ def test_one_device_has_one_column_and_nothing_to_exchange(run):
     assert "fits into" not in printed
 
 
+@pytest.mark.slow
 def test_several_devices_are_compared_replicated_and_sharded(run):
     printed = run("--dry-run", "--devices", 4, "--memory", 0.5)
     for words in ("each of 4 devices", "replicated (DDP)", "sharded (FSDP2)", "exchange with other devices",
@@ -210,6 +214,7 @@ def test_devices_that_cannot_share_the_batch_are_told(run):
     assert "but 3 devices can't share a batch of 100 evenly" in run("--dry-run", "--devices", 3, "--memory", 1)
 
 
+@pytest.mark.slow
 def test_the_precision_of_the_estimate_is_the_recipes(run):
     assert "one image in float32" in run("--dry-run")
     assert "one image in bf16" in run("--dry-run", "--train.mixed-precision", "bf16")
