@@ -129,7 +129,7 @@ def make_inputs() -> Callable[..., Inputs]:
 
 
 def tiny_vae(kind: str = "AutoencoderKL", seed: int = 0, **config: Any) -> Vae:
-    """An autoencoder of stride 2 with random weights, for grey images unless told otherwise."""
+    """An autoencoder of stride 2 with random weights, for grey images by default."""
     sizes: dict[str, Any] = {"in_channels": 1, "out_channels": 1}
     if kind == "AutoencoderKL":
         sizes |= {"block_out_channels": (8, 8), "norm_num_groups": 4, "scaling_factor": 0.4, "shift_factor": 0.1}

@@ -1,15 +1,15 @@
-"""Linear layers and attention on CPUs by private parts of PyTorch, which promise nothing.
+"""Faster linear layers and attention on CPUs, by private interfaces of PyTorch, which may change.
 
-Three detours, whose results differ from `torch.nn.functional.linear` and `scaled_dot_product_attention` by rounding:
+Replacements of `torch.nn.functional.linear` and `scaled_dot_product_attention`, equal to them up to rounding:
 
-- float32 products go through oneDNN. PyTorch gives them to MKL, which leaves AVX-512 of AMD's processors unused.
-- causal attention over a whole sequence in bfloat16 takes blocks of queries. PyTorch's own multiplies tiles, too small
-  for bfloat16 to be faster there than float32.
+- float32 products go through oneDNN. PyTorch uses MKL, which does not use AVX-512 on AMD's processors.
+- causal attention over a whole sequence in bfloat16 is computed by blocks of queries. PyTorch's tiles are too small
+  for bfloat16 to be faster than float32.
 - attention of single queries of many heads, as in sampling, is two products.
 
-Other devices, other precisions, torch.compile, torch.func and forward-mode derivatives see nothing of this. Nor does a
-PyTorch that lacks what is needed, which is tried when this module is imported. ITARFLOW_PLAIN_KERNELS=1 in the
-environment turns all of it off.
+Other devices, other dtypes, torch.compile, torch.func and forward-mode derivatives use PyTorch's functions. So does a
+PyTorch without these interfaces, which are tried when this module is imported. ITARFLOW_PLAIN_KERNELS=1 in the
+environment turns them off.
 
 The gain depends on the CPU: `python benchmarks/plain_kernels.py` measures it. On an AMD EPYC without AVX-512 it is
 0.90 for the two passes of a training step in float32, which is a loss, and 1.13 for the inverse of 8 images.
@@ -27,29 +27,29 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 _FEWEST = 2**20
-"""Products of fewer multiplications are faster without the detour."""
+"""Products of fewer multiplications are faster by PyTorch's function."""
 _BLOCK = 128
-"""Queries at a time: fewer make small products, more compute much that the mask hides."""
+"""Queries at a time: fewer make small products, more compute more masked logits."""
 _VECTOR = 32
-"""Numbers in a register of AVX-512: softmax is several times slower on rows that leave a rest."""
+"""Numbers in a register of AVX-512: softmax is several times slower on rows of other lengths than multiples."""
 _MANY = 64
 """Heads times samples from which two products are faster for single queries."""
 _LARGE = 2**21
-"""Numbers in all keys from which they are read faster as the left factor."""
+"""Size of all keys from which they are read faster as the left factor."""
 
 PLAIN = os.environ.get("ITARFLOW_PLAIN_KERNELS", "") not in ("", "0")
-"""Whether the environment turns the detours off."""
+"""Whether the environment turns the replacements off."""
 
 
 def _is_watched() -> bool:
-    """Whether something follows the computation that knows no derivative of ours."""
+    """Whether a transform is active that does not support the autograd functions below."""
     return (
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     )
 
 
 def _has_onednn() -> bool:
-    """Whether all private parts that a linear layer takes are there and take what they are given here."""
+    """Whether all private functions of the linear layers exist and accept these arguments."""
     one = torch.ones(1, 1, device="cpu", dtype=torch.float32)
     try:
         operator = torch.ops.mkldnn._linear_pointwise
@@ -64,7 +64,7 @@ def _has_onednn() -> bool:
 
 
 def _has_blocks() -> bool:
-    """Whether this CPU has products in bfloat16, and the gradient of softmax is there."""
+    """Whether this CPU has bfloat16 products, and PyTorch the private gradient of softmax."""
     one = torch.ones(1, 1, device="cpu", dtype=torch.bfloat16)
     try:
         torch._softmax_backward_data(one, one, -1, one.dtype)

@@ -215,7 +215,7 @@ def test_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.Monkey
     hidden = [f".train-0000{index}-of-00004.parquet" for index in range(2)]
     assert files(tmp_path / "out") == [*hidden, "broken.json", "prepare.json"]
     with pytest.raises(DataError, match="no images and no parquet files"):
-        load(tmp_path / "out")  # nobody trains on a part of it unawares
+        load(tmp_path / "out")  # so that training never uses a part of it
 
     (tmp_path / "out" / ".partial-of-a-killed-call").write_text("")
     rows: list[int] = []

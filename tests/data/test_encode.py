@@ -1,4 +1,4 @@
-"""Codes of a data set: those of the VAE, whoever makes them in whatever order; what would spoil them is refused."""
+"""Codes of a data set: those of the VAE, for any order and number of processes; what would spoil them is refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def vaes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def write_noise(folder: Path, classes: dict[str, int]) -> Path:
-    """Pictures of noise, one sub-folder a class."""
+    """Images of noise, one sub-folder a class."""
     generator = np.random.default_rng(0)
     for name, count in classes.items():
         (folder / name).mkdir(parents=True)

@@ -112,7 +112,7 @@ def test_the_same_weights_asked_in_another_way_have_another_identity(lite):
 def test_inception_gives_what_adm_evaluates(inception_file):
     extractor = load_extractor(INCEPTION, inception_file)
     features = extractor(pictures(1))
-    assert extractor.name.startswith(f"{INCEPTION} of ")  # so that nobody calls its distance FID
+    assert extractor.name.startswith(f"{INCEPTION} of ")  # so that its distance is not called FID
     assert (features.pool.shape, features.spatial.shape, features.logits.shape) == ((1, 2048), (1, 2023), (1, 1008))
     network, maps = extractor._network, pictures(1).float()
     torch.testing.assert_close(features.logits, features.pool @ network.fc.weight.T)

@@ -70,7 +70,7 @@ def test_the_reference_is_of_all_images_of_the_split(folder, options):
 
 def test_a_second_call_reads_what_the_first_has_kept(folder, options, monkeypatch):
     first = compute(folder, options | {"extractor": tiny_inception()})
-    monkeypatch.setattr(references, "in_order", None)  # whoever reads images fails
+    monkeypatch.setattr(references, "in_order", None)  # reading images fails
     again = tiny_inception()
     second = compute(folder, options | {"extractor": again})
     assert again.seen == 0
