@@ -29,7 +29,7 @@ from torch import Tensor
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.codec import Posterior, to_pil, to_pixels
 from itarflow.data import DataConfig, load_data
-from itarflow.data.images import to_array
+from itarflow.data.images import spread_over, to_array
 from itarflow.evaluation.likelihood.bounds import Noise, likelihoods, noises_of
 
 BATCH = 50
@@ -103,7 +103,7 @@ def _images(flow: TARFlow, path: str, split: str, count: int) -> Tensor:
     config = DataConfig(path=path, split=split, held_out_images=0)
     found = load_data(config, image_size=size, in_channels=channels).train
     count = min(count, len(found))
-    return torch.stack([found[index * len(found) // count].image for index in range(count)])
+    return torch.stack([found[index].image for index in spread_over(len(found), count)])
 
 
 def _bits(flow: TARFlow, images: Tensor, noises: tuple[Noise, ...], draws: int) -> np.ndarray:

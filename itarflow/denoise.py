@@ -6,7 +6,6 @@ it can be called like that.
 
 import sys
 from types import ModuleType
-from typing import Any
 
 from itarflow.denoisers.ode import DenoiseScheduler, denoise
 
@@ -14,8 +13,7 @@ __all__ = ["DenoiseScheduler"]
 
 
 class _Callable(ModuleType):
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return denoise(*args, **kwargs)
+    __call__ = staticmethod(denoise)
 
 
 sys.modules[__name__].__class__ = _Callable

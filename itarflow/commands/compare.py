@@ -16,6 +16,7 @@ from itarflow.commands.console import chosen_labels, say
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.load import load_denoiser
 from itarflow.evaluation.compare import Comparison, compare
+from itarflow.pipeline.call import positive
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
@@ -76,7 +77,8 @@ class Compare:
             pipe.set_progress_bar_config(disable=True)
         diffusion = {}
         for name, path in zip(short_names(self.diffusion), self.diffusion, strict=True):
-            denoiser = load_denoiser(path, slice_size=self.denoise_batch_size, device=device)
+            slice_size = positive("denoise_batch_size", self.denoise_batch_size)
+            denoiser = load_denoiser(path, slice_size=slice_size, device=device)
             if not isinstance(denoiser, DiffusionDenoiser):
                 raise ValueError(
                     f"--diffusion {path} is a flow; name it as a CHECKPOINT, and it denoises the others' images too."

@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from itarflow import __version__
 from itarflow.commands.console import joined, resumable, say
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
@@ -338,8 +339,8 @@ def figure_text(figure: Figure, spread: bool = True) -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("itarflow", "torch", "diffusers", "torch-fidelity"):
+    found = {"python": platform.python_version(), "itarflow": __version__}
+    for package in ("torch", "diffusers", "torch-fidelity"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""How a recipe becomes a command: overrides from the command line, the dry run, training, and the closing report."""
+"""How a recipe becomes a command: overrides from the command line, training, and the closing report."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
-class ImageDecoder:
+class PictureDecoder:
     """Makes a square uint8 (C, H, W) tensor of an encoded image.
 
     Attributes:
@@ -118,7 +118,7 @@ class ImageDataset(Dataset[Example]):
         max_broken: int = 100,
     ) -> None:
         columns = rows.select_columns(list(decoder.columns))
-        if isinstance(columns, datasets.Dataset) and isinstance(decoder, ImageDecoder):
+        if isinstance(columns, datasets.Dataset) and isinstance(decoder, PictureDecoder):
             # Undecoded, because with decoding by `datasets` one broken file would end the run.
             columns = columns.cast_column(decoder.column, datasets.Image(decode=False))
         self._rows: Rows = columns

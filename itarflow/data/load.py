@@ -19,7 +19,7 @@ from torch import Tensor
 
 from itarflow.codec import VaeIdentity
 from itarflow.data.codes import CodeDecoder, check_card, find_card
-from itarflow.data.dataset import Decoder, ImageDataset, ImageDecoder
+from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
 from itarflow.data.images import Crop, check_image_size
 from itarflow.data.parquet import ParquetRows
 from itarflow.data.sources import Rows, open_splits, open_tables
@@ -154,7 +154,7 @@ def load_data(
     decoders: tuple[Decoder, Decoder]
     if card is None:
         column = _find_image_column(train.features, config.image_column)
-        decoders = (ImageDecoder(column, image_size, in_channels, config.crop),) * 2
+        decoders = (PictureDecoder(column, image_size, in_channels, config.crop),) * 2
     else:
         decoders = (CodeDecoder(card, config.horizontal_flip, variance), CodeDecoder(card, False, variance))
     label_column = _find_label_column(train.features, config.label_column)
@@ -217,7 +217,7 @@ def load_splits(
     sets = {
         split: ImageDataset(
             table,
-            decoder=ImageDecoder(image_column, image_size, in_channels, config.crop),
+            decoder=PictureDecoder(image_column, image_size, in_channels, config.crop),
             indices=torch.arange(len(table)),
             labels=labels[split],
             max_broken=config.max_broken,

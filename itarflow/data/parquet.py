@@ -1,4 +1,4 @@
-"""Data sets larger than the disk: parquet files read row group by row group, and an order of images to suit.
+"""Data sets larger than the disk: parquet files read row group by row group.
 
 A row group is the smallest part of a parquet file that can be read alone: a hundred or a thousand images, as a rule.
 """

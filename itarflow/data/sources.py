@@ -1,7 +1,7 @@
 """Where images are found: the digits of scikit-learn, folders, parquet files, the Hugging Face Hub.
 
 In all cases `open_splits` gives tables of encoded images. Reading is left to `datasets`, except for plain folders
-and for parquet files that are read where they are (`streaming`).
+and for parquet files that are read where they are (`parquet`).
 """
 
 from __future__ import annotations

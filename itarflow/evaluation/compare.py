@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from itarflow.codec import Vae, check_same_codes, codec_of, differing, to_pil, to_pixels, to_uint8, vae_identity
+from itarflow.data.images import spread_over
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.denoisers.score import CheckedDenoiser, FlowDenoiser
 from itarflow.evaluation.samples.denoising import Denoising, one_step, settings_of
 from itarflow.evaluation.samples.generate import Batch, Generation, generate, given_labels
+from itarflow.pipeline.call import positive
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
 from itarflow.runtime.files import check_writable, write_json
@@ -188,6 +190,8 @@ def compare(
     check_writable(output)
     _check_names(pipelines, diffusion or {}, decoders or {})
     _check_alike(pipelines)
+    positive("denoise_batch_size", denoise_batch_size)
+    positive("num_denoise_steps", num_denoise_steps)
     if picture_rows < 1:
         raise ValueError(f"picture_rows is {picture_rows}; expected a number >= 1.")
     first = next(iter(pipelines.values()))
@@ -358,7 +362,7 @@ def _real_images(pipe: ITARFlowPipeline, path: str) -> dict[str, float | None]:
     channels, size, _ = pipe.picture_shape
     images = load_data(DataConfig(path=path, held_out_images=0), image_size=size, in_channels=channels).train
     count = min(len(images), REAL_IMAGES)
-    chosen = torch.stack([images[index * len(images) // count].image for index in range(count)])
+    chosen = torch.stack([images[index].image for index in spread_over(len(images), count)])
     return {"residual noise": _finite(float(residual_noise(to_pixels(chosen)).mean())), "images": count}
 
 

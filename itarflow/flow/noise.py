@@ -28,9 +28,9 @@ class NoiseConfig:
     t_max: float = 0.3
     """Largest noise level, where sampling starts. Equal to t_min for a single-sigma TARFlow."""
     distribution: Distribution = "uniform"
-    """How t is drawn. uniform: t uniform in [t_min, t_max]. quadratic: t^2 uniform. lognormal: EDM's
-    exp(N(-1.2, 1)), which is not limited to [t_min, t_max]. constant: t = t_max, the single sigma of TARFlow.
-    dequantise: no Gaussian noise, but uniform noise of one grey level, for likelihoods of 8-bit images."""
+    """How t is drawn. uniform: t uniform in [t_min, t_max]. quadratic: t^2 uniform. lognormal:
+    exp(N(-1.2, 1)), after EDM, which is not limited to [t_min, t_max]. constant: t = t_max, the single sigma of
+    TARFlow. dequantise: no Gaussian noise, but uniform noise of one grey level, for likelihoods of 8-bit images."""
     weight: Weight = "t"
     """gamma_t, the loss weight of a sample. one: 1. t: t, the paper's choice. t2: t^2. t_normalised:
     t / (t_min + t_max). t2_normalised: t^2 / (t_min^2 + t_max^2)."""

@@ -1,4 +1,4 @@
-"""Causal transformer over whole sequences. It knows nothing of flows, and nothing of the windows of their inverse.
+"""Causal transformer over whole sequences. It knows nothing of flows; `pack_layers` is for their inverse.
 
 Shapes: B batch, N tokens, C channels (model width), H heads, E head width (C = H * E).
 """

@@ -1,1 +1,3 @@
-"""The ground that everything stands on: kernels, devices, processes, files, seeds. It knows nothing of flows."""
+"""The ground that everything stands on: kernels, devices, processes, files, seeds. Of flows it knows no more than
+what lies in a checkpoint's folder.
+"""

@@ -1,4 +1,4 @@
-"""Plots of a run: its curves, from metrics.jsonl, and rows of images side by side."""
+"""The curves of runs, from metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -30,6 +29,7 @@ from itarflow.runtime.errors import DataError, RunError, TrainingError
 from itarflow.runtime.processes import agreed, on_main
 from itarflow.runtime.progress import training_progress
 from itarflow.runtime.signals import Interrupted, StopSignal
+from itarflow.training.finished import Finished
 from itarflow.training.metrics import Monitor
 from itarflow.training.run_folder import RunDir
 from itarflow.training.settings import Settings
@@ -44,34 +44,6 @@ class State(NamedTuple):
     seconds: float = 0.0
     """Of training, over all resumed parts."""
     bad_steps: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finished:
-    """The result of every finished training."""
-
-    run: RunDir
-    steps: int
-    total_steps: int
-    """Of the whole training; more than `steps` if `max_steps` ended it before."""
-    seconds: float
-    """Of training, over all resumed parts."""
-    images_per_second: float
-    bad_steps: int
-    unreadable_images: int
-
-    def described(self) -> dict[str, str]:
-        """Lines for the terminal by title: steps and speed, and skipped steps or unreadable images, if any."""
-        steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'}"
-        if self.steps < self.total_steps:
-            steps += f" of {self.total_steps:,} (--resume goes on)"
-        speed = f", {self.images_per_second:.0f} images/s" if self.images_per_second else ""
-        lines = {"trained": f"{steps} in {self.seconds:.0f} s{speed}"}
-        if self.bad_steps:
-            lines["skipped steps"] = f"[yellow]{self.bad_steps} whose gradient was not finite[/]"
-        if self.unreadable_images:
-            lines["unreadable images"] = f"[yellow]{self.unreadable_images}, each replaced by the next one[/]"
-        return lines
 
 
 class StepOutput(Protocol):
@@ -419,14 +391,3 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         self.accelerator.wait_for_everyone()
         on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
         self.monitor.say(f"Resuming from {folder} at step {self.state.step} of {self.total_steps}.")
-
-
-def learning_rate_factor(step: int, warmup: int, total: int, lowest: float) -> float:
-    """The learning rate of step 0, 1, ... in units of the highest.
-
-    Linear from `lowest` to 1 over `warmup` steps, then half a cosine back to `lowest` at `total`, and there it stays.
-    """
-    if step < warmup:
-        return lowest + (1 - lowest) * step / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -133,3 +133,14 @@ def _defaults(recipe: Settings) -> dict[str, Any]:
         if is_dataclass(section)
     }
     return flat(json.loads(json.dumps(values)))
+
+
+def learning_rate_factor(step: int, warmup: int, total: int, lowest: float) -> float:
+    """The learning rate of step 0, 1, ... in units of the highest.
+
+    Linear from `lowest` to 1 over `warmup` steps, then half a cosine back to `lowest` at `total`, and there it stays.
+    """
+    if step < warmup:
+        return lowest + (1 - lowest) * step / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -29,12 +29,14 @@ from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate, find_accumulation
 from itarflow.training.export import make_pipeline, open_denoiser, sample_grid, training_record
+from itarflow.training.finished import Finished
 from itarflow.training.held_out import Evaluation, evaluate_held_out
-from itarflow.training.loop import Finished, Loop, learning_rate_factor
+from itarflow.training.loop import Loop
 from itarflow.training.metrics import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
 from itarflow.training.objective import Losses, draw, training_losses
 from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
+from itarflow.training.settings import learning_rate_factor
 from itarflow.training.sharding import (
     clip_grad_norm,
     compile_layers,

@@ -240,7 +240,7 @@ def test_nothing_is_done_twice(tmp_path: Path, reads: list[int]) -> None:
 
 def test_another_version_goes_on(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("itarflow.data.prepare.crop.version", lambda _: "0.0.1")
+        patch.setattr("itarflow.data.prepare.crop.__version__", "0.0.1")
         run(source, tmp_path / "out")
     run(source, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "prepare.json").read_text())["itarflow"] == "0.0.1"

@@ -31,7 +31,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from itarflow.data import DataConfig, load_data
-from itarflow.data.dataset import ImageDataset, ImageDecoder
+from itarflow.data.codes import CodeDecoder
+from itarflow.data.dataset import ImageDataset, PictureDecoder
 from itarflow.runtime.errors import DataError
 
 
@@ -312,8 +313,16 @@ def test_images_in_archives_are_read(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict(paths, datasets.Features({"image": datasets.Image()}))
     dataset = ImageDataset(
         rows,
-        decoder=ImageDecoder("image", image_size=8, in_channels=1),
+        decoder=PictureDecoder("image", image_size=8, in_channels=1),
         indices=torch.tensor([0]),
         labels=torch.tensor([-1]),
     )
     assert values(dataset) == [5]
+
+
+def test_decoders_keep_the_names_that_kept_statistics_and_figures_rest_on():
+    """Fingerprints of data sets hash them: under other names, figures and statistics of earlier versions are lost."""
+    decoder = PictureDecoder("image", image_size=8, in_channels=1)
+    assert repr(decoder) == "PictureDecoder(column='image', image_size=8, in_channels=1, crop='center')"
+    codes = CodeDecoder(card=None, flips=True, variance=False)
+    assert repr(codes) == "CodeDecoder(card=None, flips=True, variance=False)"

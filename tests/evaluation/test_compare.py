@@ -266,6 +266,8 @@ def test_checkpoints_that_do_not_agree_are_refused(make_pipe, tmp_path):
     [
         ({"class_labels": []}, "there are no images to make"),
         ({"class_labels": [3]}, "class label 3 is out of range"),
+        ({"denoise_batch_size": 0}, "denoise_batch_size is 0"),
+        ({"num_denoise_steps": 0}, "num_denoise_steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"num_denoise_steps": 0}, "num_denoise_steps is 0"),
         ({"class_labels": [None], "guidance_weight": 2.0}, r"guidance_weight is 2\.0, but there are no labels"),

@@ -16,8 +16,7 @@ from itarflow.flow import NoiseConfig
 from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig
 from itarflow.training import Recipe, SamplingConfig, TrainConfig
-from itarflow.training.loop import learning_rate_factor
-from itarflow.training.settings import differences, to_json, write_recipe
+from itarflow.training.settings import differences, learning_rate_factor, to_json, write_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SECTIONS = ("model", "data", "codec", "noise", "train", "sampling")

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import datasets
@@ -19,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 from torch.utils.data import Dataset
 
+from itarflow import __version__
 from itarflow.data.dataset import ImageDataset
 from itarflow.data.prepare.manifest import SourceConfig, check_output_folder, check_settings
 from itarflow.data.prepare.shards import (
@@ -110,7 +110,7 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
     sizes = {split: len(images) for split, images in sets.items()}
     shards = plan_shards(config.out, sizes, config.shard_size)
     manifest = {
-        "itarflow": version("itarflow"),
+        "itarflow": __version__,
         "settings": settings,
         "source_images": sizes,
         "classes": list(class_names),

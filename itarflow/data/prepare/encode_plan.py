@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any, Literal, get_args
 
 import numpy as np
 from diffusers import AutoencoderKL
 
+from itarflow import __version__
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity
 from itarflow.data.codes import CARD, CodesCard, find_card, read_card
 from itarflow.data.dataset import ImageDataset
@@ -151,7 +151,7 @@ def plan_encoding(config: EncodeConfig) -> Plan:
             + "\n  ".join(changes)
             + f"\nName that VAE, choose another folder, or delete {config.out} to begin anew."
         )
-    manifest = {"itarflow": version("itarflow")} | depends | {"card": card.to_json()}
+    manifest = {"itarflow": __version__} | depends | {"card": card.to_json()}
     return Plan(config, vae, card, sets, tuple(shards), manifest)
 
 

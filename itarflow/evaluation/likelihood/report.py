@@ -7,13 +7,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from itarflow import __version__
 from itarflow.evaluation.likelihood.bounds import Mean, Noise
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import atomically, write_json, write_text
@@ -131,7 +131,7 @@ def write_report(folder: Path, report: Report, rows: Rows) -> None:
             _draw(gaussian, report, partial)
     write_json(folder / SUMMARY, {
         "settings": dict(report.settings),
-        "versions": {"itarflow": version("itarflow"), "torch": torch.__version__},
+        "versions": {"itarflow": __version__, "torch": torch.__version__},
         "images": report.images,
         "broken": list(report.broken),
         "results": [figures.to_json() for figures in report.figures],

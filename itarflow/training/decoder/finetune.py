@@ -45,8 +45,10 @@ from itarflow.training.decoder.losses import (
     load_lpips,
     reconstruction_terms,
 )
-from itarflow.training.loop import Finished, Loop, learning_rate_factor
+from itarflow.training.finished import Finished
+from itarflow.training.loop import Loop
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
+from itarflow.training.settings import learning_rate_factor
 from itarflow.training.sharding import averaged_weights, clip_grad_norm, load_tensors, make_accelerator, save_tensors
 
 

@@ -1,0 +1,35 @@
+"""The result of a training, whatever was trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from itarflow.training.run_folder import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The result of every finished training."""
+
+    run: RunDir
+    steps: int
+    total_steps: int
+    """Of the whole training; more than `steps` if `max_steps` ended it before."""
+    seconds: float
+    """Of training, over all resumed parts."""
+    images_per_second: float
+    bad_steps: int
+    unreadable_images: int
+
+    def described(self) -> dict[str, str]:
+        """Lines for the terminal by title: steps and speed, and skipped steps or unreadable images, if any."""
+        steps = f"{self.steps:,} step{'' if self.steps == 1 else 's'}"
+        if self.steps < self.total_steps:
+            steps += f" of {self.total_steps:,} (--resume goes on)"
+        speed = f", {self.images_per_second:.0f} images/s" if self.images_per_second else ""
+        lines = {"trained": f"{steps} in {self.seconds:.0f} s{speed}"}
+        if self.bad_steps:
+            lines["skipped steps"] = f"[yellow]{self.bad_steps} whose gradient was not finite[/]"
+        if self.unreadable_images:
+            lines["unreadable images"] = f"[yellow]{self.unreadable_images}, each replaced by the next one[/]"
+        return lines
