@@ -49,7 +49,7 @@ class StopSignal:
         if self.signal_number is not None:
             if time.monotonic() - self._since > _ECHO_SECONDS:
                 self._restore()
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)  # to this thread, hence at once
             return
         self.signal_number, self._since = number, time.monotonic()
         # Not through rich or print, which the signal may have interrupted.

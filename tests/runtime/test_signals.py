@@ -1,6 +1,5 @@
 """The first signal is a request, its echo is nothing, and a later one acts at once."""
 
-import os
 import signal
 import time
 
@@ -14,29 +13,29 @@ from itarflow.runtime.signals import StopSignal
 def test_the_first_signal_only_asks(number):
     with StopSignal() as stop:
         assert not stop.requested
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.requested
         assert stop.signal_number == number
 
 
 def test_an_echo_does_nothing():
     with StopSignal() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # torchrun sends one after the terminal's
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # torchrun sends one after the terminal's
         assert stop.signal_number == signal.SIGINT
 
 
 def test_a_later_signal_acts_as_usual(monkeypatch):
     monkeypatch.setattr(interrupt, "_ECHO_SECONDS", 0.01)
     with StopSignal():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         time.sleep(0.05)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_afterwards_signals_are_as_they_were():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopSignal():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
