@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("Train", "train:run_file", "Train a flow by a recipe, on one device."),
+    "train": Command("Train", "recipe_file:run_file", "Train a flow by a recipe, on one device."),
     "plot": Command("Train", "plot:Plot", "Draw the curves of one run, or of several over one another."),
     "sample": Command("Sample", "sample:Sample", "Generate images with a checkpoint."),
     "profile": Command("Sample", "profile:Profile", "Find the fastest inverse of a checkpoint, and store it."),
@@ -69,19 +69,20 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _run(name: str, words: list[str]) -> None:
+    module, named = COMMANDS[name].place.split(":")
+    command: Any = getattr(import_module(f"itarflow.commands.{module}"), named)
+    if not isinstance(command, type):
+        command(words)
+        return
+
     import tyro
     from diffusers.utils.logging import disable_progress_bar
 
     from itarflow.runtime.processes import refuse
 
-    module, named = COMMANDS[name].place.split(":")
     disable_progress_bar()  # diffusers' own, for the loading of files; that of sampling stays
-    command: Any = getattr(import_module(f"itarflow.commands.{module}"), named)
     try:
-        if isinstance(command, type):
-            tyro.cli(command, prog=f"itarflow {name}", args=words).run()
-        else:
-            command(words)
+        tyro.cli(command, prog=f"itarflow {name}", args=words).run()
     except (CheckpointError, ImportError, OSError, RunError, ValueError) as error:
         refuse(error)
     except KeyboardInterrupt:

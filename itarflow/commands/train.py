@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import runpy
 import shlex
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,43 +82,6 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
     with reporting(console, advice):
         options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
         _run(options, console)
-
-
-def run_file(words: Sequence[str]) -> None:
-    """`itarflow train RECIPE [OPTIONS]`: run the file of a recipe, as `python recipes/NAME.py` does.
-
-    Args:
-        words: a recipe, by its file or by its name in the folder recipes/, and its options.
-
-    Raises:
-        OSError: there is no such file.
-    """
-    if not words or words[0].startswith("-"):
-        print(_USAGE)  # noqa: T201
-        sys.exit(0 if words and words[0] in ("-h", "--help") else 2)
-    file = next((path for path in (Path("recipes") / f"{words[0]}.py", Path(words[0])) if path.is_file()), None)
-    if file is None:
-        known = ", ".join(sorted(path.stem for path in Path("recipes").glob("*.py")))
-        raise OSError(
-            f"there is no recipe {words[0]!r}; expected a file such as recipes/digits.py, or a name in recipes/: "
-            + (known or "there is no such folder here, change to the one that itarflow was cloned into.")
-        )
-    given, sys.argv = sys.argv, [str(file), *words[1:]]
-    try:
-        runpy.run_path(str(file), run_name="__main__")
-    finally:
-        sys.argv = given
-
-
-_USAGE = """usage: itarflow train RECIPE [OPTIONS]
-
-Train a flow by a recipe: a file such as recipes/digits.py, or its name, digits. On several devices a launcher starts
-it, with the same options: accelerate launch recipes/digits.py.
-
-  itarflow train digits                       train
-  itarflow train digits --dry-run             check settings and data, print parameters, FLOPs and memory
-  itarflow train digits --resume              go on with a run that was stopped
-  itarflow train digits --help                all settings of the recipe"""
 
 
 def _run(options: Options, console: Console) -> None:

@@ -91,7 +91,7 @@ class PictureDecoder:
                 square = crop_image(convert_image(image, self.in_channels), self.image_size, self.crop)
             return torch.from_numpy(to_array(square, self.in_channels))
         except UnidentifiedImageError as error:  # whose message names a buffer in memory
-            raise DataError("it is no image of a known format, or its head is damaged") from error
+            raise DataError("it is no image of a known format, or its header is damaged") from error
 
 
 class ImageDataset(Dataset[Example]):

@@ -106,7 +106,8 @@ def guide(conditional: Affine, guiding: Affine, weights: Tensor, guidance: Guida
 
         x_i = z_i exp(alpha~_i) + mu~_i                                 (TARFlow, eq. 9)
 
-    where mu~ and exp(alpha~) are what the rule gives; they replace mu and exp(alpha) of equation 4.
+    where mu~ and exp(alpha~) are what the rule gives; they replace mu and exp(alpha) of equation 4. Equation 10 is
+    the rule "log_scale"; "scale", the default, extrapolates exp(alpha) in place of alpha, as iTARFlow's code does.
 
     Args:
         conditional: (shift, log_scale), each (B, n, D).

@@ -34,7 +34,7 @@ def training_progress(console: Console, name: str, total_steps: int, first_step:
         TextColumn("loss {task.fields[loss]}"),
         TextColumn("{task.fields[speed]:.0f} images/s"),
         TimeElapsedColumn(),
-        TextColumn("gone"),
+        TextColumn("elapsed"),
         TimeRemainingColumn(),
         TextColumn("left"),
     )

@@ -269,7 +269,9 @@ def manifest_of(generation: Generation, folder: Path) -> dict[str, Any]:
     changed = [f"{key}: {there.get(key)} there, {now[key]} now" for key in shared if there.get(key) != now[key]]
     if changed:
         raise DataError(
-            f"{folder} holds images that were made otherwise:\n  " + "\n  ".join(changed) + "\nChoose another folder, "
+            f"{folder} holds images that were made otherwise:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another folder (--output), "
             "run the command that began it, or delete it."
         )
     return {**wanted, "cleaning": {**stored["cleaning"], **wanted["cleaning"]}}
