@@ -2,11 +2,20 @@
 
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from itarflow.runtime import signals as interrupt
 from itarflow.runtime.signals import StopSignal
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_terminal() -> Iterator[None]:
+    """Shells start commands in the background with SIGINT ignored, and then it stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
