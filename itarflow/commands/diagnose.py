@@ -16,7 +16,7 @@ from rich.table import Table
 from itarflow.commands.console import say
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
-from itarflow.evaluation.diagnosis.diagnose import Diagnosis, diagnose
+from itarflow.evaluation.diagnosis.diagnose import FEW_IN_COMMON, Diagnosis, diagnose
 from itarflow.evaluation.diagnosis.failures import Onset
 from itarflow.evaluation.diagnosis.rates import KINDS, Difference, Rate, RealImages
 from itarflow.evaluation.metrics.extractors import load_extractor
@@ -170,9 +170,13 @@ def _lines(diagnosis: Diagnosis) -> list[str]:
         if part["threshold"] is not None
     ]
     for name, findings in diagnosis.samples.items():
-        lines.append(f"{name}: {_onset('all images', findings.onset)}.")
-        if findings.failures["blurred"].rate.count > 1:  # as one image alone has nothing in common
-            lines.append(f"{name}: {_onset('the blurred images', findings.onset_of_blurred)}.")
+        seen, blurred = findings.images - findings.broken.count, findings.failures["blurred"].rate.count
+        for whose, count, onset in (
+            ("all images", seen, findings.onset),
+            ("the blurred images", blurred, findings.onset_of_blurred),
+        ):
+            if count >= FEW_IN_COMMON:  # fewer tell nothing
+                lines.append(f"{name}: {_onset(whose, onset)}.")
         if (apart := findings.distances) is not None:
             lines.append(
                 f"{name}: {apart.title} {apart.distance:.2f} of {apart.images:,} images; {apart.without:.2f} of the "

@@ -18,7 +18,7 @@ from torch import Tensor
 from itarflow.commands import cli
 from itarflow.commands.diagnose import Diagnose, telling_names
 from itarflow.data.dataset import Example, ImageDataset
-from itarflow.evaluation.diagnosis.diagnose import Diagnosis, diagnose
+from itarflow.evaluation.diagnosis.diagnose import FEW_IN_COMMON, Diagnosis, diagnose
 from itarflow.evaluation.diagnosis.rates import KINDS, RealImages, rate
 from itarflow.evaluation.metrics.extractors import INCEPTION, Features
 from itarflow.evaluation.samples.files import ArraySamples, Samples, shard_name, write_shard
@@ -95,6 +95,8 @@ def test_where_blur_begins_is_found(real, tmp_path):
     assert found.onset is not None
     assert found.onset.order == "raster"
     assert abs(found.onset.token - 40) <= 1
+    few = as_samples(blurred_tokens(natural_images(FEW_IN_COMMON - 1, seed=3), 4, range(40, 64)))
+    assert diagnose({"few": few}, real, output=tmp_path, patch_size=4).samples["few"].onset is None
     median = np.array(found.detail)[1]
     assert median[48:].max() < 0.3 < 0.6 < median[:32].min()
 

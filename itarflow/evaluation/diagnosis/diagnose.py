@@ -48,6 +48,8 @@ from itarflow.runtime.progress import image_progress
 Thresholds = Mapping[str, float | None]
 """By measure; None = no threshold, because too many real images have the least value."""
 
+FEW_IN_COMMON = 30
+"""Where blur begins is not read off fewer images: their median steps up and down by chance."""
 REFERENCE = "reference"
 """The name of the real images in files."""
 MOST_CELLS = 1024
@@ -79,9 +81,9 @@ class Findings:
     medians: Mapping[str, float]
     """Of the measures."""
     onset: Onset | None
-    """Where blur begins that all images have in common; None = nowhere."""
+    """Where blur begins that all images have in common; None = nowhere, or fewer than `FEW_IN_COMMON` of them."""
     onset_of_blurred: Onset | None
-    """The same of the blurred images alone; None = nowhere, or fewer than two of them."""
+    """The same of the blurred images alone."""
     detail: list[list[float]]
     """Energy of fine structure relative to the median of real images: lower quartile, median and upper quartile of the
     images, each by token in raster order."""
@@ -315,8 +317,11 @@ def _findings(
 def _detail(found: Measurements, usual: Tensor, thresholds: Thresholds) -> Detail:
     """Relative to the median (N,) of real images."""
     relative, blurred = found.energy - usual, found.fails(thresholds, "blurred")
-    onset_of_blurred = find_onset(quartiles(relative[blurred])[1]) if int(blurred.sum()) > 1 else None
-    return Detail(relative, blurred, find_onset(quartiles(relative)[1]), onset_of_blurred)
+    of_all, of_blurred = (
+        find_onset(quartiles(energy)[1]) if len(energy) >= FEW_IN_COMMON else None
+        for energy in (relative, relative[blurred])
+    )
+    return Detail(relative, blurred, of_all, of_blurred)
 
 
 def _numbers(pictures: Samples, measured: Measurements, thresholds: Thresholds) -> dict[str, list[int]]:
