@@ -6,18 +6,20 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from itarflow.runtime.errors import DataError, RunError
+from itarflow.runtime.text import printable
 
 LOCK = ".lock"
 PARTIAL = ".partial-"
@@ -81,6 +83,21 @@ def atomically(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading that is one: a named pipe is waited for, a device gives bytes without end.
+
+    Raises:
+        DataError: it is no regular file.
+        OSError: it can't be opened.
+    """
+    # Looked at after it is opened, so that it can't be exchanged in between; without waiting for a pipe's writer.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DataError(f"{printable(str(path))} is no regular file; expected one: remove or replace it")
+    return open(descriptor, "rb")
 
 
 def check_writable(folder: Path) -> None:

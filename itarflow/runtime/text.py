@@ -22,6 +22,22 @@ def listed(names: Iterable[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
 
 
+def printable(text: str) -> str:
+    r"""Text of foreign origin as it can be shown: characters that a terminal would obey or can't encode are escaped.
+
+    Example:
+        >>> printable("\x1b]0;a title\x07")
+        '\\x1b]0;a title\\x07'
+    """
+    return "".join(
+        character if character in "\n\t" or character.isprintable() else _escaped(character) for character in text
+    )
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
 def display_name(path: str) -> str:
     """A public name of a VAE or a data set: of a local path the last part only, of the Hub all of it."""
     place = os.path.expanduser(path)

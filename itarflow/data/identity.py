@@ -1,0 +1,69 @@
+"""What a data set is: its images, classes and columns, so that another one is not taken for it without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from itarflow.runtime.json_file import as_type
+from itarflow.runtime.text import listed
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataIdentity:
+    """What was understood of a data set when it was opened. It is stored with all that is made of the set.
+
+    Attributes:
+        content: SHA-256 of what the images are (see `ImageDataset.fingerprint`), of all splits that were opened.
+        images: number of images by split or part, such as {"train": 50000, "held out": 1000}.
+        class_names: in the order of the labels; () = unlabelled.
+        class_counts: training images of each class, in that order.
+        columns: {"image": "img", "label": "fine_label"}; of a folder of images what the labels are from.
+        left_out: what was not taken, and why, as sentences.
+    """
+
+    content: str
+    images: dict[str, int]
+    class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    columns: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a JSON file."""
+        return {**asdict(self), "class_names": list(self.class_names), "class_counts": list(self.class_counts),
+                "left_out": list(self.left_out)}  # fmt: skip
+
+    @staticmethod
+    def from_json(values: Any, name: str) -> DataIdentity:
+        """What `to_json` gave; raises DataError, naming the file `name`, where it is not that."""
+        return as_type(values, DataIdentity, name)
+
+    def differences(self, now: DataIdentity) -> list[str]:
+        """What distinguishes the set `now` from this one, a line each; empty = the same set."""
+        found: list[str] = []
+        if self.class_names != now.class_names:
+            moved = [
+                f"label {label} was {was}, is {now_is} now"
+                for label, (was, now_is) in enumerate(zip(self.class_names, now.class_names, strict=False))
+                if was != now_is
+            ]
+            found.append(f"classes: [{listed(self.class_names)}] there, [{listed(now.class_names)}] now"
+                         + (f" ({listed(moved, 2)})" if moved else ""))  # fmt: skip
+        found += _changed("images", self.images, now.images)
+        found += _changed("columns", self.columns, now.columns)
+        if not found and self.class_counts != now.class_counts:
+            found.append(f"images by class: {list(self.class_counts)} there, {list(now.class_counts)} now")
+        if not found and self.content != now.content:
+            found.append("the files of the images: others there (names, sizes or times of change)")
+        return found
+
+
+def _changed(what: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    names = dict.fromkeys((*there, *now))
+    return [
+        f"{what}, {name}: {there.get(name, 'none')} there, {now.get(name, 'none')} now"
+        for name in names
+        if there.get(name) != now.get(name)
+    ]
