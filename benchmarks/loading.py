@@ -136,7 +136,7 @@ def load(path: Path, size: int, streaming: bool = False) -> ImageDataset:
 
 def write_jpegs(options: Loader, folder: Path) -> str:
     """JPEG files of images evenly spaced in the source; their median width and height."""
-    rows, _ = open_splits(options.data)
+    rows = open_splits(options.data).train
     column = next(name for name, feature in rows.features.items() if isinstance(feature, datasets.Image))
     rows = rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     count = min(options.images, len(rows))

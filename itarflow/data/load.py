@@ -80,12 +80,14 @@ class DataConfig:
 class ImageData:
     """The data of a run: training images, held-out images, and the names of the classes.
 
-    `held_out` is empty if the configuration asks for that; `class_names` is () for unlabelled images.
+    `held_out` is empty if the configuration asks for that; `class_names` is () for unlabelled images; `left_out` says
+    what the source holds that was not taken, and why.
     """
 
     train: ImageDataset
     held_out: ImageDataset
     class_names: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def decoded(self) -> ImageData:
         """The same images, held in memory; see `ImageDataset.decoded`."""
@@ -144,7 +146,7 @@ def load_data(
             flips=config.horizontal_flip,
             crop=config.crop,
         )
-    train, held_out = open_splits(
+    train, held_out, left_out = open_splits(
         config.path,
         name=config.name,
         split=config.split,
@@ -184,7 +186,7 @@ def load_data(
             images(train, torch.arange(len(train)), labels, decoders[0]),
             images(held_out, measured, held_out_labels, decoders[1]),
         ]
-    return ImageData(train=parts[0], held_out=parts[1], class_names=names)
+    return ImageData(train=parts[0], held_out=parts[1], class_names=names, left_out=left_out)
 
 
 def load_splits(
@@ -209,7 +211,7 @@ def load_splits(
     if config.path is None:
         raise DataError(_NO_PATH)
     opened = open_tables(config.path, config.name, splits)
-    tables = {split: opened[split] for split in splits}
+    tables = {split: opened.splits[split] for split in splits}
     features = tables[splits[0]].features
     image_column = _find_image_column(features, config.image_column)
     label_column = _find_label_column(features, config.label_column)

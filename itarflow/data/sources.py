@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
@@ -38,6 +38,21 @@ Rows: TypeAlias = datasets.Dataset | ParquetRows
 _Tables: TypeAlias = Mapping[str, datasets.Dataset] | Mapping[str, ParquetRows]  # by name of split
 
 
+class Tables(NamedTuple):
+    """Tables of encoded images by the name of their split, and what was not taken, and why, as sentences."""
+
+    splits: _Tables
+    left_out: tuple[str, ...] = ()
+
+
+class Opened(NamedTuple):
+    """The rows to train on, those to measure on if a split was named for them, and what was not taken, and why."""
+
+    train: Rows
+    held_out: Rows | None
+    left_out: tuple[str, ...] = ()
+
+
 def open_splits(
     path: str,
     *,
@@ -45,7 +60,7 @@ def open_splits(
     split: str = "train",
     held_out_split: str | None = None,
     streaming: bool = False,
-) -> tuple[Rows, Rows | None]:
+) -> Opened:
     """Open what `path` names, wherever it is, and take two splits of it.
 
     Args:
@@ -56,17 +71,17 @@ def open_splits(
         streaming: leave parquet files where they are, and give `ParquetRows`; other sources give what they always do.
 
     Returns:
-        Two tables whose images are not decoded yet; the second is None if no held_out_split is named.
+        Tables whose images are not decoded yet; `held_out` is None if no held_out_split is named.
 
     Raises:
         DataError: there is nothing to open, it is damaged, a split is missing or empty, or the two overlap; a data set
             on the Hub is to be streamed, but is not of parquet files.
     """
     wanted = _split_names(f"{split}+{held_out_split}" if held_out_split else split)
-    tables = open_tables(path, name, wanted, streaming)
+    tables, left_out = open_tables(path, name, wanted, streaming)
     train = _row_ranges(split, tables)
     if held_out_split is None:
-        return _take(tables, train), None
+        return Opened(_take(tables, train), None, left_out)
     held_out = _row_ranges(held_out_split, tables)
     for (home, rows), (other, more) in itertools.product(train, held_out):
         if home == other and max(rows.start, more.start) < min(rows.stop, more.stop):
@@ -74,7 +89,7 @@ def open_splits(
                 f"held_out_split {held_out_split!r} shares images with split {split!r}; "
                 "expected images that are not trained on: name another split"
             )
-    return _take(tables, train), _take(tables, held_out)
+    return Opened(_take(tables, train), _take(tables, held_out), left_out)
 
 
 def _row_ranges(split: str, tables: _Tables) -> list[tuple[str, range]]:
@@ -110,7 +125,7 @@ def _require_splits(path: str, wanted: Sequence[str], known: Iterable[Any]) -> N
         )
 
 
-def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: bool = False) -> _Tables:
+def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: bool = False) -> Tables:
     """Open whole splits of what `path` names, by their names alone; arguments and errors as in `open_splits`.
 
     Returns:
@@ -119,16 +134,17 @@ def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: b
     place = os.path.expanduser(path)
     if place == "digits":
         _require_splits(path, wanted, ["train"])
-        return {"train": _digits()}
+        return Tables({"train": _digits()})
     if os.path.exists(place) or glob.has_magic(place) or place.endswith(".parquet"):
         if name is not None:
             raise DataError(f"name is {name!r}, but path {place!r} is not on the Hub: leave name out")
         if os.path.isdir(place):
-            return _open_folder(path, wanted, Path(os.path.abspath(place)), streaming)
+            return Tables(_open_folder(path, wanted, Path(os.path.abspath(place)), streaming))
         if os.path.splitext(place)[1].lower() in ImageFolder.EXTENSIONS:
             raise DataError(f"path {path!r} is a single image; give the folder that it lies in, or parquet files")
         files = [place] if os.path.exists(place) else sorted(glob.glob(place, recursive=True))
-        return _open_parquet(path, wanted, [Path(os.path.abspath(file)) for file in files], None, streaming)
+        paths = [Path(os.path.abspath(file)) for file in files]
+        return Tables(_open_parquet(path, wanted, paths, None, streaming))
     if not _HUB_NAME.fullmatch(place):
         raise DataError(f"path {path!r} does not exist, and is no Hub name (owner/name): check it")
     if "/" not in place and importlib.util.find_spec(f"datasets.packaged_modules.{place.split('.')[0]}"):
@@ -139,7 +155,7 @@ def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: b
             f"No file or folder here is called {escape(place)}: asking the Hugging Face Hub for it.", highlight=False
         )
     with _offline_if_unreachable(place):
-        return _prepare(path, wanted, place, streaming, name=name)
+        return Tables(_prepare(path, wanted, place, streaming, name=name))
 
 
 @contextmanager
