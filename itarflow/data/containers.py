@@ -45,7 +45,7 @@ def refuse_container(file: str | Path) -> None:
         DataError: saying what it is, and what to do.
     """
     if what := _OTHERS.get(os.path.splitext(file)[1].lower()):
-        raise DataError(f"{printable(str(file))!r} is {what}")
+        raise DataError(f"{str(file)!r} is {what}")
 
 
 def refuse_containers(listing: Listing) -> None:
@@ -55,7 +55,7 @@ def refuse_containers(listing: Listing) -> None:
         if what := _OTHERS.get(suffix):
             example = next(parts for parts in listing.unknown if parts[-1].lower().endswith(suffix))
             raise DataError(
-                f"folder {printable(str(listing.root))!r} has no images and no parquet files, but {count:,} "
+                f"folder {str(listing.root)!r} has no images and no parquet files, but {count:,} "
                 f"{suffix}; {listing.show(example)!r} is {what}"
             )
 
@@ -88,7 +88,7 @@ def open_saved(folder: Path) -> dict[str, datasets.Dataset]:
     names = read_json(folder / _DICT, Splits)["splits"]
     for name in names:
         if not is_saved(folder / name) or Path(name).name != name:
-            raise DataError(f"{printable(str(folder))!r} lacks the split {printable(name)!r} that its {_DICT} names")
+            raise DataError(f"{str(folder)!r} lacks the split {name!r} that its {_DICT} names")
     return {name: _open_one(folder / name) for name in names}
 
 
@@ -96,15 +96,11 @@ def _open_one(folder: Path) -> datasets.Dataset:
     for part in read_json(folder / _STATE, _State)["_data_files"]:
         file = folder / part["filename"]
         if file.parent != folder or not file.is_file():  # nor a pipe, which would be waited for
-            raise DataError(
-                f"{printable(str(file))!r}, which {_STATE} names, is no file of that folder; copy it again"
-            )
+            raise DataError(f"{str(file)!r}, which {_STATE} names, is no file of that folder; copy it again")
     info = read_json(folder / _INFO, dict)
     check_features(info.get("features") or {}, str(folder / _INFO))
     try:
         return datasets.Dataset.load_from_disk(str(folder)).with_format(None)
     except Exception as error:  # nearly anything, by damaged files
         reason = printable(str(error)) or type(error).__name__
-        raise DataError(
-            f"{printable(str(folder))!r} can't be read as save_to_disk writes it: {reason}; copy it again"
-        ) from error
+        raise DataError(f"{str(folder)!r} can't be read as save_to_disk writes it: {reason}; copy it again") from error

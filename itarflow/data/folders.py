@@ -107,7 +107,7 @@ def list_folder(folder: Path) -> Listing:
                 ordered = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise DataError(
-                f"folder {printable(place)!r} can't be read: {error.strerror}; allow it to be read, or move it away"
+                f"folder {place!r} can't be read: {error.strerror}; allow it to be read, or move it away"
             ) from error
         found.folders.append(parts)
         for entry in ordered:
@@ -189,7 +189,7 @@ def check_text(root: Path, folders: Iterable[Parts]) -> None:
     for parts in folders:
         place = os.path.join(root, *parts)
         if not _is_text(place):
-            raise DataError(f"the name of folder {printable(place)!r} is not UTF-8; rename it")
+            raise DataError(f"the name of folder {place!r} is not UTF-8; rename it")
 
 
 def without_pictures(listing: Listing, root: Parts) -> list[Parts]:

@@ -50,20 +50,30 @@ def open_image_folder(
     parts = {name: _part(listing, roots[split], notes) for name, split in meant.items()}
     classes = _class_folders(listing, parts, notes)
     columns = _shared_columns(parts, notes)
-    features = datasets.Features({"image": datasets.Image()})
+    types = {"image": datasets.Image()}
     if columns is not None:
-        features |= datasets.Features.from_arrow_schema(columns.schema)
+        types |= datasets.Features.from_arrow_schema(columns.schema)
     if classes:
-        features["label"] = datasets.ClassLabel(names=list(classes))
+        types["label"] = datasets.ClassLabel(names=list(classes))
     tables, first = {}, 0
     for name, part in parts.items():
-        values: dict[str, list[object]] = {"image": [os.path.join(listing.root, *file) for file in part.files]}
+        files = part.files
+
+        def label(file: Parts, depth: int = len(part.root)) -> int:
+            return classes[class_folder(file[depth])]
+
+        values: dict[str, list[object]] = {}
         if columns is not None:
-            values |= columns.slice(first, len(part.files)).to_pydict()
-            first += len(part.files)
+            values = columns.slice(first, len(files)).to_pydict()
+            first += len(files)
+        elif classes:
+            files = sorted(files, key=label)  # which keeps their order otherwise
+        values["image"] = [os.path.join(listing.root, *file) for file in files]
         if classes:
-            values["label"] = [classes[class_folder(file[len(part.root)])] for file in part.files]
-        tables[name] = datasets.Dataset.from_dict({column: values[column] for column in features}, features)
+            values["label"] = [label(file) for file in files]
+        tables[name] = datasets.Dataset.from_dict(
+            {column: values[column] for column in types}, datasets.Features(types)
+        )
     return tables, tuple(notes)
 
 
@@ -151,8 +161,8 @@ def _class_folders(listing: Listing, parts: Mapping[str, _Part], notes: list[str
     if depths != {1}:
         deepest = "/".join(max((len(home), home) for home in homes)[1])
         raise DataError(
-            f"folder {printable(str(listing.root))!r} has images at several depths or too deep, as in "
-            f"{printable(deepest)!r}; expected all of them loose (unlabelled), or all in sub-folders, one a class: "
+            f"folder {str(listing.root)!r} has images at several depths or too deep, as in "
+            f"{deepest!r}; expected all of them loose (unlabelled), or all in sub-folders, one a class: "
             "move the others, or narrow path"
         )
     if empty := [place for part in parts.values() for place in without_pictures(listing, part.root)]:
@@ -161,7 +171,7 @@ def _class_folders(listing: Listing, parts: Mapping[str, _Part], notes: list[str
 
 
 def class_order(names: Iterable[str]) -> list[str]:
-    """Names of classes in the order of their labels: by number if all are numbers (label 2 is folder 2), else by text."""
+    """Names of classes in the order of their labels: as numbers if all are (label 2 is folder 2), else as text."""
     names = list(names)
     if all(re.fullmatch("[0-9]+", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))

@@ -84,8 +84,8 @@ def check_class_names(schemas: Mapping[str, pa.Schema]) -> None:
             here, there = known[stated].get(column, []), names.get(column, [])
             if here != there:
                 raise DataError(
-                    f"label {_first_difference(here, there)} of column {printable(column)!r} means other classes in "
-                    f"{printable(file)!r} ([{printable(listed(here))}]) than in {printable(first)!r} "
+                    f"label {_first_difference(here, there)} of column {column!r} means other classes in "
+                    f"{file!r} ([{printable(listed(here))}]) than in {first!r} "
                     f"([{printable(listed(there))}]); write both with the same ClassLabel names, in the same order"
                 )
 

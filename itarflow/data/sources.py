@@ -134,13 +134,11 @@ def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: b
         for file in files:
             refuse_container(file)
             if os.path.splitext(file)[1].lower() in suffixes():
-                raise DataError(
-                    f"path {printable(file)!r} is a single image; give the folder that it lies in, or parquet files"
-                )
+                raise DataError(f"path {file!r} is a single image; give the folder that it lies in, or parquet files")
         paths = [Path(os.path.abspath(file)) for file in files]
         return Tables(_open_parquet(path, wanted, paths, None, streaming))
     if not _HUB_NAME.fullmatch(place):
-        raise DataError(f"path {printable(path)!r} does not exist, and is no Hub name (owner/name): check it")
+        raise DataError(f"path {path!r} does not exist, and is no Hub name (owner/name): check it")
     if "/" not in place and importlib.util.find_spec(f"datasets.packaged_modules.{place.split('.')[0]}"):
         # `datasets` has a reader of this name, and would run it on the current folder.
         raise DataError(f"path {place!r} is the name of a file format; give a folder, files or a Hub name")
@@ -193,7 +191,7 @@ def _prepare(path: str, wanted: Sequence[str], builder_name: str, streaming: boo
                 "`hf auth login` if the data set is gated"
             )
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise DataError(f"path {printable(path)!r} {problem}: {printable(f'{error}{cause}')}") from error
+        raise DataError(f"path {path!r} {problem}: {printable(f'{error}{cause}')}") from error
 
 
 def _cache_problem(error: BaseException) -> str:
@@ -209,16 +207,16 @@ def _cache_problem(error: BaseException) -> str:
         for cause in causes
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "Not enough disk space" in str(cause)
     ]
-    reason = f"is full: {full[0]}" if full else ""
+    problem = f"{cache} is full ({full[0]})." if full else ""
     if not full:
         try:
             check_writable(cache)
         except OSError as refused:
-            reason = f"can't be written: {refused}"
-    if not reason:
+            problem = str(refused)
+    if not problem:
         return ""
     return (
-        f"the cache of data sets, {cache}, {printable(reason.rstrip('.'))}. Set HF_HOME or HF_DATASETS_CACHE to a folder "
+        f"the cache of data sets can't be used: {printable(problem)} Set HF_HOME or HF_DATASETS_CACHE to a folder "
         "that can be written and has room, or leave parquet files where they are by --data.streaming"
     )
 
@@ -265,9 +263,7 @@ def _open_folder(path: str, wanted: Sequence[str], folder: Path, streaming: bool
         return Tables(*open_image_folder(path, wanted, listing))
     refuse_containers(listing)
     found = f" ({'; '.join(listing.left_out())})" if listing.left_out() else ""
-    raise DataError(
-        f"folder {printable(str(folder))!r} has no images and no parquet files{found}; is it the right folder?"
-    )
+    raise DataError(f"folder {str(folder)!r} has no images and no parquet files{found}; is it the right folder?")
 
 
 def _open_parquet(
@@ -275,7 +271,7 @@ def _open_parquet(
 ) -> _Tables:
     """Splits of parquet files: those below the folder `root`, or those that path names one by one."""
     if not files:
-        raise DataError(f"path {printable(path)!r} does not exist, or matches no files; check it")
+        raise DataError(f"path {path!r} does not exist, or matches no files; check it")
     splits: dict[str, list[str]] = {}
     schemas: dict[str, pa.Schema] = {}
     for file in files:
@@ -284,16 +280,14 @@ def _open_parquet(
                 schemas[str(file)] = pq.ParquetFile(stream).schema_arrow
         except (pa.ArrowException, OSError, DataError) as error:
             reason = str(error).rstrip(". ")
-            raise DataError(
-                f"{printable(str(file))!r} is not a readable parquet file: {reason}. Replace it"
-            ) from error
+            raise DataError(f"{str(file)!r} is not a readable parquet file: {reason}. Replace it") from error
         splits.setdefault(split_of_file(file, root), []).append(str(file))
     if len(splits) == 1 and (root is None or "" in splits):
         # Files that are named one by one are used under any name.
         splits = {"train" if root else wanted[0]: next(iter(splits.values()))}
     if "" in splits:
         name, others = splits[""][0], ", ".join(sorted(filter(None, splits)))
-        raise DataError(f"{printable(name)!r} is of no split, while other files are ({others}); rename or move it")
+        raise DataError(f"{name!r} is of no split, while other files are ({others}); rename or move it")
     meant = match_splits(path, wanted, splits)
     check_class_names({file: schemas[file] for split in meant.values() for file in splits[split]})
     if streaming:

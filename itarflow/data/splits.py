@@ -77,16 +77,14 @@ def match_splits(path: str, wanted: Sequence[str], known: Iterable[Any], notes: 
             problem = f"has no split {name!r}" if not matches else f"has several splits that {name!r} may mean"
             names = [printable(known_name) for known_name in matches or names]
             raise DataError(
-                f"path {printable(path)!r} {problem}; use one of {', '.join(names)} for data.split and "
+                f"path {path!r} {problem}; use one of {', '.join(names)} for data.split and "
                 "data.held_out_split (None sets images of data.split aside)"
                 + (f". Left out: {'; '.join(notes)}" if notes else "")
             )
     meant = {name: matches[0] for name, matches in found.items()}
     for name, other in meant.items():
         if double := [second for second in meant if second != name and meant[second] == other]:
-            raise DataError(
-                f"splits {name!r} and {double[0]!r} are one, {printable(other)!r} of {printable(path)!r}: name another"
-            )
+            raise DataError(f"splits {name!r} and {double[0]!r} are one, {other!r} of {path!r}: name another")
     return meant
 
 
