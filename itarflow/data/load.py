@@ -58,7 +58,8 @@ class DataConfig:
     """How images become square; those of the right size stay as they are. FID depends on the choice.
     center = short side resized (bilinear), then centre crop, as torchvision and the papers' code do;
     adm = halved while that fits, then bicubic, then centre crop, as for ADM's and EDM's ImageNet;
-    edm = centre crop to the short side, then Lanczos, as EDM's center-crop."""
+    edm = centre crop to the short side, then Lanczos, as EDM's center-crop;
+    pad = long side resized (bilinear), the rest white: nothing is cut off, such as of photographs of products."""
     horizontal_flip: bool = True
     """Mirror training images at random (the training loop does it). Switch it off for digits and letters."""
     in_memory: bool = False

@@ -35,7 +35,8 @@ class SourceConfig:
     crop: Crop = "center"
     """How images become square, as by --data.crop in training; those of the right size stay as they are. FID depends
     on the choice.
-    center = as torchvision and the papers' code do; adm = as for ADM's and EDM's ImageNet; edm = EDM's center-crop."""
+    center = as torchvision and the papers' code do; adm = as for ADM's and EDM's ImageNet; edm = EDM's center-crop;
+    pad = the whole image on white, such as of a product."""
     split: tuple[str, ...] = ("train",)
     """Splits to read, such as train test. They keep their names, and share their classes."""
     name: str | None = None
