@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, Literal, TypeVar, cast
@@ -54,8 +55,10 @@ class Table(Generic[T]):
         Raises:
             ValueError: the name is none that an option could have, or one of the package's own.
         """
-        if not isinstance(name, str) or not name.replace("-", "_").isidentifier():
-            raise ValueError(f"a {self.what} of a plug-in is called {shown(name)}; expected letters, digits, _ and -.")
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+            raise ValueError(
+                f"a {self.what} of a plug-in is called {shown(name)}; expected a letter, then letters, digits, _ and -."
+            )
         if name in self._own:
             raise ValueError(f"the {self.what} {name!r} is itarflow's own; give that of the plug-in another name.")
         if name in self:
