@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from itarflow.commands.console import reporting
 from itarflow.commands.dry_run import dry_run
+from itarflow.plugins import HELP, load_named
 from itarflow.training.held_out import describe
 from itarflow.training.recipe import Recipe
 from itarflow.training.run_folder import Start
@@ -80,7 +82,9 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
         "--sampling.batch-size. --dry-run estimates the memory."
     )
     with reporting(console, advice):
-        options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=args)
+        words = load_named(sys.argv[1:] if args is None else args)
+        description = f"{description or ''}\n\n{HELP}"
+        options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=words)
         _run(options, console)
 
 

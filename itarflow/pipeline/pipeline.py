@@ -68,7 +68,7 @@ class ITARFlowPipeline(StoredPipeline):
             raise ValueError(
                 f"class_names has {len(class_names)} names for a flow with {flow.config.num_classes} classes."
             )
-        Guidance(**(guidance or {}))  # raises ValueError if it is invalid
+        Guidance.from_json(guidance)  # raises ValueError if it is invalid
         for plan in plans or []:
             InversePlan.from_json(plan).solvers_of(flow)
         if vae is not None and vae.config.latent_channels != flow.config.in_channels:
@@ -248,10 +248,7 @@ class ITARFlowPipeline(StoredPipeline):
     @property
     def default_guidance(self) -> Guidance:
         """The guidance stored with the checkpoint."""
-        stored = dict(self.config.guidance or {})
-        if isinstance(stored.get("blocks"), list):
-            stored["blocks"] = tuple(stored["blocks"])
-        return Guidance(**stored)
+        return Guidance.from_json(self.config.guidance)
 
     def schedule(
         self,
