@@ -33,8 +33,8 @@ from itarflow.training.finished import Finished
 from itarflow.training.metrics import Monitor
 from itarflow.training.run_folder import RunDir
 from itarflow.training.settings import Settings
-from itarflow.training.sharding import load_tensors, save_tensors
 from itarflow.training.states import PROGRESS, agreed_state, first_cause, save_state
+from itarflow.training.tensors import load_tensors, save_tensors
 
 
 class State(NamedTuple):

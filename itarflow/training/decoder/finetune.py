@@ -49,7 +49,8 @@ from itarflow.training.finished import Finished
 from itarflow.training.loop import Loop
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.settings import learning_rate_factor
-from itarflow.training.sharding import averaged_weights, clip_grad_norm, load_tensors, make_accelerator, save_tensors
+from itarflow.training.sharding import averaged_weights, clip_grad_norm, make_accelerator
+from itarflow.training.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
