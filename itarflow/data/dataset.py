@@ -7,12 +7,11 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import datasets
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
 from datasets.utils.file_utils import xopen
 from PIL import Image, UnidentifiedImageError
@@ -21,6 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from itarflow.data.content import content_of, paths_of
 from itarflow.data.images import Crop, convert_image, crop_image, to_array
 from itarflow.data.parquet import DamagedRowError, ParquetRows
 from itarflow.data.sources import Rows
@@ -137,6 +137,11 @@ class ImageDataset(Dataset[Example]):
         return self._labels
 
     @property
+    def indices(self) -> Tensor:
+        """(N,) int64 rows of the table that make up the set."""
+        return self._indices
+
+    @property
     def images(self) -> Tensor | None:
         """The examples (N, ...) of a set that was decoded into memory, else None."""
         return self._images
@@ -178,11 +183,20 @@ class ImageDataset(Dataset[Example]):
             states = self._rows.states()
         else:
             digest.update(self._rows._fingerprint.encode())
-            paths = _paths(self._rows, self._decoder.columns[0])
+            column = self._decoder.columns[0]
+            pictures = isinstance(self._rows.features[column], datasets.Image)
+            paths = paths_of(self._rows.with_format("arrow")[:][column]) if pictures else iter(())
             states = (_state(path) for path in paths)
         for state in states:
             digest.update(state.encode())
         return digest.hexdigest()
+
+    def content(self) -> str:
+        """SHA-256 of what the images of the whole table are, wherever it lies; see `content.content_of`.
+
+        It depends neither on the decoder nor on which rows make up the set. No image is decoded.
+        """
+        return content_of(self._rows, self._decoder.columns)
 
     def __getitem__(self, index: int) -> Example:
         """Example at `index` in 0..N-1.
@@ -243,15 +257,6 @@ class ImageDataset(Dataset[Example]):
             value = values.get(self._decoder.columns[0])
             name = (value.get("path") if isinstance(value, dict) else None) or f"row {row}"
             return f"{name}: {str(error) or type(error).__name__}"
-
-
-def _paths(rows: datasets.Dataset, column: str) -> Iterator[str]:
-    """Paths of the images that are files of their own."""
-    if not isinstance(rows.features[column], datasets.Image):
-        return
-    for chunk in rows.with_format("arrow")[:][column].chunks:
-        outside = pc.is_null(pc.struct_field(chunk, "bytes"))
-        yield from filter(None, pc.struct_field(chunk, "path").filter(outside).to_pylist())
 
 
 def _state(path: str) -> str:

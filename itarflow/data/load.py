@@ -5,9 +5,10 @@ An image is a uint8 (C, H, W) tensor, a stored code a float16 one (see `codes.Co
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from itarflow.codec import VaeIdentity
 from itarflow.data.codes import CodeDecoder, check_card, find_card
 from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
+from itarflow.data.identity import DataIdentity
 from itarflow.data.images import Crop, check_image_size
 from itarflow.data.parquet import ParquetRows
 from itarflow.data.sources import Rows, open_splits, open_tables
@@ -78,16 +80,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ImageData:
-    """The data of a run: training images, held-out images, and the names of the classes.
+    """The data of a run: training images, held-out images, and the identity of the set that they are of.
 
-    `held_out` is empty if the configuration asks for that; `class_names` is () for unlabelled images; `left_out` says
-    what the source holds that was not taken, and why.
+    `held_out` is empty if the configuration asks for that; `identity` says what was understood of the data set, and
+    of what was left out.
     """
 
     train: ImageDataset
     held_out: ImageDataset
-    class_names: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
+    identity: DataIdentity
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels; () for unlabelled images."""
+        return self.identity.class_names
 
     def decoded(self) -> ImageData:
         """The same images, held in memory; see `ImageDataset.decoded`."""
@@ -114,7 +120,7 @@ def load_data(
         variance: of codes, whether to read the posterior's log-variance, if it is there.
 
     Returns:
-        Training images, held-out images, class names.
+        Training images, held-out images, and what was understood of the set.
 
     Raises:
         DataError: the configuration or the data cannot be used; the message says what to change.
@@ -186,12 +192,20 @@ def load_data(
             images(train, torch.arange(len(train)), labels, decoders[0]),
             images(held_out, measured, held_out_labels, decoders[1]),
         ]
-    return ImageData(train=parts[0], held_out=parts[1], class_names=names, left_out=left_out)
+    identity = _identity(
+        {"train": parts[0], "held out": parts[1]},
+        config,
+        names,
+        {"image": decoders[0].columns[0]} | ({} if label_column is None else {"label": label_column}),
+        left_out,
+        shared=held_out is None,
+    )
+    return ImageData(train=parts[0], held_out=parts[1], identity=identity)
 
 
 def load_splits(
     config: DataConfig, splits: Sequence[str], *, image_size: int, in_channels: int
-) -> tuple[dict[str, ImageDataset], tuple[str, ...]]:
+) -> tuple[dict[str, ImageDataset], DataIdentity]:
     """Open whole splits with the classes that they share. Nothing is decoded.
 
     Args:
@@ -201,7 +215,7 @@ def load_splits(
         in_channels: 3 for RGB, 1 for grey.
 
     Returns:
-        All images of each split by its name, in the order of the source, and the names of the classes.
+        All images of each split by its name, in the order of the source, and what was understood of the set.
 
     Raises:
         DataError: the configuration or the data cannot be used; the message says what to change.
@@ -226,7 +240,37 @@ def load_splits(
         )
         for split, table in tables.items()
     }
-    return sets, _class_names(features, label_column, torch.cat(list(labels.values())))
+    names = _class_names(features, label_column, torch.cat(list(labels.values())))
+    columns = {"image": image_column} | ({} if label_column is None else {"label": label_column})
+    return sets, _identity(sets, config, names, columns, opened.left_out)
+
+
+def _identity(
+    parts: Mapping[str, ImageDataset],
+    config: DataConfig,
+    class_names: tuple[str, ...],
+    columns: dict[str, str],
+    left_out: tuple[str, ...],
+    *,
+    shared: bool = False,
+) -> DataIdentity:
+    """What was understood; `shared`: the parts are of one table."""
+    digest = hashlib.sha256()
+    for number, (name, images) in enumerate(parts.items()):
+        digest.update(f"{name} {len(images)}\n".encode())
+        digest.update(images.indices.numpy().tobytes() + images.labels.numpy().tobytes())
+        # The digits are encoded anew at each start: their bytes depend on the version of Pillow.
+        if config.path != "digits" and not (shared and number):
+            digest.update(images.content().encode())
+    trained = next(iter(parts.values())).labels
+    return DataIdentity(
+        content=digest.hexdigest(),
+        images={name: len(images) for name, images in parts.items()},
+        class_names=class_names,
+        class_counts=tuple(trained[trained >= 0].bincount(minlength=len(class_names)).tolist()),
+        columns=columns,
+        left_out=left_out,
+    )
 
 
 def _check(config: DataConfig) -> None:

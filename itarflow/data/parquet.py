@@ -28,6 +28,7 @@ STREAMS = 8
 """At most so many places of a data set are read at a time; a divisor of the batch, so that processes share them."""
 
 _LARGE_GROUP = 10**9  # bytes, from which on a warning says that memory may not suffice
+_BLOCKS, _BLOCK = 16, 2**12  # how much of the bytes of a file tell it from others of the same size
 _MANY_FILES = 20  # from which on a progress bar is shown
 _CONNECTIONS = 16  # files that are read at a time, before training: on the Hub, it is all latency
 
@@ -110,6 +111,19 @@ class ParquetRows:
             info = system.info(path)
             yield f"{file} {[info.get(key) for key in ('size', 'mtime', 'blob_id', 'ETag')]}\n"
         yield f"{self._pieces.tolist()}\n"
+
+    def contents(self) -> Iterator[bytes]:
+        """What the rows are, wherever their files lie: of each file its size, its footer, which says where all lies,
+        and some of its bytes, or of those elsewhere what their server says of their content; then the rows.
+        """
+        for file in self._files:
+            if "://" not in file:
+                yield from _content(file)
+                continue
+            system, path = fsspec.core.url_to_fs(file)
+            info = system.info(path)
+            yield f"{[info.get(key) for key in ('size', 'blob_id', 'ETag')]}\n".encode()
+        yield f"{self._pieces.tolist()}\n".encode()
 
     def select(self, rows: range) -> ParquetRows:
         """The consecutive rows start..stop-1 of this table."""
@@ -247,6 +261,20 @@ def _open(file: str) -> IO[bytes]:
     system, path = fsspec.core.url_to_fs(file)
     # Uncached: what is read of a file lies far apart, and reading ahead would fetch the images along with the labels.
     return system.open(path, "rb", cache_type="none")
+
+
+def _content(file: str) -> Iterator[bytes]:
+    """Size, footer, and some blocks of a parquet file, from all over it."""
+    with open(file, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(size - 8, 0))
+        footer = 8 + int.from_bytes(stream.read(4), "little")
+        yield f"{size}\n".encode()
+        for start, length in [(place * size // _BLOCKS, _BLOCK) for place in range(_BLOCKS)] + [
+            (size - footer, footer)
+        ]:
+            stream.seek(max(start, 0))
+            yield stream.read(length)
 
 
 def _reason(error: Exception) -> str:

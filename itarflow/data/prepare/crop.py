@@ -106,7 +106,8 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
     _check(config)
     manifest_file, settings = config.out / "prepare.json", _settings(config)
     check_output_folder(config, manifest_file, {"settings": settings})
-    sets, class_names = config.open(config.in_channels)
+    sets, identity = config.open(config.in_channels)
+    class_names = identity.class_names
     sizes = {split: len(images) for split, images in sets.items()}
     shards = plan_shards(config.out, sizes, config.shard_size)
     manifest = {

@@ -124,7 +124,8 @@ def plan_encoding(config: EncodeConfig) -> Plan:
         raise DataError(f"the VAE {config.vae} takes images of {in_channels} channels; expected 1 (grey) or 3 (RGB)")
     code_shape(vae, (in_channels, config.size, config.size))
     VaeCodec(vae, tiled=config.tiled)
-    sets, class_names = config.open(in_channels)
+    sets, identity = config.open(in_channels)
+    class_names = identity.class_names
     sizes = {split: len(images) for split, images in sets.items()}
     shards = plan_shards(config.out, sizes, config.shard_size)
     card = CodesCard(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from itarflow.data.dataset import ImageDataset
+from itarflow.data.identity import DataIdentity
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_splits
 from itarflow.runtime.errors import DataError
@@ -44,8 +45,8 @@ class SourceConfig:
     label_column: str | None = None
     """Column with the class labels. None finds it, if there is one."""
 
-    def open(self, in_channels: int) -> tuple[dict[str, ImageDataset], tuple[str, ...]]:
-        """All images of each split, and the names of the classes: `load.load_splits` of these settings.
+    def open(self, in_channels: int) -> tuple[dict[str, ImageDataset], DataIdentity]:
+        """All images of each split, and what was understood of the set: `load.load_splits` of these settings.
 
         Args:
             in_channels: 3 for RGB, 1 for grey.
