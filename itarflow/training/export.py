@@ -95,7 +95,7 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
 
 
 def is_exported(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a pipeline with this record of its training is there; one that a killed export left is put back first."""
+    """Whether a pipeline with this record of its training is there; what a killed export left is put back first."""
     restore_folder(folder)
     try:
         stored = read_json(folder / "model_index.json", dict[str, Any]).get("training")

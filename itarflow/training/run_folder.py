@@ -296,6 +296,8 @@ def claim(run: RunDir, recipe: Settings, start: Start, allow_changes: bool, lock
         _move_aside(run.path.resolve())
         _make(run)  # it is another folder now
         locks.enter_context(hold(run))
+    # Kept open, since another folder could get the inode of one that is removed; see `RunDir.held`.
+    locks.callback(os.close, os.open(run.path, os.O_RDONLY))
     try:
         (run.path / "state").mkdir(exist_ok=True)
         write_recipe(recipe, run.recipe)
