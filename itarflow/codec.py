@@ -267,10 +267,14 @@ def code_shape(vae: Vae, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
     return vae.config.latent_channels, height // stride, width // stride
 
 
-def load_vae(config: CodecConfig) -> Vae:
+def load_vae(config: CodecConfig, *, variant: str | None = None) -> Vae:
     """The VAE that a config names, in float32 on the CPU, with the config's scaling in its own config.
 
     A folder or repository of a whole pipeline gives the VAE in it. Only safetensors are read.
+
+    Args:
+        config: names it.
+        variant: of the weights in a folder, such as "fp16"; None = the plain ones.
 
     Raises:
         OSError: there is no such VAE, or it is of another kind, or damaged.
@@ -287,7 +291,7 @@ def load_vae(config: CodecConfig) -> Vae:
             raise OSError(f"it is {kind}")
         # Not filled in piece by piece, because parts of an AutoencoderKL have changed their names over the years.
         vae, report = _KINDS[kind].from_pretrained(
-            folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
         if missing := report["missing_keys"]:  # which diffusers leaves uninitialised
             raise OSError(f"{len(missing)} tensors are missing, such as {missing[0]}")

@@ -19,7 +19,6 @@ from itarflow.evaluation.samples.files import open_samples, write_npz, write_png
 from itarflow.evaluation.samples.generate import MANIFEST, Generation
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import check_writable, write_json
-from itarflow.runtime.hub import read_index
 from itarflow.runtime.text import display_name
 
 
@@ -101,8 +100,7 @@ class Evaluate(Scoring):
         folder = Path(self.checkpoint)
         if self.record and folder.is_dir():
             lines = {self._what(name, generation, one): _line(one) for name, one in found.items()}
-            known = read_index(folder).get("evaluations") or {}  # as others may have written it meanwhile
-            noted = pipe.record(folder, "evaluations", {**known, **lines})
+            noted = pipe.record(folder, "evaluations", lambda known: {**(known or {}), **lines})
             card = "and its model card" if noted else "but not in its README.md, which was edited by hand"
             say(f"noted in {folder} {card}")
 

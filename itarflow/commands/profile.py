@@ -117,8 +117,13 @@ class Profile:
         blank_figure(1, 1)  # refuses where matplotlib is missing
 
     def _write(self, pipe: ITARFlowPipeline, plan: InversePlan) -> None:
-        plans = [plan.to_json() for plan in replaced(pipe.inverse_plans, plan)]
-        pipe.record(self.checkpoint, "plans", plans)
+        pipe.record(
+            self.checkpoint,
+            "plans",
+            lambda known: [
+                one.to_json() for one in replaced([InversePlan.from_json(one) for one in known or []], plan)
+            ],
+        )
 
     def _noisy(self, pipe: ITARFlowPipeline) -> tuple[Tensor, Tensor | None, float]:
         """Noisy images at t_max, with labels, for the metrics."""

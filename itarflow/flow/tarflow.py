@@ -7,6 +7,7 @@ The papers: TARFlow, arXiv 2412.06329; iTARFlow, arXiv 2604.20041.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -22,6 +23,7 @@ from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.transformer import Transformer
 from itarflow.inverse import solvers
 from itarflow.inverse.guidance import Guidance
+from itarflow.runtime.model_folder import load_model
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -162,20 +164,15 @@ class TARFlow(ModelMixin, ConfigMixin):
         self.register_buffer("prior_variance", torch.ones(self.z_shape))
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> TARFlow:
-        """As in diffusers, but weights that do not fit the config are refused, not initialised at random.
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> TARFlow:
+        """The flow in a folder or on the Hub, in evaluation mode; see `model_folder.load_model` for the options.
 
         Raises:
-            OSError: tensors are missing, or too many, or the file is damaged.
+            OSError: there is none, or not of that variant.
+            ValueError: its weights do not fit its config, are no floating point numbers or not finite, or a file is
+                damaged; the message names it.
         """
-        flow, report = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
-        differing = [*report["missing_keys"], *report["unexpected_keys"]]
-        if differing:
-            raise OSError(
-                f"the weights of the flow do not fit its config.json: {len(differing)} tensors are missing or too "
-                f"many, such as {differing[0]}. Copy or download the folder again."
-            )
-        return flow
+        return load_model(cls, name, check=checks.check_stored, **options)
 
     @property
     def null_label(self) -> int:

@@ -51,6 +51,7 @@ class ITARFlowPipeline(StoredPipeline):
     """
 
     _optional_components: ClassVar = ["vae"]
+    model_cpu_offload_seq = "flow->vae"
 
     def __init__(
         self,
@@ -283,11 +284,26 @@ class ITARFlowPipeline(StoredPipeline):
             raise ValueError("clip is on, but codes are not limited to [-1, 1]; leave it out.")
         return scheduler
 
-    def model_card(self) -> Any:
-        """The card of this pipeline, a `huggingface_hub.ModelCard`."""
-        parameters = sum(parameter.numel() for parameter in self.flow.parameters())
+    def model_card(
+        self,
+        repo_id: str | None = None,
+        license: str | None = None,  # noqa: A002
+        picture: bool = False,
+    ) -> Any:
+        """The card of this pipeline, a `huggingface_hub.ModelCard`.
+
+        Args:
+            repo_id: where it is shared; None = it is not, or not yet.
+            license: of the weights, an identifier of the Hub; None = the card names none.
+            picture: whether there is a picture beside the card.
+        """
+        parameters, flow = sum(parameter.numel() for parameter in self.flow.parameters()), self.flow.config
+        sizes = ("image_size", "in_channels", "patch_size", "channels", "num_layers", "num_classes")
+        others = ("noise_conditioned", "noise_range", "volume_preserving", "shared_layers", "learned_first_token")
+        told = [name for name in (*sizes, *others) if name in sizes or flow[name]]
         return model_card(
-            architecture={"parameters": f"{parameters:,}", **self.flow.config, **self.vae_facts()},
+            architecture={"parameters": f"{parameters:,}", **{name: flow[name] for name in told}, **self.vae_facts(),
+                          "noise_conditioned": flow.noise_conditioned},
             sampling={
                 **self.scheduler.config,
                 **{f"guidance {k}": v for k, v in asdict(self.default_guidance).items()},
@@ -296,7 +312,10 @@ class ITARFlowPipeline(StoredPipeline):
             training=self.config.training,
             class_names=self.config.class_names,
             evaluations=self.config.evaluations or {},
-        )
+            repo_id=repo_id,
+            license=license,
+            picture=picture,
+        )  # fmt: skip
 
     def vae_facts(self) -> dict[str, Any]:
         """The VAE's rows of the model card; {} in pixel space."""

@@ -141,7 +141,7 @@ def test_images_that_are_not_finite_are_counted(evaluate: Run, monkeypatch: pyte
 @pytest.mark.slow
 def test_the_crop_is_that_of_the_training(evaluate: Run, refused: Run, tmp_path: Path) -> None:
     pipe = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline")
-    pipe.record(tmp_path / "pipeline", "training", {"name": "tiny", "recipe": {"data": {"crop": "adm"}}})
+    pipe.record(tmp_path / "pipeline", "training", lambda _: {"name": "tiny", "recipe": {"data": {"crop": "adm"}}})
     assert "the checkpoint was trained on images with crop adm" in refused("--crop", "edm")
     evaluate()
     assert report()["reference"]["crop"] == "adm"
@@ -152,7 +152,7 @@ def test_what_others_have_noted_meanwhile_stays(
 ) -> None:
     def scored(*rest: Any, **options: Any) -> Any:
         pipe = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline")
-        pipe.record(tmp_path / "pipeline", "evaluations", {"another one": "FID 3"})
+        pipe.record(tmp_path / "pipeline", "evaluations", lambda _: {"another one": "FID 3"})
         return real(*rest, **options)
 
     real = evaluating.scores_of
