@@ -2,7 +2,7 @@
 
 It needs no download and no GPU, and takes two to three minutes on two CPU cores:
 
-    accelerate launch recipes/digits.py
+    itarflow train digits
 """
 
 from itarflow.commands.train import main
@@ -19,6 +19,7 @@ recipe = Recipe(
         learning_rate=3e-3,
         min_learning_rate=3e-5,
         warmup_epochs=4,
+        max_grad_norm=1.0,
         ema_decay=0.99,
         evaluate_every_epochs=15,
         sample_every_epochs=30,

@@ -3,7 +3,7 @@ r"""A small latent iTARFlow for your own images at 128 pixels, in minutes on two
 Encode a folder of images (one sub-folder a class) by TAESD, a tiny VAE, then train on the codes:
 
     python vae/encode_dataset.py photos/ codes/photos --vae madebyollin/taesd --size 128 --dtype bf16
-    accelerate launch recipes/photos_latent.py --data.path codes/photos --model.num-classes 5
+    itarflow train photos_latent --data.path codes/photos --model.num-classes 5
 """
 
 from itarflow.commands.train import main
@@ -32,6 +32,7 @@ recipe = Recipe(
         learning_rate=1e-3,
         min_learning_rate=1e-5,
         warmup_epochs=1,
+        max_grad_norm=1.0,
         ema_decay=0.99,
         mixed_precision="bf16",
         evaluate_every_epochs=4,

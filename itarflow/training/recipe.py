@@ -15,6 +15,7 @@ from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
 from itarflow.inverse.guidance import Guidance
 from itarflow.presets import ModelConfig
+from itarflow.runtime.devices import Products
 from itarflow.runtime.errors import DataError
 from itarflow.training.settings import Optimisation
 
@@ -39,7 +40,7 @@ class TrainConfig(Optimisation):
     """AdamW's, on all parameters."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | None = None
     """Gradients are scaled down to this norm. None = never."""
     label_drop: float = 0.1
     """Probability that a training image goes without its label, which guidance needs."""
@@ -151,6 +152,16 @@ class Recipe:
         if self.noise.distribution == "constant":
             return self.noise.t_max, self.noise.t_max
         return self.noise.t_min, self.noise.t_max
+
+    @property
+    def products(self) -> Products:
+        """Precision of matrix products on a GPU, in training and in its evaluations.
+
+        Likelihood training has float32 without TF32, as in the paper (TARFlow, appendix C).
+        """
+        if self.train.mixed_precision == "bf16":
+            return "bf16"
+        return "float32" if self.noise.distribution == "dequantise" else "TF32"
 
     def scheduler(self) -> DenoiseScheduler:
         """The denoising defaults of the pipeline."""
