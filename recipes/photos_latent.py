@@ -26,6 +26,7 @@ recipe = Recipe(
     data=DataConfig(path="codes/photos", in_memory=True),
     codec=CodecConfig(vae="madebyollin/taesd"),
     noise=NoiseConfig(t_min=0.05, t_max=0.5),
+    # Learning rate, limit on the gradient and average are ours, for a training of minutes.
     train=TrainConfig(
         epochs=20,
         batch_size=32,
@@ -39,7 +40,8 @@ recipe = Recipe(
         sample_every_epochs=10,
         save_every=500,
     ),
-    sampling=SamplingConfig(guidance=Guidance(weight=3.0, schedule="linear"), num_images=40, batch_size=40),
+    # All blocks are guided, where the paper guides the first alone (blocks=1).
+    sampling=SamplingConfig(guidance=Guidance(weight=3.0, blocks=None), num_images=40, batch_size=40),
 )
 
 if __name__ == "__main__":
