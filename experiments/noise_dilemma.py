@@ -89,7 +89,7 @@ def recipe(patch_size: int, channels: int, last_layers: int, num_images: int, **
         model=model,
         data=DataConfig(path="uoft-cs/cifar10", held_out_split="test"),
         noise=NoiseConfig(t_min=0.01, t_max=0.3),
-        train=TrainConfig(mixed_precision="bf16", **settings),
+        train=TrainConfig(max_grad_norm=1.0, mixed_precision="bf16", **settings),
         sampling=SamplingConfig(guidance=Guidance(weight=1.0, blocks=1), num_images=num_images),
     )
 

@@ -2,13 +2,21 @@ r"""STARFlow's set-up on ImageNet at 256 pixels (arXiv 2506.06276): codes, one n
 
 Its samples keep their noise, which a decoder that knows it removes. Encode the images, fine-tune the decoder, train:
 
-    accelerate launch vae/encode_dataset.py ILSVRC/imagenet-1k codes/imagenet256 \
+    python vae/encode_dataset.py ILSVRC/imagenet-1k codes/imagenet256 \
         --vae stabilityai/sd-vae-ft-ema --size 256 --crop adm --split train validation
-    accelerate launch vae/finetune_decoder.py ILSVRC/imagenet-1k runs/decoder \
+    python vae/finetune_decoder.py ILSVRC/imagenet-1k runs/decoder \
         --vae stabilityai/sd-vae-ft-ema --size 256 --t-max 0.3
-    accelerate launch recipes/starflow_imagenet256.py --codec.vae runs/decoder/vae --sampling.method skip
+    itarflow train starflow_imagenet256 --codec.vae runs/decoder/vae --sampling.method skip
 
-As it stands the recipe decodes with the plain VAE, after TARFlow's single denoising step.
+As it stands the recipe decodes with the plain VAE, after TARFlow's single denoising step. On eight GPUs each, with the
+same options: accelerate launch --config_file recipes/launch/gpus8.yaml FILE.
+
+The STARFlow-B of iTARFlow's table 7, at the level 0.3 or 0.5, and STARFlow at 512 pixels, of codes with --size 512:
+
+    itarflow train starflow_imagenet256 --name starflow_b_0.3 --model.channels 1280 --model.num-layers 4 4 4 24
+    itarflow train starflow_imagenet256 --name starflow_b_0.5 --model.channels 1280 --model.num-layers 4 4 4 24 \
+        --noise.t-min 0.5 --noise.t-max 0.5
+    itarflow train starflow_imagenet256 --name starflow_imagenet512 --model.image-size 64 --data.path codes/imagenet512
 """
 
 from itarflow.commands.train import main

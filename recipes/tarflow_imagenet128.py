@@ -1,6 +1,14 @@
-"""TARFlow on ImageNet at 128 pixels, one noise level (arXiv 2412.06329, table 7: 4-1024-8-8-N(0, 0.15^2)).
+r"""TARFlow on ImageNet at 128 pixels, one noise level (arXiv 2412.06329, table 7: 4-1024-8-8-N(0, 0.15^2)).
 
-accelerate launch recipes/tarflow_imagenet128.py --data.path /data/imagenet
+In one process, or on eight GPUs; a folder has train/ and val/:
+
+    itarflow train tarflow_imagenet128 --data.path /data/imagenet
+    accelerate launch --config_file recipes/launch/gpus8.yaml recipes/tarflow_imagenet128.py \
+        --data.path /data/imagenet
+
+The same at the level 0.05, of table 4:
+
+    itarflow train tarflow_imagenet128 --name tarflow_imagenet128_0.05 --noise.t-min 0.05 --noise.t-max 0.05
 """
 
 from itarflow.commands.train import main

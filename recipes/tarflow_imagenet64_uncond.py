@@ -1,6 +1,10 @@
-"""TARFlow without labels on 64-pixel ImageNet, one noise level (arXiv 2412.06329, table 7: 2-768-8-8-N(0, 0.05^2)).
+r"""TARFlow without labels on 64-pixel ImageNet, one noise level (arXiv 2412.06329, table 7: 2-768-8-8-N(0, 0.05^2)).
 
-accelerate launch recipes/tarflow_imagenet64_uncond.py --data.path /data/imagenet
+In one process, or on eight GPUs; a folder has train/ and val/:
+
+    itarflow train tarflow_imagenet64_uncond --data.path /data/imagenet
+    accelerate launch --config_file recipes/launch/gpus8.yaml recipes/tarflow_imagenet64_uncond.py \
+        --data.path /data/imagenet
 """
 
 from itarflow.commands.train import main

@@ -44,9 +44,13 @@ def spans(page: Path) -> list[str]:
 
 def commands() -> Iterator[tuple[str, ...]]:
     """The words of each command that starts something of ours; one with a PLACEHOLDER can't be checked."""
-    for page in PAGES:
-        lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
-        for command in itertools.chain.from_iterable(line.split("&&") for line in (*lines, *spans(page))):
+    for page in (*PAGES, *(ROOT / "recipes").glob("*.py")):
+        docstring = page.suffix == ".py"
+        code = [ast.get_docstring(ast.parse(page.read_text())) or ""] if docstring else blocks(page, "bash")
+        lines = [line for block in code for line in block.replace("\\\n", " ").splitlines()]
+        for command in itertools.chain.from_iterable(
+            line.split("&&") for line in (*lines, *(() if docstring else spans(page)))
+        ):
             if re.match(r"\s*(itarflow \w|accelerate launch .|sbatch|python \S+\.py)", command):
                 words = shlex.split(command, comments=True)
                 if not any(word.isupper() for word in words):

@@ -109,13 +109,12 @@ def _what_fits(recipe: Recipe, device: DeviceMemory, needed: Activations, device
 
 def _time_row(recipe: Recipe, training_flops: int, num_images: int | None) -> str:
     """An epoch's time at a utilisation that large models often reach; of a million images, if there are none yet."""
-    bf16 = recipe.train.mixed_precision == "bf16"
-    tflops = PEAK_TFLOPS["H200"][0 if bf16 else 1]
+    tflops = PEAK_TFLOPS["H200"][recipe.products]
     seconds = (num_images or 10**6) * training_flops / (_UTILISATION * tflops * 1e12)
     unit, name = next((unit, name) for unit, name in ((3600, "h"), (60, "min"), (0, "s")) if seconds >= unit)
     time = f"{seconds / max(unit, 1):.2g} {name}"
     what = "a million images" if num_images is None else f"an epoch of {num_images:,} images"
-    peak = f"{tflops} TFLOP/s in {'bf16' if bf16 else 'TF32'}"
+    peak = f"{tflops} TFLOP/s in {recipe.products}"
     return f"about {time} for {what}, if {_UTILISATION:.0%} of its {peak} are reached"
 
 

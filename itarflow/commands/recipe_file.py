@@ -40,8 +40,8 @@ def run_file(words: Sequence[str]) -> None:
 
 _USAGE = """usage: itarflow train RECIPE [OPTIONS]
 
-Train a flow by a recipe: a file such as recipes/digits.py, or its name, digits. On several devices a launcher starts
-it, with the same options: accelerate launch recipes/digits.py.
+Train a flow by a recipe, in one process: a file such as recipes/digits.py, or its name, digits. For several processes
+a launcher starts the file, with the same options: accelerate launch recipes/digits.py.
 
   itarflow train digits                       train
   itarflow train digits --dry-run             check settings and data, print parameters, FLOPs and memory

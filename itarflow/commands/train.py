@@ -128,8 +128,8 @@ def _check_estimates(options: Options) -> None:
     for name, value in (("--devices", options.devices), ("--memory", options.memory)):
         if value is not None and not options.dry_run:
             raise ValueError(f"{name} {value} belongs to the estimates of --dry-run; add that, or leave {name} out.")
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{name} is {value}; expected a number > 0.")
+        if value is not None and not 0 < value <= 10**6:
+            raise ValueError(f"{name} is {value}; expected a number > 0, at most 1,000,000.")
 
 
 def _settings(recipe: Recipe) -> Table:

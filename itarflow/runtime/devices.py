@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import psutil
 import torch
@@ -39,10 +39,10 @@ def on_cpu() -> bool:
 
 
 @contextmanager
-def tf32_products() -> Iterator[None]:
-    """Inside, products of float32 matrices may be TF32 on a GPU. Afterwards the setting is restored."""
+def tf32_products(allowed: bool = True) -> Iterator[None]:
+    """Inside, products of float32 matrices may be TF32 on a GPU, or may not. Afterwards the setting is restored."""
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
     try:
         yield
     finally:  # later work of the process, such as evaluations, is float32 as before
@@ -54,30 +54,33 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# Dense peak of the tensor cores in TFLOP/s, bfloat16 and TF32, as NVIDIA's data sheets give them without sparsity.
-PEAK_TFLOPS = {
-    "B200": (2250, 1125),
-    "H200": (989, 494),
-    "H100 PCIe": (756, 378),
-    "H100 NVL": (835, 417),
-    "H100": (989, 494),
-    "A100": (312, 156),
-    "L40S": (362, 183),
-    "L4": (121, 60),
-    "A10": (125, 62),
-    "RTX 4090": (165, 83),
-    "RTX 3090": (71, 36),
+Products = Literal["bf16", "TF32", "float32"]
+"""Precision in which a GPU multiplies matrices."""
+
+# Dense peaks in TFLOP/s, as NVIDIA's data sheets give them without sparsity: of the tensor cores, and in float32.
+PEAK_TFLOPS: dict[str, dict[Products, float]] = {
+    "B200": {"bf16": 2250, "TF32": 1125, "float32": 75},
+    "H200": {"bf16": 989, "TF32": 494, "float32": 67},
+    "H100 PCIe": {"bf16": 756, "TF32": 378, "float32": 51},
+    "H100 NVL": {"bf16": 835, "TF32": 417, "float32": 60},
+    "H100": {"bf16": 989, "TF32": 494, "float32": 67},
+    "A100": {"bf16": 312, "TF32": 156, "float32": 19.5},
+    "L40S": {"bf16": 362, "TF32": 183, "float32": 91.6},
+    "L4": {"bf16": 121, "TF32": 60, "float32": 30.3},
+    "A10": {"bf16": 125, "TF32": 62, "float32": 31.2},
+    "RTX 4090": {"bf16": 165, "TF32": 83, "float32": 82.6},
+    "RTX 3090": {"bf16": 71, "TF32": 36, "float32": 35.6},
 }
 
 
-def peak_tflops(device: torch.device, mixed_precision: str) -> float | None:
+def peak_tflops(device: torch.device, products: Products) -> float | None:
     """The device's peak for matrix products in the precision of the training; None = not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     found = (peaks for key, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
     peaks = next(found, None)
-    return None if peaks is None else peaks[0 if mixed_precision == "bf16" else 1]
+    return None if peaks is None else peaks[products]
 
 
 def memory_gib(device: torch.device) -> float:

@@ -57,7 +57,7 @@ class Table(Generic[T]):
         """
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
             raise ValueError(
-                f"a {self.what} of a plug-in is called {shown(name)}; expected a letter, then letters, digits, _ and -."
+                f"a {self.what} of a plug-in is called {shown(name)}; expected a letter, then letters, digits, _, -."
             )
         if name in self._own:
             raise ValueError(f"the {self.what} {name!r} is itarflow's own; give that of the plug-in another name.")

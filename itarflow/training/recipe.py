@@ -15,8 +15,9 @@ from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
 from itarflow.inverse.guidance import Guidance
 from itarflow.presets import ModelConfig
+from itarflow.runtime.devices import Products
 from itarflow.runtime.errors import DataError
-from itarflow.training.settings import Optimisation
+from itarflow.training.settings import LARGEST, Optimisation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class TrainConfig(Optimisation):
     """AdamW's, on all parameters."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's."""
-    max_grad_norm: float | None = 1.0
+    max_grad_norm: float | None = None
     """Gradients are scaled down to this norm. None = never."""
     label_drop: float = 0.1
     """Probability that a training image goes without its label, which guidance needs."""
@@ -84,6 +85,15 @@ class TrainConfig(Optimisation):
             )
 
 
+_MOST_OF_SAMPLING = {
+    "num_denoise_steps": 10_000,
+    "num_images": 10_000,
+    "batch_size": LARGEST,
+    "denoise_batch_size": LARGEST,
+    "decode_batch_size": LARGEST,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How the grids during training are sampled, and the defaults of the shared pipeline."""
@@ -112,9 +122,14 @@ class SamplingConfig:
     """Images that the VAE decodes at a time; None = as many as are sampled. Not used in pixel space."""
 
     def __post_init__(self) -> None:
-        for name in ("num_denoise_steps", "num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sampling.{name} is {getattr(self, name)}; expected a number >= 1.")
+        for name, largest in _MOST_OF_SAMPLING.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= largest:
+                raise ValueError(f"sampling.{name} is {value}; expected a number >= 1, at most {largest:,}.")
+        for name, low in (("weight", 0.0), ("temperature", 1e-6)):
+            value = getattr(self.guidance, name)
+            if not low <= value <= 1e6:
+                raise ValueError(f"sampling.guidance.{name} is {value}; expected a number from {low:g} to 1e6.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +166,16 @@ class Recipe:
         if self.noise.distribution == "constant":
             return self.noise.t_max, self.noise.t_max
         return self.noise.t_min, self.noise.t_max
+
+    @property
+    def products(self) -> Products:
+        """Precision of matrix products on a GPU, in training and in its evaluations.
+
+        Likelihood training has float32 without TF32, as in the paper (TARFlow, appendix C).
+        """
+        if self.train.mixed_precision == "bf16":
+            return "bf16"
+        return "float32" if self.noise.distribution == "dequantise" else "TF32"
 
     def scheduler(self) -> DenoiseScheduler:
         """The denoising defaults of the pipeline."""
@@ -199,9 +224,46 @@ class Recipe:
         if self.codec.vae is not None and self.sampling.clip:
             raise ValueError("sampling.clip is on, but codes are not limited to [-1, 1]; switch it off.")
         self.train.check_share(num_processes)
+        self._check_ranges()
         self.scheduler()
-        with torch.device("meta"):  # shapes without memory
-            self.model.build(self.noise_range)
+        self._check_flow()
+
+    def _check_ranges(self) -> None:
+        """Refuse numbers that would end in an overflow, in a level of 0, or in a thousand processes."""
+        for name, value in (("t_min", self.noise.t_min), ("t_max", self.noise.t_max)):
+            if not 1e-6 <= value <= 1e6:  # their squares and ratios are float32 numbers, too
+                raise ValueError(f"noise.{name} is {value}; expected a noise level from 1e-6 to 1e6.")
+        for name, most in (("num_workers", 1024), ("held_out_images", LARGEST), ("shuffle_buffer", LARGEST),
+                           ("max_broken", LARGEST)):  # fmt: skip
+            if getattr(self.data, name) > most:
+                raise ValueError(f"data.{name} is {getattr(self.data, name)}; expected at most {most:,}.")
+
+    def _check_flow(self) -> None:
+        """Refuse a model that can't be built, can't learn, or has not the blocks that are guided."""
+        try:
+            with torch.device("meta"):  # shapes without memory
+                flow = self.model.build(self.noise_range)
+        except (RuntimeError, OverflowError, MemoryError, TypeError) as error:  # sizes that no tensor can have
+            reason = str(error).split("\n", maxsplit=1)[0]
+            raise ValueError(f"the model can't be built: {reason}. Lower its sizes in model.*.") from error
+        model, number = self.model, len(flow.blocks)
+        alone = [patch for patch in flow.patch_sizes if patch == model.image_size]
+        if alone and not model.learned_first_token:
+            raise ValueError(
+                f"model.patch_size is {model.patch_size} and model.image_size {model.image_size}: a block of one "
+                "token changes nothing, since the first token stays as it is, and can't learn. Choose a smaller "
+                "patch, or set model.learned_first_token."
+            )
+        guided = self.sampling.guidance.blocks
+        if isinstance(guided, int) and guided > number:
+            raise ValueError(
+                f"sampling.guidance.blocks is {guided}, but the flow has {number}; expected at most {number}."
+            )
+        if isinstance(guided, tuple) and max(guided, default=0) >= number:
+            raise ValueError(
+                f"sampling.guidance.blocks {guided} name a block that is not there; the flow has {number}, counted "
+                "from 0 at the noise side."
+            )
 
     def steps_per_epoch(self, num_images: int) -> float:
         """Optimiser steps in which each of num_images is seen once."""

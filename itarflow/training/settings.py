@@ -13,6 +13,11 @@ from itarflow.data.load import DataConfig
 from itarflow.runtime.files import write_json
 from itarflow.runtime.text import flat
 
+LARGEST = 10**9
+"""No count of images, steps or epochs is above it: products of two of them are still exact."""
+_SMALL, _LARGE = 1e-30, 1e30
+"""Rates that float32 can hold, and products with them."""
+
 
 class Optimisation:
     """Base of training configs: dataclasses that give these settings their defaults, help and order."""
@@ -41,13 +46,15 @@ class Optimisation:
         Raises:
             ValueError: naming the setting.
         """
-        shared = ("batch_size", "accumulation", "learning_rate", "log_every", "save_every", "keep_states")
-        for name in (*shared, "max_bad_steps", *positive):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number > 0.")
-        for name in ("weight_decay", "min_learning_rate", *not_negative):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; expected a number >= 0.")
+        shared = ("batch_size", "accumulation", "log_every", "save_every", "keep_states", "max_bad_steps")
+        ranges = [(name, "> 0", _SMALL, LARGEST) for name in (*shared, *positive)]
+        ranges += [(name, ">= 0", 0, LARGEST) for name in not_negative]
+        ranges += [("learning_rate", "> 0", _SMALL, _LARGE)]
+        ranges += [(name, ">= 0", 0, _LARGE) for name in ("weight_decay", "min_learning_rate")]
+        for name, sign, low, high in ranges:
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"train.{name} is {value}; expected a number {sign}, at most {high:g}.")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"train.min_learning_rate {self.min_learning_rate} is above train.learning_rate {self.learning_rate}; "

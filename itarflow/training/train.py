@@ -75,7 +75,6 @@ class _FlowStep(NamedTuple):
         return self.losses.loss
 
 
-@tf32_products()
 def train(
     recipe: Recipe,
     run_path: Path,
@@ -104,6 +103,19 @@ def train(
     """
     recipe.check()
     accelerator = make_accelerator(run_path, accumulation=recipe.train.accumulation, trackers=recipe.train.trackers)
+    with tf32_products(recipe.noise.distribution != "dequantise"):
+        return _train(recipe, RunDir(run_path), accelerator, start, max_steps, allow_changes, find_micro_batch)
+
+
+def _train(
+    recipe: Recipe,
+    run: RunDir,
+    accelerator: Accelerator,
+    start: Start,
+    max_steps: int | None,
+    allow_changes: bool,
+    find_micro_batch: bool,
+) -> Summary:
     sharded = (recipe.train.shard or launcher_asks_for_sharding()) and accelerator.num_processes > 1
     if launcher_asks_for_checkpointing():
         recipe = replace(recipe, train=replace(recipe.train, gradient_checkpointing=True))
@@ -119,7 +131,6 @@ def train(
         recipe = replace(recipe, train=replace(recipe.train, accumulation=found))
         accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
-    run = RunDir(run_path)
     vae = main_first(accelerator, lambda: open_vae(recipe))
     recipe = with_identity(recipe, vae)
     check_run_folder(run, recipe, accelerator, start, allow_changes)
@@ -265,7 +276,7 @@ class _Training(Loop[_FlowStep, Summary]):
         metrics = step_metrics(sums, processes, self.edges)
         # Of one forward and one backward pass; recomputed activations do not count.
         tflops = self.speed / processes * 3 * self.forward_flops / 1e12
-        peak = peak_tflops(self.accelerator.device, self.recipe.train.mixed_precision)
+        peak = peak_tflops(self.accelerator.device, self.recipe.products)
         return {
             "epoch": self.state.step / self.recipe.steps_per_epoch(len(self.data.train)),
             **metrics,

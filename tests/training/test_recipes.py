@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
+import tyro
 from PIL import Image
 
+from itarflow.commands.train import Options
 from itarflow.training import Recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.py"))
@@ -48,7 +51,74 @@ def test_a_recipe_is_named_as_its_file_fits_together_and_says_how_to_launch_it(p
     assert isinstance(recipe, Recipe)
     assert recipe.name == path.stem
     recipe.check(num_processes=8 if recipe.train.batch_size % 8 == 0 else 1)
-    assert f"accelerate launch recipes/{path.name}" in names["__doc__"]
+    assert f"itarflow train {path.stem}" in names["__doc__"]
+
+
+def documented(path: Path) -> dict[str, Recipe]:
+    """The recipes, by name, of the commands `itarflow train` in the docstring of a recipe's file."""
+    names = runpy.run_path(str(path))
+    lines = names["__doc__"].replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("    itarflow train ")]
+    assert all(words[2] == path.stem for words in commands)
+    options = [tyro.cli(Options, default=Options(recipe=names["recipe"]), args=words[3:]) for words in commands]
+    return {chosen.recipe.name: chosen.recipe for chosen in options}
+
+
+def shape(recipe: Recipe) -> tuple[object, ...]:
+    model, train = recipe.model, recipe.train
+    return model.patch_size, model.channels, model.num_layers, train.batch_size, train.epochs, recipe.noise_range
+
+
+EIGHT, S, B = (8,) * 8, (2, 2, 2, 12), (4, 4, 4, 24)
+# Tables 2 to 5 and section 4 of iTARFlow, tables 4 and 7 and figure 4 of TARFlow, and their published commands:
+# patch, channels, layers, batch, epochs, noise levels.
+PAPERS = {
+    "imagenet64_pixel": (2, 1280, B, 512, 300, (0.01, 0.3)),
+    "itarflow_s_imagenet64": (2, 1280, S, 512, 300, (0.01, 0.3)),
+    "tarflow_s_imagenet64": (2, 1280, S, 512, 300, (0.3, 0.3)),
+    "imagenet128_pixel": (4, 1600, B, 512, 450, (0.01, 0.5)),
+    "imagenet256_pixel": (8, 2176, B, 512, 600, (0.01, 0.7)),
+    "imagenet256_latent": (1, 1280, B, 512, 600, (0.01, 0.5)),
+    "starflow_imagenet256": (1, 2048, (2, 2, 2, 2, 2, 18), 512, 312, (0.3, 0.3)),
+    "starflow_imagenet512": (1, 2048, (2, 2, 2, 2, 2, 18), 512, 312, (0.3, 0.3)),
+    "starflow_b_0.3": (1, 1280, B, 512, 312, (0.3, 0.3)),
+    "starflow_b_0.5": (1, 1280, B, 512, 312, (0.5, 0.5)),
+    "tarflow_imagenet64_bpd": (2, 768, EIGHT, 384, 60, None),
+    "tarflow_imagenet64_bpd_published": (2, 768, EIGHT, 256, 100, None),
+    "tarflow_imagenet64_uncond": (2, 768, EIGHT, 256, 200, (0.05, 0.05)),
+    "tarflow_imagenet64_cond": (2, 1024, EIGHT, 768, 320, (0.05, 0.05)),
+    "tarflow_imagenet64_cond_published": (2, 768, EIGHT, 256, 200, (0.05, 0.05)),
+    "tarflow_figure4_0.2": (4, 1024, EIGHT, 512, 100, (0.2, 0.2)),
+    "tarflow_imagenet128": (4, 1024, EIGHT, 768, 320, (0.15, 0.15)),
+    "tarflow_imagenet128_0.05": (4, 1024, EIGHT, 768, 320, (0.05, 0.05)),
+    "tarflow_afhq256": (8, 768, EIGHT, 256, 4000, (0.07, 0.07)),
+}
+OURS = ("cifar10", "digits", "photos_latent")
+
+
+def test_what_a_docstring_calls_the_papers_is():
+    found = {name: recipe for path in RECIPES for name, recipe in documented(path).items()}
+    assert {name: shape(recipe) for name, recipe in found.items() if name not in OURS} == PAPERS
+    for name in PAPERS:
+        found[name].check(num_processes=8)
+        train = found[name].train
+        assert (train.max_grad_norm, train.ema_decay, train.learning_rate, train.betas) == (
+            None,
+            None,
+            1e-4,
+            (0.9, 0.95),
+        )
+        assert train.label_drop == (0.0 if name == "imagenet256_pixel" else 0.1)
+    weights = {name: found[name].sampling.guidance for name in PAPERS}
+    assert [weights[f"imagenet{size}_pixel"].weight for size in (64, 128, 256)] == [2.1, 3.7, 4.2]
+    assert weights["tarflow_figure4_0.2"].weight == 2
+    assert found["tarflow_imagenet64_bpd"].products == "float32"
+    assert found["tarflow_afhq256"].data.held_out_images == 0
+    assert found["starflow_imagenet512"].model.image_size == 64
+
+
+def test_what_is_not_the_papers_limits_the_gradient():
+    assert [recipe_in(path).train.max_grad_norm for path in RECIPES if path.stem in OURS] == [1.0] * 3
 
 
 @pytest.mark.parametrize(

@@ -84,16 +84,17 @@ def test_the_device_is_known_as_far_as_it_can_be():
 
 
 @pytest.mark.parametrize(
-    ("name", "precision", "expected"),
+    ("name", "products", "expected"),
     [
         ("NVIDIA H200", "bf16", 989),
-        ("NVIDIA H100 PCIe", "no", 378),
+        ("NVIDIA H100 PCIe", "TF32", 378),
+        ("NVIDIA H100 PCIe", "float32", 51),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312),
         ("NVIDIA L40", "bf16", None),
         ("NVIDIA A10G", "bf16", None),
         ("NVIDIA RTX A1000", "bf16", None),
     ],
 )
-def test_peaks_follow_the_name_of_the_gpu(monkeypatch, name, precision, expected):
+def test_peaks_follow_the_name_of_the_gpu(monkeypatch, name, products, expected):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert peak_tflops(torch.device("cuda"), precision) == expected
+    assert peak_tflops(torch.device("cuda"), products) == expected

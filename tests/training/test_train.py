@@ -470,6 +470,26 @@ def test_likelihood_training_reports_bits_per_dim_of_the_8_bit_image(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("likelihood", "expected"), [(False, "high"), (True, "highest")])
+def test_likelihoods_are_trained_and_evaluated_without_tf32(tmp_path, monkeypatch, likelihood, expected):
+    found = []
+
+    def noting(function):
+        def noted(*args, **kwargs):
+            found.append(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs)
+
+        return noted
+
+    for name in ("training_losses", "evaluate_held_out"):
+        monkeypatch.setattr(training, name, noting(getattr(training, name)))
+    changes = {"noise_conditioned": False, "distribution": "dequantise", "weight": "one", "method": "skip"}
+    before = torch.get_float32_matmul_precision()
+    train(tiny_recipe(**(changes if likelihood else {})), tmp_path, max_steps=1)
+    assert found == [expected] * 2
+    assert torch.get_float32_matmul_precision() == before
+
+
 def test_the_prior_variance_of_a_volume_preserving_flow_is_estimated(tmp_path):
     train(tiny_recipe(volume_preserving=True), tmp_path, max_steps=8)
     variance = shared_weights(tmp_path)["prior_variance"]
