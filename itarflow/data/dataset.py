@@ -194,6 +194,13 @@ class ImageDataset(Dataset[Example]):
             digest.update(state.encode())
         return digest.hexdigest()
 
+    def file(self, index: int) -> str | None:
+        """Path of the picture at `index` if it is a file of its own, else None."""
+        if isinstance(self._rows, ParquetRows) or not isinstance(self._decoder, PictureDecoder):
+            return None
+        value = self._rows[int(self._indices[index])][self._decoder.column] or {}
+        return None if value.get("bytes") is not None else value.get("path")
+
     def content(self) -> str:
         """SHA-256 of what the images of the whole table are, wherever it lies; see `content.content_of`.
 

@@ -6,6 +6,8 @@ An image is a uint8 (C, H, W) tensor, a stored code a float16 one (see `codes.Co
 from __future__ import annotations
 
 import hashlib
+import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -17,11 +19,12 @@ from itarflow.data.codes import CodeDecoder, check_card, find_card
 from itarflow.data.columns import find_image_column, find_label_column
 from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
 from itarflow.data.identity import DataIdentity
-from itarflow.data.images import Crop, check_image_size
+from itarflow.data.images import Crop, check_image_size, spread_over
 from itarflow.data.labels import Labels, read_labels
 from itarflow.data.picture_file import own_place
 from itarflow.data.sources import Rows, open_splits, open_tables
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.text import listed, printable
 
 _NO_PATH = 'path is missing; give "digits", a folder of images, parquet files or a Hub name'
 
@@ -160,10 +163,11 @@ def load_data(
         tables[f"held_out_split {config.held_out_split!r}"] = held_out
     decoders: tuple[Decoder, Decoder]
     if card is None:
-        column = _image_column(tables, config)
+        column = find_image_column(train.features, config.image_column)
         decoders = (PictureDecoder(column, image_size, in_channels, config.crop, own_place(config.path)),) * 2
     else:
         decoders = (CodeDecoder(card, config.horizontal_flip, variance), CodeDecoder(card, False, variance))
+    _check_columns(tables, decoders[0].columns)
     label_column = find_label_column(train.features, config.label_column)
     labels = read_labels(tables, label_column, wanted=config.label_column is not None)
 
@@ -185,7 +189,7 @@ def load_data(
         count = min(config.held_out_images or len(held_out), len(held_out))
         rows = torch.arange(len(train)), _spread(labels.order[last], count)
     parts = {"train": images(first, rows[0], decoders[0]), "held out": images(last, rows[1], decoders[1])}
-    columns = _columns(decoders[0].columns[0], label_column, labels)
+    columns = _columns(parts["train"], decoders[0].columns[0], label_column, labels)
     identity = _identity(parts, config.path, labels, columns, left_out, shared=held_out is None)
     return ImageData(train=parts["train"], held_out=parts["held out"], identity=identity)
 
@@ -213,8 +217,10 @@ def load_splits(
         raise DataError(_NO_PATH)
     opened = open_tables(config.path, config.name, splits)
     tables = {f"split {split!r}": opened.splits[split] for split in splits}
-    image_column = _image_column(tables, config)
-    label_column = find_label_column(next(iter(tables.values())).features, config.label_column)
+    features = next(iter(tables.values())).features
+    image_column = find_image_column(features, config.image_column)
+    _check_columns(tables, [image_column])
+    label_column = find_label_column(features, config.label_column)
     labels = read_labels(tables, label_column, wanted=config.label_column is not None)
     sets = {
         split: ImageDataset(
@@ -226,21 +232,36 @@ def load_splits(
         )
         for split, table, classes in zip(splits, tables.values(), labels.classes.values(), strict=True)
     }
-    columns = _columns(image_column, label_column, labels)
+    columns = _columns(sets[splits[0]], image_column, label_column, labels)
     return sets, _identity(sets, config.path, labels, columns, opened.left_out)
 
 
-def _image_column(tables: Mapping[str, Rows], config: DataConfig) -> str:
-    """The column with images in the first table, which all have to have."""
-    column = find_image_column(next(iter(tables.values())).features, config.image_column)
+def _check_columns(tables: Mapping[str, Rows], columns: Sequence[str]) -> None:
+    """Refuse tables without the columns that are read of the first one."""
     for part, rows in tables.items():
-        if column not in rows.features:
-            raise DataError(f"{part} has no column {column!r} with images; expected the columns of the other split")
-    return column
+        if missing := [name for name in columns if name not in rows.features]:
+            names = printable(listed(map(str, rows.features), 20))
+            raise DataError(f"{part} has no column {missing[0]!r}, only [{names}]; expected it in all of the set")
 
 
-def _columns(image: str, label: str | None, labels: Labels) -> dict[str, str]:
-    return {"image": image} | ({} if label is None or labels.refused else {"label": label})
+def _columns(images: ImageDataset, image: str, label: str | None, labels: Labels) -> dict[str, str]:
+    """Columns that were taken; of a folder of pictures none, nor one for labels that are the names of its folders."""
+    columns = {"image": image} | ({} if label is None or labels.refused else {"label": label})
+    sample = spread_over(len(images), min(len(images), 16))
+    files = {index: file for index in sample if (file := images.file(index)) is not None}
+    if len(files) < len(sample) or not sample:
+        return columns
+    del columns["image"]
+    for index, file in files.items():
+        folder, label_of_it = os.path.basename(os.path.dirname(file)), int(images.labels[index])
+        if label_of_it < 0 or not _same_name(labels.names[label_of_it], folder):
+            return columns
+    columns.pop("label", None)
+    return columns
+
+
+def _same_name(one: str, other: str) -> bool:
+    return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
 
 
 def _identity(

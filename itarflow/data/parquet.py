@@ -124,18 +124,15 @@ class ParquetRows:
             yield f"{file} {[info.get(key) for key in ('size', 'mtime', 'blob_id', 'ETag')]}\n"
         yield f"{self._pieces.tolist()}\n"
 
-    def contents(self) -> Iterator[bytes]:
+    def contents(self) -> list[bytes]:
         """What the rows are, wherever their files lie: of each file its size, its footer, which says where all lies,
         and some of its bytes, or of those elsewhere what their server says of their content; then the rows.
+
+        Raises:
+            DataError: a file is not there any more; the message names it.
         """
-        for file in self._files:
-            if "://" not in file:
-                yield from _content(file)
-                continue
-            system, path = fsspec.core.url_to_fs(file)
-            info = system.info(path)
-            yield f"{[info.get(key) for key in ('size', 'blob_id', 'ETag')]}\n".encode()
-        yield f"{self._pieces.tolist()}\n".encode()
+        parts = _in_parallel(_content, self._files, f"looking at {len(self._files):,} parquet files")
+        return [*parts, f"{self._pieces.tolist()}\n".encode()]
 
     def select(self, rows: range) -> ParquetRows:
         """The consecutive rows start..stop-1 of this table."""
@@ -287,18 +284,24 @@ def _open(file: str) -> IO[bytes]:
     return system.open(path, "rb", cache_type="none")
 
 
-def _content(file: str) -> Iterator[bytes]:
-    """Size, footer, and some blocks of a parquet file, from all over it."""
-    with open(file, "rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(size - 8, 0))
-        footer = 8 + int.from_bytes(stream.read(4), "little")
-        yield f"{size}\n".encode()
-        for start, length in [(place * size // _BLOCKS, _BLOCK) for place in range(_BLOCKS)] + [
-            (size - footer, footer)
-        ]:
-            stream.seek(max(start, 0))
-            yield stream.read(length)
+def _content(file: str) -> bytes:
+    try:
+        if "://" in file:
+            system, path = fsspec.core.url_to_fs(file)
+            info = system.info(path)
+            return f"{[info.get(key) for key in ('size', 'blob_id', 'ETag')]}\n".encode()
+        with _open(file) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(size - 8, 0))
+            footer = 8 + int.from_bytes(stream.read(4), "little")
+            blocks = [(place * size // _BLOCKS, _BLOCK) for place in range(_BLOCKS)]
+            found = [f"{size}\n".encode()]
+            for start, length in (*blocks, (max(size - footer, 0), footer)):
+                stream.seek(start)
+                found.append(stream.read(length))
+        return b"".join(found)
+    except Exception as error:  # file systems elsewhere have no common kind
+        raise DataError(f"{printable(file)!r} cannot be read: {_reason(error)}. Replace it") from error
 
 
 def _reason(error: Exception) -> str:
