@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -63,12 +63,14 @@ class Listing:
         """A name for messages, without the folders of this machine: flowers/rose/1.png."""
         return printable("/".join((self.root.name, *parts)))
 
-    def left_out(self) -> tuple[str, ...]:
-        """What was found and not taken, as sentences."""
-        kinds = Counter(os.path.splitext(parts[-1])[1].lower() or "no suffix" for parts in self.unknown)
+    def left_out(self, besides: Container[str] = ()) -> tuple[str, ...]:
+        """What was found and not taken, as sentences; of unknown files not those with the suffixes `besides`."""
+        ends = [(parts, os.path.splitext(parts[-1])[1].lower()) for parts in self.unknown]
+        unknown = [parts for parts, end in ends if end not in besides]
+        kinds = Counter(end or "no suffix" for _, end in ends if end not in besides)
         counts = listed((f"{count:,} {printable(kind)}" for kind, count in kinds.most_common()), 3)
         return (
-            *self._told(self.unknown, "file", f"of an unknown kind ({counts})"),
+            *self._told(unknown, "file", f"of an unknown kind ({counts})"),
             *self._told(self.odd_names, "file", "with a name that is not UTF-8 (rename it)"),
             *self._told(self.irregular, "special file", "(pipe, device, socket)"),
             *self._told(self.dangling, "link", "to nowhere"),
@@ -91,18 +93,17 @@ def list_folder(folder: Path) -> Listing:
         DataError: a folder can't be read: without it, all labels behind it would shift.
     """
     found = Listing(Path(os.path.abspath(folder)))
-    real = Path(os.path.realpath(folder))
-    seen = {_identity(place) for place in real.parents}
-    folders, links = deque[Parts]([()]), deque[Parts]()
+    real = os.path.realpath(folder)
+    seen = {str(place) for place in Path(real).parents}
+    folders, links = deque[tuple[Parts, str]]([((), real)]), deque[tuple[Parts, str]]()
     while folders or links:  # links last: a folder that is linked as well goes by its own name
-        parts = folders.popleft() if folders else links.popleft()
+        parts, real = folders.popleft() if folders else links.popleft()
+        if real in seen:
+            found.visited.append(parts)
+            continue
+        seen.add(real)
         place = os.path.join(found.root, *parts)
         try:
-            identity = _identity(Path(place))
-            if identity in seen:
-                found.visited.append(parts)
-                continue
-            seen.add(identity)
             with os.scandir(place) as entries:
                 ordered = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
@@ -113,10 +114,12 @@ def list_folder(folder: Path) -> Listing:
         for entry in ordered:
             if entry.name.startswith(".") or entry.name in _JUNK:
                 continue
-            if _is(entry, "dir"):
-                (links if entry.is_symlink() else folders).append((*parts, entry.name))
-            else:
+            if not _is(entry, "dir"):
                 _add_file(found, parts, entry)
+            elif entry.is_symlink():
+                links.append(((*parts, entry.name), os.path.realpath(entry.path)))
+            else:
+                folders.append(((*parts, entry.name), os.path.join(real, entry.name)))
     return found
 
 
@@ -156,13 +159,10 @@ def _starts_as_picture(entry: os.DirEntry[str]) -> bool:
             start = file.read(16)
     except (OSError, DataError):
         return False
+    if len(start) < 16:  # for which some of the checks fail
+        return False
     accepts = [Image.OPEN[kind][1] for kind in PICTURE_FORMATS if kind in Image.OPEN]
     return any(accept is not None and accept(start) is True for accept in accepts)
-
-
-def _identity(place: Path) -> tuple[int, int]:
-    status = os.stat(place)
-    return status.st_dev, status.st_ino
 
 
 def _is(entry: os.DirEntry[str], kind: str) -> bool:
