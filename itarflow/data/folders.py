@@ -44,7 +44,7 @@ class Listing:
         unknown: files that are neither.
         odd_names: pictures and parquet files whose names are no text.
         irregular: named pipes, devices, sockets.
-        dangling: links that lead nowhere.
+        dangling: links that lead nowhere, unless they are called as pictures are.
         visited: links to folders that are, or lie in, what is listed already.
     """
 
@@ -125,8 +125,11 @@ def list_folder(folder: Path) -> Listing:
 
 def _add_file(found: Listing, parts: Parts, entry: os.DirEntry[str]) -> None:
     file, suffix = (*parts, entry.name), os.path.splitext(entry.name)[1].lower()
-    if not _is(entry, "file"):
-        (found.irregular if os.path.exists(entry.path) else found.dangling).append(file)
+    nowhere = not os.path.exists(entry.path) if entry.is_symlink() else False
+    if nowhere and suffix not in suffixes():  # else it is a picture that can't be read, and will be named
+        found.dangling.append(file)
+    elif not nowhere and not _is(entry, "file"):
+        found.irregular.append(file)
     elif entry.name in METADATA or entry.name == LABELS:
         found.descriptions.append(file)
     elif suffix != ".parquet" and not (suffix in suffixes() or (suffix == "" and _starts_as_picture(entry))):
@@ -196,8 +199,9 @@ def without_pictures(listing: Listing, root: Parts) -> list[Parts]:
     """Folders directly below `root`, or links there that lead nowhere, with no picture in them or below."""
     depth = len(root)
     full = {home[: depth + 1] for home in listing.pictures if len(home) > depth and home[:depth] == root}
-    nowhere = [link for link in listing.dangling if os.path.splitext(link[-1])[1].lower() not in suffixes()]
-    below = [parts for parts in (*listing.folders, *nowhere) if len(parts) == depth + 1 and parts[:depth] == root]
+    below = [
+        parts for parts in (*listing.folders, *listing.dangling) if len(parts) == depth + 1 and parts[:depth] == root
+    ]
     return sorted(set(below) - full)
 
 
