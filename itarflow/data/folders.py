@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -44,7 +44,7 @@ class Listing:
         unknown: files that are neither.
         odd_names: pictures and parquet files whose names are no text.
         irregular: named pipes, devices, sockets.
-        dangling: links that lead nowhere.
+        dangling: links that lead nowhere, unless they are called as pictures are.
         visited: links to folders that are, or lie in, what is listed already.
     """
 
@@ -63,12 +63,14 @@ class Listing:
         """A name for messages, without the folders of this machine: flowers/rose/1.png."""
         return printable("/".join((self.root.name, *parts)))
 
-    def left_out(self) -> tuple[str, ...]:
-        """What was found and not taken, as sentences."""
-        kinds = Counter(os.path.splitext(parts[-1])[1].lower() or "no suffix" for parts in self.unknown)
+    def left_out(self, besides: Container[str] = ()) -> tuple[str, ...]:
+        """What was found and not taken, as sentences; of unknown files not those with the suffixes `besides`."""
+        ends = [(parts, os.path.splitext(parts[-1])[1].lower()) for parts in self.unknown]
+        unknown = [parts for parts, end in ends if end not in besides]
+        kinds = Counter(end or "no suffix" for _, end in ends if end not in besides)
         counts = listed((f"{count:,} {printable(kind)}" for kind, count in kinds.most_common()), 3)
         return (
-            *self._told(self.unknown, "file", f"of an unknown kind ({counts})"),
+            *self._told(unknown, "file", f"of an unknown kind ({counts})"),
             *self._told(self.odd_names, "file", "with a name that is not UTF-8 (rename it)"),
             *self._told(self.irregular, "special file", "(pipe, device, socket)"),
             *self._told(self.dangling, "link", "to nowhere"),
@@ -91,18 +93,17 @@ def list_folder(folder: Path) -> Listing:
         DataError: a folder can't be read: without it, all labels behind it would shift.
     """
     found = Listing(Path(os.path.abspath(folder)))
-    real = Path(os.path.realpath(folder))
-    seen = {_identity(place) for place in real.parents}
-    folders, links = deque[Parts]([()]), deque[Parts]()
+    real = os.path.realpath(folder)
+    seen = {str(place) for place in Path(real).parents}
+    folders, links = deque[tuple[Parts, str]]([((), real)]), deque[tuple[Parts, str]]()
     while folders or links:  # links last: a folder that is linked as well goes by its own name
-        parts = folders.popleft() if folders else links.popleft()
+        parts, real = folders.popleft() if folders else links.popleft()
+        if real in seen:
+            found.visited.append(parts)
+            continue
+        seen.add(real)
         place = os.path.join(found.root, *parts)
         try:
-            identity = _identity(Path(place))
-            if identity in seen:
-                found.visited.append(parts)
-                continue
-            seen.add(identity)
             with os.scandir(place) as entries:
                 ordered = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
@@ -113,17 +114,22 @@ def list_folder(folder: Path) -> Listing:
         for entry in ordered:
             if entry.name.startswith(".") or entry.name in _JUNK:
                 continue
-            if _is(entry, "dir"):
-                (links if entry.is_symlink() else folders).append((*parts, entry.name))
-            else:
+            if not _is(entry, "dir"):
                 _add_file(found, parts, entry)
+            elif entry.is_symlink():
+                links.append(((*parts, entry.name), os.path.realpath(entry.path)))
+            else:
+                folders.append(((*parts, entry.name), os.path.join(real, entry.name)))
     return found
 
 
 def _add_file(found: Listing, parts: Parts, entry: os.DirEntry[str]) -> None:
     file, suffix = (*parts, entry.name), os.path.splitext(entry.name)[1].lower()
-    if not _is(entry, "file"):
-        (found.irregular if os.path.exists(entry.path) else found.dangling).append(file)
+    nowhere = not os.path.exists(entry.path) if entry.is_symlink() else False
+    if nowhere and suffix not in suffixes():  # else it is a picture that can't be read, and will be named
+        found.dangling.append(file)
+    elif not nowhere and not _is(entry, "file"):
+        found.irregular.append(file)
     elif entry.name in METADATA or entry.name == LABELS:
         found.descriptions.append(file)
     elif suffix != ".parquet" and not (suffix in suffixes() or (suffix == "" and _starts_as_picture(entry))):
@@ -156,13 +162,10 @@ def _starts_as_picture(entry: os.DirEntry[str]) -> bool:
             start = file.read(16)
     except (OSError, DataError):
         return False
+    if len(start) < 16:  # for which some of the checks fail
+        return False
     accepts = [Image.OPEN[kind][1] for kind in PICTURE_FORMATS if kind in Image.OPEN]
     return any(accept is not None and accept(start) is True for accept in accepts)
-
-
-def _identity(place: Path) -> tuple[int, int]:
-    status = os.stat(place)
-    return status.st_dev, status.st_ino
 
 
 def _is(entry: os.DirEntry[str], kind: str) -> bool:
@@ -196,8 +199,9 @@ def without_pictures(listing: Listing, root: Parts) -> list[Parts]:
     """Folders directly below `root`, or links there that lead nowhere, with no picture in them or below."""
     depth = len(root)
     full = {home[: depth + 1] for home in listing.pictures if len(home) > depth and home[:depth] == root}
-    nowhere = [link for link in listing.dangling if os.path.splitext(link[-1])[1].lower() not in suffixes()]
-    below = [parts for parts in (*listing.folders, *nowhere) if len(parts) == depth + 1 and parts[:depth] == root]
+    below = [
+        parts for parts in (*listing.folders, *listing.dangling) if len(parts) == depth + 1 and parts[:depth] == root
+    ]
     return sorted(set(below) - full)
 
 

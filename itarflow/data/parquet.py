@@ -22,6 +22,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import track
 
+from itarflow.data.parquet_schema import check_class_names, stated_features
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import printable
 
@@ -214,7 +215,7 @@ def open_parquet(files: Sequence[str], features: datasets.Features | None = None
         features: types of the columns; None takes those that the first file states.
 
     Raises:
-        DataError: a file is damaged, cut short, or has other columns; the message names it.
+        DataError: a file is damaged, cut short, or has other columns or names of classes; the message names it.
     """
 
     def read(file: str) -> tuple[pa.Schema, list[int], int]:
@@ -231,14 +232,8 @@ def open_parquet(files: Sequence[str], features: datasets.Features | None = None
             raise DataError(f"{file!r} is not a readable parquet file: {_reason(error)}. Replace it") from error
 
     ends = _in_parallel(read, files, f"reading the ends of {len(files):,} parquet files")
-    if features is None:
-        try:
-            features = datasets.Features.from_arrow_schema(ends[0][0])
-        except Exception as error:  # what it states of its columns may be any JSON, nested as deeply as it likes
-            raise DataError(
-                f"{files[0]!r} states columns that can't be understood: {_reason(error)}. Write it again, without the "
-                "schema metadata 'huggingface'"
-            ) from error
+    check_class_names({file: schema for file, (schema, _, _) in zip(files, ends, strict=True)})
+    features = features or stated_features(ends[0][0], files[0])
     for file, (schema, _, size) in zip(files, ends, strict=True):
         if missing := [name for name in features if name not in schema.names]:
             raise DataError(f"{file!r} has no column {missing[0]!r}, only {schema.names}: leave this file out")

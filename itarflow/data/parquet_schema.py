@@ -80,8 +80,8 @@ def check_class_names(schemas: Mapping[str, pa.Schema]) -> None:
             known[stated] = _class_names(stated_features(schema, file))
         if not first:
             first, names = file, known[stated]
-        for column in dict.fromkeys((*names, *known[stated])):
-            here, there = known[stated].get(column, []), names.get(column, [])
+        for column, there in names.items():
+            here = known[stated].get(column, there)  # a column that is missing is not for us to say
             if here != there:
                 raise DataError(
                     f"label {_first_difference(here, there)} of column {column!r} means other classes in "
@@ -91,7 +91,8 @@ def check_class_names(schemas: Mapping[str, pa.Schema]) -> None:
 
 
 def _class_names(features: datasets.Features) -> dict[str, list[str]]:
-    return {name: feature.names for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)}
+    """Names of classes by column; [] of a column that is none of classes."""
+    return {name: getattr(feature, "names", []) for name, feature in features.items()}
 
 
 def _first_difference(here: list[str], there: list[str]) -> int:

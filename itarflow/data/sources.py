@@ -38,6 +38,8 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, open_regular
 from itarflow.runtime.text import printable
 
+_DOCUMENTATION = (".json", ".md", ".txt", ".yaml", ".yml", "")
+"""Suffixes of what lies beside parquet files, and is no part of the images: cards, manifests, licences."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Rows: TypeAlias = datasets.Dataset | ParquetRows
 _Tables: TypeAlias = Mapping[str, datasets.Dataset] | Mapping[str, ParquetRows]  # by name of split
@@ -253,7 +255,7 @@ def _open_folder(path: str, wanted: Sequence[str], folder: Path, streaming: bool
         return Tables({name: saved[split] for name, split in match_splits(path, wanted, saved).items()})
     listing = list_folder(folder)
     if listing.parquet:
-        notes = listing.left_out() if listing.pictures else ()
+        notes = listing.left_out(besides=_DOCUMENTATION)
         if count := sum(map(len, listing.pictures.values())):
             home, names = next(iter(listing.pictures.items()))
             notes = (counted(count, "picture", "beside parquet files", listing.show((*home, names[0]))), *notes)
