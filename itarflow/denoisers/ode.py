@@ -250,8 +250,8 @@ def _sde(path: Path, x: Tensor) -> Tensor:
         kept = (t_next / t) ** 2
         x_next = x0 + t_next * math.sqrt(kept) * (x - x0) / t
         if t_next > 0:
-            fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x_next = x_next + t_next * math.sqrt(1 - kept) * fresh
+            fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)  # whatever x has
+            x_next = x_next + t_next * math.sqrt(1 - kept) * fresh.to(x.dtype)
         x = x_next
     return x
 

@@ -107,7 +107,8 @@ def num_parameters(config: Any, sizes: Sequence[BlockSize]) -> int:
     total = layer * depth * sizes[0].channels ** 2
     for patch, width, layers in sizes:
         tokens, values = (config.image_size // patch) ** 2, config.in_channels * patch**2
-        vectors = tokens + config.num_classes + values * (2 if config.volume_preserving else 3)
+        outputs = values * (1 if config.volume_preserving else 2) * (2 if config.learned_first_token else 1)
+        vectors = tokens + config.num_classes + values + outputs
         squares = layer * max(layers - depth, 0) + 8 * config.noise_conditioned + config.learned_first_token
         total += width * (vectors + squares * width)
     return total

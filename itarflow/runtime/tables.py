@@ -56,9 +56,7 @@ class Table(Generic[T]):
             ValueError: the name is none that an option could have, or one of the package's own.
         """
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
-            raise ValueError(
-                f"a {self.what} of a plug-in is called {shown(name)}; expected a letter, then letters, digits, _, -."
-            )
+            raise ValueError(f"a {self.what} of a plug-in is called {shown(name)}; expected letters, digits, - and _.")
         if name in self._own:
             raise ValueError(f"the {self.what} {name!r} is itarflow's own; give that of the plug-in another name.")
         if name in self:

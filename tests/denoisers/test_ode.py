@@ -307,6 +307,12 @@ def test_sde_image_depends_on_its_own_generator_alone(noisy):
     assert not torch.allclose(together, other, atol=0.01)
 
 
+def test_the_noise_of_a_seed_depends_on_no_type(noisy):
+    schedule = DenoiseScheduler(t_max=T_MAX, t_min=T_MIN, num_denoise_steps=5, method="sde")
+    found = [denoise(gaussian, noisy.to(dtype), None, schedule, generator=seeded()) for dtype in (torch.float32, None)]
+    torch.testing.assert_close(found[0].double(), found[1], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("method", ODE_METHODS)
 def test_the_ode_draws_nothing(noisy, method):
     generator = seeded()

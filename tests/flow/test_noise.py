@@ -113,3 +113,13 @@ def test_one_level_suits_what_does_not_span_a_range(distribution):
 
 def test_bits_per_dim_of_a_uniform_density_are_eight():
     assert bits_per_dim(math.log(2)) == pytest.approx(8)  # density 1/2 over [-1, 1], counted in 256 levels
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "quadratic", "lognormal", "constant", "dequantise"])
+def test_the_levels_of_a_seed_do_not_depend_on_the_default_type(distribution):
+    expected = draw(distribution, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(draw(distribution, 8), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import few_variants
+from conftest import few_variants, randomise
 from torch.distributions import Normal
 
 from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify
+from itarflow.flow.block import AutoregressiveBlock
 from itarflow.flow.tarflow import updated_prior_variance
-from itarflow.flow.transformer import Attention
-from itarflow.inverse import Guidance
+from itarflow.flow.transformer import Attention, Layer
+from itarflow.inverse import Guidance, Jacobi, sequential
 
 
 def one_by_one(inputs):
@@ -73,6 +74,77 @@ def test_inverse_undoes_forward(flow, make_inputs):
     images, labels, noise_level = make_inputs(flow)
     restored = flow.inverse(flow(images, labels, noise_level).z, labels, noise_level)
     torch.testing.assert_close(restored, images, atol=1e-4, rtol=0)
+
+
+def test_samples_of_a_seed_do_not_depend_on_the_default_type(make_flow, make_inputs):
+    flow = make_flow()
+    _, labels, noise_level = make_inputs(flow)
+
+    def sample():
+        z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+        solvers = [Jacobi(window=2, tolerance=0.0), sequential]
+        return flow.inverse(z, labels, noise_level, guidance=Guidance(weight=1.5), solver=solvers)
+
+    expected = sample()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(sample(), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# The layers, and their cached form
+
+
+def test_another_activation_is_inverted_too(make_flow, make_inputs):
+    flow = make_flow().double()
+    for layer in (module for module in flow.modules() if isinstance(module, Layer)):
+        layer.mlp[1] = torch.nn.SiLU()
+    images, labels, noise_level = make_inputs(flow)
+    z, _ = flow(images, labels, noise_level)
+    torch.testing.assert_close(flow.inverse(z, labels, noise_level), images)
+
+
+def changed_layer(self, x, temperature=None):
+    x = x + self.attention(x, temperature)  # without its norm
+    return x + self.mlp(self.mlp_norm(x))
+
+
+def test_a_layer_whose_cached_form_is_another_is_noticed(make_flow, make_inputs, monkeypatch):
+    flow = make_flow(seed=3)
+    randomise(flow, std=0.3)
+    _, labels, noise_level = make_inputs(flow)
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+    flow.inverse(z, labels, noise_level)
+    monkeypatch.setattr(Layer, "forward", changed_layer)
+    flow.inverse(z, labels, noise_level)  # it was looked at once
+    with pytest.raises(RuntimeError, match=r"inverse is not that of the flow.*pack_layers"):
+        opened_again(flow).inverse(z, labels, noise_level)
+
+
+def opened_again(flow):
+    """The flow as another process opens it."""
+    opened = TARFlow.from_config(flow.config)
+    opened.load_state_dict(flow.state_dict())
+    return opened
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "compiled"])
+def test_low_precision_and_compiled_layers_are_not_compared(make_flow, make_inputs, monkeypatch, how):
+    flow = make_flow()
+    _, labels, noise_level = make_inputs(flow)
+    if how == "bfloat16":
+        flow.to(torch.bfloat16)
+    else:
+        next(module for module in flow.modules() if isinstance(module, Layer)).compile(backend="eager")
+    asked = []
+    monkeypatch.setattr(AutoregressiveBlock, "check_decoding", lambda *_: asked.append(1))
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+    flow.inverse(z, labels, noise_level)
+    assert not asked
+    for _ in range(2):
+        opened_again(flow.float()).inverse(z, labels, noise_level)
+    assert len(asked) == 4  # two blocks each
 
 
 @few_variants

@@ -473,7 +473,7 @@ def test_sde():
     x = start = randn(2, 1, 3, 3)
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     for t, t_next in PAIRS:
-        a, e = t_next / t, torch.randn(x.shape, generator=generators[0], dtype=x.dtype)
+        a, e = t_next / t, torch.randn(x.shape, generator=generators[0], dtype=torch.float32)
         x = x0(x, t) + t_next * (a * d(x, t) + math.sqrt(1 - a**2) * e)
     close(solve("sde", start, LEVELS, generators[1]), x0(x, 0.1))
 
