@@ -21,6 +21,7 @@ from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
 from itarflow.data.identity import DataIdentity
 from itarflow.data.images import Crop, check_image_size, spread_over
 from itarflow.data.labels import Labels, read_labels
+from itarflow.data.made import check_made
 from itarflow.data.picture_file import own_place
 from itarflow.data.sources import Rows, open_splits, open_tables
 from itarflow.runtime.errors import DataError
@@ -129,11 +130,12 @@ def load_data(
     if config.path is None:
         raise DataError(_NO_PATH)
     card = find_card(config.path)
+    check_made(config.path)
     if vae is None:
         if card is not None:
             raise DataError(
-                f"{config.path} holds codes of the VAE {card.vae}, not images; to train on them name the VAE by "
-                "codec.vae, for all else name the images that they are of"
+                f"{config.path} holds codes of the VAE {printable(card.vae)}, not images; to train on them name the "
+                "VAE by codec.vae, for all else name the images that they are of"
             )
         check_image_size(image_size, in_channels, config.crop)
     elif card is None:
@@ -216,6 +218,7 @@ def load_splits(
     check_image_size(image_size, in_channels, config.crop)
     if config.path is None:
         raise DataError(_NO_PATH)
+    check_made(config.path)
     opened = open_tables(config.path, config.name, splits)
     tables = {f"split {split!r}": opened.splits[split] for split in splits}
     features = next(iter(tables.values())).features
