@@ -576,7 +576,7 @@ def test_a_full_disk_leaves_the_older_state_and_says_so(finished, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file may grow beyond: as if the disk were full
     try:
         with pytest.raises(RunError, match=r"step 7 .*File too large"):
-            train(tiny_recipe(log_every=1000), tmp_path / "run", start="resume")
+            train(tiny_recipe(), tmp_path / "run", start="resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [state.name for state in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]
