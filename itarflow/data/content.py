@@ -25,7 +25,7 @@ from itarflow.runtime.files import open_regular
 
 _SAMPLE = 256  # images of which the first bytes count
 _FIRST = 2**16  # so many of each
-_THREADS = 16  # that ask for sizes of files: elsewhere, it is all latency
+_THREADS, _CHUNK = 16, 1000  # that ask for sizes, each of so many files: elsewhere, it is all latency
 
 
 def content_of(rows: datasets.Dataset | ParquetRows, columns: Sequence[str]) -> str:
@@ -60,8 +60,7 @@ def _parts_of(values: pa.ChunkedArray) -> Iterator[bytes]:
         yield pc.binary_length(inner).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
     paths = list(paths_of(values)) if {"bytes", "path"} <= fields else []
     with ThreadPoolExecutor(_THREADS) as pool:
-        sizes = np.fromiter(pool.map(_size, paths, chunksize=1), np.int64, len(paths))
-    yield sizes.astype("<i8").tobytes()
+        yield from pool.map(_sizes, (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)))
     yield b"\n".join(os.fsencode(name) for name in _relative(paths))
     for row in spread_over(len(values), min(len(values), _SAMPLE)):
         value = values[row].as_py()
@@ -78,6 +77,10 @@ def _relative(paths: Sequence[str]) -> Iterator[str]:
                  for path in paths]  # fmt: skip
     shared = os.path.commonprefix(paths).rfind(os.sep) + 1  # noqa: RUF071  (cut at a separator)
     return (path[shared:].replace(os.sep, "/") for path in paths)
+
+
+def _sizes(paths: Sequence[str]) -> bytes:
+    return np.array([_size(path) for path in paths], "<i8").tobytes()
 
 
 def _size(path: str) -> int:
