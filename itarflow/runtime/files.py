@@ -68,9 +68,9 @@ def locked(path: Path, busy: Exception, timeout: float = 0) -> FileLock:
 
 
 def remove_partial(out: Path) -> None:
-    """Remove the partial files of a killed call."""
+    """Remove the partial files and folders of a killed call."""
     for left in out.glob(f"{PARTIAL}*"):
-        left.unlink(missing_ok=True)
+        remove(left)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -81,7 +81,7 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         name: str,
         total_steps: int,
     ) -> None:
-        run = run.held()
+        run = run.held() if accelerator.is_main_process else run  # other machines may see it a little later
         self.settings, self.run, self.data, self.accelerator, self.stop = settings, run, data, accelerator, stop
         self.name, self.total_steps = name, total_steps
         self.monitor = Monitor(settings, run, accelerator)
@@ -208,6 +208,7 @@ class Loop(ABC, Generic[StepOutputT, Result]):
             self._stop_if_asked()
             self.evaluate()
         self._stop_if_asked()
+        on_main(self.accelerator, self.run.check_held)
         return self.finish()
 
     def _loop(self, last_step: int) -> None:

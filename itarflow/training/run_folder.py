@@ -19,7 +19,7 @@ from filelock import FileLock
 from msgspec import Meta
 
 from itarflow.runtime.errors import DataError, RunError
-from itarflow.runtime.files import LOCK, check_writable, locked, open_regular, write_text
+from itarflow.runtime.files import LOCK, check_writable, locked, open_regular, remove_partial, write_text
 from itarflow.runtime.json_file import as_type, parse_json, read_json
 from itarflow.runtime.processes import on_main
 from itarflow.runtime.signals import StopSignal
@@ -296,6 +296,8 @@ def claim(run: RunDir, recipe: Settings, start: Start, allow_changes: bool, lock
         _move_aside(run.path.resolve())
         _make(run)  # it is another folder now
         locks.enter_context(hold(run))
+    for folder in (run.path, run.path / "samples"):
+        remove_partial(folder)
     # Kept open, since another folder could get the inode of one that is removed; see `RunDir.held`.
     locks.callback(os.close, os.open(run.path, os.O_RDONLY))
     try:

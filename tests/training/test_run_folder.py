@@ -193,6 +193,18 @@ def test_nothing_is_written_in_the_place_of_a_run_that_was_moved_or_removed(tmp_
         assert list(run.path.iterdir()) == []
 
 
+def test_what_killed_calls_left_goes_when_a_run_goes_on(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    (tmp_path / "precious").write_text("precious")
+    (run.path / "samples").mkdir()
+    (run.path / ".partial-0123abcdpipeline").mkdir()
+    (run.path / ".partial-0123abcdmetrics.jsonl").symlink_to(tmp_path / "precious")
+    (run.path / "samples" / ".partial-0123abcdstep-00000001.png").write_text("half")
+    prepare(run.path, tiny_recipe(), "resume")
+    assert sorted(path.name for path in run.path.rglob("*")) == [".lock", "recipe.json", "samples", "state"]
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 @pytest.mark.parametrize("content", ["[]", "3", "{", "[" * 100_000, ""])
 def test_a_recipe_of_another_shape_is_a_message(tmp_path, content):
     run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
