@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+import tyro
 from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
@@ -17,9 +18,9 @@ from rich.table import Table
 
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.runtime.devices import on_cpu
+from itarflow.runtime.devices import is_out_of_memory, on_cpu
 from itarflow.runtime.errors import DataError, RunError, TrainingError
-from itarflow.runtime.processes import crash, first_to_say, refuse
+from itarflow.runtime.processes import after_main, crash, refuse, say_once
 from itarflow.runtime.signals import Interrupted
 
 
@@ -62,6 +63,23 @@ def joined() -> PartialState:
     return PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
 
 
+Form = TypeVar("Form")
+
+
+def parsed(form: type[Form], **options: Any) -> Form:
+    """As tyro.cli; of several processes the main one says what is wrong, and none ends before it has."""
+    others = io.StringIO()  # tyro's console_outputs=False leaves some of its messages in
+    try:
+        with ExitStack() as silent:
+            if not PartialState().is_main_process:
+                silent.enter_context(redirect_stdout(others))
+                silent.enter_context(redirect_stderr(others))
+            return tyro.cli(form, **options)
+    except SystemExit:
+        after_main("options")
+        raise
+
+
 def say(text: str) -> None:
     """Print a line as it stands, so that a path in it can be copied."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
@@ -77,13 +95,10 @@ def resumable(out: Path | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if first_to_say("stopped"):
-            kept = (
-                f"The same command goes on with {escape(str(out))} later."
-                if out
-                else "Without --output nothing is kept."
-            )
-            Console(stderr=True).print(f"[yellow]Stopped.[/] {kept}", soft_wrap=True)
+        kept = (
+            f"The same command goes on with {escape(str(out))} later." if out else "Without --output nothing is kept."
+        )
+        say_once("stopped", lambda: Console(stderr=True).print(f"[yellow]Stopped.[/] {kept}", soft_wrap=True))
         sys.exit(130)
 
 
@@ -122,8 +137,6 @@ def reporting(console: Console, advice: str) -> Iterator[None]:
         yield
     except (DataError, ImportError, OSError, RunError, TrainingError, ValueError) as error:
         refuse(error)
-    except torch.OutOfMemoryError as error:
-        refuse(RuntimeError(f"{error}\n{advice}"))
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]Stopped at once; nothing was saved beyond what the run's folder holds.")
         sys.exit(130)
@@ -132,4 +145,6 @@ def reporting(console: Console, advice: str) -> Iterator[None]:
             console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)
         sys.exit(stop.exit_code)
     except Exception as error:
-        crash(error)
+        if not is_out_of_memory(error):
+            crash(error)
+        refuse(RuntimeError(f"the memory ran out: {str(error) or 'MemoryError'}\n{advice}"))

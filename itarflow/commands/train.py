@@ -15,13 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.console import reporting
+from itarflow.commands.console import parsed, reporting
 from itarflow.commands.dry_run import dry_run
 from itarflow.plugins import HELP, load_named
+from itarflow.runtime.devices import usable_memory
+from itarflow.runtime.processes import processes_here
+from itarflow.runtime.text import flat
+from itarflow.training.estimate import check_memory
 from itarflow.training.held_out import describe
 from itarflow.training.recipe import Recipe
 from itarflow.training.run_folder import Start
 from itarflow.training.settings import to_json
+from itarflow.training.sharding import launcher_asks_for_sharding
 from itarflow.training.train import Summary, train
 
 
@@ -59,6 +64,8 @@ class Options:
     """Steps between saved states; None = the recipe's train.save_every."""
     find_micro_batch: bool = False
     """Try which micro-batch fits the memory, and set train.accumulation by it; the global batch stays."""
+    check_memory: bool = True
+    """Refuse a training of which the estimates of --dry-run say that it can't fit the memory."""
     dry_run: bool = False
     """Check settings and data, print parameters, FLOPs and memory, and stop."""
     devices: int | None = None
@@ -84,29 +91,27 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
     with reporting(console, advice):
         words = load_named(sys.argv[1:] if args is None else args)
         description = f"{description or ''}\n\n{HELP}"
-        options = tyro.cli(Options, default=Options(recipe=recipe), description=description, args=words)
-        _run(options, console)
+        options = parsed(Options, default=Options(recipe=recipe), description=description, args=words)
+        _run(options, recipe, console)
 
 
-def _run(options: Options, console: Console) -> None:
+def _run(options: Options, written: Recipe, console: Console) -> None:
     recipe, start = options.recipe, options.part.start()
     if options.save_every is not None:
         recipe = replace(recipe, train=replace(recipe.train, save_every=options.save_every))
     _check_estimates(options)
     recipe.check()
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     main_process = PartialState().is_main_process
     if main_process:
-        console.print(_settings(recipe))
-        if launched not in ("no", recipe.train.mixed_precision):
-            console.print(
-                f"[yellow]The launcher says mixed precision {launched}; the recipe's train.mixed_precision "
-                f"{recipe.train.mixed_precision} is used."
-            )
+        console.print(_settings(recipe, written), soft_wrap=True, highlight=False)
+        for what, said in _of_launcher(recipe).items():
+            console.print(f"[yellow]The launcher or environment says {what} {said}; the recipe's is used.")
     if options.dry_run:
         if main_process:
             dry_run(recipe, console, options.devices or 1, options.memory)
         return
+    if options.check_memory and not options.find_micro_batch:
+        _check_memory(recipe)
     run_dir = options.run_dir or Path("runs") / recipe.name
     summary = train(
         recipe,
@@ -124,6 +129,15 @@ def _run(options: Options, console: Console) -> None:
         console.print(f"Next: [bold]{escape(command)}", soft_wrap=True)
 
 
+def _check_memory(recipe: Recipe) -> None:
+    state = PartialState()
+    memory = usable_memory(state.device)
+    if memory is not None:
+        sharded = recipe.train.shard or launcher_asks_for_sharding()
+        here = processes_here() if state.device.type == "cpu" else 1
+        check_memory(recipe, memory, state.num_processes, here=here, sharded=sharded)
+
+
 def _check_estimates(options: Options) -> None:
     for name, value in (("--devices", options.devices), ("--memory", options.memory)):
         if value is not None and not options.dry_run:
@@ -132,20 +146,30 @@ def _check_estimates(options: Options) -> None:
             raise ValueError(f"{name} is {value}; expected a number > 0, at most 1,000,000.")
 
 
-def _settings(recipe: Recipe) -> Table:
-    table = Table(title=f"Recipe {recipe.name}", show_header=False, title_justify="left")
-    for section, values in to_json(recipe).items():
-        if isinstance(values, dict):
-            table.add_row(
-                f"[bold]{section}",
-                "  ".join(f"{key}=[cyan]{escape(_short(value))}[/]" for key, value in values.items()),
-            )
-    return table
+def _of_launcher(recipe: Recipe) -> dict[str, str]:
+    """What Accelerate's settings ask for, and the recipe decides otherwise."""
+    train = recipe.train
+    asked = {
+        "mixed precision": ("ACCELERATE_MIXED_PRECISION", "no", train.mixed_precision),
+        "gradient accumulation": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", str(train.accumulation)),
+        "compilation by": ("ACCELERATE_DYNAMO_BACKEND", "no", "inductor" if train.compile else "no"),
+    }
+    said = {what: (os.environ.get(name, usual).lower(), usual, own) for what, (name, usual, own) in asked.items()}
+    return {what: found for what, (found, usual, own) in said.items() if found not in (usual, own)}
+
+
+def _settings(recipe: Recipe, written: Recipe) -> str:
+    """A line: what the command line has changed in the recipe. All settings are in recipe.json."""
+    before, now = flat(to_json(written)), flat(to_json(recipe))
+    changed = {name: value for name, value in now.items() if name not in before or before[name] != value}
+    changed.pop("name", None)
+    title = f"Recipe [bold]{recipe.name}[/]"
+    if not changed:
+        return f"{title}, as it is written."
+    return f"{title} with " + "  ".join(f"{name}=[cyan]{escape(_short(value))}[/]" for name, value in changed.items())
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "(" + " ".join(f"{key}={_short(item)}" for key, item in value.items()) + ")"
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

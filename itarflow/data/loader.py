@@ -6,7 +6,11 @@ Images stay uint8 (C, H, W) tensors; the training loop converts them to float pi
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import signal
+import socket
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -63,6 +67,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         collate_fn=_collate,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader would advance torch's global one
+        timeout=WORKER_TIMEOUT * (6 if isinstance(sampler, StreamedBatchSampler) else 1) if num_workers else 0,
     )
     found = list[Batch]()
     for batch in watched(without_alarm(loader), "lower data.num_workers, and go on by --resume"):
@@ -92,28 +97,80 @@ def in_order(
     return batches(dataset, lists[process_index::num_processes], num_workers)
 
 
+WORKER_TIMEOUT = 600.0
+"""Seconds in which a worker process must hand over a batch, or it hangs; six times as many of a streamed set, whose
+first batch is mixed from thousands of images."""
+
+
+def check_workers(num_workers: int) -> None:
+    """Refuse worker processes that could not hand over a batch, and would be waited for without end.
+
+    Raises:
+        DataError: the path of the folder for temporary files is too long for the sockets of Unix.
+    """
+    folder = tempfile.gettempdir()
+    if num_workers > 0 and len(os.fsencode(folder)) > _LONGEST_TEMPORARY and hasattr(socket, "AF_UNIX"):
+        raise DataError(
+            f"the folder for temporary files, {folder} (TMPDIR), has a path of {len(os.fsencode(folder))} bytes, too "
+            f"long for the sockets by which processes hand over images; expected at most {_LONGEST_TEMPORARY}. Set "
+            "TMPDIR to a shorter one, such as /tmp, or the number of workers to 0 (--data.num-workers 0)"
+        )
+
+
+_LONGEST_TEMPORARY = 70
+"""A socket's path has 103 bytes on macOS, 107 on Linux, of which multiprocessing's own folder and name take 32."""
+
+
 def without_alarm(loader: DataLoader[Any]) -> Iterator[Any]:
     """The loader's iterator, without PyTorch's SIGCHLD handler: a dead worker raises at the next batch.
 
-    The handler would raise at any place of the program, such as in the middle of an optimiser step.
+    The handler would raise at any place of the program, such as in the middle of an optimiser step. A worker that is
+    stopped or hangs raises after `WORKER_TIMEOUT`, or the loader's own timeout.
+
+    Raises:
+        DataError: as `check_workers`.
     """
+    check_workers(loader.num_workers)
+    if loader.num_workers and not loader.timeout:
+        loader.timeout = WORKER_TIMEOUT
+    others = set(multiprocessing.active_children())
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    stream = iter(loader)
-    signal.signal(signal.SIGCHLD, handler)
-    return stream
+        stream = iter(loader)
+    else:
+        handler = signal.getsignal(signal.SIGCHLD)
+        stream = iter(loader)
+        signal.signal(signal.SIGCHLD, handler)
+    return _ending_workers(stream, set(multiprocessing.active_children()) - others)
+
+
+def _ending_workers(stream: Iterator[Any], workers: Iterable[Any]) -> Iterator[Any]:
+    """The items of a stream; workers that hang are killed, or the end of the program would wait for them."""
+    try:
+        yield from stream
+    except RuntimeError as error:
+        if _TIMED_OUT in str(error):
+            for worker in workers:
+                worker.kill()
+        raise
+
+
+_TIMED_OUT = "DataLoader timed out"
 
 
 def watched(stream: Iterator[Any], advice: str) -> Iterator[Any]:
     """The items of a loader's iterator; a worker's death becomes an error that says what to do.
 
     Raises:
-        DataError: a worker process died; the message ends with the advice.
+        DataError: a worker process died or hangs; the message ends with the advice.
     """
     try:
         yield from stream
     except (RuntimeError, ConnectionError, EOFError) as error:  # the latter two, if it died while sending a batch
+        if isinstance(error, RuntimeError) and _TIMED_OUT in str(error):
+            raise DataError(
+                f"no process that decodes images has handed one over for long ({error}). One may be stopped, or wait "
+                f"for a disk or network that does not answer; {advice}"
+            ) from error
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         raise DataError(
@@ -122,8 +179,10 @@ def watched(stream: Iterator[Any], advice: str) -> Iterator[Any]:
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """Ignore Ctrl-C in a worker: the main process, which gets it too, needs its workers to finish the step."""
+    """Ignore in a worker what a terminal sends to all: the main process needs its workers to finish the step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
 def _divided(lists: Iterable[list[int]], parts: int) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import psutil
@@ -81,6 +82,30 @@ def peak_tflops(device: torch.device, products: Products) -> float | None:
     found = (peaks for key, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{key}\b", name))
     peaks = next(found, None)
     return None if peaks is None else peaks[products]
+
+
+def usable_memory(device: torch.device) -> int | None:
+    """Bytes that tensors may take on a device at most: all of a GPU, what is free on a CPU; None = not known.
+
+    On a CPU with the free swap space, and not beyond the limit of the container.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if device.type != "cpu":
+        return None
+    free = psutil.virtual_memory().available + psutil.swap_memory().free
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no such limit
+        return free
+    return min(free, limit)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory ran out, of a GPU or of the system."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
 def memory_gib(device: torch.device) -> float:

@@ -8,7 +8,8 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 import torch
@@ -64,15 +65,41 @@ def agreed(accelerator: Accelerator, *values: int) -> tuple[int, ...]:
     return tuple(everywhere.max(dim=0).values.tolist())
 
 
-def first_to_say(text: str) -> bool:
-    """Whether no other process has printed this yet, so that an error of all of them is printed once."""
+_PATIENCE = timedelta(seconds=10)
+"""For another process to say something: a launcher ends all processes as soon as one exits."""
+
+
+def say_once(text: str, say: Callable[[], object]) -> None:
+    """Let the first process that comes here with this text say it; the others return when it has been said."""
     if not dist.is_initialized():
-        return True
+        say()
+        return
+    key = f"itarflow {hashlib.sha256(text.encode()).hexdigest()}"
     try:
         store = dist.distributed_c10d._get_default_store()
-        return bool(store.add(f"itarflow {hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
+        first = store.add(key, 1) == 1
     except (RuntimeError, ValueError):  # the process with the store is gone: better twice than never
-        return True
+        say()
+        return
+    if first:
+        say()
+    with suppress(RuntimeError, ValueError):
+        if first:
+            store.set(f"{key} said", "")
+        else:
+            store.wait([f"{key} said"], _PATIENCE)
+
+
+def after_main(what: str) -> None:
+    """Return on the main process; on the others when it has come here, too, or after ten seconds."""
+    if not dist.is_initialized():
+        return
+    with suppress(RuntimeError, ValueError):
+        store = dist.distributed_c10d._get_default_store()
+        if PartialState().is_main_process:
+            store.set(f"itarflow main {what}", "")
+        else:
+            store.wait([f"itarflow main {what}"], _PATIENCE)
 
 
 def shared_counter(name: str) -> Callable[[int], int]:
@@ -134,9 +161,9 @@ def processes_here() -> int:
 
 def refuse(error: Exception) -> NoReturn:
     """Print an error once, with the number of its process if there are several, and exit with 1."""
-    if first_to_say(str(error)):
-        of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
-        Console(stderr=True).print(f"[red]Error{of}:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+    of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
+    text = f"[red]Error{of}:[/] {escape(str(error))}"
+    say_once(str(error), lambda: Console(stderr=True).print(text, highlight=False, soft_wrap=True))
     sys.exit(1)
 
 
@@ -144,7 +171,10 @@ def crash(error: Exception) -> NoReturn:
     """Print an unexpected error once, with its traceback and the number of the first process that had it, and exit."""
     if PartialState().num_processes == 1:
         raise error
-    if first_to_say("".join(traceback.format_tb(error.__traceback__)[-1:]) + type(error).__name__):
+
+    def say() -> None:
         traceback.print_exception(error)
         print(f"This happened in process {PartialState().process_index}.", file=sys.stderr)  # noqa: T201
+
+    say_once("".join(traceback.format_tb(error.__traceback__)[-1:]) + type(error).__name__, say)
     sys.exit(1)

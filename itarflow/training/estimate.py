@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from itarflow.flow.block import AutoregressiveBlock
 from itarflow.flow.tarflow import TARFlow, nll_per_dim
 from itarflow.flow.transformer import Layer
+from itarflow.runtime.text import human_bytes
 from itarflow.training.recipe import Recipe
 
 USABLE = 0.9
@@ -168,6 +169,56 @@ def accumulation_for(batch_size: int, devices: int, micro_batch: int) -> int | N
     if rest or not share:
         return None
     return next(parts for parts in range(1, share + 1) if share % parts == 0 and share // parts <= micro_batch)
+
+
+def check_memory(recipe: Recipe, memory: int, devices: int, *, here: int = 1, sharded: bool = False) -> None:
+    """Refuse a training whose steps clearly can't fit, before the system is out of memory and ends some program.
+
+    Args:
+        recipe: resolved.
+        memory: bytes that the processes of a device or machine may take.
+        devices: processes of the training.
+        here: those among them that share this memory.
+        sharded: whether they split the model.
+
+    Raises:
+        ValueError: naming both amounts, and what would fit.
+    """
+    share = max(1, recipe.train.batch_size // devices)
+    micro_batch = max(1, share // recipe.train.accumulation)
+    if here * _generous_bytes(recipe, micro_batch) < memory // 2:
+        return  # far from it: that is not worth the seconds of an estimate
+    device = device_memory(recipe, devices, sharded=sharded)
+    passes = activations(recipe, checkpointing=recipe.train.gradient_checkpointing)
+    needed = here * device.at_peak(passes, micro_batch)
+    if needed <= memory:
+        return
+    fits = passes.largest_micro_batch(memory // here - device.state)
+    accumulation = accumulation_for(recipe.train.batch_size, devices, fits) if fits else None
+    advice = [f"--train.accumulation {accumulation}"] if accumulation else []
+    advice += [] if recipe.train.gradient_checkpointing else ["--train.gradient-checkpointing"]
+    advice += [] if recipe.train.mixed_precision == "bf16" else ["--train.mixed-precision bf16"]
+    advice += ["a smaller model, or --train.shard on several devices"]
+    of_all = f" in {here} processes" if here > 1 else ""
+    raise ValueError(
+        f"a training step needs about {human_bytes(needed)}{of_all} for {micro_batch:,} images at a time, but there "
+        f"are {human_bytes(memory)}. Try {', '.join(advice)}; --dry-run shows the "
+        "estimates, and --no-check-memory trains all the same."
+    )
+
+
+def _generous_bytes(recipe: Recipe, micro_batch: int) -> int:
+    """More than a step needs, without tracing it: some hundred floats for each channel of each token and layer."""
+    with torch.device("meta"):
+        flow = recipe.model.build(recipe.noise_range)
+    blocks = [block for block in flow.blocks if isinstance(block, AutoregressiveBlock)]
+    layers = recipe.model.num_layers
+    of_image = sum(
+        block.num_tokens * block.transformer.channels * (number + 1)
+        for block, number in zip(blocks, layers, strict=True)
+    )
+    floats = (60 + 10 * recipe.model.mlp_ratio) * (of_image + len(blocks) * math.prod(flow.image_shape))
+    return 8 * _bytes(flow) + 4 * micro_batch * floats
 
 
 def _bytes(module: nn.Module) -> int:

@@ -215,7 +215,7 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         """Train up to last_step."""
         train, first_step, loader = self.settings.train, self.state.step, self._batches()
         step_seconds = 0.0
-        with training_progress(self.monitor.console, self.name, self.total_steps, first_step) as show:
+        with training_progress(self.monitor.console, self.name, last_step, first_step) as show:
             while self.state.step < last_step:
                 began = time.perf_counter()
                 micro_batches = self._fetch(loader)

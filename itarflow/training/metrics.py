@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
@@ -214,6 +216,15 @@ class Monitor:
         if self.accelerator.is_main_process:
             self.run.log(values)
             self.accelerator.log(_scalars(_named(values)), step=values["step"])
+
+    def log_picture(self, step: int, path: Path) -> None:
+        """Give a sample grid to the trackers that show pictures: TensorBoard and W&B."""
+        for tracker in self.accelerator.trackers if self.accelerator.is_main_process else ():
+            if tracker.name == "tensorboard":
+                pixels = np.asarray(Image.open(path).convert("RGB"))[None]
+                tracker.log_images({"samples": pixels}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"samples": [Image.open(path)]}, step=step)
 
     def log_held_out(self, step: int, held_out: Evaluation) -> None:
         """Log a held-out evaluation, and print it."""

@@ -17,7 +17,7 @@ from itarflow.inverse.guidance import Guidance
 from itarflow.presets import ModelConfig
 from itarflow.runtime.devices import Products
 from itarflow.runtime.errors import DataError
-from itarflow.training.settings import LARGEST, Optimisation
+from itarflow.training.settings import LARGEST, Optimisation, check_trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +224,7 @@ class Recipe:
         if self.codec.vae is not None and self.sampling.clip:
             raise ValueError("sampling.clip is on, but codes are not limited to [-1, 1]; switch it off.")
         self.train.check_share(num_processes)
+        check_trackers(self.train.trackers)
         self._check_ranges()
         self.scheduler()
         self._check_flow()

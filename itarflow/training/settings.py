@@ -9,6 +9,9 @@ from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import LoggerType
+
 from itarflow.data.load import DataConfig
 from itarflow.runtime.files import write_json
 from itarflow.runtime.text import flat
@@ -47,6 +50,7 @@ class Optimisation:
             ValueError: naming the setting.
         """
         shared = ("batch_size", "accumulation", "log_every", "save_every", "keep_states", "max_bad_steps")
+        ranges: list[tuple[str, str, float, float]]
         ranges = [(name, "> 0", _SMALL, LARGEST) for name in (*shared, *positive)]
         ranges += [(name, ">= 0", 0, LARGEST) for name in not_negative]
         ranges += [("learning_rate", "> 0", _SMALL, _LARGE)]
@@ -80,6 +84,23 @@ class Optimisation:
             raise ValueError(
                 f"train.batch_size {self.batch_size} can't be shared evenly by {num_processes} processes with "
                 f"train.accumulation {self.accumulation}; expected a multiple of {share}."
+            )
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that Accelerate would leave out without a word, or does not know.
+
+    Raises:
+        ValueError: naming the tracker, and how to install it.
+    """
+    missing = {str(name.value) for name in LoggerType} - {str(name.value) for name in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS and name != "all":
+            raise ValueError(f"train.trackers has {name!r}; expected some of {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+        if name in missing - {"all"}:
+            raise ValueError(
+                f"train.trackers has {name!r}, which is not installed, so that nothing would be logged to it: "
+                f"pip install {name}, or leave it out by --train.trackers with other names or none."
             )
 
 

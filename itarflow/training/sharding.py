@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env, patch_environment
+from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, patch_environment
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,6 +24,7 @@ from itarflow.flow.tarflow import TARFlow
 from itarflow.flow.transformer import Layer
 from itarflow.runtime.devices import on_cpu
 from itarflow.training.recipe import Recipe
+from itarflow.training.settings import check_trackers
 
 
 def launcher_asks_for_sharding() -> bool:
@@ -130,7 +131,7 @@ def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[st
         trackers: names, as Accelerate knows them.
 
     Raises:
-        ValueError: the launcher asks for an engine that has its own optimiser and states.
+        ValueError: the launcher asks for an engine that has its own optimiser and states, or a tracker is missing.
     """
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{engine}"):
@@ -138,11 +139,14 @@ def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[st
                 f"the Accelerate config asks for {engine}, which has its own optimiser and states; use "
                 "recipes/launch/fsdp2.yaml or --train.shard, which split a model over devices as well."
             )
+    check_trackers(trackers)
     with patch_environment(accelerate_use_fsdp="false"):
         return Accelerator(
             cpu=on_cpu(),
             mixed_precision="no",
-            gradient_accumulation_steps=accumulation,
+            dynamo_backend="no",
+            # A plugin: before a plain number ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation),
             log_with=list(trackers) or None,
             project_dir=run_path,
         )

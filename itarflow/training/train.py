@@ -21,7 +21,7 @@ from torch import Tensor
 
 from itarflow.codec import Vae
 from itarflow.data.load import ImageData
-from itarflow.data.loader import Batch
+from itarflow.data.loader import Batch, check_workers
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance
 from itarflow.runtime.devices import peak_tflops, tf32_products
 from itarflow.runtime.files import replace_folder
@@ -131,6 +131,8 @@ def _train(
         recipe = replace(recipe, train=replace(recipe.train, accumulation=found))
         accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
+    if not recipe.data.in_memory:
+        check_workers(recipe.data.num_workers)
     vae = main_first(accelerator, lambda: open_vae(recipe))
     recipe = with_identity(recipe, vae)
     check_run_folder(run, recipe, accelerator, start, allow_changes)
@@ -139,7 +141,7 @@ def _train(
     if recipe.data.in_memory:
         data = data.decoded()
     with claimed(run, recipe, accelerator, start, allow_changes) as stop:
-        training = _Training(recipe, run, data, accelerator, stop, vae=vae, sharded=sharded)
+        training = _Training(recipe, run, data, accelerator, stop, vae=vae, sharded=sharded, max_steps=max_steps)
         return training.run_to(max_steps, resume=start == "resume", allow_changes=allow_changes)
 
 
@@ -162,10 +164,11 @@ class _Training(Loop[_FlowStep, Summary]):
         *,
         vae: Vae | None,
         sharded: bool,
+        max_steps: int | None,
     ) -> None:
         total_steps = recipe.num_steps(len(data.train))
         super().__init__(recipe, run, data, accelerator, stop, name=recipe.name, total_steps=total_steps)
-        self.recipe, self.sharded = recipe, sharded
+        self.recipe, self.sharded, self.max_steps = recipe, sharded, max_steps
         self.vae = vae  # on the CPU; only sample grids and exports need it
         self.held_out = Evaluation({}, None)
         self.edges = bucket_edges(recipe)
@@ -193,9 +196,12 @@ class _Training(Loop[_FlowStep, Summary]):
         evaluate_every, sample_every = self._intervals()
         nothing = " (there is nothing to shard over)" if train.shard else ""
         spread = nothing if alone else ", the model sharded over them" if self.sharded else ", each a whole model"
+        short = self.max_steps is not None and self.max_steps < self.total_steps
+        part = f", of which --max-steps takes the first {self.max_steps:,}" if short else ""
         return (
             f"{len(self.data.train):,} training images, {len(self.data.held_out):,} held out. An epoch has "
-            f"{self.recipe.steps_per_epoch(len(self.data.train)):.4g} steps, the whole training {self.total_steps:,}. "
+            f"{self.recipe.steps_per_epoch(len(self.data.train)):.4g} steps, the whole training "
+            f"{self.total_steps:,}{part}. "
             f"Held-out likelihood every {evaluate_every:,} steps, samples every {sample_every:,}, a saved state every "
             f"{train.save_every:,}.\n{self.shares(spread)}"
         )
@@ -297,6 +303,8 @@ class _Training(Loop[_FlowStep, Summary]):
 
     def evaluate(self) -> None:
         """See `Loop.evaluate`."""
+        if len(self.data.held_out):
+            self.monitor.say(f"step {self.state.step}  evaluating {len(self.data.held_out):,} held-out images")
         with self._sampling_flow() as flow:
             self.held_out = evaluate_held_out(flow, self.data.held_out, self.recipe, self.accelerator)
         self.measured_at = self.state.step
@@ -305,10 +313,12 @@ class _Training(Loop[_FlowStep, Summary]):
 
     def _sample(self) -> Path:
         path = self.run.grid(self.state.step)
+        self.monitor.say(f"step {self.state.step}  sampling {self.recipe.sampling.num_images:,} images")
         with self._sampling_flow() as flow:
             vae = copy.deepcopy(self.vae)  # a copy on the device, freed with the pipeline
             pipeline = make_pipeline(flow, self.recipe, self.data.class_names, None, vae).to(self.accelerator.device)
             sample_grid(pipeline, self.recipe, path, self.accelerator)
+        self.monitor.log_picture(self.state.step, path)
         self.accelerator.wait_for_everyone()
         return path
 

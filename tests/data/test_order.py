@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,8 +15,9 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import torch
 from image_files import load, write_classes, write_one_broken, write_row_groups
+from torch.utils.data import DataLoader, Dataset
 
-from itarflow.data import DataConfig, load_data
+from itarflow.data import DataConfig, load_data, loader
 from itarflow.data import parquet as streaming
 from itarflow.data.dataset import ImageDataset
 from itarflow.data.loader import Batch, _divided, batches, in_order, watched
@@ -311,6 +316,39 @@ def ending(error: Exception) -> Iterator[int]:
 def test_a_dead_worker_is_told_with_what_to_do(error: Exception) -> None:
     with pytest.raises(DataError, match=r"died \(.*; take fewer$"):
         list(watched(ending(error), "take fewer"))
+
+
+class Stopped(Dataset[int]):
+    """Its process stops at the second item, as by SIGSTOP or a disk that does not answer."""
+
+    def __getitem__(self, index: int) -> int:
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return index
+
+    def __len__(self) -> int:
+        return 3
+
+
+def test_a_worker_that_hangs_is_told_after_a_while_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "WORKER_TIMEOUT", 2.0)
+    before = set(multiprocessing.active_children())
+    stream = loader.without_alarm(DataLoader(Stopped(), batch_size=1, num_workers=1))
+    workers = set(multiprocessing.active_children()) - before
+    with pytest.raises(DataError, match=r"handed one over for long \(.*stopped.*; take fewer$"):
+        list(watched(stream, "take fewer"))
+    (worker,) = workers
+    worker.join(20)
+    assert not worker.is_alive()
+
+
+def test_a_folder_for_temporary_files_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 80)
+    loader.check_workers(0)
+    with pytest.raises(DataError, match=r"TMPDIR.*85 bytes.*at most 70.*--data.num-workers 0"):
+        loader.without_alarm(DataLoader(Stopped(), num_workers=1))
+    monkeypatch.setattr(tempfile, "tempdir", "/tmp")
+    loader.check_workers(1)
 
 
 def test_what_a_worker_raises_is_no_death() -> None:

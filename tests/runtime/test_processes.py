@@ -55,6 +55,18 @@ def two(tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(("--train.learning-rate", "nan"), "expected a number"), (("--data.path", "./nothing"), "does not exist")],
+    ids=["option", "data"],
+)
+def test_what_is_wrong_for_all_processes_is_said_once(tmp_path, words, message):
+    done = run(tmp_path / "run", *words, processes=2)
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count(message) == 1
+
+
 def test_a_recipe_is_a_script(tmp_path):
     done = run(tmp_path / "run", *SMALL[:-1], "2", processes=1)
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,13 @@
 """The first signal is a request, its echo is nothing, and a later one acts at once."""
 
+import os
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +23,7 @@ def _as_in_a_terminal() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_only_asks(number):
     with StopSignal() as stop:
         assert not stop.requested
@@ -41,6 +46,37 @@ def test_a_later_signal_acts_as_usual(monkeypatch):
         time.sleep(0.05)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_under_nohup_a_closed_terminal_does_not_stop():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_is_gone_does_not_keep_the_step_from_ending():
+    """What is printed after the hang-up would fail, and end the training before its state is saved."""
+    code = (
+        "import os, signal, sys; from itarflow.runtime.signals import StopSignal\n"
+        "with StopSignal() as stop:\n"
+        "    print('ready', flush=True); signal.pause(); print('after', flush=True)\n"
+        "    print(stop.signal_number, file=sys.stderr, flush=True)\n"
+        "open(sys.argv[1], 'w').write('ended')"
+    )
+    master, slave = os.openpty()
+    with tempfile.TemporaryDirectory() as folder:
+        mark = Path(folder, "mark")
+        child = subprocess.Popen([sys.executable, "-c", code, str(mark)], stdout=slave, stderr=slave)
+        os.close(slave)
+        assert os.read(master, 5) == b"ready"
+        os.close(master)
+        child.send_signal(signal.SIGHUP)
+        assert child.wait(60) == 0
+        assert mark.read_text() == "ended"
 
 
 def test_afterwards_signals_are_as_they_were():

@@ -151,7 +151,7 @@ def test_the_dry_run_of_a_recipe_works_offline(path, pets, monkeypatch, capsys, 
         embeddings if recipe.data.path == "digits" else embeddings * len(CLASSES) // max(recipe.model.num_classes, 1)
     )
     assert f"({sum(p.numel() for p in flow.parameters()) - embeddings + kept:,})" in printed
-    assert f"image_size={recipe.model.image_size}" in printed
+    assert f"Recipe {path.stem}" in printed
     assert found in printed
     assert "time on one H200" in printed
     assert not (tmp_path / "runs").exists()

@@ -2,11 +2,14 @@
 
 import pytest
 from accelerate import Accelerator
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import tiny_recipe
 
 from itarflow.runtime.errors import DataError
 from itarflow.training.metrics import Monitor
 from itarflow.training.run_folder import prepare
+from itarflow.training.sharding import make_accelerator
 
 
 @pytest.fixture
@@ -36,6 +39,24 @@ def test_what_another_process_says_is_only_counted(monitor, capsys):
     monitor.name_broken(["a.png: cut short"], aloud=False)
     assert capsys.readouterr().err == ""
     assert monitor.broken == {"a.png: cut short"}
+
+
+def test_a_sample_grid_reaches_tensorboard(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    monitor = Monitor(tiny_recipe(), run, make_accelerator(run.path, accumulation=1, trackers=("tensorboard",)))
+    Image.new("L", (30, 20), 200).save(tmp_path / "grid.png")
+    monitor.log_picture(7, tmp_path / "grid.png")
+    monitor.accelerator.trackers[0].finish()
+    (events,) = (run.path / "logs").glob("events*")
+    found = EventAccumulator(str(events)).Reload()
+    (picture,) = found.Images("samples")
+    assert (picture.step, picture.width, picture.height) == (7, 30, 20)
+
+
+def test_the_recipes_accumulation_is_used_whatever_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert make_accelerator(tmp_path, accumulation=1, trackers=()).gradient_accumulation_steps == 1
+    assert make_accelerator(tmp_path, accumulation=2, trackers=()).gradient_accumulation_steps == 2
 
 
 def test_an_explosion_is_far_above_the_usual_norm(monitor):

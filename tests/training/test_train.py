@@ -102,6 +102,15 @@ def test_a_streamed_run_resumes_exactly_in_the_middle_of_an_epoch(digits_in_parq
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
+def test_a_shorter_run_says_how_far_it_goes_and_what_it_does_meanwhile(tmp_path, capsys):
+    train(tiny_recipe(), tmp_path / "run", max_steps=2)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "the whole training 27, of which --max-steps takes the first 2." in printed
+    assert "step 2 evaluating 38 held-out images step 2 held-out nll" in printed
+    assert "step 2 sampling 10 images" in printed
+    assert "2/2" in printed  # the bar ends with the run
+
+
 @pytest.mark.slow
 def test_resuming_a_finished_run_adds_nothing(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "run")

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 from PIL import Image
 
 from itarflow.commands import train as launch
@@ -350,6 +351,65 @@ def test_what_stops_a_training_is_said_without_a_traceback(refused, monkeypatch,
 
     monkeypatch.setattr(launch, "train", train)
     assert str(error) in refused()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried 9"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_is_met_with_the_same_advice_on_any_device(refused, monkeypatch, error):
+    def train(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launch, "train", train)
+    assert "--train.gradient-checkpointing, --train.mixed-precision bf16" in refused()
+
+
+def test_a_training_that_clearly_does_not_fit_the_memory_is_refused_before_it_begins(
+    refused, run, monkeypatch, trained
+):
+    monkeypatch.setattr(launch, "usable_memory", lambda device: 2**24)
+    large = ("--model.channels", 128, "--model.num-layers", 1, 2)
+    message = refused(*large)
+    assert re.search(r"needs about [\d.]+ MiB for 100 images at a time, but there are 16 MiB", message)
+    assert "--train.accumulation 2" in message
+    assert "--no-check-memory" in message
+    assert trained == []
+    run(*large, "--no-check-memory")
+    monkeypatch.setattr(launch, "usable_memory", lambda device: 2**34)
+    run(*large)
+    assert len(trained) == 2
+
+
+@pytest.mark.parametrize("words", [("--dry-run",), ()], ids=str)
+def test_a_tracker_that_is_not_installed_is_refused(refused, trained, monkeypatch, words):
+    monkeypatch.setattr("itarflow.training.settings.get_available_trackers", list)
+    assert "'tensorboard', which is not installed" in refused(*words)
+    assert "pip install wandb" in refused(*words, "--train.trackers", "wandb")
+    assert "'wandbb'; expected some of" in refused(*words, "--train.trackers", "wandbb")
+    assert trained == []
+
+
+def test_the_first_line_says_what_differs_from_the_recipe_and_no_more(run, trained):
+    assert "Recipe tiny, as it is written. " in run()
+    printed = run("--train.epochs", 7, "--model.num-layers", 1, 2)
+    assert "Recipe tiny with model.num_layers=1,2 train.epochs=7.0 " in printed
+    assert "batch_size" not in printed
+
+
+def test_what_the_environment_asks_for_and_the_recipe_does_not_is_said(run, trained, monkeypatch):
+    assert "environment" not in run()
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    printed = run()
+    assert "says gradient accumulation 4; the recipe's is used" in printed
+    assert "says compilation by inductor; the recipe's is used" in printed
+    assert "precision" not in printed
 
 
 def test_an_interrupted_training_says_how_to_go_on_and_exits_with_the_signal(run, monkeypatch, capsys):
