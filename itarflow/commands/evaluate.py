@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
 from itarflow.evaluation.samples.denoising import VariantName, variants_of
 from itarflow.evaluation.samples.files import open_samples, write_npz, write_png
-from itarflow.evaluation.samples.generate import MANIFEST, Generation
+from itarflow.evaluation.samples.generate import Generation
+from itarflow.evaluation.samples.manifest import read_manifest
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.hub import read_index
@@ -84,7 +84,7 @@ class Evaluate(Scoring):
         found = {folder.name: one for folder, one in scores.items()}
         counts = generation.labels[generation.labels >= 0].bincount(minlength=pipe.flow.config.num_classes)
         report |= {
-            "samples": json.loads((self.output / MANIFEST).read_text()),
+            "samples": read_manifest(self.output),
             "images of a class": sorted({int(count) for count in counts}) if self.labels != "none" else None,
             "ways": {name: one.to_json() for name, one in found.items()},
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from itarflow.commands.console import say
 from itarflow.commands.options import Scoring, print_scores, score_table
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
-from itarflow.evaluation.samples.generate import MANIFEST, Generation
+from itarflow.evaluation.samples.generate import Generation
+from itarflow.evaluation.samples.manifest import read_manifest
 from itarflow.evaluation.sweep import Setting, best_settings, generations_of, grid_of, plain, write_csv
 from itarflow.evaluation.sweep_plots import draw_curves, draw_images
 from itarflow.pipeline.pipeline import ITARFlowPipeline
@@ -90,7 +90,7 @@ class Sweep(Scoring):
             for one in self._grid(next(iter(made.values())).pipe)
         }
         report |= {
-            "samples": {name: json.loads((self.output / name / MANIFEST).read_text()) for name in made},
+            "samples": {name: read_manifest(self.output / name) for name in made},
             "cells": [{**asdict(setting), **one.to_json()} for setting, one in found.items()],
             "best": {name: asdict(setting) for name, setting in best_settings(found).items()},
         }

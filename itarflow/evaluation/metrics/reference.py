@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,10 @@ from itarflow.data.load import DataConfig, load_data
 from itarflow.data.loader import in_order
 from itarflow.evaluation.metrics.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
 from itarflow.evaluation.metrics.features import Extracted, Moments, extract
+from itarflow.evaluation.samples.npz import array_headers, read_array
+from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import atomically, check_writable, weights_digest
+from itarflow.runtime.json_file import parse_json
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.progress import image_progress
 from itarflow.runtime.text import display_name, without_folders
@@ -38,6 +41,7 @@ KEPT_IMAGES = 10_000
 """Real images whose features are kept, for kernel distances, precision and recall: as many as ADM's files hold."""
 
 _KEY = "itarflow_reference"  # of the metadata in a file of statistics
+_CHECKSUM = "sha256"
 _VERSION = 1
 
 
@@ -204,7 +208,7 @@ def read_reference(
         reference = _read(path)
         _check(path, reference.origin, extractor, image_size, crop)
         return reference
-    arrays = _arrays(path)
+    arrays = array_headers(path)
     shape, dtype = arrays.get("arr_0", ((0, image_size, image_size, 3), np.dtype(np.uint8)))
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
         raise ValueError(f"{path} holds arr_0 of {dtype} {shape}; expected uint8 images (N, H, W, 3).")
@@ -223,7 +227,7 @@ def read_reference(
     origin = Origin(path.name, extractor.name, extractor.identity, known, None, None if has_moments else shape[0])
 
     def compute() -> Reference:
-        images = _load_array(path, "arr_0")
+        images = read_array(path, "arr_0")
         starts = range(accelerator.process_index * batch_size, len(images), accelerator.num_processes * batch_size)
         share = (torch.from_numpy(images[at : at + batch_size]).permute(0, 3, 1, 2) for at in starts)
         found = _extract(extractor, share, len(images), keep, batch_size, accelerator, console)
@@ -283,7 +287,14 @@ def _cached(folder: Path, fingerprint: str, accelerator: Accelerator, compute: C
         return found
     on_main(accelerator, lambda: check_writable(folder))  # raises now, not after the work
     reference = compute()
-    on_main(accelerator, lambda: _write(reference, path))
+
+    def keep() -> None:
+        try:
+            _write(reference, path)
+        except (OSError, RunError, SafetensorError) as error:  # the work is done, and serves this call
+            warnings.warn(f"statistics of {reference.origin.source} could not be kept: {error}", stacklevel=2)
+
+    on_main(accelerator, keep)
     return reference
 
 
@@ -309,24 +320,37 @@ def _write(reference: Reference, path: Path) -> None:
     if reference.features is not None:
         tensors["features"] = reference.features
     path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {_KEY: json.dumps(asdict(reference.origin)), _CHECKSUM: _checksum(tensors)}
     with atomically(path) as partial:
-        save_file(tensors, partial, {_KEY: json.dumps(asdict(reference.origin))})
+        save_file(tensors, partial, facts)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """As they are, in float64."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> Reference:
     try:
         with safe_open(path, "pt") as file:
-            origin = json.loads(file.metadata()[_KEY])
+            facts = file.metadata()
+            origin = parse_json(facts[_KEY], Origin, str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        if facts.get(_CHECKSUM, "") not in ("", _checksum(tensors)):  # files of older versions have none
+            raise ValueError("its checksum is that of other numbers")
         return Reference(
-            Origin(**origin | {"broken": tuple(origin["broken"])}),
+            origin,
             Moments(tensors["mean"], tensors["covariance"]),
             Moments(tensors["spatial_mean"], tensors["spatial_covariance"]) if "spatial_mean" in tensors else None,
             tensors.get("features"),
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} holds no statistics of real images, or is damaged ({error!r}); delete it, and they are computed "
+            f"{path} holds no statistics of real images, or is damaged ({error}); delete it, and they are computed "
             "anew."
         ) from error
 
@@ -338,28 +362,7 @@ def _moments_of(path: Path, shapes: Mapping[str, Any], origin: Origin) -> Refere
         for name, wanted in ((mean, (count,)), (covariance, (count, count))):
             if shapes[name][0] != wanted:
                 raise ValueError(f"{path} holds {name} of shape {shapes[name][0]}; expected {wanted}.")
-        return Moments(*(torch.from_numpy(_load_array(path, name).astype(np.float64)) for name in (mean, covariance)))
+        return Moments(*(torch.from_numpy(read_array(path, name).astype(np.float64)) for name in (mean, covariance)))
 
     spatial = read("mu_s", "sigma_s", SPATIAL_FEATURES) if {"mu_s", "sigma_s"} <= shapes.keys() else None
     return Reference(origin, read("mu", "sigma", POOL_FEATURES), spatial)
-
-
-def _arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and type of each array of an .npz file; the images, gigabytes perhaps, are not read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = {}
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    first = np.lib.format.read_magic(file) == (1, 0)
-                    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-                    shape, _, dtype = read(file)
-                found[name.removesuffix(".npy")] = (shape, dtype)
-            return found
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{path} is no readable .npz file: {error}; download it again.") from error
-
-
-def _load_array(path: Path, name: str) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as file:
-        return file[name]
