@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.codec import CodecConfig, load_vae
-from itarflow.commands.console import chosen_labels, say
+from itarflow.commands.class_labels import chosen_labels
+from itarflow.commands.console import say
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.load import load_denoiser
 from itarflow.evaluation.compare import Comparison, compare
@@ -45,7 +46,7 @@ class Compare:
     data: str | None = None
     """Real images whose residual noise is reported for comparison: as --data.path in training."""
     class_labels: tuple[str, ...] | None = None
-    """Labels, by name or number. None = every class in turn, or no labels if the models have none."""
+    """Labels, by number or name; -1 = no label. None = every class in turn, or no labels if the models have none."""
     num_images: int = 16
     """How many images each checkpoint makes; labels are repeated in turn."""
     picture_rows: int = 2

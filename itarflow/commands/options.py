@@ -21,27 +21,29 @@ from torch import Tensor
 
 from itarflow import __version__
 from itarflow.commands.console import joined, resumable, say
+from itarflow.commands.guidance import GuidanceOptions
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.load import load_denoiser
-from itarflow.denoisers.ode import Method, Spacing
+from itarflow.denoisers.ode import Spacing
 from itarflow.denoisers.score import Denoiser
+from itarflow.evaluation.conversion import CONVERSIONS, PROTOCOLS, Protocol
 from itarflow.evaluation.evaluate import save_samples, scores_of
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor, load_extractor
 from itarflow.evaluation.metrics.reference import Reference, read_reference, reference_of
 from itarflow.evaluation.metrics.scores import Figure, Scores
-from itarflow.evaluation.samples.generate import CONVERSION, Generation, LabelRule, labels_by, manifest_of
+from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_by, manifest_of
 from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.processes import main_first, on_main
-from itarflow.runtime.text import display_name
+from itarflow.runtime.text import display_name, short_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
+class Scoring(GuidanceOptions):
     """A checkpoint, how its samples are made, and the real images that they are compared with.
 
     A command implements `generations`, what to sample, and `finish`, the report.
@@ -49,8 +51,9 @@ class Scoring:
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A folder with a pipeline, such as runs/cifar10/pipeline, or a Hugging Face Hub id."""
-    output: Path = Path("evaluation")
-    """Folder for the figures, and for the samples of each denoising variant."""
+    output: Path | None = None
+    """Folder for the figures, and for the samples of each denoising variant. None = runs/NAME/evaluation of a run's
+    pipeline, runs/NAME/pipeline; NAME-evaluation of other checkpoints."""
     data: str | None = None
     """Real images: as --data.path in training. Their statistics are computed once, and cached."""
     split: str = "train"
@@ -75,8 +78,9 @@ class Scoring:
     """balanced: every class in turn. random: drawn uniformly. none: without labels, and without guidance."""
     seed: int = 0
     """Of the noise and of random labels."""
-    method: Method | None = None
-    """Solver of iterative denoising. None = the checkpoint's."""
+    protocol: Protocol = "rounded"
+    """How pixels become 8-bit: rounded to the nearest level, real images as they are; or official, as the papers'
+    scripts do: truncated, with real images flipped at random. Figures of one only compare with figures of the same."""
     spacing: Spacing | None = None
     """Of its noise levels. None = the checkpoint's."""
     denoiser: str | None = None
@@ -98,6 +102,16 @@ class Scoring:
     """Processes that decode real images."""
     device: str | None = None
     """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one; of several processes, one each."""
+
+    @property
+    def kind(self) -> str:
+        """What the default folder is called by."""
+        return "evaluation"
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return default_folder(self.checkpoint, self.kind) if self.output is None else self.output
 
     def generations(self, pipe: ITARFlowPipeline, denoiser: Denoiser | None) -> dict[str, Generation]:
         """What is made, by the names of folders in `output`; "" is the folder itself.
@@ -131,11 +145,11 @@ class Scoring:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
-        check_writable(self.output)
+        check_writable(self.folder)
 
     def run(self) -> None:
         """Carry the command out."""
-        with resumable(self.output):
+        with resumable(self.folder):
             self._run(joined())
 
     def _run(self, state: PartialState) -> None:
@@ -145,7 +159,7 @@ class Scoring:
         generations = self.generations(pipe, denoiser)
         for generation in generations.values():
             generation.check()
-        folders = {self.output / name: generation for name, generation in generations.items()}
+        folders = {self.folder / name: generation for name, generation in generations.items()}
         # Refused now, not after the reference.
         on_main(state, lambda: [manifest_of(generation, folder) for folder, generation in folders.items()])
         if state.is_main_process:
@@ -164,7 +178,8 @@ class Scoring:
                 "denoiser": None if self.denoiser is None else display_name(self.denoiser),
                 "labels": self.labels,
                 "reference": asdict(reference.origin),
-                "conversion": CONVERSION,
+                "protocol": PROTOCOLS[self.protocol],
+                "conversion": CONVERSIONS[self.protocol],
                 "speed": {
                     "making, images/s": made / making if made else None,
                     "scoring, images/s": scored / (time.monotonic() - start) if scored else None,
@@ -192,6 +207,7 @@ class Scoring:
     def inverting(self) -> dict[str, Any]:
         """Options of the inverse, for `Generation`."""
         return {
+            "protocol": self.protocol,
             "solver": sequential if self.exact else None,
             "inverse_dtype": torch.bfloat16 if self.inverse_dtype == "bf16" else None,
             "batch_size": self.batch_size,
@@ -254,6 +270,7 @@ class Scoring:
             "accelerator": state,
             "cache": self.cache,
             "console": console,
+            "protocol": self.protocol,
         }
         if self.reference is not None:
             return read_reference(self.reference, image_size=size, crop=crop, **shared)
@@ -273,6 +290,14 @@ class Scoring:
                 "like those that it was trained on. Statistics of other images are given by --reference."
             )
         return reference_of(config, image_size=size, in_channels=channels, **shared)
+
+
+def default_folder(checkpoint: str | Path, kind: str) -> Path:
+    """runs/NAME/KIND for the pipeline of a run, runs/NAME/pipeline; else NAME-KIND in the working directory."""
+    run = Path(checkpoint).parent
+    if Path(checkpoint).name == "pipeline" and (run / "recipe.json").is_file():
+        return run / kind
+    return Path(f"{short_names([str(checkpoint)])[0]}-{kind}")
 
 
 def _plan(generations: Mapping[str, Generation], count: int) -> str:

@@ -30,7 +30,7 @@ from itarflow.pipeline.call import positive
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
 from itarflow.runtime.files import check_writable, write_json
-from itarflow.runtime.pictures import blank_figure, draw_comparison, image_grid
+from itarflow.runtime.pictures import balanced_columns, blank_figure, draw_comparison, image_grid, save_picture
 from itarflow.runtime.progress import image_progress
 from itarflow.runtime.text import file_name
 
@@ -382,7 +382,7 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
 def _save_grid(images: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(to_pil(images), math.ceil(math.sqrt(len(images)))).save(path)
+    save_picture(image_grid(to_pil(images), balanced_columns(len(images))), path)
 
 
 def _finite(value: float | None) -> float | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from itarflow.runtime.errors import RunError
-from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.pictures import blank_figure, save_figure
 from itarflow.training.run_folder import RunDir
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         axis.set_axis_off()
     figure.suptitle(", ".join(f"{name} ({_STYLES[i % len(_STYLES)]})" for i, name in enumerate(names.values()))
                     if len(names) > 1 else next(iter(names.values())))  # fmt: skip
-    figure.savefig(output, dpi=110)
+    save_figure(figure, output, 110)
 
 
 def _logged(path: Path) -> list[dict[str, Any]]:

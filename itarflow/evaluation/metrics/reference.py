@@ -27,6 +27,7 @@ from itarflow.data.dataset import too_many_broken
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.data.loader import in_order
+from itarflow.evaluation.conversion import Protocol, as_scripts_see
 from itarflow.evaluation.metrics.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
 from itarflow.evaluation.metrics.features import Extracted, Moments, extract
 from itarflow.evaluation.samples.npz import array_headers, read_array
@@ -110,6 +111,7 @@ def reference_of(
     batch_size: int = 50,
     cache: Path | None = None,
     console: Console | None = None,
+    protocol: Protocol = "rounded",
 ) -> Reference:
     """Statistics of all images of `data.split`, unmirrored; from the cache if they have been computed before.
 
@@ -128,6 +130,7 @@ def reference_of(
         batch_size: images at a time in each process.
         cache: folder for statistics; None = `statistics_folder()`.
         console: for a line of progress; None = none.
+        protocol: how pixels become 8-bit; "official" also flips images at random.
 
     Raises:
         RunError: the data cannot be used, a kept file is damaged, or the cache cannot be written.
@@ -136,7 +139,8 @@ def reference_of(
     whole = replace(data, held_out_split=None, held_out_images=0, horizontal_flip=False, in_memory=False)
     images = main_first(accelerator, lambda: load_data(whole, image_size=image_size, in_channels=in_channels).train)
     origin = Origin(
-        f"{display_name(str(data.path))}, split {data.split}",
+        f"{display_name(str(data.path))}, split {data.split}"
+        + ("" if protocol == "rounded" else ", flipped, truncated"),
         extractor.name,
         extractor.identity,
         image_size,
@@ -148,11 +152,13 @@ def reference_of(
     broken: list[str] = []
 
     def batches() -> Iterator[Tensor]:
-        for batch in in_order(images, batch_size, data.num_workers, **share):
+        dealt = in_order(images, batch_size, data.num_workers, **share)
+        for number, batch in enumerate(dealt):
             broken.extend(batch.broken)
             if len(broken) > data.max_broken:
                 raise too_many_broken(broken, data.max_broken)
-            yield batch.images
+            first = (number * accelerator.num_processes + accelerator.process_index) * batch_size
+            yield as_scripts_see(batch.images, first) if protocol == "official" else batch.images
 
     def compute() -> Reference:
         found = _extract(extractor, batches(), len(images), keep, batch_size, accelerator, console)
@@ -179,6 +185,7 @@ def read_reference(
     batch_size: int = 50,
     cache: Path | None = None,
     console: Console | None = None,
+    protocol: Protocol = "rounded",
 ) -> Reference:
     """Statistics from a file: one that `reference_of` has kept, or an .npz file such as ADM's.
 
@@ -196,12 +203,18 @@ def read_reference(
         batch_size: images at a time in each process.
         cache: folder for the features of arr_0; None = `statistics_folder()`.
         console: for a line of progress; None = none.
+        protocol: how pixels of the samples become 8-bit; those of the file are what they are.
 
     Raises:
         OSError: there is no such file.
         RunError: a kept file is damaged, or the cache cannot be written.
         ValueError: the file is damaged, or of another size, crop or extractor; both are named.
     """
+    if protocol == "official" and path.suffix != ".safetensors":
+        raise ValueError(
+            f"the protocol 'official' flips real images at random, but {path} is of images as they are; give the "
+            "images by --data, or take the protocol 'rounded'."
+        )
     if not path.is_file():
         raise OSError(f"{path} is no file; expected statistics of real images (.safetensors, or ADM's .npz).")
     if path.suffix == ".safetensors":

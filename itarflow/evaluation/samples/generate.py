@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itarflow.codec import to_uint8, vae_identity
+from itarflow.codec import vae_identity
 from itarflow.denoisers.score import check_level
+from itarflow.evaluation.conversion import CONVERSIONS, Protocol, to_levels
 from itarflow.evaluation.samples.denoising import Denoising, identity_of, settings_of
 from itarflow.evaluation.samples.files import read_shard, shard_name, strange_files, write_shard
 from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest, read_manifest
@@ -36,7 +37,6 @@ from itarflow.runtime.seeds import image_seeds
 from itarflow.runtime.text import flat, listed, printable
 
 LabelRule = Literal["balanced", "random", "none"]
-CONVERSION = "round((clip(x, -1, 1) + 1) * 127.5) to uint8; values that are not finite become 128, mid-grey"
 
 
 def labels_by(rule: LabelRule, count: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -77,6 +77,7 @@ class Generation:
         solver: as in a call of the pipeline; None = the checkpoint's plan, else exact.
         inverse_dtype: as in a call of the pipeline.
         batch_size: images that are made together, and lie in a file.
+        protocol: how pixels become 8-bit.
     """
 
     pipe: ITARFlowPipeline
@@ -88,6 +89,7 @@ class Generation:
     solver: Solver | Sequence[Solver] | None = None
     inverse_dtype: torch.dtype | None = None
     batch_size: int = 64
+    protocol: Protocol = "rounded"
 
     @property
     def batches(self) -> list[tuple[int, int]]:
@@ -152,7 +154,7 @@ class Generation:
             "solver": [getattr(one, "__name__", None) or repr(one) for one in by_block],
             "inverse_dtype": str(self.inverse_dtype or self.pipe.flow.dtype),
             "cleaning": self._denoising(),
-            "conversion": CONVERSION,
+            "conversion": CONVERSIONS[self.protocol],
             "file_size": self.batch_size,
         }
         return json.loads(json.dumps(values))
@@ -346,9 +348,10 @@ def save(
     origins = {name: origin_digest(manifest, name) for name in generation.variants}
     for batch in generate(generation, missing, process_index=process_index, num_processes=num_processes):
         stop = batch.start + len(batch.images)
-        finite = torch.where(batch.images.isfinite(), batch.images, 0)
+        levels = to_levels(generation.protocol)(torch.where(batch.images.isfinite(), batch.images, 0))
+        pixels = torch.where(batch.images.isfinite(), levels, 128)
         path = _file(folder, batch.variant, batch.start, stop)
-        write_shard(path, to_uint8(finite), batch.labels, batch.broken, origins[batch.variant])
+        write_shard(path, pixels, batch.labels, batch.broken, origins[batch.variant])
         count(len(batch.images))
 
 
