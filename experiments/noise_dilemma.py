@@ -29,7 +29,6 @@ from itarflow.codec import PixelCodec, to_pil, to_pixels
 from itarflow.commands.console import reporting
 from itarflow.data import DataConfig, load_data
 from itarflow.denoisers import FlowDenoiser
-from itarflow.evaluation.evaluate import save_samples, scores_of
 from itarflow.evaluation.likelihood.bpd import BpdConfig, measure_bpd
 from itarflow.evaluation.metrics.extractors import load_extractor
 from itarflow.evaluation.metrics.reference import reference_of
@@ -37,6 +36,7 @@ from itarflow.evaluation.samples.denoising import Denoising, variants_of
 from itarflow.evaluation.samples.files import open_samples, shard_name, write_shard
 from itarflow.evaluation.samples.generate import Generation, labels_by
 from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest
+from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.flow import NoiseConfig
 from itarflow.inverse import Guidance
 from itarflow.pipeline import ITARFlowPipeline

@@ -11,7 +11,7 @@ import tyro
 
 from itarflow.commands.console import say
 from itarflow.commands.guidance import OneGuidance
-from itarflow.commands.options import Scoring, figure_text, print_scores, score_table
+from itarflow.commands.options import Scoring, figure_text, noted_evaluations, print_scores, score_table
 from itarflow.denoisers.ode import Method
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
@@ -103,7 +103,7 @@ class Evaluate(Scoring, OneGuidance):
         folder = Path(self.checkpoint)
         if self.record and folder.is_dir():
             lines = {self._what(name, generation, one): _line(one) for name, one in found.items()}
-            known = read_index(folder).get("evaluations") or {}  # as others may have written it meanwhile
+            known = noted_evaluations(read_index(folder).get("evaluations"))  # as others may have written it meanwhile
             noted = pipe.record(folder, "evaluations", {**known, **lines})
             card = "and its model card" if noted else "but not in its README.md, which was edited by hand"
             say(f"noted in {folder} {card}")

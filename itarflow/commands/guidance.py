@@ -23,17 +23,8 @@ class GuidanceOptions:
     guided: tuple[Literal["shift", "scale"], ...] | None = None
     """Which parts of a token's affine map are guided: shift, scale, or both. None = as the checkpoint says."""
 
-    def chosen_guidance(self, stored: Guidance, weight: float | None, temperature: float | None) -> Guidance:
-        """The checkpoint's guidance with the options put in.
-
-        Args:
-            stored: the checkpoint's.
-            weight: None = the checkpoint's.
-            temperature: None = the checkpoint's.
-
-        Raises:
-            ValueError: a value is out of its range.
-        """
+    def guidance_fields(self, weight: float | None = None, temperature: float | None = None) -> dict[str, Any]:
+        """The fields of `Guidance` that were given, these two included; all others are the checkpoint's."""
         values: dict[str, Any] = {
             "weight": weight,
             "temperature": temperature,
@@ -42,15 +33,10 @@ class GuidanceOptions:
             "shift": None if self.guided is None else "shift" in self.guided,
             "scale": None if self.guided is None else "scale" in self.guided,
         }
-        chosen = replace(stored, **{name: value for name, value in values.items() if value is not None})
-        if self.guidance_blocks is None:
-            return chosen
-        return replace(chosen, blocks=None if self.guidance_blocks == "all" else self.guidance_blocks)
-
-    def asks(self, weight: float | None, temperature: float | None) -> bool:
-        """Whether some of the guidance was given."""
-        parts = (weight, temperature, self.guidance_rule, self.guidance_schedule, self.guidance_blocks, self.guided)
-        return any(part is not None for part in parts)
+        given = {name: value for name, value in values.items() if value is not None}
+        if self.guidance_blocks is not None:
+            given["blocks"] = None if self.guidance_blocks == "all" else self.guidance_blocks
+        return given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +49,11 @@ class OneGuidance(GuidanceOptions):
     """tau, by which the attention logits of the guiding pass are divided. Away from 1 it guides models without labels
     (TARFlow, equation 11). None = the checkpoint's."""
 
+    def given_guidance(self) -> dict[str, Any]:
+        """See `guidance_fields`."""
+        return self.guidance_fields(self.guidance_weight, self.guidance_temperature)
+
     def guidance_of(self, stored: Guidance) -> Guidance | None:
-        """The checkpoint's guidance with the options put in; None = none was given."""
-        if not self.asks(self.guidance_weight, self.guidance_temperature):
-            return None
-        return self.chosen_guidance(stored, self.guidance_weight, self.guidance_temperature)
+        """The checkpoint's guidance with what was given put in; None = nothing was given."""
+        given = self.given_guidance()
+        return replace(stored, **given) if given else None

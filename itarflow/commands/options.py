@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 import tyro
@@ -28,18 +28,19 @@ from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Spacing
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.conversion import CONVERSIONS, PROTOCOLS, Protocol
-from itarflow.evaluation.evaluate import save_samples, scores_of
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor, load_extractor
 from itarflow.evaluation.metrics.reference import Reference, read_reference, reference_of
 from itarflow.evaluation.metrics.scores import Figure, Scores
 from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_by, manifest_of
+from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable
+from itarflow.runtime.json_file import as_type
 from itarflow.runtime.processes import main_first, on_main
-from itarflow.runtime.text import display_name, short_names
+from itarflow.runtime.text import display_name, printable, short_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +232,7 @@ class Scoring(GuidanceOptions):
         device = str(state.device) if state.num_processes > 1 else usable_device(self.device)
         pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(self.checkpoint)).to(device)
         pipe.set_progress_bar_config(disable=True)
+        self._crop(pipe), noted_evaluations(pipe.config.evaluations)  # refused now, if it is damaged
         return pipe, device
 
     def _open_denoiser(self, pipe: ITARFlowPipeline, device: str) -> Denoiser | None:
@@ -247,7 +249,7 @@ class Scoring(GuidanceOptions):
         Raises:
             ValueError: --crop differs from that of the checkpoint's training.
         """
-        trained = ((pipe.config.training or {}).get("recipe") or {}).get("data", {}).get("crop")
+        trained = _trained_crop(pipe)
         if self.crop is not None and trained is not None and self.crop != trained:
             raise ValueError(
                 f"--crop is {self.crop}, but the checkpoint was trained on images with crop {trained}; the figures "
@@ -300,6 +302,30 @@ def default_folder(checkpoint: str | Path, kind: str) -> Path:
     return Path(f"{short_names([str(checkpoint)])[0]}-{kind}")
 
 
+def noted_evaluations(values: Any) -> dict[str, str]:
+    """The evaluations that are noted in a checkpoint; raises DataError if they are damaged."""
+    return as_type(values or {}, dict[str, str], "evaluations, in the checkpoint's model_index.json,")
+
+
+class _Data(TypedDict, total=False):
+    crop: Crop | None
+
+
+class _Recipe(TypedDict, total=False):
+    data: _Data | None
+
+
+class _Training(TypedDict, total=False):
+    recipe: _Recipe | None
+
+
+def _trained_crop(pipe: ITARFlowPipeline) -> Crop | None:
+    """How the images of a checkpoint's training became square; raises DataError if its record is damaged."""
+    training = as_type(pipe.config.training or {}, _Training, "training, in the checkpoint's model_index.json,")
+    data = (training.get("recipe") or {}).get("data") or {}
+    return data.get("crop")
+
+
 def _plan(generations: Mapping[str, Generation], count: int) -> str:
     """A summary of the work ahead."""
     variants = [variant for generation in generations.values() for variant in generation.variants.values()]
@@ -311,7 +337,11 @@ def _plan(generations: Mapping[str, Generation], count: int) -> str:
 
 
 def score_table(
-    heads: tuple[str, ...], scores: Mapping[tuple[str, ...], Scores], best: Mapping[str, tuple[str, ...]] | None = None
+    heads: tuple[str, ...],
+    scores: Mapping[tuple[str, ...], Scores],
+    best: Mapping[str, tuple[str, ...]] | None = None,
+    *,
+    alike: bool = True,
 ) -> Table:
     """A row for each set of samples, a column for each figure.
 
@@ -319,9 +349,11 @@ def score_table(
         heads: of the first columns.
         scores: by the texts of these columns; where all but the last change, a line is drawn.
         best: by the short name of a figure the row that gets a star. None = no stars, but spreads.
+        alike: whether all are of as many samples against the same real images, which the title then names.
     """
     first = next(iter(scores.values()))
     title = f"{first.samples:,} samples against {first.reference}, by {first.extractor}"
+    title = escape(title) if alike else "figures that do not compare: see below"
     table = Table(title=title + ("" if best is None else "; * = best"), title_justify="left")
     for head in heads:
         table.add_column(head, justify="left" if best is None else "right")
@@ -349,7 +381,12 @@ def print_scores(table: Table, scores: Mapping[Any, Scores]) -> None:
     console = Console()
     console.print(table)
     for warning in dict.fromkeys(warning for one in scores.values() for warning in one.warnings):
-        console.print(f"[yellow]Note:[/] {escape(warning)}.", soft_wrap=True, highlight=False)
+        print_note(warning)
+
+
+def print_note(text: str) -> None:
+    """Print what to keep in mind."""
+    Console().print(f"[yellow]Note:[/] {escape(printable(text))}.", soft_wrap=True, highlight=False)
 
 
 def device_name(pipe: ITARFlowPipeline) -> str:

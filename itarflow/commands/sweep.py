@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Sweep(Scoring):
             self._grid(pipe),
             self.sample_labels(pipe),
             seed=self.seed,
-            guidance=self.chosen_guidance(pipe.default_guidance, None, None),
+            guidance=replace(pipe.default_guidance, **self.guidance_fields()),
             method=None if self.method is None else self.method[0],
             spacing=self.spacing,
             denoiser=denoiser,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.commands.sweep import table_of
-from itarflow.evaluation import evaluate as evaluating
+from itarflow.evaluation import scoring as evaluating
 from itarflow.evaluation import sweep_plots as curves
 from itarflow.evaluation.metrics.scores import Figure, Scores
 from itarflow.evaluation.samples import generate as generating
