@@ -146,6 +146,7 @@ def compare(
     decoders: Mapping[str, Vae] | None = None,
     data: str | None = None,
     seed: int = 0,
+    guidance_weight: float | None = None,
     guidance: Mapping[str, Any] | None = None,
     num_denoise_steps: int | None = None,
     batch_size: int = 16,
@@ -171,7 +172,8 @@ def compare(
         data: real images to measure for reference: anything that `DataConfig.path` takes, at most 256 of it.
         seed: image i depends on it, on i and on its label alone; it is image i of a call of the pipeline, and of
             `itarflow evaluate`, with the same settings.
-        guidance: fields of `Guidance` that all generators have in place of each pipeline's own, such as {"weight": 2}.
+        guidance_weight: of all generators; None = each pipeline's own.
+        guidance: other fields of `Guidance` that all generators have in place of each pipeline's own: {"rule": "scale"}.
         num_denoise_steps: evaluations in each iterative column; None = as the pipeline says that denoises, 10 for a
             diffusion model.
         batch_size: images that are generated, and denoised, at a time; a pipeline's plan goes by it.
@@ -196,9 +198,8 @@ def compare(
         raise ValueError(f"picture_rows is {picture_rows}; expected a number >= 1.")
     first = next(iter(pipelines.values()))
     labels = torch.tensor([first.label_id(label) for label in class_labels], dtype=torch.int64)
-    bare = {
-        name: _generation(name, pipe, labels, seed, guidance or {}, batch_size) for name, pipe in pipelines.items()
-    }
+    given = {**(guidance or {}), **({} if guidance_weight is None else {"weight": guidance_weight})}
+    bare = {name: _generation(name, pipe, labels, seed, given, batch_size) for name, pipe in pipelines.items()}
     variants = _variants(bare, diffusion or {}, decoders or {}, num_denoise_steps, denoise_batch_size)
     real = None if data is None else _real_images(first, data)
     scoring = {name: pipe for name, pipe in pipelines.items() if pipe.flow.config.noise_conditioned}

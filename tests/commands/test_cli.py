@@ -15,7 +15,7 @@ import torch
 from command_line import TRAINING, Run, Save
 from PIL import Image
 
-from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow
+from itarflow import DenoiseScheduler, Guidance, ITARFlowPipeline, TARFlow
 from itarflow.commands import cli
 from itarflow.commands import profile as command
 from itarflow.commands.convert import Convert
@@ -103,6 +103,17 @@ def test_options_replace_the_checkpoints_defaults(run, save, words):
     run("sample", folder, "--output", "default.png")
     run("sample", folder, "--output", "changed.png", *words)
     assert not np.array_equal(pixels("default.png"), pixels("changed.png"))
+
+
+def test_every_part_of_guidance_is_an_option(run, save):
+    folder = save()
+    words = ("--guidance-rule", "gaussian", "--guidance-schedule", "constant", "--guidance-blocks", 0, 1)
+    run("sample", folder, "--output", "ours", *words, "--guidance-temperature", 0.7, "--guided", "scale", "shift")
+    guidance = Guidance(weight=1.5, rule="gaussian", schedule="constant", blocks=(0, 1), temperature=0.7)
+    pipe = ITARFlowPipeline.from_pretrained(folder)
+    expected = pipe([0, 1, 2], guidance=guidance, generator=torch.Generator().manual_seed(0)).images
+    for index, image in enumerate(expected):
+        np.testing.assert_array_equal(pixels(Path(f"ours/{index:06d}.png")), np.asarray(image))
 
 
 def test_without_classes_sixteen_images_are_made(run, save):
