@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,20 +53,6 @@ def check_architecture(
     if shared_layers and len(set(channels)) > 1:
         raise ValueError(
             f"shared_layers={shared_layers} needs the same channels in all blocks, but they are {channels}."
-        )
-
-
-def check_stored(arguments: Mapping[str, Any], num_tensors: int) -> None:
-    """Raise ValueError if a stored flow of these arguments has more blocks and layers than its weights have tensors.
-
-    So a number of layers that nobody has trained is refused before they are built.
-    """
-    shared, depths = arguments.get("shared_layers", 0), arguments["num_layers"]
-    layers = shared + sum(max(depth - shared, 0) for depth in depths)
-    if len(depths) + layers > num_tensors:
-        raise ValueError(
-            f"num_layers is {str(depths)[:80]} with shared_layers {shared}: {layers:,} layers, but the weights have "
-            f"only {num_tensors:,} tensors."
         )
 
 
