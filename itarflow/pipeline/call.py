@@ -131,8 +131,8 @@ def in_our_words(words: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     if words.get("callback_on_step_end") is not None:
         raise ValueError(
             "callback_on_step_end is not called here, where most steps are tokens of the flow's inverse; to follow "
-            "the denoising, call the pipeline with method='skip' and output_type='codes', then itarflow.denoise with a "
-            "callback."
+            "the denoising, call the pipeline with method='skip' and output_type='codes', then itarflow.denoise with "
+            "a callback."
         )
     found: dict[str, Any] = {}
     for word, value in words.items():

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from msgspec import Meta
 from PIL import Image
+from torch import nn
 
 from itarflow.codec import CodecConfig, Vae, load_vae
 from itarflow.denoisers.load import stored_flow
@@ -183,7 +184,7 @@ class StoredPipeline(DiffusionPipeline):
                 settings["guidance"] = _guidance(settings["guidance"], folder)
             for part, dtype in ((part, dtypes.get(part, dtypes.get("default"))) for part in ("flow", "vae")):
                 if dtype is not None and parts[part] is not None and part not in given:
-                    parts[part].to(dtype)
+                    nn.Module.to(parts[part], dtype)  # diffusers' own warns of what does not concern us
             pipeline = _built(cls, {**settings, **parts}, folder)
         except torch.OutOfMemoryError:
             raise

@@ -299,7 +299,8 @@ def load_model(
     except Exception as error:  # whatever impossible sizes raise
         raise DataError(f"{config} is damaged: {error}; {_AGAIN}") from error
     load_weights(model, files, config)
-    return model.to(device=device_map, dtype=dtype or torch_dtype or torch.float32).eval()
+    # As nn.Module does, since diffusers' own warns of what does not concern us.
+    return nn.Module.to(model, device=device_map, dtype=dtype or torch_dtype or torch.float32).eval()
 
 
 def load_weights(model: nn.Module, files: Collection[Path], config: Path) -> None:
