@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,20 +85,6 @@ def block_sizes(config: Any) -> list[BlockSize]:
             f"{shown(widths)}, mlp_ratio={config.mlp_ratio}, num_classes={config.num_classes}."
         )
     return sizes
-
-
-def check_stored(arguments: Mapping[str, Any], num_tensors: int) -> None:
-    """Raise ValueError if a stored flow of these arguments has more blocks and layers than its weights have tensors.
-
-    So a number of layers that nobody has trained is refused before they are built.
-    """
-    shared, depths = arguments.get("shared_layers", 0), arguments["num_layers"]
-    layers = shared + sum(max(depth - shared, 0) for depth in depths)
-    if len(depths) + layers > num_tensors:
-        raise ValueError(
-            f"num_layers is {str(depths)[:80]} with shared_layers {shared}: {layers:,} layers, but the weights have "
-            f"only {num_tensors:,} tensors."
-        )
 
 
 def num_parameters(config: Any, sizes: Sequence[BlockSize]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -172,7 +172,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             ValueError: its weights do not fit its config, are no floating point numbers or not finite, or a file is
                 damaged; the message names it.
         """
-        return load_model(cls, name, check=checks.check_stored, **options)
+        return load_model(cls, name, _num_layers, **options)
 
     @property
     def null_label(self) -> int:
@@ -382,6 +382,12 @@ class TARFlow(ModelMixin, ConfigMixin):
         """Refuse levels that the flow was not trained on. It reads the values, so it is not for training steps."""
         if self.config.noise_range is not None and noise_level is not None:
             checks.check_noise_range(noise_level, self.config.noise_range)
+
+
+def _num_layers(arguments: Mapping[str, Any]) -> int:
+    """How many blocks and layers a stored flow has, each of which has weights."""
+    shared, depths = arguments.get("shared_layers", 0), arguments["num_layers"]
+    return len(depths) + shared + sum(max(depth - shared, 0) for depth in depths)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

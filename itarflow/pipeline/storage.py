@@ -3,44 +3,50 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
-import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypedDict, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from filelock import FileLock, Timeout
+from msgspec import Meta
 from PIL import Image
+from torch import nn
 
 from itarflow.codec import CodecConfig, Vae, load_vae
 from itarflow.denoisers.load import stored_flow
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.inverse.guidance import Guidance
-from itarflow.pipeline.model_card import PICTURE, is_generated, signed
+from itarflow.pipeline.folder import (
+    CARD,
+    PARTS,
+    check_no_links,
+    finish_folder,
+    is_free,
+    locked_folder,
+    put_in_place,
+    staged,
+    stored_checksums,
+)
+from itarflow.pipeline.model_card import PICTURE, signed
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import LOCK, PARTIAL, write_json, write_text
+from itarflow.runtime.files import write_json, write_text
 from itarflow.runtime.hub import INDEX, folder_of, read_index, rewrite_json, upload
 from itarflow.runtime.json_file import read_json
 from itarflow.runtime.model_folder import (
     CONFIG,
     DOWNLOAD,
-    WEIGHTS,
     check_arguments,
     check_bounded,
     check_finite,
     read_arguments,
     read_heads,
-    sha256_of,
 )
 from itarflow.runtime.pipeline_index import (
-    CHECKSUMS,
-    IN_REPOSITORY,
     SETTINGS,
     SHARED,
     checked_files,
@@ -51,15 +57,13 @@ from itarflow.runtime.pipeline_index import (
 from itarflow.runtime.text import listed, printable
 
 logger = logging.get_logger(__name__)
+T = TypeVar("T")
 
-CARD = "README.md"
 _FILES = ("*.json", "*.safetensors", CARD)
 _EXPECTED = (
     "a pipeline, such as runs/NAME/pipeline of a finished training run; an official .pth file is turned into one by "
     "`itarflow convert`"
 )
-_PARTS = ("flow", "scheduler", "vae")
-_PATIENCE = 60.0  # seconds that another command may take to note something in a folder
 
 
 class StoredPipeline(DiffusionPipeline):
@@ -98,15 +102,15 @@ class StoredPipeline(DiffusionPipeline):
                 "push_to_hub=True is not an option of save_pretrained here; call pipe.push_to_hub(repo_id)."
             )
         folder = Path(save_directory)
-        _check_no_links(folder)
+        check_no_links(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), _staged(folder) as stage:
+        with locked_folder(folder), staged(folder) as stage:
             super().save_pretrained(stage, **kwargs)
-            finish_folder(stage, _checksums(folder))
+            finish_folder(stage, stored_checksums(folder))
             if picture is not None:
                 picture.save(stage / PICTURE)
-            _move(stage, folder, kwargs.get("variant"))
-            if _is_free(folder / CARD):
+            put_in_place(stage, folder, kwargs.get("variant"))
+            if is_free(folder / CARD):
                 self._write_card(folder)
             else:
                 logger.warning(f"{folder / CARD} was written by hand and stays as it is.")
@@ -134,12 +138,12 @@ class StoredPipeline(DiffusionPipeline):
         Raises:
             OSError: the folder can't be written, or another command is writing into it for long.
         """
-        with _locked(folder):
+        with locked_folder(folder):
             index = read_index(folder)
             index[name] = change(index.get(name))
             self.register_to_config(**{key: index[key] for key in SETTINGS if key in index})
             write_json(folder / INDEX, index)
-            generated = _is_free(folder / CARD)
+            generated = is_free(folder / CARD)
             if generated:
                 self._write_card(folder)
         return generated
@@ -180,8 +184,8 @@ class StoredPipeline(DiffusionPipeline):
                 settings["guidance"] = _guidance(settings["guidance"], folder)
             for part, dtype in ((part, dtypes.get(part, dtypes.get("default"))) for part in ("flow", "vae")):
                 if dtype is not None and parts[part] is not None and part not in given:
-                    parts[part].to(dtype)
-            pipeline = cls(**{**settings, **parts})
+                    nn.Module.to(parts[part], dtype)  # diffusers' own warns of what does not concern us
+            pipeline = _built(cls, {**settings, **parts}, folder)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -217,67 +221,9 @@ class StoredPipeline(DiffusionPipeline):
             return upload(folder, repo_id, before=describe, **options)
 
 
-def finish_folder(folder: Path, checksums: Mapping[str, str] | None = None) -> None:
-    """Make a folder that diffusers has written loadable by its generic loader too, and free of private paths.
-
-    Args:
-        folder: of a pipeline.
-        checksums: of files of weights that are not in it, but will lie beside.
-    """
-    rewrite_json(folder / "flow" / CONFIG, {})
-    if (folder / "vae").is_dir():
-        finish_vae(folder / "vae")
-    for name, source in _MODULES.items():
-        write_text(folder / name, source)
-    found = {file.relative_to(folder).as_posix(): sha256_of(file) for file in sorted(folder.rglob("*.safetensors"))}
-    rewrite_json(folder / INDEX, {**IN_REPOSITORY, CHECKSUMS: {**(checksums or {}), **found}})
-
-
-# diffusers' generic loader, given a Hub id, only looks for modules in the repository: so there are one-line modules
-# for those who use it and trust remote code. Ours does without.
-_MODULES = {
-    "pipeline.py": "from itarflow import ITARFlowPipeline  # noqa: F401\n",
-    "flow/modeling_flow.py": "from itarflow import TARFlow  # noqa: F401\n",
-    "scheduler/scheduling_denoise.py": "from itarflow import DenoiseScheduler  # noqa: F401\n",
-}
-
-
-def finish_vae(folder: Path) -> None:
-    """Free the folder of a VAE, as diffusers has written it, of private paths and of an invalid setting."""
-    kind = read_json(folder / CONFIG, dict[str, Any]).get("_class_name")
-    # An AutoencoderTiny writes this, and on loading warns that it does not know it.
-    rewrite_json(folder / CONFIG, {}, ("block_out_channels",) if kind == "AutoencoderTiny" else ())
-
-
-def foreign_entries(folder: Path) -> list[str]:
-    """The files and folders in a folder, at any depth, that are none of a pipeline's, in order.
-
-    A link, to whatever, is none of them, unless it is into the blobs of the Hub's cache.
-    """
-    found = []
-    for place, folders, files in os.walk(folder):  # does not go into links
-        inside = Path(place).relative_to(folder)
-        for name in [*folders, *files]:
-            path = (inside / name).as_posix()
-            if path.startswith(f"{PARTIAL}") or path == LOCK:
-                continue
-            if not _ours(path) or (folder / path).is_symlink() or (name in folders) != (path in _PARTS):
-                found.append(path)
-    return sorted(found)
-
-
-_FILE = re.compile(rf"(flow|vae)/(config\.json|{WEIGHTS}[\w.-]*\.(safetensors|safetensors\.index[\w.-]*\.json))")
-
-
-def _ours(path: str) -> bool:
-    """Whether a pipeline has a file or a folder of that path."""
-    names = {INDEX, CARD, PICTURE, ".gitattributes", "scheduler/scheduler_config.json", *_PARTS, *_MODULES}
-    return path in names or _FILE.fullmatch(path) is not None
-
-
 def _parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
     """Flow, scheduler and VAE, those that are not given read from the folder."""
-    parts = {name: given[name] for name in _PARTS if name in given}
+    parts = {name: given[name] for name in PARTS if name in given}
     if "scheduler" not in parts:
         path = folder / "scheduler" / DenoiseScheduler.config_name
         arguments = read_arguments(path, DenoiseScheduler.__init__)
@@ -292,11 +238,41 @@ def _parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], var
 def _vae(folder: Path, index: Mapping[str, Any], variant: str | None) -> Vae:
     """The VAE in a pipeline's folder; not by diffusers alone, which would fill missing tensors with random values."""
     files, config = checked_files(folder, "vae", index, variant), folder / "vae" / CONFIG
-    check_bounded(read_json(config, dict[str, Any]), read_heads(files), config)
-    vae = load_vae(CodecConfig(vae=str(folder / "vae")), variant=variant)
+    heads = read_heads(files)
+    read_json(config, _VaeConfig)
+    check_bounded(read_json(config, dict[str, Any]), heads, config)
+    try:
+        vae = load_vae(CodecConfig(vae=str(folder / "vae")), variant=variant)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{config} or its weights are damaged: {error}") from error
+    held, stored = (sum(map(math.prod, shapes)) for shapes in (
+        [tensor.shape for tensor in vae.state_dict().values()], [one.shape for one in heads.values()]))  # fmt: skip
+    if held != stored:  # names of tensors have changed over the years
+        raise DataError(f"{config} is of a VAE of {held:,} numbers; its weights hold {stored:,}: copy it again")
     for name, tensor in vae.state_dict().items():
         check_finite(name, tensor, str(folder / "vae"))
     return vae
+
+
+class _VaeConfig(TypedDict, total=False):
+    """What is read of a VAE's config, besides by diffusers."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    scaling_factor: Annotated[float, Meta(gt=0, le=1e6)]
+    shift_factor: Annotated[float, Meta(ge=-1e6, le=1e6)] | None
+    latents_mean: Annotated[list[float], Meta(min_length=1)] | None
+    latents_std: Annotated[list[Annotated[float, Meta(gt=0)]], Meta(min_length=1)] | None
+    block_out_channels: list[int]
+    encoder_block_out_channels: list[int]
+    layers_per_block: Annotated[int, Meta(ge=1)]
+    norm_num_groups: Annotated[int, Meta(ge=1)]
+    down_block_types: list[str]
+    up_block_types: list[str]
+    force_upcast: bool
+    mid_block_add_attention: bool
+    sample_size: int | list[int] | None
 
 
 def _guidance(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -308,87 +284,16 @@ def _guidance(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {name: getattr(known, name) for name in values}
 
 
+def _built(kind: Callable[..., T], arguments: Mapping[str, Any], folder: Path) -> T:
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise DataError(f"{printable(str(folder / INDEX))} does not fit the flow: {printable(str(error))}") from error
+
+
 def _dtypes(given: Any) -> dict[str, torch.dtype]:
     """The dtypes that a call asks for, by part; "default" for the others."""
     asked = given if isinstance(given, dict) else {} if given is None else {"default": given}
     if wrong := [one for one in asked.values() if not isinstance(one, torch.dtype)]:
         raise ValueError(f"torch_dtype is {wrong[0]!r}; expected a torch.dtype, such as torch.bfloat16.")
     return asked
-
-
-def _check_no_links(folder: Path) -> None:
-    """Refuse folders of a pipeline that are links: what is written would go elsewhere. Raises OSError."""
-    if links := [str(folder / part) for part in _PARTS if (folder / part).is_symlink()]:
-        raise OSError(f"{printable(links[0])} is a link to another folder, which is not written through; remove it.")
-
-
-def _is_free(card: Path) -> bool:
-    """Whether a model card may be written: there is none, or one that was generated and never edited since."""
-    if not card.is_file():
-        return not card.is_dir()
-    try:
-        return is_generated(card.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Wait for other commands that write into a folder."""
-    lock = FileLock(folder / LOCK, timeout=_PATIENCE)  # never through a link
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise OSError(f"{folder} is being written by another command for long; try again at its end.") from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
-
-
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder` to write to, which is removed after, as are those of killed calls."""
-    for left in folder.glob(f"{PARTIAL}*"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=PARTIAL) as stage:
-        yield Path(stage)
-
-
-def _checksums(folder: Path) -> dict[str, str]:
-    """The checksums that an older pipeline in a folder holds of weights that are still there."""
-    try:
-        stored = read_index(folder).get(CHECKSUMS)
-    except (OSError, ValueError):
-        return {}
-    return (
-        {name: value for name, value in stored.items() if (folder / name).is_file()}
-        if isinstance(stored, dict)
-        else {}
-    )
-
-
-def _move(stage: Path, folder: Path, variant: str | None) -> None:
-    """Put what was written in its place, the index last, and remove what an older pipeline had in its stead."""
-    files = sorted(
-        (path.relative_to(stage) for path in stage.rglob("*") if path.is_file()), key=lambda p: p.name == INDEX
-    )
-    for file in files:
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(stage / file, folder / file)  # a link is replaced, not followed
-    dot = "" if variant is None else re.escape(f".{variant}")
-    stale = re.compile(rf"{WEIGHTS}({dot}(-\d+-of-\d+)?\.(safetensors|bin)|\.(safetensors|bin)\.index{dot}\.json)")
-    for part in ("flow", "vae"):
-        gone = not (stage / part).is_dir()
-        for path in (folder / part).glob("*"):
-            inside = path.relative_to(folder)
-            if inside not in files and (stale.fullmatch(path.name) or (gone and _ours(inside.as_posix()))):
-                path.unlink()
-        if gone:
-            with suppress(OSError):  # there is something else in it, or it is not there
-                (folder / part).rmdir()

@@ -33,6 +33,7 @@ DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_downloa
 """Options of a download from the Hub."""
 LARGEST = 2**20
 """Of the whole numbers in a config; no size of a model comes near it."""
+_LARGEST_FLOAT = torch.finfo(torch.float32).max
 _OF_DIFFUSERS = ("low_cpu_mem_usage", "disable_mmap", "offload_folder", "offload_state_dict", "max_memory", "provider",
                  "sess_options", "user_agent", "dduf_entries", "use_flashpack")  # fmt: skip
 _TYPES = ("F32", "F16", "BF16", "F64")
@@ -217,7 +218,7 @@ def check_numbers(config: Mapping[str, Any], name: str) -> None:
     """Refuse a config with a number that is not finite, or beyond `LARGEST`; raises DataError."""
     for key, value in config.items():
         for number in _numbers(value):
-            if not math.isfinite(number) or (isinstance(number, int) and abs(number) > LARGEST):
+            if not abs(number) <= (LARGEST if isinstance(number, int) else _LARGEST_FLOAT):
                 shown = printable(f"{key} is {value}")[:80]
                 raise DataError(f"{printable(name)} is damaged: {shown}; {_AGAIN}")
 
@@ -249,8 +250,8 @@ def check_bounded(config: Mapping[str, Any], heads: Mapping[str, StoredTensor], 
 def load_model(
     kind: type[Model],
     name: str | os.PathLike[str],
+    num_layers: Callable[[Mapping[str, Any]], int],
     *,
-    check: Callable[[Mapping[str, Any], int], None],
     subfolder: str = "",
     variant: str | None = None,
     dtype: torch.dtype | None = None,
@@ -263,7 +264,7 @@ def load_model(
     Args:
         kind: its class, whose arguments are in the config.
         name: a folder, or a Hub id (NAME/MODEL).
-        check: check(arguments, number of tensors) raises ValueError before the model is built.
+        num_layers: how many layers the model of some arguments has: more than there are tensors are never built.
         subfolder: of the folder.
         variant: of the weights, such as "fp16".
         dtype: of the weights; None = float32.
@@ -288,7 +289,9 @@ def load_model(
     files, config = weight_files(folder, variant), folder / CONFIG
     arguments = read_arguments(config, kind.__init__)
     try:
-        check(arguments, len(read_heads(files)))
+        layers, tensors = num_layers(arguments), len(read_heads(files))
+        if layers > tensors:
+            raise ValueError(f"it asks for {layers:,} layers, but the weights have only {tensors:,} tensors")
         with torch.device("meta"):  # without storage, so that a wrong size costs nothing
             model = kind(**arguments)
     except DataError:
@@ -296,7 +299,8 @@ def load_model(
     except Exception as error:  # whatever impossible sizes raise
         raise DataError(f"{config} is damaged: {error}; {_AGAIN}") from error
     load_weights(model, files, config)
-    return model.to(device=device_map, dtype=dtype or torch_dtype or torch.float32).eval()
+    # As nn.Module does, since diffusers' own warns of what does not concern us.
+    return nn.Module.to(model, device=device_map, dtype=dtype or torch_dtype or torch.float32).eval()
 
 
 def load_weights(model: nn.Module, files: Collection[Path], config: Path) -> None:

@@ -57,6 +57,7 @@ class _Index(TypedDict, total=False):
     _shared: dict[str, str | None]
 
 
+_DEEPEST = 32  # a recipe has 4 levels
 SETTINGS = ("guidance", "class_names", "training", "plans", "evaluations")
 """What an index holds besides the parts: arguments of the pipeline."""
 
@@ -82,6 +83,8 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
             f"{place} names {printable(str(index['vae']))} as vae; expected one of {', '.join(VAE_KINDS)} of "
             "diffusers. Other classes are not looked for; take another checkpoint."
         )
+    if _depth(index) > _DEEPEST:
+        raise DataError(f"{place} is damaged: it is nested deeper than {_DEEPEST} levels; copy or download it again")
     as_type(index, _Index, place)
     check_no_pickle(folder / "flow")
     return index
@@ -153,6 +156,15 @@ def with_known_words(build: type[T], arguments: dict[str, Any], where: str) -> T
                 )
             return built
     raise DataError(f"{where} is damaged: {printable(str(refusal))}") from refusal
+
+
+def _depth(value: Any) -> int:
+    """How deeply lists and dicts are nested in a value; without recursion, which has a limit."""
+    depth, level = 0, [value]
+    while level := [entry for one in level if isinstance(one, list | dict)
+                    for entry in (one.values() if isinstance(one, dict) else one)]:  # fmt: skip
+        depth += 1
+    return depth
 
 
 def _check_class(place: str, part: str, named: Any, kind: str) -> None:

@@ -33,7 +33,7 @@ from itarflow.inverse.solvers import Solver
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import weights_digest, write_json
-from itarflow.runtime.seeds import image_seeds
+from itarflow.runtime.seeds import image_seeds, seeded_images
 from itarflow.runtime.text import flat, listed, printable
 
 LabelRule = Literal["balanced", "random", "none"]
@@ -230,7 +230,7 @@ def generate(
         given = given_labels(labels)
         if given is None and guidance is not None and guidance.temperature == 1:
             guidance = replace(guidance, weight=0.0)  # none of this batch has a label to guide by
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start:stop]]
+        generators = seeded_images(seeds[start:stop])
         noisy = pipe(
             class_labels=[None if label < 0 else label for label in labels.tolist()],
             guidance=guidance,

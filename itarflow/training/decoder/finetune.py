@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
 from itarflow.data.load import ImageData, load_data
 from itarflow.data.loader import Batch
-from itarflow.pipeline.storage import finish_vae
+from itarflow.pipeline.folder import finish_vae
 from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.files import atomically, replace_folder, write_json
 from itarflow.runtime.json_file import as_type
