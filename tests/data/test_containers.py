@@ -10,6 +10,7 @@ import datasets
 import pytest
 from image_files import TYPED, damage, load, typed_columns, values, write_classes
 
+from itarflow.data.sources import open_splits
 from itarflow.runtime.errors import DataError
 
 
@@ -38,7 +39,7 @@ def test_files_of_other_kinds(tmp_path: Path, name: str, advice: str) -> None:
 def test_an_archive_beside_pictures_is_told(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "x", {"a": 1})
     (folder / "x.zip").write_bytes(b"?")
-    assert load(folder).left_out == ("1 file of an unknown kind (1 .zip) in x/, such as x/x.zip",)
+    assert open_splits(str(folder)).left_out == ("1 file of an unknown kind (1 .zip) in x/, such as x/x.zip",)
 
 
 def saved(folder: Path) -> Path:
