@@ -87,6 +87,15 @@ def test_folder_of_save_to_disk_that_is_damaged(tmp_path: Path) -> None:
     os.mkfifo(arrow)
     with pytest.raises(DataError, match="is no file of that folder"):
         load(tmp_path)
+    for names, problem in [(["train", ""], "lacks the split ''"), (["../x"], "lacks the split"), ([1], "damaged")]:
+        (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": names}))
+        with pytest.raises(DataError, match=problem):
+            load(tmp_path)
+    (tmp_path / "test" / "dataset_dict.json").write_text('{"splits": ["x"]}')
+    (tmp_path / "test" / "state.json").unlink()
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    with pytest.raises(DataError, match=r"state.json' can't be read: No such file"):
+        load(tmp_path)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "gone"]}')
     with pytest.raises(DataError, match="lacks the split 'gone'"):
         load(tmp_path)

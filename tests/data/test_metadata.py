@@ -80,6 +80,7 @@ def test_one_folder_of_described_pictures_is_no_class(tmp_path: Path) -> None:
     data = load(folder)
     assert data.class_names == ()
     assert len(data.train) == 2
+    assert told(folder)[-1].startswith("labels: x/metadata.csv has none, and hides the folders")
     assert "2 pictures of 4 that x/metadata.csv says nothing of, such as x/masks/000.png" in told(folder)
 
 
@@ -166,8 +167,9 @@ def test_labels_of_edm(tmp_path: Path) -> None:
 
 
 def test_edm_without_labels(tmp_path: Path) -> None:
-    data = load(write_edm(tmp_path, None))
+    data = load(write_edm(tmp_path / "x", None))
     assert (len(data.train), data.class_names) == (4, ())
+    assert told(tmp_path / "x") == ("labels: x/dataset.json says that there are none",)
 
 
 def test_pictures_that_edm_does_not_label_are_counted(tmp_path: Path) -> None:
