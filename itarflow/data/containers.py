@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import datasets
 
@@ -60,6 +60,9 @@ def refuse_containers(listing: Listing) -> None:
             )
 
 
+_T = TypeVar("_T")
+
+
 class _DataFile(TypedDict):
     filename: str
 
@@ -85,19 +88,26 @@ def open_saved(folder: Path) -> dict[str, datasets.Dataset]:
     class Splits(TypedDict):
         splits: list[str]
 
-    names = read_json(folder / _DICT, Splits)["splits"]
+    names = _read(folder / _DICT, Splits)["splits"]
     for name in names:
-        if not is_saved(folder / name) or Path(name).name != name:
+        if Path(name).name != name or not name or not is_saved(folder / name):
             raise DataError(f"{str(folder)!r} lacks the split {name!r} that its {_DICT} names")
     return {name: _open_one(folder / name) for name in names}
 
 
+def _read(file: Path, of: type[_T]) -> _T:
+    try:
+        return read_json(file, of)
+    except OSError as error:
+        raise DataError(f"{str(file)!r} can't be read: {error.strerror}; copy it again") from error
+
+
 def _open_one(folder: Path) -> datasets.Dataset:
-    for part in read_json(folder / _STATE, _State)["_data_files"]:
+    for part in _read(folder / _STATE, _State)["_data_files"]:
         file = folder / part["filename"]
         if file.parent != folder or not file.is_file():  # nor a pipe, which would be waited for
             raise DataError(f"{str(file)!r}, which {_STATE} names, is no file of that folder; copy it again")
-    info = read_json(folder / _INFO, dict)
+    info = _read(folder / _INFO, dict)
     check_features(info.get("features") or {}, str(folder / _INFO))
     try:
         return datasets.Dataset.load_from_disk(str(folder)).with_format(None)

@@ -105,7 +105,9 @@ def _part(listing: Listing, root: Parts, notes: list[str]) -> _Part:
     homes = homes_below(listing, root)
     everything = [(*root, *home, name) for home, names in sorted(homes.items()) for name in names]
     descriptions = descriptions_of(listing, root)
-    if any(file[-1] == LABELS and edm_labels(listing.root.joinpath(*file)) is None for file in descriptions):
+    unlabelled = [file for file in descriptions if file[-1] == LABELS and not edm_labels(listing.root.joinpath(*file))]
+    if unlabelled:
+        notes.append(f"labels: {listing.show(unlabelled[0])} says that there are none")
         return _Part(root, everything, unlabelled=True)
     if descriptions:
         described = describe(listing, root, descriptions)
@@ -118,8 +120,8 @@ def _part(listing: Listing, root: Parts, notes: list[str]) -> _Part:
         return _Part(root, described.files, described.columns, " and ".join(map(listing.show, descriptions)))
     if _are_buckets(homes):
         notes.append(
-            f"the names of folders {_list(sorted(home[0] for home in homes))} in {listing.show(root)}/: a thousand "
-            f"pictures in each, by their numbers, are no classes; rename the folders if they are"
+            f"labels: folders {_list(sorted(home[0] for home in homes))} in {listing.show(root)}/ hold a thousand "
+            "pictures each, by their numbers, and are no classes; rename them if they are"
         )
         return _Part(root, everything, unlabelled=True)
     return _Part(root, everything)
@@ -156,7 +158,10 @@ def _class_folders(listing: Listing, parts: Mapping[str, _Part], notes: list[str
         return {}
     described = " and ".join(dict.fromkeys(part.described_by for part in parts.values() if part.described_by))
     if described and (depths != {1} or len(names) == 1):  # images/ beside metadata.csv is no class
-        notes.append(f"labels: {described} has none, and the folders of its pictures are not one folder a class")
+        notes.append(
+            f"labels: {described} has none, and hides the folders, which are not one folder a class; add a column "
+            f"{LABEL_NAMES[0]!r} to it, or put the pictures of each class into a folder"
+        )
         return {}
     if depths != {1}:
         deepest = "/".join(max((len(home), home) for home in homes)[1])

@@ -106,9 +106,12 @@ def edm_labels(file: Path) -> list[tuple[str, int]] | None:
     """Labels of EDM's dataset.json by file name; None if it says that there are none.
 
     Raises:
-        DataError: it is damaged, or its labels are no whole numbers from 0 on.
+        DataError: it can't be read, is damaged, or its labels are no whole numbers from 0 on.
     """
-    values = read_json(file, dict[str, Any], limit=_LARGEST)
+    try:
+        values = read_json(file, dict[str, Any], limit=_LARGEST)
+    except OSError as error:
+        raise DataError(f"{str(file)!r} can't be read: {error.strerror}; repair or remove it") from error
     if "labels" not in values:
         raise DataError(
             f'{printable(str(file))} has no "labels", as the dataset tools of StyleGAN and EDM write them; '

@@ -32,7 +32,7 @@ from itarflow.data.containers import is_saved, open_saved, refuse_container, ref
 from itarflow.data.folders import counted, list_folder, suffixes
 from itarflow.data.image_folder import open_image_folder
 from itarflow.data.parquet import ParquetRows, concatenate, open_parquet
-from itarflow.data.parquet_schema import check_class_names
+from itarflow.data.parquet_schema import check_class_names, stated_features
 from itarflow.data.splits import bare_names, match_splits, split_of_file
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, open_regular
@@ -114,7 +114,15 @@ def _row_ranges(split: str, tables: _Tables) -> list[tuple[str, range]]:
 def _take(tables: _Tables, ranges: Sequence[tuple[str, range]]) -> Rows:
     parts = [tables[name].select(rows) for name, rows in ranges]
     streamed = [part for part in parts if isinstance(part, ParquetRows)]
-    return concatenate(streamed) if streamed else datasets.concatenate_datasets(parts)
+    if streamed:
+        return concatenate(streamed)
+    for part in parts:
+        if part.features != parts[0].features:
+            raise DataError(
+                f"parts of split {'+'.join(name for name, _ in ranges)!r} differ in their columns or classes: "
+                f"{parts[0].features} and {part.features}; write them alike, or name one"
+            )
+    return datasets.concatenate_datasets(parts)
 
 
 def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: bool = False) -> Tables:
@@ -291,8 +299,14 @@ def _open_parquet(
         name, others = splits[""][0], ", ".join(sorted(filter(None, splits)))
         raise DataError(f"{name!r} is of no split, while other files are ({others}); rename or move it")
     meant = match_splits(path, wanted, splits)
-    check_class_names({file: schemas[file] for split in meant.values() for file in splits[split]})
+    for split in meant.values():
+        check_class_names({file: schemas[file] for file in splits[split]})
     if streaming:
         return {name: open_parquet(splits[split]) for name, split in meant.items()}
     patterns = {name: [glob.escape(file) for file in splits[split]] for name, split in meant.items()}
-    return _prepare(path, wanted, "parquet", data_files=patterns)
+    features = [stated_features(schemas[splits[split][0]], splits[split][0]) for split in meant.values()]
+    if all(other == features[0] for other in features):
+        return _prepare(path, wanted, "parquet", data_files=patterns)
+    # Each by itself: a builder takes the columns of all splits for those of the first.
+    parts = [_prepare(path, [name], "parquet", data_files={name: patterns[name]}) for name in wanted]
+    return {name: part[name] for name, part in zip(wanted, parts, strict=True)}

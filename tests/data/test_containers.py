@@ -10,6 +10,7 @@ import datasets
 import pytest
 from image_files import TYPED, damage, load, typed_columns, values, write_classes
 
+from itarflow.data.sources import open_splits
 from itarflow.runtime.errors import DataError
 
 
@@ -38,7 +39,7 @@ def test_files_of_other_kinds(tmp_path: Path, name: str, advice: str) -> None:
 def test_an_archive_beside_pictures_is_told(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "x", {"a": 1})
     (folder / "x.zip").write_bytes(b"?")
-    assert load(folder).left_out == ("1 file of an unknown kind (1 .zip) in x/, such as x/x.zip",)
+    assert open_splits(str(folder)).left_out == ("1 file of an unknown kind (1 .zip) in x/, such as x/x.zip",)
 
 
 def saved(folder: Path) -> Path:
@@ -85,6 +86,15 @@ def test_folder_of_save_to_disk_that_is_damaged(tmp_path: Path) -> None:
     arrow.unlink()
     os.mkfifo(arrow)
     with pytest.raises(DataError, match="is no file of that folder"):
+        load(tmp_path)
+    for names, problem in [(["train", ""], "lacks the split ''"), (["../x"], "lacks the split"), ([1], "damaged")]:
+        (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": names}))
+        with pytest.raises(DataError, match=problem):
+            load(tmp_path)
+    (tmp_path / "test" / "dataset_dict.json").write_text('{"splits": ["x"]}')
+    (tmp_path / "test" / "state.json").unlink()
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["test"]}')
+    with pytest.raises(DataError, match=r"state.json' can't be read: No such file"):
         load(tmp_path)
     (tmp_path / "dataset_dict.json").write_text('{"splits": ["train", "gone"]}')
     with pytest.raises(DataError, match="lacks the split 'gone'"):

@@ -23,8 +23,8 @@ def names_of(path: Path) -> list[str]:
     return [os.path.relpath(row["path"], path) for row in table.with_format("arrow")[:]["image"].to_pylist()]
 
 
-def told(path: Path, **options: str) -> str:
-    return "\n".join(open_splits(str(path), **options).left_out)
+def told(path: Path, **options: str) -> tuple[str, ...]:
+    return open_splits(str(path), **options).left_out
 
 
 # Files of other kinds
@@ -38,7 +38,7 @@ def test_formats_of_pillow_are_read(tmp_path: Path, suffix: str) -> None:
     data = load(tmp_path)
     assert len(data.train) == 3
     assert [data.train[index].broken for index in range(3)] == [None] * 3
-    assert data.left_out == ()
+    assert told(tmp_path) == ()
 
 
 def test_pictures_without_a_suffix_are_known_by_their_beginning(tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_pictures_without_a_suffix_are_known_by_their_beginning(tmp_path: Path) 
     (tmp_path / "a" / "README").write_text("a text")
     assert values(load(tmp_path).train) == [0, 7]
     assert told(tmp_path) == (
-        f"1 file of an unknown kind (1 no suffix) in {tmp_path.name}/, such as {tmp_path.name}/a/README"
+        f"1 file of an unknown kind (1 no suffix) in {tmp_path.name}/, such as {tmp_path.name}/a/README",
     )
 
 
@@ -57,7 +57,7 @@ def test_files_of_unknown_kinds_are_counted(tmp_path: Path) -> None:
         (folder / "a" / f"{number}.heic2").write_bytes(b"?")
     (folder / "notes.txt").write_text("?")
     (folder / "Thumbs.db").write_text("?")
-    assert told(folder) == "4 files of an unknown kind (3 .heic2, 1 .txt) in mixed/, such as mixed/notes.txt"
+    assert told(folder) == ("4 files of an unknown kind (3 .heic2, 1 .txt) in mixed/, such as mixed/notes.txt",)
 
 
 def test_folder_of_unknown_files_alone_says_so(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_classes_without_pictures_are_named(tmp_path: Path) -> None:
     (folder / "e" / "x.heic2").write_bytes(b"?")
     data = load(folder)
     assert data.class_names == ("a", "b")
-    assert "class folders without pictures: c, d, e" in data.left_out
-    assert "1 link to nowhere in mixed/, such as mixed/d" in data.left_out
+    assert "class folders without pictures: c, d, e" in told(folder)
+    assert "1 link to nowhere in mixed/, such as mixed/d" in told(folder)
 
 
 def test_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_special_files_are_left_out(tmp_path: Path) -> None:
         server.bind(os.path.relpath(folder / "socket.png"))
         data = load(folder)
     assert values(data.train) == [0]
-    assert data.left_out == (
+    assert told(folder) == (
         "4 special files (pipe, device, socket) in x/, such as x/pipe.parquet",
         "1 link to nowhere in x/, such as x/a/loop",
     )
@@ -118,7 +118,7 @@ def test_links_to_folders_above_end(tmp_path: Path) -> None:
         (folder / "a" / f"up{number}").symlink_to("..")
         (folder / "a" / f"higher{number}").symlink_to("../..")
     assert names_of(folder) == ["a/000.png", "b/000.png"]
-    assert told(folder) == "6 links to what is there already in x/, such as x/a/higher0"
+    assert told(folder) == ("6 links to what is there already in x/, such as x/a/higher0",)
 
 
 def test_linked_folders_are_followed_once_and_go_by_their_own_name(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_linked_folders_are_followed_once_and_go_by_their_own_name(tmp_path: Pat
     data = load(folder)
     assert data.class_names == ("cat", "dog")
     assert data.train.labels.tolist() == [0, 0, 1]
-    assert data.left_out[0] == "1 link to what is there already in x/, such as x/again"
+    assert told(folder)[0] == "1 link to what is there already in x/, such as x/again"
 
 
 def test_no_file_of_proc_is_waited_for() -> None:
@@ -144,7 +144,7 @@ def test_file_names_that_are_no_utf8_are_told(tmp_path: Path) -> None:
     folder = write_classes(tmp_path / "x", {"a": 1})
     (folder / "a" / os.fsdecode(b"z\xff.png")).write_bytes(encoded(1))
     assert len(load(folder).train) == 1
-    assert told(folder) == (r"1 file with a name that is not UTF-8 (rename it) in x/, such as x/a/z\udcff.png")
+    assert told(folder) == (r"1 file with a name that is not UTF-8 (rename it) in x/, such as x/a/z\udcff.png",)
 
 
 def test_class_folder_that_is_no_utf8_is_named(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_buckets_of_a_thousand_are_no_classes(tmp_path: Path) -> None:
         data = load(tmp_path / name)
         assert data.class_names == ()
         assert len(data.train) == 4
-        assert "are no classes" in data.left_out[0]
+        assert "and are no classes" in told(tmp_path / name)[0]
     assert load(tmp_path / "other").class_names == ("00000", "00001", "00002")
 
 
@@ -228,15 +228,17 @@ def test_folder_beside_splits_is_a_split(tmp_path: Path) -> None:
     data = load(tmp_path, held_out_split="val")
     assert (len(data.train), len(data.held_out)) == (1, 2)
     assert len(load(tmp_path, split="unlabeled").train) == 3
-    assert "folders beside train, val, taken for splits of their own: unlabeled" in data.left_out
-    assert data.left_out[-1].startswith("1 picture outside of train, val")
+    assert "folders beside train, val, taken for splits of their own: unlabeled" in told(
+        tmp_path, held_out_split="val"
+    )
+    assert told(tmp_path, held_out_split="val")[-1].startswith("1 picture outside of train, val")
 
 
 def test_class_with_the_name_of_a_split_is_told(tmp_path: Path) -> None:
     write_classes(tmp_path, {"train": 1, "plane": 1})
     data = load(tmp_path)
     assert data.class_names == ("plane", "train")
-    assert data.left_out == ("no split by the name of folder train: it is taken for a class, beside plane",)
+    assert told(tmp_path) == ("no split by the name of folder train: it is taken for a class, beside plane",)
 
 
 def test_empty_split_is_said_where_it_is_missing(tmp_path: Path) -> None:

@@ -13,6 +13,10 @@ from itarflow.data.sources import open_splits
 from itarflow.runtime.errors import DataError
 
 
+def told(path: Path, **options: str) -> tuple[str, ...]:
+    return open_splits(str(path), **options).left_out
+
+
 def rows(path: Path, column: str, **options: str) -> list[object]:
     return open_splits(str(path), **options).train.with_format("arrow")[:][column].to_pylist()
 
@@ -22,7 +26,7 @@ def test_captions_leave_the_labels_of_the_folders(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("file_name,text\na/000.png,one\na/001.png,two\nb/000.png,three\n")
     data = load(tmp_path)
     assert (data.class_names, data.train.labels.tolist()) == (("a", "b"), [0, 0, 1])
-    assert data.left_out == ()
+    assert told(tmp_path) == ()
     assert rows(tmp_path, "text") == ["one", "two", "three"]
 
 
@@ -32,7 +36,7 @@ def test_pictures_that_are_not_listed_are_counted(tmp_path: Path) -> None:
     (folder / "metadata.csv").write_text("\n".join(lines))
     data = load(folder)
     assert (values(data.train), data.train.labels.tolist()) == ([3, 1], [1, 0])
-    assert data.left_out == (
+    assert told(folder) == (
         "2 lines of x/metadata.csv without a picture, such as gone.png",
         "1 line of x/metadata.csv that describe a picture again, such as 003.png",
         "3 pictures of 5 that x/metadata.csv says nothing of, such as x/000.png",
@@ -46,7 +50,7 @@ def test_labels_of_the_file_win_over_folders_and_it_is_said(tmp_path: Path) -> N
     )
     data = load(folder)
     assert data.train.labels.tolist() == [1, 0]
-    assert data.left_out == (
+    assert told(folder) == (
         "the class folders a, b: the labels are those of column 'label' of x/metadata.jsonl; for labels by folder "
         "rename the column, or remove the file",
     )
@@ -76,7 +80,8 @@ def test_one_folder_of_described_pictures_is_no_class(tmp_path: Path) -> None:
     data = load(folder)
     assert data.class_names == ()
     assert len(data.train) == 2
-    assert "2 pictures of 4 that x/metadata.csv says nothing of, such as x/masks/000.png" in data.left_out
+    assert told(folder)[-1].startswith("labels: x/metadata.csv has none, and hides the folders")
+    assert "2 pictures of 4 that x/metadata.csv says nothing of, such as x/masks/000.png" in told(folder)
 
 
 def test_metadata_of_one_split_only(tmp_path: Path) -> None:
@@ -86,7 +91,7 @@ def test_metadata_of_one_split_only(tmp_path: Path) -> None:
     described.write_text("file_name,text\na/000.png,one\nb/000.png,two\n")
     data = load(tmp_path, held_out_split="test")
     assert data.held_out.labels.tolist() == [0, 1]
-    assert data.left_out == ("columns that not all splits have: text",)
+    assert told(tmp_path, held_out_split="test") == ("columns that not all splits have: text",)
     described.write_text("file_name,label\na/000.png,1\nb/000.png,0\n")
     with pytest.raises(DataError, match=r"/test/ has none; expected labels in both"):
         load(tmp_path, held_out_split="test")
@@ -100,7 +105,7 @@ def test_one_file_may_describe_all_splits(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_text("\n".join(lines))
     data = load(tmp_path, held_out_split="test")
     assert (data.train.labels.tolist(), data.held_out.labels.tolist()) == ([0, 1], [0, 1])
-    assert data.left_out == ()
+    assert told(tmp_path, held_out_split="test") == ()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,7 @@ def test_columns_without_plain_values_are_told(tmp_path: Path) -> None:
     (folder / "metadata.jsonl").write_text('{"file_name": "000.png", "boxes": [{"x": 1}], "label": 0, "image": 1}')
     data = load(folder)
     assert data.train.labels.tolist() == [0]
-    assert data.left_out == ("columns of x/metadata.jsonl without texts or numbers: boxes",)
+    assert told(folder) == ("columns of x/metadata.jsonl without texts or numbers: boxes",)
 
 
 # dataset.json
@@ -158,18 +163,21 @@ def test_labels_of_edm(tmp_path: Path) -> None:
     data = load(write_edm(tmp_path, [2, 0, 1, 2]))
     assert (values(data.train), data.train.labels.tolist()) == ([0, 1, 2, 3], [2, 0, 1, 2])
     assert data.class_names == ("0", "1", "2")
-    assert data.left_out == ()
+    assert told(tmp_path) == ()
 
 
 def test_edm_without_labels(tmp_path: Path) -> None:
-    data = load(write_edm(tmp_path, None))
+    data = load(write_edm(tmp_path / "x", None))
     assert (len(data.train), data.class_names) == (4, ())
+    assert told(tmp_path / "x") == ("labels: x/dataset.json says that there are none",)
 
 
 def test_pictures_that_edm_does_not_label_are_counted(tmp_path: Path) -> None:
     data = load(write_edm(tmp_path / "x", [1, 0, 1]))
     assert data.train.labels.tolist() == [1, 0, 1]
-    assert data.left_out == ("1 picture of 4 that x/dataset.json says nothing of, such as x/00001/img00000003.png",)
+    assert told(tmp_path / "x") == (
+        "1 picture of 4 that x/dataset.json says nothing of, such as x/00001/img00000003.png",
+    )
 
 
 def test_edm_in_splits(tmp_path: Path) -> None:

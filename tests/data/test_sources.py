@@ -23,6 +23,7 @@ from image_files import (
     write_row_groups,
 )
 
+from itarflow.data.sources import open_splits
 from itarflow.runtime.errors import DataError
 
 
@@ -192,7 +193,7 @@ def test_parquet_names_that_tell_the_split_or_none(tmp_path: Path, names: list[s
 def test_pictures_beside_parquet_are_told(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x" / "a.parquet", typed_columns(2), TYPED)
     write_image(tmp_path / "x" / "overview.png")
-    left_out = load(tmp_path / "x").left_out
+    left_out = open_splits(str(tmp_path / "x")).left_out
     assert left_out == ("1 picture beside parquet files, such as x/overview.png",)
 
 
@@ -201,7 +202,7 @@ def test_unknown_files_beside_parquet_are_told(tmp_path: Path) -> None:
     for name in ("README.md", "prepare.json", "LICENSE", "b.parquet.part"):
         (tmp_path / "x" / name).write_text("?")
     (tmp_path / "x" / "c.parquet").symlink_to("nowhere")
-    assert load(tmp_path / "x").left_out == (
+    assert open_splits(str(tmp_path / "x")).left_out == (
         "1 file of an unknown kind (1 .part) in x/, such as x/b.parquet.part",
         "1 link to nowhere in x/, such as x/c.parquet",
     )
