@@ -171,8 +171,8 @@ def _texts(column: str, values: Mapping[str, pa.ChunkedArray]) -> Labels:
     distinct = pc.count_distinct(first).as_py()
     if distinct > 1000 and 2 * distinct > len(first):
         refused = (
-            f"label_column {column!r} holds {distinct:,} different texts in {len(first):,} images, which are no classes; "
-            "write what is one into a column of its own"
+            f"label_column {column!r} holds {distinct:,} different texts in {len(first):,} images, which are no "
+            "classes; write what is one into a column of its own"
         )
         return Labels(none, (), none, refused)
     names = sorted({text for part in values.values() for text in pc.unique(part).to_pylist()} - {None, ""})
