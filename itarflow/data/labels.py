@@ -22,6 +22,7 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import listed, printable
 
 _MOST_CLASSES = 10**6
+_LOOKED_AT = 10**6  # first rows that show whether values are classes
 
 
 @dataclass(frozen=True)
@@ -128,16 +129,17 @@ def _numbers(
     tables: Mapping[str, datasets.Dataset | ParquetRows], column: str, values: Mapping[str, pa.ChunkedArray]
 ) -> Labels:
     """Of numbers: classes 0 to the largest, if they are classes."""
-    together = pa.chunked_array([chunk for part in values.values() for chunk in part.chunks])
-    bounds, distinct = pc.min_max(together), pc.count_distinct(together).as_py()
     order = {part: torch.from_numpy(_integers(value)) for part, value in values.items()}
-    if distinct == 0:
+    bounds = [pc.min_max(value) for value in values.values()]
+    known = [bound for bound in bounds if bound["max"].as_py() is not None]
+    if not known:
         return Labels(order, (), order)
-    low, high = bounds["min"].as_py(), bounds["max"].as_py()
+    low, high = min(bound["min"].as_py() for bound in known), max(bound["max"].as_py() for bound in known)
+    distinct, at_least = _distinct(values, low, high)
     if max(high, -low) >= min(100 * distinct + 1000, _MOST_CLASSES):
         refused = (
-            f"label_column {column!r} holds {distinct:,} different value{'s' if distinct > 1 else ''}, {low} to "
-            f"{high} ({_place_of(high, tables, values)}), which are no classes 0, 1, ...: renumber them"
+            f"label_column {column!r} holds {at_least}{distinct:,} different value{'s' if distinct > 1 else ''}, "
+            f"{low} to {high} ({_place_of(high, tables, values)}), which are no classes 0, 1, ...: renumber them"
         )
         none = {part: torch.full_like(labels, -1) for part, labels in order.items()}
         return Labels(none, (), order, refused)
@@ -149,18 +151,31 @@ def _numbers(
     return Labels(order, tuple(str(label) for label in range(high + 1)), order)
 
 
+def _distinct(values: Mapping[str, pa.ChunkedArray], low: int, high: int) -> tuple[int, str]:
+    """How many different values there are; of large ones, which are refused anyway, only of the first rows."""
+    chunks = [chunk.drop_null().to_numpy(zero_copy_only=False) for part in values.values() for chunk in part.chunks]
+    if max(high, -low) < _MOST_CLASSES:
+        there = np.zeros(high - low + 1, bool)
+        for chunk in chunks:
+            there[chunk.astype(np.int64) - low] = True
+        return int(there.sum()), ""
+    together = np.concatenate([chunk[:_LOOKED_AT] for chunk in chunks])
+    cut = sum(map(len, chunks)) > _LOOKED_AT
+    return len(np.unique(together[:_LOOKED_AT])), "at least " if cut else ""
+
+
 def _texts(column: str, values: Mapping[str, pa.ChunkedArray]) -> Labels:
     """Of text: each is a class of this name, in their order; "" is none."""
-    found = {text for part in values.values() for text in pc.unique(part).to_pylist()} - {None, ""}
-    rows = sum(map(len, values.values()))
-    names = sorted(found)
     none = {part: torch.full((len(value),), -1, dtype=torch.int64) for part, value in values.items()}
-    if len(names) > 1000 and 2 * len(names) > rows:
+    first = next(iter(values.values())).slice(0, _LOOKED_AT)
+    distinct = pc.count_distinct(first).as_py()
+    if distinct > 1000 and 2 * distinct > len(first):
         refused = (
-            f"label_column {column!r} holds {len(names):,} different texts for {rows:,} images, which are no classes; "
-            "write what is one into a column of its own"
+            f"label_column {column!r} holds {distinct:,} different texts in {len(first):,} images, which are no "
+            "classes; write what is one into a column of its own"
         )
         return Labels(none, (), none, refused)
+    names = sorted({text for part in values.values() for text in pc.unique(part).to_pylist()} - {None, ""})
     known = pa.array(names, pa.large_string())
     classes = {
         part: torch.from_numpy(_integers(pc.index_in(value.cast(pa.large_string()), known)))

@@ -242,3 +242,32 @@ def test_large_sets_cost_nothing_until_asked() -> None:
     epoch = StreamedEpoch(np.full(10_000, 10_000), batch_size=256, shuffle_buffer=8192, seed=0, epoch=0)
     assert len(set(epoch[77_000_000:77_000_256].tolist())) == 256
     assert epoch._shuffled.cache_info().currsize <= 16
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        "",
+        "{",
+        "[" * 100_000,
+        "3",
+        '{"info": 3}',
+        '{"info": {"features": [1]}}',
+        '{"info": {"features": {"label": {"_type": "Nothing"}}}}',
+        '{"info": {"features": {"label": {"_type": "Value", "dtype": "q"}}}}',
+        '{"info": {"features": {"label": {"_type": "ClassLabel", "names": 3}}}}',
+    ],
+)
+def test_what_a_file_states_of_its_columns_may_be_anything(tmp_path: Path, stated: str) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"label": [0, 1]}).replace_schema_metadata({"huggingface": stated}), file)
+    with pytest.raises(DataError, match=r"a\.parquet' states columns that can't be understood"):
+        open_parquet([str(file)])
+
+
+def test_footers_that_say_otherwise_than_the_rows_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pq.write_table(pa.table({"label": [0, 1, 2]}), tmp_path / "a.parquet")
+    rows = open_parquet([str(tmp_path / "a.parquet")])
+    rows._pieces["rows"] = rows._pieces["group_rows"] = 5
+    with pytest.raises(DataError, match=r"a\.parquet' cannot be read: it has 3 rows, but its footer says 5"):
+        rows.column("label")
