@@ -36,14 +36,18 @@ TABLES = {
 
 
 @pytest.fixture(autouse=True)
-def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _only_its_own(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tables as without plug-ins, before each test and after it."""
     for table in TABLES.values():
-        monkeypatch.setattr(table, "_entries", dict(table._entries))
-    modules = set(sys.modules)
+        monkeypatch.setattr(table, "_entries", {name: table[name] for name in table if name in table._own})
+    _forget()
     yield
-    for name in set(sys.modules) - modules:
-        if name.startswith("itarflow_plugin:"):
-            del sys.modules[name]
+    _forget()
+
+
+def _forget() -> None:
+    for name in [name for name in sys.modules if name.startswith("itarflow_plugin:")]:
+        del sys.modules[name]
 
 
 def denoised(method: str, steps: int = 5, **changes: Any) -> torch.Tensor:

@@ -99,7 +99,7 @@ class NoiseConfig:
         check_number("Noise level t_min", self.t_min)
         check_number("Noise level t_max", self.t_max)
         if self.t_min > self.t_max:
-            raise ValueError(f"Noise levels t_min={self.t_min}, t_max={self.t_max}; expected t_min <= t_max.")
+            raise ValueError(f"Noise levels t_min={self.t_min}, t_max={self.t_max}; expected 0 < t_min <= t_max.")
         if self.distribution in ("uniform", "quadratic") and self.t_min == self.t_max:
             raise ValueError(
                 f"Noise distribution {self.distribution!r} needs t_min < t_max, but both are {self.t_max}. "

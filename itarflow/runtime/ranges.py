@@ -20,7 +20,7 @@ def check_number(name: str, value: Any, least: float = LEAST, most: float = LARG
     """Raise ValueError unless the value is a number from `least` to `most`, so neither NaN nor a text."""
     real: Any = value if isinstance(value, Real) and not isinstance(value, bool) else None
     if real is None or not least <= real <= most:
-        raise ValueError(f"{name} is {shown(value)}; expected a finite number from {least:g} to {most:g}{hint}.")
+        raise ValueError(f"{name} is {shown(value)}; expected a finite number >= {least:g} and <= {most:g}{hint}.")
 
 
 def check_flag(name: str, value: Any) -> None:

@@ -428,7 +428,7 @@ def test_a_copy_is_equal_and_shares_nothing(flow, make_inputs):
         ({"shared_layers": -1}, "shared_layers is -1"),
         ({"num_classes": -1}, "num_classes is -1"),
         ({"mlp_ratio": 0}, "mlp_ratio is 0"),
-        ({"input_scale": 0.0}, r"input_scale is 0\.0.*from 1e-18 "),
+        ({"input_scale": 0.0}, r"input_scale is 0\.0.*>= 1e-18 "),
         ({"input_scale": math.inf}, "input_scale is inf.*finite"),
         ({"input_scale": math.nan}, "input_scale is nan"),
         ({"noise_range": (0.3, 0.1)}, r"noise_range is \(0\.3, 0\.1\).*t_min <= t_max"),

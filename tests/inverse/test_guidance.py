@@ -132,7 +132,7 @@ def test_guidance_that_would_change_nothing_guides_no_block(off):
         ({"blocks": ""}, "blocks is ''"),
         ({"blocks": True}, "blocks is True"),
         ({"blocks": (0, 1.0)}, r"blocks is \(0, 1\.0\)"),
-        ({"weight": 10**30}, "weight is 1000+; expected a finite number from 0 "),
+        ({"weight": 10**30}, "weight is 1000+; expected a finite number >= 0 "),
         ({"weight": "2"}, "weight is '2'"),
         ({"temperature": 1e308}, r"temperature is 1e\+308"),
         ({"shift": None}, "shift is None; expected True or False"),

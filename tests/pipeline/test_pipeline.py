@@ -562,8 +562,8 @@ def test_names_must_match_the_classes(make_flow):
 
 
 def test_impossible_default_guidance_is_refused(make_flow):
-    with pytest.raises(ValueError, match="rule is 'sum'"):
-        make_pipe(make_flow(), guidance={"rule": "sum"})
+    with pytest.raises(ValueError, match="weight is '2'"):
+        make_pipe(make_flow(), guidance={"weight": "2"})
 
 
 # -- on disk ----------------------------------------------------------------------------------------------------

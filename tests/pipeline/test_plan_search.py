@@ -201,7 +201,7 @@ def test_images_that_are_not_finite_can_not_be_compared(long_flow, make_inputs):
 
 
 def test_flows_of_single_tokens_have_nothing_to_plan(make_flow, make_inputs):
-    flow = make_flow(patch_size=4).double()
+    flow = make_flow(patch_size=4, learned_first_token=True).double()
     found = search(flow, make_inputs, largest_difference=0.0)
     assert found.plan.solvers_of(flow) == [sequential, sequential]
     assert found.blocks[0].whole("z") is None
