@@ -61,7 +61,7 @@ def finish_vae(folder: Path) -> None:
 def foreign_entries(folder: Path) -> list[str]:
     """The files and folders in a folder, at any depth, that are none of a pipeline's, in order.
 
-    A link, to whatever, is none of them, unless it is into the blobs of the Hub's cache.
+    A link is none of a pipeline's, nor is a model card that was written or edited by hand.
     """
     found = []
     for place, folders, files in os.walk(folder):  # does not go into links
@@ -70,7 +70,8 @@ def foreign_entries(folder: Path) -> list[str]:
             path = (inside / name).as_posix()
             if path.startswith(f"{PARTIAL}") or path == LOCK:
                 continue
-            if not _ours(path) or (folder / path).is_symlink() or (name in folders) != (path in PARTS):
+            by_hand = path == CARD and not is_free(folder / path)
+            if not _ours(path) or by_hand or (folder / path).is_symlink() or (name in folders) != (path in PARTS):
                 found.append(path)
     return sorted(found)
 
