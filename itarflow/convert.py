@@ -30,6 +30,9 @@ MLP_RATIO = 4
 TARFLOW_LAYERS, ITARFLOW_LAYERS = "attn_blocks", "head_blocks"
 """What ml-tarflow and ml-itarflow call the layers of a block. Early iTARFlow checkpoints have the first name, too."""
 
+_LEAST_TENSORS = 8
+"""In a layer; there are 12."""
+
 _RENAMES = (
     (r"^prior_variance$", "var"),
     (r"\.position_embedding\.weight$", ".pos_embed"),
@@ -102,8 +105,11 @@ def export_official(flow: TARFlow, path: str | os.PathLike[str]) -> Path:
     _check_exportable(flow)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomically(path) as partial, partial.open("wb") as file:  # torch would write the partial's name into it
-        torch.save(official_state(flow), file)
+    try:
+        with atomically(path) as partial, partial.open("wb") as file:  # torch would write the partial's name into it
+            torch.save(official_state(flow), file)
+    except (OSError, RuntimeError) as error:  # torch has its own for a full disk
+        raise OSError(f"{path} can't be written: {error}. What was there before is whole; make room.") from error
     return path
 
 
@@ -206,9 +212,21 @@ def our_weights(state: Mapping[str, Tensor], flow: TARFlow) -> dict[str, Tensor]
 
 
 def _num_children(state: Iterable[str], prefix: str) -> int:
-    """How many modules prefix.0, prefix.1, ... there are, judged by the largest number."""
-    found = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
-    return max((int(match[1]) + 1 for match in found if match), default=0)
+    """How many modules prefix.0, prefix.1, ... there are.
+
+    Raises:
+        CheckpointError: one is missing between them, so that the last number is not what it seems.
+    """
+    matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
+    found = {match[1] for match in matches if match}
+    expected = {str(number) for number in range(len(found))}
+    if found != expected:
+        odd = min(found - expected, key=len)
+        raise CheckpointError(
+            f"has {prefix}.{odd[:20]}, but no {prefix}.{min(expected - found, key=len)}; expected numbers without "
+            "gaps. It is incomplete, or of another model."
+        )
+    return len(found)
 
 
 def _tensor(state: Mapping[str, Tensor], name: str, shape: str) -> Tensor:
@@ -289,6 +307,11 @@ def _layers_name(state: Iterable[str]) -> str:
 def _num_layers(state: Mapping[str, Tensor], num_blocks: int, shared_layers: int) -> tuple[int, ...]:
     """Layers of each block, shared ones counted; at least those, as a block with fewer runs them all the same."""
     layers = _layers_name(state)
+    if len(state) < _LEAST_TENSORS * (shared_layers + sum(
+            _num_children(state, f"blocks.{index}.{layers}") for index in range(num_blocks))):  # fmt: skip
+        raise CheckpointError(
+            f"has only {len(state):,} tensors for all its layers; expected more. It is of another architecture."
+        )
     depths = tuple(shared_layers + _num_children(state, f"blocks.{index}.{layers}") for index in range(num_blocks))
     if 0 in depths:
         raise CheckpointError(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,16 @@ def test_failed_export_leaves_the_old_file_whole(official, monkeypatch):
     assert [entry.name for entry in path.parent.iterdir()] == ["model.pth"]
 
 
+def test_a_full_disk_is_told_in_torchs_words_too(monkeypatch, tmp_path):
+    def full_disk(state: State, file: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match=r"model\.pth can't be written: .*unexpected pos.* make room"):
+        export_official(tiny(), tmp_path / "model.pth")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -316,6 +328,44 @@ def test_weights_of_ours(tmp_path):
 def test_missing_and_unexpected_tensors(official, change, message):
     with pytest.raises(CheckpointError, match=message):
         load_official(official(change, num_classes=3))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.head_blocks.99999.x",
+        "blocks.0.head_blocks.1000000000.x",
+        f"blocks.0.head_blocks.{'9' * 5000}.x",
+        "blocks.1000000000.pos_embed",
+        "shared_backbone.1000000000.x",
+    ],
+    ids=lambda name: name[:40],
+)
+def test_a_number_in_a_name_builds_no_layers(official, name):
+    begun = time.monotonic()
+    message = refusal(official(with_(name, torch.zeros(1))))
+    assert "expected numbers without gaps" in message
+    assert time.monotonic() - begun < 5
+
+
+def test_layers_of_a_tensor_each_are_not_built(official):
+    more = {f"blocks.0.head_blocks.{index}.x": torch.zeros(1) for index in range(1, 2000)}
+    assert "tensors for all its layers" in refusal(official(lambda state: state | more))
+
+
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(1, 1, 1).expand(10**9, 1, 64), torch.eye(64).to_sparse()], ids=["expanded", "sparse"]
+)
+def test_a_tensor_without_memory_of_its_own_is_refused(official, tensor):
+    assert "one value under many places: blocks.0.class_embed" in refusal(
+        official(with_("blocks.0.class_embed", tensor))
+    )
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model\.pth is no regular file"):
+        load_official(tmp_path / "model.pth")
 
 
 def test_block_without_layers(official):

@@ -17,6 +17,7 @@ from itarflow.pipeline.folder import foreign_entries
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.runtime.files import check_writable, replace_folder
+from itarflow.runtime.text import listed, printable
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Convert:
         others = foreign_entries(self.target) if self.target.is_dir() else []
         if others:
             raise ValueError(
-                f"{self.target} is a folder with other things in it ({others[0]}); expected a new one or a pipeline's."
+                f"{self.target} is a folder with other things in it ({printable(listed(others, 3))}); expected a new "
+                "one or a pipeline's."
             )
         if self.target.is_file() and not self.to_official:
             raise ValueError(f"{self.target} is a file; expected a folder for the pipeline.")
@@ -100,7 +102,7 @@ class Convert:
         scheduler = DenoiseScheduler(
             t_max=t_max,
             t_min=self.t_min if self.t_min is not None else min(T_MIN, t_max / 2),
-            num_denoise_steps=self.num_denoise_steps or (10 if iterative else 1),
+            num_denoise_steps=(10 if iterative else 1) if self.num_denoise_steps is None else self.num_denoise_steps,
         )
         guidance = {
             "weight": self.guidance_weight,

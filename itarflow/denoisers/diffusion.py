@@ -92,7 +92,7 @@ class DiffusionDenoiser:
                 f"images of {channels} channels are to be denoised by a diffusion model for {wanted}; a model of "
                 "codes goes with a flow that models codes, one of pixels with pixels."
             )
-        side = tuple(size) if isinstance(size, Sequence) else (size, size)
+        side = tuple(size) if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
         if size is not None and side != (height, width):
             raise ValueError(
                 f"images of {height} x {width} are to be denoised by a diffusion model for {side[0]} x {side[1]}; "

@@ -22,7 +22,7 @@ from itarflow.runtime.model_folder import (
     CONFIG,
     check_bounded,
     check_finite,
-    check_numbers,
+    check_like_defaults,
     read_heads,
     weight_files,
 )
@@ -148,7 +148,10 @@ def _scheduler(folder: Path, kind: str) -> SchedulerMixin:
         raise OSError(f"{kind} is no scheduler of the installed diffusers {diffusers.__version__}")
     scheduler, path = cast(Any, known), _place(folder, "scheduler") / SCHEDULER_CONFIG_NAME
     config = read_json(path, dict[str, Any])
-    check_numbers(config, str(path))
+    check_like_defaults(config, known.__init__, str(path))
+    betas = config.get("trained_betas")
+    if not (betas is None or isinstance(betas, list)):
+        raise OSError(f"{path} is damaged: trained_betas is no list")
     return scheduler.from_config(config)
 
 
@@ -162,7 +165,9 @@ def _model(folder: Path, part: str, name: str) -> DiTTransformer2DModel | UNet2D
             "use_safetensors=False).save_pretrained('converted')\""
         )
     files, config = weight_files(place), place / CONFIG
-    check_bounded(read_json(config, dict[str, Any]), read_heads(files), config)
+    values = read_json(config, dict[str, Any])
+    check_like_defaults(values, _MODELS[part].__init__, str(config))
+    check_bounded(values, read_heads(files), config)
     model, report = _MODELS[part].from_pretrained(place, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:  # which diffusers fills up at random
         raise OSError(f"{len(report['missing_keys'])} tensors of its {part} are missing: {report['missing_keys'][0]}")

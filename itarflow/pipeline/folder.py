@@ -9,16 +9,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from filelock import FileLock, Timeout
 
 from itarflow.pipeline.model_card import PICTURE, is_generated
 from itarflow.runtime.files import LOCK, PARTIAL, write_text
 from itarflow.runtime.hub import INDEX, read_index, rewrite_json
-from itarflow.runtime.json_file import read_json
+from itarflow.runtime.json_file import as_type, read_json
 from itarflow.runtime.model_folder import CONFIG, WEIGHTS, sha256_of
-from itarflow.runtime.pipeline_index import CHECKSUMS, IN_REPOSITORY
+from itarflow.runtime.pipeline_index import CHECKSUMS, IN_REPOSITORY, SHARED
 from itarflow.runtime.text import printable
 
 CARD = "README.md"
@@ -26,20 +26,21 @@ PARTS = ("flow", "scheduler", "vae")
 _PATIENCE = 60.0  # seconds that another command may take to note something in a folder
 
 
-def finish_folder(folder: Path, checksums: Mapping[str, str] | None = None) -> None:
+def finish_folder(folder: Path, kept: Mapping[str, Any] | None = None) -> None:
     """Make a folder that diffusers has written loadable by its generic loader too, and free of private paths.
 
     Args:
         folder: of a pipeline.
-        checksums: of files of weights that are not in it, but will lie beside.
+        kept: entries of an older index, from `kept_entries`.
     """
     rewrite_json(folder / "flow" / CONFIG, {})
     if (folder / "vae").is_dir():
         finish_vae(folder / "vae")
     for name, source in _MODULES.items():
         write_text(folder / name, source)
+    kept = kept or {}
     found = {file.relative_to(folder).as_posix(): sha256_of(file) for file in sorted(folder.rglob("*.safetensors"))}
-    rewrite_json(folder / INDEX, {**IN_REPOSITORY, CHECKSUMS: {**(checksums or {}), **found}})
+    rewrite_json(folder / INDEX, {**kept, **IN_REPOSITORY, CHECKSUMS: {**kept.get(CHECKSUMS, {}), **found}})
 
 
 # diffusers' generic loader, given a Hub id, only looks for modules in the repository: so there are one-line modules
@@ -61,7 +62,7 @@ def finish_vae(folder: Path) -> None:
 def foreign_entries(folder: Path) -> list[str]:
     """The files and folders in a folder, at any depth, that are none of a pipeline's, in order.
 
-    A link, to whatever, is none of them, unless it is into the blobs of the Hub's cache.
+    A link is none of a pipeline's, nor is a model card that was written or edited by hand.
     """
     found = []
     for place, folders, files in os.walk(folder):  # does not go into links
@@ -70,7 +71,8 @@ def foreign_entries(folder: Path) -> list[str]:
             path = (inside / name).as_posix()
             if path.startswith(f"{PARTIAL}") or path == LOCK:
                 continue
-            if not _ours(path) or (folder / path).is_symlink() or (name in folders) != (path in PARTS):
+            by_hand = path == CARD and not is_free(folder / path)
+            if not _ours(path) or by_hand or (folder / path).is_symlink() or (name in folders) != (path in PARTS):
                 found.append(path)
     return sorted(found)
 
@@ -128,17 +130,22 @@ def staged(folder: Path) -> Iterator[Path]:
         yield Path(stage)
 
 
-def stored_checksums(folder: Path) -> dict[str, str]:
-    """The checksums that an older pipeline in a folder holds of weights that are still there."""
+def kept_entries(folder: Path) -> dict[str, Any]:
+    """What stays of the index of an older pipeline in a folder: where it is shared, and the checksums of weights.
+
+    Only of weights that are still there; {} if there is no such index.
+    """
     try:
-        stored = read_index(folder).get(CHECKSUMS)
+        index = as_type(read_index(folder), _Kept, str(folder / INDEX))
     except (OSError, ValueError):
         return {}
-    return (
-        {name: value for name, value in stored.items() if (folder / name).is_file()}
-        if isinstance(stored, dict)
-        else {}
-    )
+    there = {name: value for name, value in index.get("_sha256", {}).items() if (folder / name).is_file()}
+    return {CHECKSUMS: there} | ({SHARED: index["_shared"]} if index.get("_shared") else {})
+
+
+class _Kept(TypedDict, total=False):
+    _sha256: dict[str, str]
+    _shared: dict[str, str | None]
 
 
 def put_in_place(stage: Path, folder: Path, variant: str | None) -> None:

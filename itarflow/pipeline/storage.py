@@ -27,10 +27,10 @@ from itarflow.pipeline.folder import (
     check_no_links,
     finish_folder,
     is_free,
+    kept_entries,
     locked_folder,
     put_in_place,
     staged,
-    stored_checksums,
 )
 from itarflow.pipeline.model_card import PICTURE, signed
 from itarflow.runtime.errors import DataError
@@ -106,7 +106,7 @@ class StoredPipeline(DiffusionPipeline):
         folder.mkdir(parents=True, exist_ok=True)
         with locked_folder(folder), staged(folder) as stage:
             super().save_pretrained(stage, **kwargs)
-            finish_folder(stage, stored_checksums(folder))
+            finish_folder(stage, kept_entries(folder))
             if picture is not None:
                 picture.save(stage / PICTURE)
             put_in_place(stage, folder, kwargs.get("variant"))

@@ -11,6 +11,7 @@ import inspect
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypedDict, TypeVar, get_origin, get_type_hints
@@ -37,6 +38,7 @@ _LARGEST_FLOAT = torch.finfo(torch.float32).max
 _OF_DIFFUSERS = ("low_cpu_mem_usage", "disable_mmap", "offload_folder", "offload_state_dict", "max_memory", "provider",
                  "sess_options", "user_agent", "dduf_entries", "use_flashpack")  # fmt: skip
 _TYPES = ("F32", "F16", "BF16", "F64")
+_POSITIVE = ("num_groups", "head_dim", "layers_per_block", "num_layers", "num_attention_heads")
 Model = TypeVar("Model", bound=nn.Module)
 _HEADER_LIMIT = 100_000_000  # the format's own
 _AGAIN = "copy or download the folder again"
@@ -245,6 +247,30 @@ def check_bounded(config: Mapping[str, Any], heads: Mapping[str, StoredTensor], 
                     f"{path} is damaged: {printable(name)} is {printable(str(value))[:80]}, which does not go with "
                     f"its weights; {_AGAIN}"
                 )
+
+
+def check_like_defaults(config: Mapping[str, Any], function: Callable[..., Any], name: str) -> None:
+    """Refuse a setting of diffusers that is of another kind than its default: no number, no switch, no text.
+
+    Args:
+        config: arguments by name; those that `function` does not know are left alone.
+        function: takes them.
+        name: where they are from, for messages: a file's name.
+
+    Raises:
+        DataError: naming the first.
+    """
+    check_numbers(config, name)
+    for key, parameter in inspect.signature(function).parameters.items():
+        default, value = parameter.default, config.get(key, parameter.default)
+        kinds = next((kinds for kinds in ((bool,), (int, float), (str,)) if isinstance(default, kinds)), None)
+        may_be_none = parameter.annotation is parameter.empty or re.search("None|Optional", str(parameter.annotation))
+        fits = kinds is None or (isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool))
+        if key.endswith(_POSITIVE) and value is not None:
+            fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not fits and not (value is None and may_be_none):
+            shown = printable(f"{key} is {value!r}")[:80]
+            raise DataError(f"{printable(name)} is damaged: {shown}; expected such as {default!r}: {_AGAIN}")
 
 
 def load_model(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from itarflow.runtime.errors import CheckpointError
-from itarflow.runtime.text import listed
+from itarflow.runtime.files import open_regular
+from itarflow.runtime.text import listed, printable
 
 # What DistributedDataParallel, FSDP, activation checkpointing and torch.compile put into the names.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -30,6 +32,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind, holds code, or not one set of tensors.
+        DataError: it is a named pipe or a device.
         OSError: the file exists, but may not or can't be read.
     """
     return flat_state(_read(path))
@@ -58,6 +61,11 @@ def flat_state(content: object) -> dict[str, Tensor]:
             f"holds entries that are no tensors: {listed(others)}; expected names and tensors only. "
             "Save model.state_dict() alone."
         )
+    if odd := [name for name, tensor in state.items() if not _is_plain(tensor)]:
+        raise CheckpointError(
+            f"holds tensors that are sparse, quantized, or one value under many places: {printable(listed(odd))}; "
+            "expected plain ones. Save model.float().state_dict()."
+        )
     plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): t for name, t in state.items()}
     if len(plain) != len(state):
         raise CheckpointError(
@@ -76,7 +84,7 @@ def _read(path: Path) -> object:
             "this is a folder; expected an official checkpoint (.pth). "
             "A folder that itarflow saved is opened with TARFlow.from_pretrained."
         )
-    with path.open("rb") as file:
+    with open_regular(path) as file:  # a pipe would be waited for
         start = file.read(64)
     _check_kind(start)
     is_zip = start.startswith(b"PK")
@@ -112,6 +120,12 @@ def _check_checksums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             # PyTorch can be set not to compute checksums; it then writes zeros.
             has_checksums = any(entry.CRC for entry in archive.infolist())
+            if not has_checksums:
+                warnings.warn(
+                    f"{printable(str(path))} was saved without checksums: damage in it can't be seen. Compare its "
+                    "size and SHA-256 with the original.",
+                    stacklevel=2,
+                )
             damaged = archive.testzip() if has_checksums else None
     except (zipfile.BadZipFile, EOFError) as error:
         raise CheckpointError(_damage(path, str(error))) from error
@@ -150,6 +164,13 @@ def _unwrapped(content: Mapping[Any, Any]) -> Mapping[Any, Any]:
             f"holds several sets of weights: {listed(map(str, inside))}; expected one. Save the one you mean alone."
         )
     return next(iter(inside.values()), content)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has memory of its own for each of its values."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _is_state_dict(value: object) -> bool:

@@ -336,6 +336,9 @@ def test_notes_in_a_pipelines_folder_are_not_overwritten(run, refused):
     run("convert", source, "ours", "--t-max", 0.3)
     Path("ours/notes.md").write_text("mine")
     assert "other things in it (notes.md)" in refused("convert", source, "ours", "--t-max", 0.3, "--overwrite")
+    Path("ours/notes.md").rename("ours/flow/notes.txt")
+    assert "other things in it (flow/notes.txt)" in refused("convert", source, "ours", "--t-max", 0.3, "--overwrite")
+    assert Path("ours/flow/notes.txt").exists()
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------

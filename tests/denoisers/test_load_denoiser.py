@@ -151,3 +151,42 @@ def test_damaged_weights_and_other_schedules_are_refused(folder, unet):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(OSError, match="can't be loaded"):
         load_denoiser(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"layers_per_block": 10**9}),
+        ("unet/config.json", {"norm_num_groups": -1}),
+        ("unet/config.json", {"norm_eps": "x"}),
+        ("unet/config.json", {"freq_shift": None}),
+        ("unet/config.json", {"mid_block_scale_factor": 10**30}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}),
+        ("scheduler/scheduler_config.json", {"beta_end": float("nan")}),
+        ("scheduler/scheduler_config.json", {"trained_betas": True}),
+    ],
+    ids=str,
+)
+def test_a_setting_that_makes_no_sense_is_refused_by_the_name_of_its_file(folder, file, changes):
+    (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+    with pytest.raises(OSError, match=Path(file).name):
+        load_denoiser(str(folder))
+
+
+def test_settings_of_older_diffusers_are_none_of_these(folder):
+    file = folder / "unet" / "config.json"
+    older = {"attention_head_dim": None, "downsample_padding": 0, "norm_eps": 1e-6, "freq_shift": 1}
+    file.write_text(json.dumps(json.loads(file.read_text()) | older))
+    load_denoiser(str(folder))
+
+
+def test_weights_of_a_diffusion_model_are_finite_floats(folder):
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] * torch.nan}, file)
+    with pytest.raises(OSError, match="NaN or infinite values in"):
+        load_denoiser(str(folder))
+    save_file({key: value.to(torch.int8) for key, value in weights.items()}, file)
+    with pytest.raises(OSError, match="as I8; expected weights of one of"):
+        load_denoiser(str(folder))

@@ -489,7 +489,16 @@ def test_nothing_of_a_pipeline_is_foreign(latent, make_flow, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["notes.txt", "flow/notes.txt", "scheduler/x/y.txt", "vae/notes.txt", "flow/model.safetensors", "more/a"]
+    "name",
+    [
+        "notes.txt",
+        "flow/notes.txt",
+        "scheduler/x/y.txt",
+        "vae/notes.txt",
+        "flow/model.safetensors",
+        "more/a",
+        "README.md",
+    ],
 )
 def test_files_of_the_user_are_foreign_at_any_depth(folder, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)

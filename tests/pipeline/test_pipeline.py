@@ -805,6 +805,18 @@ def test_what_is_uploaded_has_a_card_with_metadata_and_the_training_record(pipe,
     assert "iTARFlow" in card.data.tags
     assert "| train.epochs | 3 |" in card.text
     assert "| held-out nll | -1.5 |" in card.text
+    assert 'from_pretrained("someone/pets")' in card.text  # the whole id, which "pets" is not
+
+
+def test_a_card_keeps_its_license_picture_and_place_when_a_figure_is_noted(pipe, hub):
+    pipe.push_to_hub("pets", license="mit", picture=pipe(0).images[0])
+    pipe.record(hub["folder"], "evaluations", lambda _: {"raw": "FID 3"})
+    pipe.save_pretrained(hub["folder"])
+    card = ModelCard.load(hub["folder"] / "README.md")
+    assert card.data.license == "mit"
+    assert "| raw | 3 |" in card.text
+    assert "![Samples](samples.png)" in card.text
+    assert 'from_pretrained("someone/pets")' in card.text
 
 
 def test_an_upload_can_be_a_pull_request_with_a_message(pipe, hub):
