@@ -50,7 +50,7 @@ class Diagnose:
     crop: Crop = "center"
     """How real images become square, as in training."""
     image_column: str | None = None
-    """Column with the real images. None finds the first one."""
+    """Column with the real images. None finds it."""
     reference_images: int = 10_000
     """How many real images are measured, at most: evenly from all of them."""
     nominal_rate: float = 0.01

@@ -59,7 +59,7 @@ class Scoring:
     """How the real images become square; figures depend on it. None = as in the checkpoint's training,
     where that is known: another one is then refused."""
     image_column: str | None = None
-    """Column with the real images. None finds the first one."""
+    """Column with the real images. None finds it."""
     reference: Path | None = None
     """Statistics of real images in place of --data: a file of ADM's evaluation (.npz), or one kept from --data."""
     extractor: str = INCEPTION

@@ -20,6 +20,7 @@ import pyarrow.compute as pc  # type: ignore[import-untyped]
 
 from itarflow.data.images import spread_over
 from itarflow.data.parquet import ParquetRows
+from itarflow.data.picture_file import OwnPlace
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import open_regular
 
@@ -28,7 +29,7 @@ _FIRST = 2**16  # so many of each
 _THREADS, _CHUNK = 16, 1000  # that ask for sizes, each of so many files: elsewhere, it is all latency
 
 
-def content_of(rows: datasets.Dataset | ParquetRows, columns: Sequence[str]) -> str:
+def content_of(rows: datasets.Dataset | ParquetRows, columns: Sequence[str], place: OwnPlace | None = None) -> str:
     """SHA-256 of what these columns of a table hold; no image is decoded. Parquet files that are read in place have
     another one than the same files in the cache of `datasets`.
     """
@@ -39,7 +40,7 @@ def content_of(rows: datasets.Dataset | ParquetRows, columns: Sequence[str]) -> 
         return digest.hexdigest()
     table = rows.select_columns(list(columns)).with_format("arrow")[:]
     for name in columns:
-        for part in _parts_of(table[name]):
+        for part in _parts_of(table[name], place):
             digest.update(part)
     return digest.hexdigest()
 
@@ -51,7 +52,7 @@ def paths_of(values: pa.ChunkedArray) -> Iterator[str]:
         yield from filter(None, pc.struct_field(chunk, "path").filter(outside).to_pylist())
 
 
-def _parts_of(values: pa.ChunkedArray) -> Iterator[bytes]:
+def _parts_of(values: pa.ChunkedArray, place: OwnPlace | None) -> Iterator[bytes]:
     """Of a column: sizes, names and sizes of files, first bytes of some rows."""
     picture = pa.types.is_struct(values.type)
     fields = {field.name for field in values.type} if picture else set()
@@ -59,14 +60,16 @@ def _parts_of(values: pa.ChunkedArray) -> Iterator[bytes]:
         inner = pc.struct_field(chunk, "bytes") if picture else chunk
         yield pc.binary_length(inner).fill_null(-1).to_numpy(zero_copy_only=False).astype("<i8").tobytes()
     paths = list(paths_of(values)) if {"bytes", "path"} <= fields else []
+    if place is not None:
+        paths = [path if "://" in path else os.path.join(place.folders[0], path) for path in paths]
     with ThreadPoolExecutor(_THREADS) as pool:
         yield from pool.map(_sizes, (paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)))
     yield b"\n".join(os.fsencode(name) for name in _relative(paths))
     for row in spread_over(len(values), min(len(values), _SAMPLE)):
         value = values[row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        if data is None and isinstance(value, dict) and value.get("path"):
-            data = _first_bytes(value["path"])
+        if data is None and isinstance(value, dict) and value.get("path") and place is not None:
+            data = _first_bytes(value["path"], place)
         yield hashlib.sha256((data or b"")[:_FIRST]).digest()
 
 
@@ -91,9 +94,9 @@ def _size(path: str) -> int:
         return -1
 
 
-def _first_bytes(path: str) -> bytes:
+def _first_bytes(path: str, place: OwnPlace) -> bytes:
     try:
-        with open_regular(Path(path)) as file:
+        with open_regular(Path(place.file(path))) as file:
             return file.read(_FIRST)
     except (OSError, ValueError, DataError):  # it will be named when it is read as a picture
         return b""

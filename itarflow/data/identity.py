@@ -19,7 +19,8 @@ class DataIdentity:
         images: number of images by split or part, such as {"train": 50000, "held out": 1000}.
         class_names: in the order of the labels; () = unlabelled.
         class_counts: images of each class, in that order, of the first part: those to train on.
-        columns: {"image": "img", "label": "fine_label"}.
+        columns: {"image": "img", "label": "fine_label"}; of a folder of pictures none, nor one for labels that are the
+            names of its folders.
         left_out: what was not taken, and why, as sentences.
     """
 
@@ -70,7 +71,8 @@ def described(identity: DataIdentity) -> list[str]:
         counts = [f"{images['train']:,} to train on", f"{images['held out']:,} held out"]
     else:
         counts = [f"{count:,} in {name}" for name, count in images.items()]
-    lines = [f"images: {', '.join(counts)}, of column {columns.get('image', '?')}"]
+    source = f", of column {columns['image']}" if "image" in columns else ""
+    lines = [f"images: {', '.join(counts)}{source}"]
     names = identity.class_names
     classes = f"{len(names):,} class" + ("es" if len(names) != 1 else "")
     if not names:
@@ -78,7 +80,8 @@ def described(identity: DataIdentity) -> list[str]:
     else:
         each = [f"{name} {count:,}" for name, count in zip(names, identity.class_counts, strict=False)]
         shown = each if len(each) <= 6 else [*each[:3], "...", each[-1]]
-        lines.append(f"labels: {classes} of column {columns.get('label', '?')} ({', '.join(shown)})")
+        source = f"of column {columns['label']}" if "label" in columns else "by folder"
+        lines.append(f"labels: {classes} {source} ({', '.join(shown)})")
     empty = [name for name, count in zip(names, identity.class_counts, strict=False) if count == 0]
     if empty:
         few = "has" if len(empty) == 1 else "have"

@@ -23,11 +23,13 @@ from rich.console import Console
 from rich.progress import track
 
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.text import printable
 
 STREAMS = 8
 """At most so many places of a data set are read at a time; a divisor of the batch, so that processes share them."""
 
 _LARGE_GROUP = 10**9  # bytes, from which on a warning says that memory may not suffice
+_MOST_ROWS = 2**31  # of a row group, from which on its footer is taken for damaged
 _BLOCKS, _BLOCK = 16, 2**12  # how much of the bytes of a file tell it from others of the same size
 _MANY_FILES = 20  # from which on a progress bar is shown
 _CONNECTIONS = 16  # files that are read at a time, before training: on the Hub, it is all latency
@@ -71,17 +73,27 @@ class ParquetRows:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a table with {len(self)} rows")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        piece = self._pieces[number]
-        file, row = self._files[piece["file"]], int(piece["first"] + piece["rows"] + index - self._ends[number])
+        piece, row = self._find(index)
+        file = self._files[piece["file"]]
         group = self._group(file, int(piece["group"]))
         if isinstance(group, str):
-            raise DamagedRowError(f"{file}, row {piece['group_start'] + row}: {group}")
+            raise DamagedRowError(f"{self.place(index)}: {group}")
         values = {name: group[name][row].as_py() for name in self._features}
         return {
             name: {"bytes": value, "path": None} if isinstance(value, bytes) else value
             for name, value in values.items()
         }
+
+    def place(self, index: int) -> str:
+        """Of row `index` the file, and which row it is there."""
+        piece, row = self._find(index)
+        return f"{self._files[piece['file']]}, row {piece['group_start'] + row}"
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        """The piece that a row lies in, and which row of its row group it is."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        piece = self._pieces[number]
+        return piece, int(piece["first"] + piece["rows"] + index - self._ends[number])
 
     @property
     def features(self) -> datasets.Features:
@@ -112,18 +124,15 @@ class ParquetRows:
             yield f"{file} {[info.get(key) for key in ('size', 'mtime', 'blob_id', 'ETag')]}\n"
         yield f"{self._pieces.tolist()}\n"
 
-    def contents(self) -> Iterator[bytes]:
+    def contents(self) -> list[bytes]:
         """What the rows are, wherever their files lie: of each file its size, its footer, which says where all lies,
         and some of its bytes, or of those elsewhere what their server says of their content; then the rows.
+
+        Raises:
+            DataError: a file is not there any more; the message names it.
         """
-        for file in self._files:
-            if "://" not in file:
-                yield from _content(file)
-                continue
-            system, path = fsspec.core.url_to_fs(file)
-            info = system.info(path)
-            yield f"{[info.get(key) for key in ('size', 'blob_id', 'ETag')]}\n".encode()
-        yield f"{self._pieces.tolist()}\n".encode()
+        parts = _in_parallel(_content, self._files, f"looking at {len(self._files):,} parquet files")
+        return [*parts, f"{self._pieces.tolist()}\n".encode()]
 
     def select(self, rows: range) -> ParquetRows:
         """The consecutive rows start..stop-1 of this table."""
@@ -167,7 +176,10 @@ class ParquetRows:
                         )
                         for piece in pieces
                     ]
-                return pa.concat_tables(tables)[name].cast(kind)
+                found = pa.concat_tables(tables)[name].cast(kind)
+                if len(found) != pieces["rows"].sum():
+                    raise ValueError(f"it has {len(found)} rows, but its footer says {pieces['rows'].sum()}")
+                return found
             except Exception as error:  # file systems elsewhere have no common kind
                 raise DataError(f"column {name!r} of {file!r} cannot be read: {_reason(error)}. Replace it") from error
 
@@ -212,12 +224,21 @@ def open_parquet(files: Sequence[str], features: datasets.Features | None = None
                 metadata = parquet.metadata
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
                 largest = max((group.total_byte_size for group in groups), default=0)
+                if not all(0 <= group.num_rows < _MOST_ROWS for group in groups):
+                    raise ValueError(f"row groups of {[group.num_rows for group in groups]} rows")
                 return parquet.schema_arrow, [group.num_rows for group in groups], largest
         except Exception as error:  # file systems elsewhere have no common kind
             raise DataError(f"{file!r} is not a readable parquet file: {_reason(error)}. Replace it") from error
 
     ends = _in_parallel(read, files, f"reading the ends of {len(files):,} parquet files")
-    features = features or datasets.Features.from_arrow_schema(ends[0][0])
+    if features is None:
+        try:
+            features = datasets.Features.from_arrow_schema(ends[0][0])
+        except Exception as error:  # what it states of its columns may be any JSON, nested as deeply as it likes
+            raise DataError(
+                f"{files[0]!r} states columns that can't be understood: {_reason(error)}. Write it again, without the "
+                "schema metadata 'huggingface'"
+            ) from error
     for file, (schema, _, size) in zip(files, ends, strict=True):
         if missing := [name for name in features if name not in schema.names]:
             raise DataError(f"{file!r} has no column {missing[0]!r}, only {schema.names}: leave this file out")
@@ -263,23 +284,29 @@ def _open(file: str) -> IO[bytes]:
     return system.open(path, "rb", cache_type="none")
 
 
-def _content(file: str) -> Iterator[bytes]:
-    """Size, footer, and some blocks of a parquet file, from all over it."""
-    with open(file, "rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(size - 8, 0))
-        footer = 8 + int.from_bytes(stream.read(4), "little")
-        yield f"{size}\n".encode()
-        for start, length in [(place * size // _BLOCKS, _BLOCK) for place in range(_BLOCKS)] + [
-            (size - footer, footer)
-        ]:
-            stream.seek(max(start, 0))
-            yield stream.read(length)
+def _content(file: str) -> bytes:
+    try:
+        if "://" in file:
+            system, path = fsspec.core.url_to_fs(file)
+            info = system.info(path)
+            return f"{[info.get(key) for key in ('size', 'blob_id', 'ETag')]}\n".encode()
+        with _open(file) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(size - 8, 0))
+            footer = 8 + int.from_bytes(stream.read(4), "little")
+            blocks = [(place * size // _BLOCKS, _BLOCK) for place in range(_BLOCKS)]
+            found = [f"{size}\n".encode()]
+            for start, length in (*blocks, (max(size - footer, 0), footer)):
+                stream.seek(start)
+                found.append(stream.read(length))
+        return b"".join(found)
+    except Exception as error:  # file systems elsewhere have no common kind
+        raise DataError(f"{printable(file)!r} cannot be read: {_reason(error)}. Replace it") from error
 
 
 def _reason(error: Exception) -> str:
     """What an error says, in one line."""
-    return " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+    return printable(" ".join(str(error).split()).rstrip(". ")) or type(error).__name__
 
 
 def _in_parallel(read: Callable[[_Item], _Result], items: Iterable[_Item], title: str) -> list[_Result]:

@@ -184,9 +184,22 @@ def test_two_lines_say_what_was_understood() -> None:
 def test_unlabelled_images_and_what_was_left_out_are_said(tmp_path: Path) -> None:
     write_image(tmp_path / "a.png")
     found = identity(tmp_path)
-    assert described(found) == ["images: 1 to train on, 0 held out, of column image", "labels: none"]
+    assert described(found) == ["images: 1 to train on, 0 held out", "labels: none"]
     more = DataIdentity(**found.to_json() | {"left_out": ("3 files of an unknown kind",)})
     assert described(more)[-1] == "left out: 3 files of an unknown kind"
+
+
+def test_labels_are_said_to_be_of_the_folders_or_of_a_column(tmp_path: Path) -> None:
+    assert described(identity(folder(tmp_path / "f"))) == [
+        "images: 9 to train on, 0 held out",
+        "labels: 3 classes by folder (a 3, b 2, c 4)",
+    ]
+    assert described(identity(parquet(tmp_path / "p"))) == [
+        "images: 10 to train on, 0 held out, of column image",
+        "labels: 2 classes of column label (a 5, b 5)",
+    ]
+    (tmp_path / "f" / "metadata.csv").write_text("file_name,label\na/000.png,7\nb/000.png,3\n")
+    assert identity(tmp_path / "f").columns == {"label": "label"}
 
 
 def test_classes_without_training_images_are_said(tmp_path: Path) -> None:
@@ -202,7 +215,7 @@ def test_splits_that_are_opened_whole_have_one_too(tmp_path: Path) -> None:
     sets, found = load_splits(DataConfig(path=str(tmp_path)), ["train", "test"], image_size=8, in_channels=3)
     assert list(sets) == ["train", "test"]
     assert (found.images, found.class_names, found.class_counts) == ({"train": 3, "test": 4}, ("a", "b"), (2, 1))
-    assert described(found)[0] == "images: 3 in train, 4 in test, of column image"
+    assert described(found)[0] == "images: 3 in train, 4 in test"
     write_image(tmp_path / "test" / "b" / "000.png", 77, (9, 9))
     again = load_splits(DataConfig(path=str(tmp_path)), ["train", "test"], image_size=8, in_channels=3)[1]
     assert found.differences(again)

@@ -49,7 +49,7 @@ class SourceConfig:
     name: str | None = None
     """Configuration of a Hub data set that has several."""
     image_column: str | None = None
-    """Column with the images. None finds the first one."""
+    """Column with the images. None finds it; of several it takes image, img, pixel_values, jpg or png."""
     label_column: str | None = None
     """Column with the class labels. None finds it, if there is one."""
 
