@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
@@ -27,9 +28,9 @@ from itarflow.runtime.text import human_bytes
 class Command(EncodeConfig):
     """The settings as words of a command line."""
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Where the images are: digits, a folder, parquet files, or a data set on the Hugging Face Hub."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to write: a new or empty one, or one that the same command has begun."""
 
 
@@ -128,4 +129,4 @@ def _print_encoded(config: EncodeConfig, encoded: Encoded, speed: float | None) 
         "size": human_bytes(encoded.num_bytes),
         "speed": f"{speed:,.1f} images/s" if speed else "nothing was left to do",
     })  # fmt: skip
-    say(f"Train on them (NAME is a recipe's): {training_command(card, config.codec, str(config.out), config.split)}")
+    say(f"Train on them, by a small recipe: {training_command(card, config.codec, str(config.out), config.split)}")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from itarflow.commands.console import print_table, resumable, say
+from itarflow.data.prepare.codes_card import patch_size
 from itarflow.data.prepare.crop import PrepareConfig, Prepared, prepare
 from itarflow.runtime.files import check_writable
+
+_MUCH_MEMORY = 4 * 2**30  # bytes of decoded images
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,9 @@ class Prepare(PrepareConfig):
     Example: itarflow prepare /data/imagenet/train imagenet64/ --size 64 --crop adm
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Where the images are: digits, a folder, parquet files, or a data set on the Hugging Face Hub."""
-    out: tyro.conf.Positional[Path]
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to write: a new or empty one, or one that the same command has begun."""
 
     def run(self) -> None:
@@ -43,10 +47,10 @@ class Prepare(PrepareConfig):
             "size": f"{prepared.num_bytes / 1e6:,.1f} MB",
             "speed": f"{speed:,.0f} images/s" if speed else "nothing was left to do",
         })  # fmt: skip
-        say(f"Train on them (NAME is a recipe's): {self._training(prepared)}")
+        say(f"Train on them, by a recipe for small images: {self._training(prepared)}")
 
     def _training(self, prepared: Prepared) -> str:
-        """The command that trains on what was prepared."""
+        """The command that trains on what was prepared, by the recipe of CIFAR-10."""
         train = "train" if "train" in self.split else self.split[0]
         held_out = next((split for split in self.split if split != train), None)
         options = {
@@ -56,7 +60,9 @@ class Prepare(PrepareConfig):
             "model.image-size": self.size,
             "model.in-channels": self.in_channels,
             "model.num-classes": len(prepared.class_names),
+            "model.patch-size": patch_size(self.size),
         }
-        return "accelerate launch recipes/NAME.py " + " ".join(
-            f"--{name} {shlex.quote(str(value))}" for name, value in options.items()
-        )
+        words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
+        if sum(prepared.images.values()) * self.in_channels * self.size**2 > _MUCH_MEMORY:
+            words.append("--data.no-in-memory")
+        return " ".join(["python recipes/cifar10.py", *words])

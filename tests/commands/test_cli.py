@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -613,9 +615,25 @@ def test_prepare_writes_a_folder_and_says_how_to_train(run: Run) -> None:
         assert part in printed
     assert (
         "--data.path 'small digits' --data.split train --data.held-out-split None "
-        "--model.image-size 8 --model.in-channels 1 --model.num-classes 10"
+        "--model.image-size 8 --model.in-channels 1 --model.num-classes 10 --model.patch-size 1"
     ) in printed
     assert "nothing was left to do" in run(*words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [8, 9, 17, 40])
+def test_the_command_that_prepare_ends_with_runs_as_it_stands(
+    run: Run, size: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures" / "a"
+    folder.mkdir(parents=True)
+    for index in range(20):
+        Image.new("RGB", (size, size), (index, 0, 0)).save(folder / f"{index}.png")
+    printed = run("prepare", folder.parent, tmp_path / "out", "--size", size, "--num-workers", 0)
+    (words,) = re.findall(r"python (recipes/.*)", printed)
+    file, *options = shlex.split(words)
+    monkeypatch.setattr("sys.argv", [file, *options, "--dry-run"])
+    runpy.run_path(str(Path(__file__).parents[2] / file), run_name="__main__")
 
 
 def test_prepare_refuses(refused: Run) -> None:

@@ -217,6 +217,30 @@ def test_what_is_no_vae_is_refused(tmp_path):
         load_vae(CodecConfig(vae=str(tmp_path / "cut"), scaling_factor=0.0))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scaling_factor": 0}, "scaling_factor is 0; expected a number > 0"),
+        ({"scaling_factor": -1.0}, "scaling_factor is -1.0; expected a number > 0"),
+        ({"scaling_factor": None}, "scaling_factor is None; expected a number > 0"),
+        ({"scaling_factor": "x"}, "scaling_factor is 'x'; expected a number > 0"),
+        ({"scaling_factor": float("nan")}, "scaling_factor is nan"),
+        ({"shift_factor": "x"}, "shift_factor is 'x'; expected a number"),
+        ({"latents_std": [1.0]}, "latents_std is .*; expected 4 numbers > 0, one a channel"),
+        ({"latents_std": [1.0, 1.0, 0.0, 1.0]}, "latents_std is .*; expected 4 numbers > 0"),
+        ({"latents_mean": 3}, "latents_mean is 3; expected 4 numbers"),
+    ],
+)
+def test_scalings_in_a_config_by_which_nothing_can_be_scaled_are_refused(tmp_path, changes, words):
+    tiny_vae().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=f"has a config.json whose {words}"):
+        load_vae(CodecConfig(vae=str(tmp_path)))
+    if set(changes) == {"scaling_factor"}:  # one that is given counts
+        assert load_vae(CodecConfig(vae=str(tmp_path), scaling_factor=0.5)).config.scaling_factor == 0.5
+
+
 def test_names_of_weights_from_the_first_years_are_understood(tmp_path):
     vae = tiny_vae()
     vae.save_pretrained(tmp_path / "old")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -17,6 +18,7 @@ import pytest
 import torch
 from image_files import TYPED, damage, load, typed_columns, write_classes, write_one_broken, write_parquet
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from itarflow.data.dataset import ImageDataset
@@ -199,6 +201,14 @@ def test_manifest_tells_what_was_done(tmp_path: Path) -> None:
     assert manifest["source"]["class_names"] == [str(digit) for digit in range(10)]
     assert (manifest["images"], manifest["broken"], manifest["finished"]) == ({"train": 1797}, {"train": 0}, True)
     assert str(tmp_path) not in json.dumps(manifest)
+
+
+def test_says_what_it_understood_of_the_source(source: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    prepare(PrepareConfig(str(source), tmp_path / "out", 8, num_workers=0), console=console)
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "images: 3 in train" in told
+    assert "(a 2, b 1)" in told
 
 
 # Stopping and going on

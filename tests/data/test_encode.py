@@ -192,9 +192,11 @@ def test_the_card_says_what_was_done(tmp_path: Path, vaes: dict[str, Path]) -> N
     assert readme.data.configs == [{"config_name": "default", "data_files": files}]
     assert "Codes of pictures" in readme.text
     assert str(tmp_path) not in readme.text
-    (words,) = re.findall("accelerate launch recipes/NAME.py.*", readme.text)
-    assert words.endswith(f"--data.path PATH --data.split train --data.held-out-split test --codec.vae {commit} "
-                          "--model.image-size 3 --model.in-channels 4 --model.num-classes 2")  # fmt: skip
+    (words,) = re.findall("python recipes/photos_latent.py.*", readme.text)
+    assert words.endswith(
+        f"--data.path PATH --data.split train --data.held-out-split test --codec.vae {commit} "
+        "--model.image-size 3 --model.in-channels 4 --model.num-classes 2 --model.patch-size 1"
+    )
 
 
 def test_its_example_reads_a_row(
@@ -409,8 +411,10 @@ def test_command(source: Path, tmp_path: Path, vaes: dict[str, Path], capsys: py
     encode_dataset.main(args=[*words, "--no-flips"])
     told = capsys.readouterr().out
     assert "images/s" in told
-    assert (f"--data.path {tmp_path / 'out'} --data.split train --codec.vae {vaes['tiny']} --model.image-size 4 "
-            "--model.in-channels 4 --model.num-classes 2 --data.no-horizontal-flip") in told  # fmt: skip
+    assert (
+        f"--data.path {tmp_path / 'out'} --data.split train --codec.vae {vaes['tiny']} --model.image-size 4 "
+        "--model.in-channels 4 --model.num-classes 2 --model.patch-size 1 --data.no-horizontal-flip"
+    ) in told
     encode_dataset.main(args=[*words, "--no-flips"])
     assert "nothing was left to do" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="1"):

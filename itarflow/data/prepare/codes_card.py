@@ -10,6 +10,8 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from itarflow.codec import CodecConfig
 from itarflow.data.codes import CodesCard
 
+_MOST_TOKENS = 16  # a side, of a flow to begin with
+
 # Of Jinja, which torch brings along.
 _TEMPLATE = """---
 {{ card_data }}
@@ -74,7 +76,8 @@ code = np.frombuffer(table["mean"][0].as_py(), "<f2").reshape{{ card.shape }}
 {{ command }}
 ```
 
-NAME is a recipe's. The VAE must be the one that made the codes: another one is refused.
+PATH is the folder of these files, or their name on the Hub. The recipe is a small one to begin with. The VAE must
+be the one that made the codes: another one is refused.
 
 """
 
@@ -120,7 +123,7 @@ def codes_card(card: CodesCard, *, source: str, images: Mapping[str, int], file:
 
 
 def training_command(card: CodesCard, codec: CodecConfig, path: str, splits: Sequence[str]) -> str:
-    """The command that trains on codes.
+    """The command that trains on codes, by the small recipe for codes.
 
     Args:
         card: of the codes.
@@ -140,10 +143,17 @@ def training_command(card: CodesCard, codec: CodecConfig, path: str, splits: Seq
         "model.image-size": card.shape[1],
         "model.in-channels": card.shape[0],
         "model.num-classes": len(card.class_names),
+        "model.patch-size": patch_size(card.shape[1]),
     }
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     flips = [] if card.flips else ["--data.no-horizontal-flip"]
-    return " ".join(["accelerate launch recipes/NAME.py", *given, *flips])
+    return " ".join(["python recipes/photos_latent.py", *given, *flips])
+
+
+def patch_size(image_size: int) -> int:
+    """The smallest patches by which images or codes of this side are at most 16 x 16 tokens; 1 if none divide it."""
+    fitting = (size for size in range(1, image_size) if image_size % size == 0 and image_size // size <= _MOST_TOKENS)
+    return next(fitting, 1)
 
 
 def _size_category(count: int) -> str:

@@ -68,7 +68,7 @@ class PrepareConfig(SourceConfig):
     quality: int = 95
     """Quality of jpeg (whose colours are kept at full resolution) and webp, 1 to 100. Not used by png."""
     shard_size: int = 10_000
-    """Images a file; what an interruption loses is less than one file."""
+    """Images a file. An interruption loses what there is of the file being written, so up to so many images."""
     max_broken: int = 100
     """Unreadable images are left out and listed in broken.json; stop at more than this many."""
     num_workers: int | None = None

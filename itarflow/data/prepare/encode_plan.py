@@ -58,8 +58,8 @@ class EncodeConfig(SourceConfig):
     tiled: bool = False
     """Encode large images in overlapping tiles, if they do not fit otherwise; the codes differ slightly."""
     shard_size: int = 2_560
-    """Images a file; what an interruption loses is less than one file a process. Each process encodes whole files:
-    make it smaller if there are fewer files than processes."""
+    """Images a file. An interruption loses what each process has of its file, so up to so many images: make it smaller
+    for small sets, and if there are fewer files than processes, as each process encodes whole files."""
     max_broken: int = 100
     """Unreadable images are left out and listed in broken.json; stop at more than this many."""
     num_workers: int | None = None
