@@ -107,7 +107,7 @@ def _newest(run_dir: Path) -> int:
 def _being_written(run_dir: Path, since: float) -> str:
     found = [*run_dir.glob("state/.partial-*"), *run_dir.glob(".partial-*")]
     found = [path for path in found if path.stat().st_mtime > since]
-    return ", ".join("a state" if path.parent.name == "state" else path.name[9:] for path in found)
+    return ", ".join("a state" if path.parent.name == "state" else path.name[17:] for path in found)
 
 
 def _same_weights(one: Path, other: Path) -> bool:

@@ -29,13 +29,14 @@ from itarflow.codec import PixelCodec, to_pil, to_pixels
 from itarflow.commands.console import reporting
 from itarflow.data import DataConfig, load_data
 from itarflow.denoisers import FlowDenoiser
-from itarflow.evaluation.evaluate import save_samples, scores_of
 from itarflow.evaluation.likelihood.bpd import BpdConfig, measure_bpd
 from itarflow.evaluation.metrics.extractors import load_extractor
 from itarflow.evaluation.metrics.reference import reference_of
 from itarflow.evaluation.samples.denoising import Denoising, variants_of
 from itarflow.evaluation.samples.files import open_samples, shard_name, write_shard
-from itarflow.evaluation.samples.generate import MANIFEST, Generation, labels_by
+from itarflow.evaluation.samples.generate import Generation, labels_by
+from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest
+from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.flow import NoiseConfig
 from itarflow.inverse import Guidance
 from itarflow.pipeline import ITARFlowPipeline
@@ -182,7 +183,7 @@ def real_samples(study: Study, folder: Path, shape: dict[str, int]) -> Path:
             f"{study.likelihood_images}; expected at least that many."
         )
     count = min(study.num_samples, len(images))
-    made = {"images": images.fingerprint(), "count": count, "crop": data.crop, "size": shape["image_size"]}
+    made = {"images": images.fingerprint(), "num_samples": count, "crop": data.crop, "size": shape["image_size"]}
     made["cleaning"] = {"raw": {}}
     manifest = folder / MANIFEST
     if not manifest.exists() or json.loads(manifest.read_text()) != made:
@@ -190,7 +191,7 @@ def real_samples(study: Study, folder: Path, shape: dict[str, int]) -> Path:
         examples = [images[index] for index in range(count)]
         pixels, labels = torch.stack([one.image for one in examples]), torch.tensor([one.label for one in examples])
         broken = torch.tensor([bool(one.broken) for one in examples])
-        write_shard(folder / "raw" / shard_name(0, count), pixels, labels, broken)
+        write_shard(folder / "raw" / shard_name(0, count), pixels, labels, broken, origin_digest(made, "raw"))
         write_json(manifest, made)
     return folder / "raw"
 

@@ -7,12 +7,14 @@ their units. Pixel space is the codec that changes nothing.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from msgspec import Meta
 from PIL import Image
 from torch import Tensor
 
@@ -192,15 +194,20 @@ class VaeIdentity:
     """Class of diffusers."""
     encoder: str
     """SHA-256 of the encoder's weights, as float32."""
-    stride: int
+    stride: Annotated[int, Meta(ge=1)]
     """Pixels a code, in each direction."""
-    channels: int
+    channels: Annotated[int, Meta(ge=1)]
     """Of the codes."""
     scaling_factor: float
     shift_factor: float
     latents_mean: tuple[float, ...] = ()
     """Of single channels, where a VAE has them: codes are (latents - latents_mean) / latents_std * scaling_factor."""
     latents_std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_scaling(
+            self.scaling_factor, self.shift_factor, self.latents_mean, self.latents_std, self.channels, "the VAE's "
+        )
 
 
 def vae_identity(vae: Vae) -> VaeIdentity:
@@ -260,14 +267,18 @@ def code_shape(vae: Vae, image_shape: tuple[int, ...]) -> tuple[int, int, int]:
     return vae.config.latent_channels, height // stride, width // stride
 
 
-def load_vae(config: CodecConfig) -> Vae:
+def load_vae(config: CodecConfig, *, variant: str | None = None) -> Vae:
     """The VAE that a config names, in float32 on the CPU, with the config's scaling in its own config.
 
     A folder or repository of a whole pipeline gives the VAE in it. Only safetensors are read.
 
+    Args:
+        config: names it.
+        variant: of the weights in a folder, such as "fp16"; None = the plain ones.
+
     Raises:
         OSError: there is no such VAE, or it is of another kind, or damaged.
-        ValueError: the config names none, or has a scaling factor that is not a number > 0.
+        ValueError: the config names none, or a scaling factor, given or in the VAE's own config, is no number > 0.
     """
     if config.vae is None:
         raise ValueError("codec.vae is None; expected a folder or a Hub name of a VAE.")
@@ -280,7 +291,7 @@ def load_vae(config: CodecConfig) -> Vae:
             raise OSError(f"it is {kind}")
         # Not filled in piece by piece, because parts of an AutoencoderKL have changed their names over the years.
         vae, report = _KINDS[kind].from_pretrained(
-            folder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+            folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
         if missing := report["missing_keys"]:  # which diffusers leaves uninitialised
             raise OSError(f"{len(missing)} tensors are missing, such as {missing[0]}")
@@ -293,7 +304,35 @@ def load_vae(config: CodecConfig) -> Vae:
         ) from error
     changes = {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
     vae.register_to_config(**{key: value for key, value in changes.items() if value is not None})
+    own = vae.config
+    _check_scaling(
+        own.get("scaling_factor"), own.get("shift_factor"), own.get("latents_mean"), own.get("latents_std"),
+        own.latent_channels, f"the VAE {config.vae!r} has a config.json whose ",
+    )  # fmt: skip
     return vae.eval().requires_grad_(False)
+
+
+def _check_scaling(factor: Any, shift: Any, means: Any, stds: Any, channels: int, whose: str) -> None:
+    """Refuse numbers by which no latents can be scaled; the last three may be None, and () is as None.
+
+    Raises:
+        ValueError: naming the first.
+    """
+
+    def number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+    if not number(factor) or factor <= 0:
+        raise ValueError(f"{whose}scaling_factor is {factor!r}; expected a number > 0.")
+    if shift is not None and not number(shift):
+        raise ValueError(f"{whose}shift_factor is {shift!r}; expected a number, or null for none.")
+    for name, values, positive in (("latents_mean", means, False), ("latents_std", stds, True)):
+        if not values and values in (None, [], ()):
+            continue
+        fits = isinstance(values, list | tuple) and len(values) == channels and all(map(number, values))
+        if not fits or (positive and min(values) <= 0):
+            wanted = f"{channels} numbers{' > 0' if positive else ''}, one a channel"
+            raise ValueError(f"{whose}{name} is {values!r}; expected {wanted}, or null for none.")
 
 
 def _folder_of(name: str, revision: str | None) -> Path:

@@ -60,7 +60,8 @@ def terminal(
 
     def run(command: str, *words: object, checkpoint: str = "pipeline", data: str | Path | None = "photos") -> str:
         real = () if data is None else ("--data", data)
-        cli.main([str(word) for word in (command, checkpoint, *real, *common, *words, "--device", "cpu")])
+        named = () if "--output" in words else ("--output", {"evaluate": "evaluation"}.get(command, command))
+        cli.main([str(word) for word in (command, checkpoint, *real, *common, *named, *words, "--device", "cpu")])
         return capsys.readouterr().out
 
     return run

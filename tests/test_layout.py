@@ -16,7 +16,7 @@ ORDER = [
     {"inverse", "codec"},
     {"flow", "data"},
     {"presets", "convert", "denoisers"},
-    {"pipeline"},
+    {"pipeline", "plugins"},
     {"training", "evaluation"},
     {"commands"},
 ]

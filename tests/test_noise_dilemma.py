@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_extractor import TinyExtractor
 
 from itarflow.data import DataConfig
-from itarflow.evaluation import evaluate as evaluating
+from itarflow.evaluation import scoring as evaluating
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.flow import NoiseConfig
 from itarflow.presets import ModelConfig

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from itarflow import __version__
 from itarflow.runtime.errors import CheckpointError, RunError
+from itarflow.runtime.text import printable
 
 
 class Command(NamedTuple):
@@ -37,7 +39,8 @@ COMMANDS = {
     "sample": Command("Sample", "sample:Sample", "Generate images with a checkpoint."),
     "profile": Command("Sample", "profile:Profile", "Find the fastest inverse of a checkpoint, and store it."),
     "evaluate": Command("Measure", "evaluate:Evaluate", "FID and other figures of a checkpoint's samples."),
-    "sweep": Command("Measure", "sweep:Sweep", "The same over guidance weights, denoising steps and noise levels."),
+    "sweep": Command("Measure", "sweep:Sweep", "The same over guidance, denoising steps, solvers and noise levels."),
+    "table": Command("Measure", "table:Table", "The evaluations of several checkpoints, side by side."),
     "compare": Command("Measure", "compare:Compare", "Checkpoints and denoisers side by side, from the same noise."),
     "bpd": Command("Measure", "bpd:Bpd", "How likely images are: bits per dimension, nats by noise level."),
     "diagnose": Command("Measure", "diagnose:Diagnose", "Find collapsed and blurred samples, beside real images."),
@@ -54,6 +57,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the words after `itarflow`; None = the process's.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if any(word.partition("=")[0] == "--plugins" for word in words):
+        words = _load_plugins(words)
     if not words or words[0] in ("-h", "--help"):
         _print_help()
         sys.exit(0)
@@ -68,6 +73,16 @@ def main(args: Sequence[str] | None = None) -> None:
     _run(words[0], words[1:])
 
 
+def _load_plugins(words: list[str]) -> list[str]:
+    """Load the files that --plugins names, before any option is parsed, since options know their names."""
+    from itarflow.plugins import load_named
+
+    try:
+        return load_named(words)
+    except (OSError, ValueError) as error:
+        _refuse(str(error))
+
+
 def _run(name: str, words: list[str]) -> None:
     module, named = COMMANDS[name].place.split(":")
     command: Any = getattr(import_module(f"itarflow.commands.{module}"), named)
@@ -76,18 +91,35 @@ def _run(name: str, words: list[str]) -> None:
         return
 
     import tyro
+    from accelerate.utils.memory import should_reduce_batch_size
     from diffusers.utils.logging import disable_progress_bar
 
-    from itarflow.runtime.processes import refuse
+    from itarflow.plugins import HELP
 
     disable_progress_bar()  # diffusers' own, for the loading of files; that of sampling stays
+    description = f"{inspect.getdoc(command)}\n\n{HELP}"
     try:
-        tyro.cli(command, prog=f"itarflow {name}", args=words).run()
+        tyro.cli(command, prog=f"itarflow {name}", description=description, args=words).run()
     except (CheckpointError, ImportError, OSError, RunError, ValueError) as error:
-        refuse(error)
+        _refuse(str(error))
+    except RecursionError as error:
+        _refuse(f"a file is nested too deeply, or damaged ({error}); copy or make it again.")
+    except OverflowError as error:
+        _refuse(f"a number is too large ({error}), of an option or in a file that is damaged.")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        _refuse(f"memory ran out ({error}). Ask for less at a time; damaged files may claim any size, too.")
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]Stopped.")
         sys.exit(130)
+
+
+def _refuse(message: str) -> NoReturn:
+    """Print what is wrong, with names of foreign origin as they can be shown, and exit with 1."""
+    from itarflow.runtime.processes import refuse
+
+    refuse(RuntimeError(printable(message)))
 
 
 def _print_help() -> None:

@@ -12,7 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.codec import CodecConfig, load_vae
-from itarflow.commands.console import chosen_labels, say
+from itarflow.commands.class_labels import chosen_labels
+from itarflow.commands.console import say
+from itarflow.commands.guidance import OneGuidance
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.load import load_denoiser
 from itarflow.evaluation.compare import Comparison, compare
@@ -24,7 +26,7 @@ from itarflow.runtime.text import short_names
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(OneGuidance):
     """Make noisy images with several checkpoints, denoise them in every variant that applies, all side by side.
 
     Example: itarflow compare runs/tarflow/pipeline runs/itarflow/pipeline --data digits --output compare
@@ -45,15 +47,13 @@ class Compare:
     data: str | None = None
     """Real images whose residual noise is reported for comparison: as --data.path in training."""
     class_labels: tuple[str, ...] | None = None
-    """Labels, by name or number. None = every class in turn, or no labels if the models have none."""
+    """Labels, by number or name; -1 = no label. None = every class in turn, or no labels if the models have none."""
     num_images: int = 16
     """How many images each checkpoint makes; labels are repeated in turn."""
     picture_rows: int = 2
     """How many of them compare.png shows."""
     seed: int = 0
     """Image number i depends on the seed, on i and on its label."""
-    guidance_weight: float | None = None
-    """w in (1 + w) * conditional - w * unconditional, in generating; 0 = off. None = each checkpoint's."""
     num_denoise_steps: int | None = None
     """Evaluations in each iterative column. None = the denoising checkpoint's; 10 for a diffusion model."""
     batch_size: int = 16
@@ -96,7 +96,7 @@ class Compare:
             decoders=decoders,
             data=self.data,
             seed=self.seed,
-            guidance_weight=self.guidance_weight,
+            guidance=self.given_guidance(),
             num_denoise_steps=self.num_denoise_steps,
             batch_size=self.batch_size,
             denoise_batch_size=self.denoise_batch_size,

@@ -1,10 +1,10 @@
-"""Shared by commands: labels, processes and messages."""
+"""Shared by commands: processes and messages."""
 
 from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -16,45 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.flow.embedding import NULL_LABEL
-from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import is_out_of_memory, on_cpu
 from itarflow.runtime.errors import DataError, RunError, TrainingError
 from itarflow.runtime.processes import after_main, crash, refuse, say_once
 from itarflow.runtime.signals import Interrupted
-
-
-def chosen_labels(
-    pipe: ITARFlowPipeline, class_labels: Sequence[str] | None, num_images: int | None
-) -> list[int | None]:
-    """A label an image, as the options of a command say; None = no label.
-
-    Args:
-        pipe: whose labels they are.
-        class_labels: names or numbers, repeated in turn; None = every class in turn.
-        num_images: None = one a label, or 16 if the model has no classes.
-
-    Raises:
-        ValueError: there is no such label, or no image is asked for.
-    """
-    num_classes = pipe.flow.config.num_classes
-    given: list[int | None]
-    if class_labels:
-        given = [_label(pipe, text) for text in class_labels]
-    else:
-        given = list(range(num_classes)) if num_classes else [None]
-    count = num_images if num_images is not None else len(given) if num_classes else 16
-    if count < 1:
-        raise ValueError(f"--num-images is {count}; expected a number >= 1.")
-    return [given[index % len(given)] for index in range(count)]
-
-
-def _label(pipe: ITARFlowPipeline, text: str) -> int | None:
-    """A label from the command line: a name if there is one like it, else a number."""
-    if text in (pipe.config.class_names or []) or not text.lstrip("-").isdigit():
-        return pipe.label_id(text)
-    number = int(text)
-    return None if number == NULL_LABEL else pipe.label_id(number)
 
 
 def joined() -> PartialState:

@@ -13,8 +13,8 @@ from itarflow.commands.console import say
 from itarflow.convert import export_official, load_official
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.flow.tarflow import TARFlow
+from itarflow.pipeline.folder import foreign_entries
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.pipeline.storage import foreign_entries
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.runtime.files import check_writable, replace_folder
 

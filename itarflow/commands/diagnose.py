@@ -31,8 +31,9 @@ class Diagnose:
 
     Example: itarflow diagnose evaluation/iterative --reference cifar10 --output diagnosis
 
-    An image fails if it has a darker background, less contrast in it, or less fine detail than nearly all real images
-    have: 99 of 100, unless --nominal-rate says otherwise. Other real images are measured by the same thresholds;
+    An image fails if it has a darker background, less contrast in it, or somewhere less fine detail than nearly all
+    real images have: 99 of 100, unless --nominal-rate says otherwise. Blur is found if it fills a window of half the
+    image's side; residual noise hides it. Other real images are measured by the same thresholds;
     the excess over their rate is the model's failure. Name several sets, such as of a model with and one without
     --model.learned-first-token, to see them side by side, with the differences to the first.
     """
@@ -50,7 +51,7 @@ class Diagnose:
     crop: Crop = "center"
     """How real images become square, as in training."""
     image_column: str | None = None
-    """Column with the real images. None finds the first one."""
+    """Column with the real images. None finds it."""
     reference_images: int = 10_000
     """How many real images are measured, at most: evenly from all of them."""
     nominal_rate: float = 0.01

@@ -16,6 +16,7 @@ from itarflow.commands.console import joined, print_table, resumable, say
 from itarflow.data.prepare.codes_card import training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
+from itarflow.data.prepare.manifest import say_understood
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import check_writable, folder_lock
 from itarflow.runtime.processes import crash, on_main, refuse, shared_images
@@ -91,9 +92,10 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
     def first() -> None:
         nonlocal plan, missing
         plan = plan_encoding(config)
+        say_understood(console, plan.manifest.source)
         check_writable(config.out)
         locks.enter_context(folder_lock(config.out))
-        missing = begin(plan)
+        missing = begin(plan, console)
 
     on_main(state, first)  # it downloads what the others then find, and its refusal reaches them all
     plan = plan or plan_encoding(config)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from itarflow.commands.console import say
-from itarflow.commands.options import Scoring, figure_text, print_scores, score_table
+from itarflow.commands.guidance import OneGuidance
+from itarflow.commands.options import Scoring, figure_text, noted_evaluations, print_scores, score_table
+from itarflow.denoisers.ode import Method
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
 from itarflow.evaluation.samples.denoising import VariantName, variants_of
 from itarflow.evaluation.samples.files import open_samples, write_npz, write_png
-from itarflow.evaluation.samples.generate import MANIFEST, Generation
+from itarflow.evaluation.samples.generate import Generation
+from itarflow.evaluation.samples.manifest import read_manifest
+from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import check_writable, write_json
-from itarflow.runtime.hub import read_index
 from itarflow.runtime.text import display_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Scoring):
+class Evaluate(Scoring, OneGuidance):
     """Make many samples of a checkpoint and compare them with real images: FID, sFID, IS, KID, precision, recall.
 
     Example: itarflow evaluate runs/cifar10/pipeline --data uoft-cs/cifar10 --num-samples 50000
@@ -37,8 +39,8 @@ class Evaluate(Scoring):
 
     ways: Annotated[tuple[VariantName, ...] | None, tyro.conf.arg(metavar="WAY ...")] = None
     """Denoising variants to score: raw, self, iterative. None = all that the checkpoint has."""
-    guidance_weight: float | None = None
-    """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
+    method: Method | None = None
+    """Solver of iterative denoising. None = the checkpoint's."""
     t_max: float | None = None
     """Noise level of the flow's samples. None = the checkpoint's."""
     num_denoise_steps: int | None = None
@@ -61,9 +63,7 @@ class Evaluate(Scoring):
         schedule = pipe.schedule(
             self.t_max, None, self.num_denoise_steps, self.method, self.spacing, denoiser=denoiser
         )
-        guidance = pipe.default_guidance
-        if self.guidance_weight is not None:
-            guidance = replace(guidance, weight=self.guidance_weight)
+        guidance = self.guidance_of(pipe.default_guidance)
         unlabelled = self.labels == "none" or pipe.flow.config.num_classes == 0
         generation = Generation(
             pipe=pipe,
@@ -71,7 +71,7 @@ class Evaluate(Scoring):
             labels=self.sample_labels(pipe),
             seed=self.seed,
             # Without labels the checkpoint's own weight plays no part, and one given here is refused.
-            guidance=None if unlabelled and self.guidance_weight is None else guidance,
+            guidance=guidance or (None if unlabelled else pipe.default_guidance),
             t_max=schedule.config.t_max,
             **self.inverting(),
         )
@@ -84,25 +84,25 @@ class Evaluate(Scoring):
         found = {folder.name: one for folder, one in scores.items()}
         counts = generation.labels[generation.labels >= 0].bincount(minlength=pipe.flow.config.num_classes)
         report |= {
-            "samples": json.loads((self.output / MANIFEST).read_text()),
+            "guidance": asdict(generation.guidance or pipe.default_guidance),
+            "samples": read_manifest(self.folder),
             "images of a class": sorted({int(count) for count in counts}) if self.labels != "none" else None,
             "ways": {name: one.to_json() for name, one in found.items()},
         }
-        write_json(self.output / "evaluation.json", report)
+        print_scores(score_table(("samples",), {(name,): one for name, one in found.items()}), found)
+        write_json(self.folder / "evaluation.json", report)
         for folder in scores:
             if self.npz:
-                write_npz(open_samples(folder), self.output / f"{folder.name}.npz")
+                write_npz(open_samples(folder), self.folder / f"{folder.name}.npz")
             if self.png:
-                write_png(open_samples(folder), self.output / f"{folder.name}-png")
-        print_scores(score_table(("samples",), {(name,): one for name, one in found.items()}), found)
+                write_png(open_samples(folder), self.folder / f"{folder.name}-png")
         if len(counts) and int(counts.min()) != int(counts.max()):
             say(f"Classes have {int(counts.min()):,} to {int(counts.max()):,} samples.")
-        say(f"figures in {self.output / 'evaluation.json'}; samples in " + ", ".join(map(str, scores)))
+        say(f"figures in {self.folder / 'evaluation.json'}; samples in " + ", ".join(map(str, scores)))
         folder = Path(self.checkpoint)
         if self.record and folder.is_dir():
             lines = {self._what(name, generation, one): _line(one) for name, one in found.items()}
-            known = read_index(folder).get("evaluations") or {}  # as others may have written it meanwhile
-            noted = pipe.record(folder, "evaluations", {**known, **lines})
+            noted = pipe.record(folder, "evaluations", lambda known: {**noted_evaluations(known), **lines})
             card = "and its model card" if noted else "but not in its README.md, which was edited by hand"
             say(f"noted in {folder} {card}")
 
@@ -114,10 +114,18 @@ class Evaluate(Scoring):
             how = f", {config.num_denoise_steps} steps {config.method} {config.spacing}"
             how += "" if self.denoiser is None else f" of {display_name(self.denoiser)}"
         weight = 0.0 if generation.guidance is None else generation.guidance.weight
+        how += "" if generation.guidance is None else _parts(generation.guidance, generation.pipe.default_guidance)
+        how += "" if self.protocol == "rounded" else ", protocol official"
         return (
             f"{name}{how}, guidance {weight:g}, t_max {generation.level:g}: {scores.samples:,} samples, labels "
             f"{self.labels}, seed {self.seed}, against {scores.reference}, by {scores.extractor}"
         )
+
+
+def _parts(guidance: Guidance, stored: Guidance) -> str:
+    """What is not as the checkpoint says, beside the weight."""
+    there, now = asdict(stored), asdict(guidance)
+    return "".join(f", guidance {name} {now[name]}" for name in now if name != "weight" and now[name] != there[name])
 
 
 def _line(scores: Scores) -> str:

@@ -10,6 +10,7 @@ import tyro
 
 from itarflow.commands.console import print_table
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.runtime.text import printable
 
 
 @dataclass(frozen=True)
@@ -25,15 +26,15 @@ class Info:
         config, parameters = pipe.flow.config, sum(p.numel() for p in pipe.flow.parameters())
         kind = "iTARFlow, conditioned on the noise level" if config.noise_conditioned else "TARFlow, one noise level"
         num_tokens, token_dim = pipe.flow.z_shape
-        print_table("Flow", {
+        _table("Flow", {
             "kind": kind,
             "parameters": f"{parameters:,}",
             "trained on noise levels": _range(config.noise_range),
             "z": f"{num_tokens} tokens of {token_dim} values",
             **_public(config, without=("noise_conditioned", "noise_range")),
         })  # fmt: skip
-        print_table("Codes", pipe.vae_facts())
-        print_table("Sampling defaults", {
+        _table("Codes", pipe.vae_facts())
+        _table("Sampling defaults", {
             **_public(pipe.scheduler.config),
             **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},
             **{key: value for plan in pipe.inverse_plans for key, value in plan.described().items()},
@@ -41,15 +42,28 @@ class Info:
         names = pipe.config.class_names
         if names and names != [str(index) for index in range(len(names))]:
             more = {"...": f"{len(names)} in all"} if len(names) > 20 else {}
-            print_table("Labels", {str(index): name for index, name in enumerate(names[:20])} | more)
-        print_table("Evaluations", pipe.config.evaluations or {})
+            _table("Labels", {str(index): name for index, name in enumerate(names[:20])} | more)
+        _table("Evaluations", pipe.config.evaluations or {})
         training = pipe.config.training
         if training:
             recipe = training.get("recipe", {})
             facts = {key: value for key, value in training.items() if key not in ("recipe", "metrics")}
-            print_table("Training", facts if facts.keys() != {"name"} else {})
-            print_table("Results", training.get("metrics", {}))
-            print_table("Recipe", {section: values for section, values in recipe.items() if isinstance(values, dict)})
+            _table("Training", facts if facts.keys() != {"name"} else {})
+            _table("Results", training.get("metrics", {}))
+            _table("Recipe", {section: values for section, values in recipe.items() if isinstance(values, dict)})
+
+
+def _shown(value: Any) -> Any:
+    """The same value with all text in it printable: names may be anybody's."""
+    if isinstance(value, dict):
+        return {printable(str(key)): _shown(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def _table(title: str, values: dict[str, Any]) -> None:
+    print_table(title, _shown(values))
 
 
 def _public(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 import torch
 import tyro
@@ -21,27 +21,30 @@ from torch import Tensor
 
 from itarflow import __version__
 from itarflow.commands.console import joined, resumable, say
+from itarflow.commands.guidance import GuidanceOptions
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.load import load_denoiser
-from itarflow.denoisers.ode import Method, Spacing
+from itarflow.denoisers.ode import Spacing
 from itarflow.denoisers.score import Denoiser
-from itarflow.evaluation.evaluate import save_samples, scores_of
+from itarflow.evaluation.conversion import CONVERSIONS, PROTOCOLS, Protocol
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor, load_extractor
 from itarflow.evaluation.metrics.reference import Reference, read_reference, reference_of
 from itarflow.evaluation.metrics.scores import Figure, Scores
-from itarflow.evaluation.samples.generate import CONVERSION, Generation, LabelRule, labels_by, manifest_of
+from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_by, manifest_of
+from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable
+from itarflow.runtime.json_file import as_type
 from itarflow.runtime.processes import main_first, on_main
-from itarflow.runtime.text import display_name
+from itarflow.runtime.text import display_name, printable, short_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring:
+class Scoring(GuidanceOptions):
     """A checkpoint, how its samples are made, and the real images that they are compared with.
 
     A command implements `generations`, what to sample, and `finish`, the report.
@@ -49,8 +52,9 @@ class Scoring:
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A folder with a pipeline, such as runs/cifar10/pipeline, or a Hugging Face Hub id."""
-    output: Path = Path("evaluation")
-    """Folder for the figures, and for the samples of each denoising variant."""
+    output: Path | None = None
+    """Folder for the figures, and for the samples of each denoising variant. None = runs/NAME/evaluation of a run's
+    pipeline, runs/NAME/pipeline; NAME-evaluation of other checkpoints."""
     data: str | None = None
     """Real images: as --data.path in training. Their statistics are computed once, and cached."""
     split: str = "train"
@@ -59,7 +63,7 @@ class Scoring:
     """How the real images become square; figures depend on it. None = as in the checkpoint's training,
     where that is known: another one is then refused."""
     image_column: str | None = None
-    """Column with the real images. None finds the first one."""
+    """Column with the real images. None finds it."""
     reference: Path | None = None
     """Statistics of real images in place of --data: a file of ADM's evaluation (.npz), or one kept from --data."""
     extractor: str = INCEPTION
@@ -75,8 +79,9 @@ class Scoring:
     """balanced: every class in turn. random: drawn uniformly. none: without labels, and without guidance."""
     seed: int = 0
     """Of the noise and of random labels."""
-    method: Method | None = None
-    """Solver of iterative denoising. None = the checkpoint's."""
+    protocol: Protocol = "rounded"
+    """How pixels become 8-bit: rounded to the nearest level, real images as they are; or official, as the papers'
+    scripts do: truncated, with real images flipped at random. Figures of one only compare with figures of the same."""
     spacing: Spacing | None = None
     """Of its noise levels. None = the checkpoint's."""
     denoiser: str | None = None
@@ -98,6 +103,16 @@ class Scoring:
     """Processes that decode real images."""
     device: str | None = None
     """Such as cuda, cuda:1, mps or cpu. None = a GPU if there is one; of several processes, one each."""
+
+    @property
+    def kind(self) -> str:
+        """What the default folder is called by."""
+        return "evaluation"
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return default_folder(self.checkpoint, self.kind) if self.output is None else self.output
 
     def generations(self, pipe: ITARFlowPipeline, denoiser: Denoiser | None) -> dict[str, Generation]:
         """What is made, by the names of folders in `output`; "" is the folder itself.
@@ -131,11 +146,11 @@ class Scoring:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
-        check_writable(self.output)
+        check_writable(self.folder)
 
     def run(self) -> None:
         """Carry the command out."""
-        with resumable(self.output):
+        with resumable(self.folder):
             self._run(joined())
 
     def _run(self, state: PartialState) -> None:
@@ -145,7 +160,7 @@ class Scoring:
         generations = self.generations(pipe, denoiser)
         for generation in generations.values():
             generation.check()
-        folders = {self.output / name: generation for name, generation in generations.items()}
+        folders = {self.folder / name: generation for name, generation in generations.items()}
         # Refused now, not after the reference.
         on_main(state, lambda: [manifest_of(generation, folder) for folder, generation in folders.items()])
         if state.is_main_process:
@@ -164,7 +179,8 @@ class Scoring:
                 "denoiser": None if self.denoiser is None else display_name(self.denoiser),
                 "labels": self.labels,
                 "reference": asdict(reference.origin),
-                "conversion": CONVERSION,
+                "protocol": PROTOCOLS[self.protocol],
+                "conversion": CONVERSIONS[self.protocol],
                 "speed": {
                     "making, images/s": made / making if made else None,
                     "scoring, images/s": scored / (time.monotonic() - start) if scored else None,
@@ -192,6 +208,7 @@ class Scoring:
     def inverting(self) -> dict[str, Any]:
         """Options of the inverse, for `Generation`."""
         return {
+            "protocol": self.protocol,
             "solver": sequential if self.exact else None,
             "inverse_dtype": torch.bfloat16 if self.inverse_dtype == "bf16" else None,
             "batch_size": self.batch_size,
@@ -215,6 +232,7 @@ class Scoring:
         device = str(state.device) if state.num_processes > 1 else usable_device(self.device)
         pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(self.checkpoint)).to(device)
         pipe.set_progress_bar_config(disable=True)
+        self._crop(pipe), noted_evaluations(pipe.config.evaluations)  # refused now, if it is damaged
         return pipe, device
 
     def _open_denoiser(self, pipe: ITARFlowPipeline, device: str) -> Denoiser | None:
@@ -231,7 +249,7 @@ class Scoring:
         Raises:
             ValueError: --crop differs from that of the checkpoint's training.
         """
-        trained = ((pipe.config.training or {}).get("recipe") or {}).get("data", {}).get("crop")
+        trained = _trained_crop(pipe)
         if self.crop is not None and trained is not None and self.crop != trained:
             raise ValueError(
                 f"--crop is {self.crop}, but the checkpoint was trained on images with crop {trained}; the figures "
@@ -254,6 +272,7 @@ class Scoring:
             "accelerator": state,
             "cache": self.cache,
             "console": console,
+            "protocol": self.protocol,
         }
         if self.reference is not None:
             return read_reference(self.reference, image_size=size, crop=crop, **shared)
@@ -275,6 +294,38 @@ class Scoring:
         return reference_of(config, image_size=size, in_channels=channels, **shared)
 
 
+def default_folder(checkpoint: str | Path, kind: str) -> Path:
+    """runs/NAME/KIND for the pipeline of a run, runs/NAME/pipeline; else NAME-KIND in the working directory."""
+    run = Path(checkpoint).parent
+    if Path(checkpoint).name == "pipeline" and (run / "recipe.json").is_file():
+        return run / kind
+    return Path(f"{short_names([str(checkpoint)])[0]}-{kind}")
+
+
+def noted_evaluations(values: Any) -> dict[str, str]:
+    """The evaluations that are noted in a checkpoint; raises DataError if they are damaged."""
+    return as_type(values or {}, dict[str, str], "evaluations, in the checkpoint's model_index.json,")
+
+
+class _Data(TypedDict, total=False):
+    crop: Crop | None
+
+
+class _Recipe(TypedDict, total=False):
+    data: _Data | None
+
+
+class _Training(TypedDict, total=False):
+    recipe: _Recipe | None
+
+
+def _trained_crop(pipe: ITARFlowPipeline) -> Crop | None:
+    """How the images of a checkpoint's training became square; raises DataError if its record is damaged."""
+    training = as_type(pipe.config.training or {}, _Training, "training, in the checkpoint's model_index.json,")
+    data = (training.get("recipe") or {}).get("data") or {}
+    return data.get("crop")
+
+
 def _plan(generations: Mapping[str, Generation], count: int) -> str:
     """A summary of the work ahead."""
     variants = [variant for generation in generations.values() for variant in generation.variants.values()]
@@ -286,7 +337,11 @@ def _plan(generations: Mapping[str, Generation], count: int) -> str:
 
 
 def score_table(
-    heads: tuple[str, ...], scores: Mapping[tuple[str, ...], Scores], best: Mapping[str, tuple[str, ...]] | None = None
+    heads: tuple[str, ...],
+    scores: Mapping[tuple[str, ...], Scores],
+    best: Mapping[str, tuple[str, ...]] | None = None,
+    *,
+    alike: bool = True,
 ) -> Table:
     """A row for each set of samples, a column for each figure.
 
@@ -294,9 +349,11 @@ def score_table(
         heads: of the first columns.
         scores: by the texts of these columns; where all but the last change, a line is drawn.
         best: by the short name of a figure the row that gets a star. None = no stars, but spreads.
+        alike: whether all are of as many samples against the same real images, which the title then names.
     """
     first = next(iter(scores.values()))
     title = f"{first.samples:,} samples against {first.reference}, by {first.extractor}"
+    title = escape(title) if alike else "figures that do not compare: see below"
     table = Table(title=title + ("" if best is None else "; * = best"), title_justify="left")
     for head in heads:
         table.add_column(head, justify="left" if best is None else "right")
@@ -324,7 +381,12 @@ def print_scores(table: Table, scores: Mapping[Any, Scores]) -> None:
     console = Console()
     console.print(table)
     for warning in dict.fromkeys(warning for one in scores.values() for warning in one.warnings):
-        console.print(f"[yellow]Note:[/] {escape(warning)}.", soft_wrap=True, highlight=False)
+        print_note(warning)
+
+
+def print_note(text: str) -> None:
+    """Print what to keep in mind."""
+    Console().print(f"[yellow]Note:[/] {escape(printable(text))}.", soft_wrap=True, highlight=False)
 
 
 def device_name(pipe: ITARFlowPipeline) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,8 @@ from rich.table import Table
 from torch import Tensor
 
 from itarflow.codec import codec_of, to_pixels
-from itarflow.commands.console import chosen_labels, say
+from itarflow.commands.class_labels import chosen_labels
+from itarflow.commands.console import say
 from itarflow.data.images import spread_over
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
@@ -31,8 +31,8 @@ from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.pipeline.plan import InversePlan, replaced
 from itarflow.pipeline.plan_search import BlockMetrics, FoundPlan, Timing, block_metrics, check_search, find_plan
 from itarflow.runtime.devices import usable_device
-from itarflow.runtime.files import atomically, check_writable, write_text
-from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.files import check_writable, write_json
+from itarflow.runtime.pictures import blank_figure, save_figure
 from itarflow.runtime.seeds import image_generators
 
 _REAL_IMAGES = 64
@@ -117,8 +117,13 @@ class Profile:
         blank_figure(1, 1)  # refuses where matplotlib is missing
 
     def _write(self, pipe: ITARFlowPipeline, plan: InversePlan) -> None:
-        plans = [plan.to_json() for plan in replaced(pipe.inverse_plans, plan)]
-        pipe.record(self.checkpoint, "plans", plans)
+        pipe.record(
+            self.checkpoint,
+            "plans",
+            lambda known: [
+                one.to_json() for one in replaced([InversePlan.from_json(one) for one in known or []], plan)
+            ],
+        )
 
     def _noisy(self, pipe: ITARFlowPipeline) -> tuple[Tensor, Tensor | None, float]:
         """Noisy images at t_max, with labels, for the metrics."""
@@ -186,9 +191,8 @@ class Profile:
                 for size, found in report.items()
             },
         }
-        write_text(self.output / "profile.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
-        with atomically(self.output / "profile.png") as partial:
-            _draw(report, partial)
+        write_json(self.output / "profile.json", content)
+        _draw(report, self.output / "profile.png")
 
 
 def _summary(plan: InversePlan) -> str:
@@ -286,4 +290,4 @@ def _draw(report: dict[int, FoundPlan], path: Path) -> None:
         axis.tick_params(labelsize=8, which="both")
         axis.grid(linewidth=0.3)
         axis.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import tyro
 from PIL import Image
 
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
-from itarflow.commands.console import chosen_labels, say
+from itarflow.commands.class_labels import chosen_labels, class_name
+from itarflow.commands.console import say
+from itarflow.commands.guidance import OneGuidance
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser
@@ -21,12 +22,21 @@ from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
-from itarflow.runtime.pictures import image_grid
+from itarflow.runtime.pictures import (
+    balanced_columns,
+    captioned_grid,
+    check_picture,
+    grid_size,
+    image_grid,
+    save_picture,
+    titled_grid,
+)
 from itarflow.runtime.seeds import image_generators
+from itarflow.runtime.text import display_name, listed, printable
 
 
 @dataclass(frozen=True)
-class Sample:
+class Sample(OneGuidance):
     """Make images with a checkpoint.
 
     Example: itarflow sample runs/digits/pipeline --class-labels 3 1 4 --output digits.png
@@ -35,16 +45,18 @@ class Sample:
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """A folder with a pipeline, such as runs/digits/pipeline, or a Hugging Face Hub id (NAME/MODEL). Comes first."""
     output: Path = Path("samples.png")
-    """An image file for a grid of all images, or a folder (any name without suffix) for one file an image."""
+    """An image file for a grid of all images, or a new folder (any name without suffix) for one file an image. A PNG
+    carries checkpoint, seed and labels as texts."""
     class_labels: tuple[str, ...] | None = None
-    """Labels, by name or number. None = every class in turn, or no labels if the model has none."""
+    """Labels, by number as in Python, or by name; -1 = no label. None = every class in turn, or no labels if the model
+    has none. A name that begins with a dash is given as --class-labels=-name."""
     num_images: int | None = None
     """How many images; labels are repeated in turn. None = one a label, or 16 if there are no labels."""
     seed: int = 0
     """Image number i depends on the seed, on i and on its label, not on how many are made. How many are made at a time
     changes it by rounding; by a little more if the checkpoint has a plan and --exact is not given."""
-    guidance_weight: float | None = None
-    """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
+    captions: bool = True
+    """Write the names of the classes above the images of a grid."""
     num_denoise_steps: int | None = None
     """Score evaluations, 1 or more. None = the checkpoint's."""
     method: Method | None = None
@@ -78,12 +90,17 @@ class Sample:
 
     def run(self) -> None:
         """Carry the command out."""
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size is {self.batch_size}; expected a number >= 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed is {self.seed}; expected a number from 0 to 2^63 - 1.")
         _check_output(self.output)
         device = usable_device(self.device)
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
         if self.decoder is not None:
             pipe.register_modules(vae=_matching_vae(pipe, self.decoder))
         pipe.to(device)
+        pipe.set_progress_bar_config(desc="sampling", unit=" image steps")  # tokens and denoising of each image
         labels = chosen_labels(pipe, self.class_labels, self.num_images)
         dtype = torch.bfloat16 if self.denoise_dtype == "bf16" else None
         denoiser = None
@@ -91,14 +108,35 @@ class Sample:
             denoiser = load_denoiser(
                 self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, dtype=dtype, device=device
             )
-        if self.output.suffix:
-            columns = _columns(len(set(labels)), len(labels))
-            image_grid(list(self._images(pipe, labels, denoiser, dtype)), columns).save(self.output)
-        else:
+        plan = self._plan(pipe, labels)
+        facts = {"checkpoint": display_name(self.checkpoint), "seed": self.seed}
+        images = self._images(pipe, labels, denoiser, dtype)
+        if plan is None:
             self.output.mkdir(parents=True, exist_ok=True)
-            for index, image in enumerate(self._images(pipe, labels, denoiser, dtype)):
-                image.save(self.output / f"{index:06d}.png")
+            for index, image in enumerate(images):
+                name = class_name(pipe, labels[index]) or "none"
+                save_picture(image, self.output / f"{index:06d}.png", {**facts, "number": index, "label": name})
+        else:
+            named = {"labels": ", ".join(class_name(pipe, label) or "none" for label in labels)}
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            save_picture(plan.drawn(list(images)), self.output, {**facts, **named})
         say(f"{len(labels)} {'image' if len(labels) == 1 else 'images'} in {self.output}")
+
+    def _plan(self, pipe: ITARFlowPipeline, labels: list[int | None]) -> _Grid | None:
+        """How the grid is laid out, checked; None = there is none.
+
+        Raises:
+            ValueError: the format can't hold it.
+        """
+        if not self.output.suffix:
+            return None
+        kinds = len(set(labels))
+        columns = kinds if 2 <= kinds <= 12 else balanced_columns(len(labels))
+        names = [class_name(pipe, label) for label in labels]
+        grid = _Grid(columns, names if self.captions and len(labels) > 1 and any(names) else None)
+        channels, height, width = pipe.picture_shape
+        check_picture(self.output, grid.size(width, height, len(labels)), "L" if channels == 1 else "RGB")
+        return grid
 
     def _images(
         self,
@@ -109,13 +147,12 @@ class Sample:
     ) -> Iterator[Image.Image]:
         """The images in order, batch by batch, so that what is done can be saved before the next begins."""
         generators = image_generators(torch.Generator().manual_seed(self.seed), len(labels))
-        if self.batch_size < 1:
-            raise ValueError(f"--batch-size is {self.batch_size}; expected a number >= 1.")
+        guidance = self.guidance_of(pipe.default_guidance)
         for start in range(0, len(labels), self.batch_size):
             part = slice(start, start + self.batch_size)
             yield from pipe(
                 class_labels=labels[part],
-                guidance_weight=self.guidance_weight,
+                guidance=guidance,
                 num_denoise_steps=self.num_denoise_steps,
                 method=self.method,
                 spacing=self.spacing,
@@ -139,18 +176,41 @@ def _matching_vae(pipe: ITARFlowPipeline, name: str) -> Vae:
 
 
 def _check_output(output: Path) -> None:
-    """Refuse an image format that can't be written, before hours of sampling."""
-    if output.suffix and Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+    """Refuse an output that can't be written, before hours of sampling."""
+    if output.suffix:
+        check_picture(output, (64, 64), "RGB")
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a folder; give a file name in it, or a name without a suffix.")
+    elif output.is_dir() and (there := sorted(path.name for path in output.iterdir() if path.name[0] != ".")):
         raise ValueError(
-            f"--output {output} has an unknown image format; use .png, or a folder name without a suffix."
+            f"--output {output} holds other files: {printable(listed(there))}; new images among them could not be "
+            "told from old ones. Name another folder, or empty this one."
         )
-    if output.suffix and output.is_dir():
-        raise ValueError(f"--output {output} is a folder; give a file name in it, or a name without a suffix.")
-    folder = output.parent if output.suffix else output
-    check_writable(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(output.parent if output.suffix else output)
 
 
-def _columns(labels: int, images: int) -> int:
-    """Columns of a grid: one a label if they are few, else as many as rows."""
-    return labels if 2 <= labels <= 12 else math.ceil(math.sqrt(images))
+class _Grid(NamedTuple):
+    """The layout of a grid of images."""
+
+    columns: int
+    names: Sequence[str] | None
+    """One an image; None = no captions."""
+
+    @property
+    def one_a_column(self) -> bool:
+        """Whether a name holds for all of its column."""
+        names = self.names or ()
+        return all(name == names[index % self.columns] for index, name in enumerate(names))
+
+    def size(self, width: int, height: int, count: int) -> tuple[int, int]:
+        """(width, height) in pixels of so many images of a size."""
+        lines = {} if self.names is None else {"titles": 1} if self.one_a_column else {"captions": 1}
+        return grid_size(width, height, count, self.columns, **lines)
+
+    def drawn(self, images: Sequence[Image.Image]) -> Image.Image:
+        """The grid."""
+        if self.names is None:
+            return image_grid(images, self.columns)
+        if self.one_a_column:
+            return titled_grid(images, self.names[: self.columns])
+        return captioned_grid(images, self.names, self.columns)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,12 @@ from rich.table import Table
 
 from itarflow.commands.console import say
 from itarflow.commands.options import Scoring, print_scores, score_table
+from itarflow.denoisers.ode import Method
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
-from itarflow.evaluation.samples.generate import MANIFEST, Generation
-from itarflow.evaluation.sweep import Setting, best_settings, generations_of, grid_of, plain, write_csv
+from itarflow.evaluation.samples.generate import Generation
+from itarflow.evaluation.samples.manifest import read_manifest
+from itarflow.evaluation.sweep import Setting, best_settings, generations_of, grid_of, text, write_csv
 from itarflow.evaluation.sweep_plots import draw_curves, draw_images
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import write_json
@@ -24,7 +25,7 @@ from itarflow.runtime.pictures import blank_figure
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep(Scoring):
-    """Score samples of a checkpoint over guidance weights, noise levels and numbers of denoising steps.
+    """Score samples of a checkpoint over guidance weights, noise levels, denoising steps and more.
 
     Example: itarflow sweep runs/cifar10/pipeline --data uoft-cs/cifar10 --guidance-weights 0 1 2 3 --t-max 0.1 0.2 0.3
     --num-denoise-steps 1 2 5 10 20 --num-samples 5000
@@ -37,18 +38,29 @@ class Sweep(Scoring):
 
     num_samples: int = 5_000
     """Images of each setting. With fewer, Fréchet distances are higher, and comparable only at equal numbers."""
-    output: Path = Path("sweep")
-    """Folder for sweep.json, sweep.csv, sweep.png, sweep_samples.png, and for the samples of all settings."""
+    output: Path | None = None
+    """Folder for sweep.json, sweep.csv, sweep.png, sweep_samples.png, and for the samples of all settings. None =
+    runs/NAME/sweep of a run's pipeline, runs/NAME/pipeline; NAME-sweep of other checkpoints."""
     guidance_weights: tuple[float, ...] | None = None
     """w in (1 + w) * conditional - w * unconditional; 0 = off. None = the checkpoint's."""
     t_max: tuple[float, ...] | None = None
     """Noise levels of the flow's samples, within the range that it was trained on. None = the checkpoint's."""
     num_denoise_steps: tuple[int, ...] | None = None
     """Score evaluations in denoising; 1 = one step, as TARFlow does. None = the checkpoint's."""
+    guidance_temperatures: tuple[float, ...] | None = None
+    """tau, by which the attention logits of the guiding pass are divided; away from 1 they guide models without
+    labels (TARFlow, equation 11). None = the checkpoint's."""
+    method: tuple[Method, ...] | None = None
+    """Solvers of denoising. None = the checkpoint's."""
     raw: bool = False
     """Score the noisy images too, as the flow has made them; called 0 steps in the files."""
     picture_rows: int = 4
     """How many images of each setting sweep_samples.png shows."""
+
+    @property
+    def kind(self) -> str:
+        """See `Scoring`."""
+        return "sweep"
 
     def check(self) -> None:
         """See `Scoring`."""
@@ -64,7 +76,8 @@ class Sweep(Scoring):
             self._grid(pipe),
             self.sample_labels(pipe),
             seed=self.seed,
-            method=self.method,
+            guidance=replace(pipe.default_guidance, **self.guidance_fields()),
+            method=None if self.method is None else self.method[0],
             spacing=self.spacing,
             denoiser=denoiser,
             **self.denoising(),
@@ -77,8 +90,9 @@ class Sweep(Scoring):
             guidance_weights=self.guidance_weights,
             t_max=self.t_max,
             num_denoise_steps=self.num_denoise_steps,
+            temperatures=self.guidance_temperatures,
+            methods=self.method,
             raw=self.raw,
-            method=self.method,
             other_denoiser=self.denoiser is not None,
             labelled=bool((self.sample_labels(pipe) >= 0).any()),
         )
@@ -86,27 +100,31 @@ class Sweep(Scoring):
     def finish(self, made: Mapping[str, Generation], scores: Mapping[Path, Scores], report: dict[str, Any]) -> None:
         """See `Scoring`."""
         found = {
-            one: scores[self.output / one.generation / one.variant]
+            one: scores[self.folder / one.generation / one.variant]
             for one in self._grid(next(iter(made.values())).pipe)
         }
         report |= {
-            "samples": {name: json.loads((self.output / name / MANIFEST).read_text()) for name in made},
+            "samples": {name: read_manifest(self.folder / name) for name in made},
             "cells": [{**asdict(setting), **one.to_json()} for setting, one in found.items()],
             "best": {name: asdict(setting) for name, setting in best_settings(found).items()},
         }
-        write_json(self.output / "sweep.json", report)
-        write_csv(found, self.output / "sweep.csv")
-        draw_curves(found, self.output / "sweep.png")
-        draw_images(list(found), self.output, self.output / "sweep_samples.png", self.picture_rows)
+        write_json(self.folder / "sweep.json", report)
+        write_csv(found, self.folder / "sweep.csv")
         print_scores(table_of(found), found)
+        draw_curves(found, self.folder / "sweep.png")
+        draw_images(list(found), self.folder, self.folder / "sweep_samples.png", self.picture_rows)
         files = ("sweep.json", "sweep.csv", "sweep.png", "sweep_samples.png")
-        say("see " + ", ".join(str(self.output / name) for name in files))
+        say("see " + ", ".join(str(self.folder / name) for name in files))
 
 
 def table_of(scores: Mapping[Setting, Scores]) -> Table:
     """A row for each setting, a column for each figure; the best setting by each figure has a star."""
+    heads = {"t_max": "t_max", "guidance_weight": "guidance", "temperature": "tau", "method": "method"}
+    shown = [name for name in heads if any(getattr(one, name) is not None for one in scores)]
     rows = {
-        one: (plain(one.t_max), plain(one.guidance_weight), str(one.num_denoise_steps or "noisy")) for one in scores
+        one: (*(text(name, getattr(one, name)) for name in shown), str(one.num_denoise_steps or "noisy"))
+        for one in scores
     }
     best = {name: rows[setting] for name, setting in best_settings(scores).items()}
-    return score_table(("t_max", "guidance", "steps"), {rows[setting]: one for setting, one in scores.items()}, best)
+    titles = (*(heads[name] for name in shown), "steps")
+    return score_table(titles, {rows[setting]: one for setting, one in scores.items()}, best)

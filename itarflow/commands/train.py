@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from itarflow.commands.console import parsed, reporting
 from itarflow.commands.dry_run import dry_run
+from itarflow.plugins import HELP, load_named
 from itarflow.runtime.devices import usable_memory
 from itarflow.runtime.processes import processes_here
 from itarflow.runtime.text import flat
@@ -87,7 +89,9 @@ def main(recipe: Recipe, description: str | None = None, args: list[str] | None 
         "--sampling.batch-size. --dry-run estimates the memory."
     )
     with reporting(console, advice):
-        options = parsed(Options, default=Options(recipe=recipe), description=description, args=args)
+        words = load_named(sys.argv[1:] if args is None else args)
+        description = f"{description or ''}\n\n{HELP}"
+        options = parsed(Options, default=Options(recipe=recipe), description=description, args=words)
         _run(options, recipe, console)
 
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from itarflow.codec import VaeIdentity, differing
 from itarflow.data.images import Crop
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.hub import folder_of
+from itarflow.runtime.json_file import read_json
+from itarflow.runtime.text import printable
 
 CARD = "codes.json"
 """Name of the card in the folder of the parquet files."""
@@ -35,7 +39,7 @@ class CodesCard:
     """Commit of a VAE on the Hub, if it was named."""
     identity: VaeIdentity
     """What the codes depend on: encoder and scaling."""
-    image_size: int
+    image_size: Annotated[int, Meta(ge=1)]
     """Side of the encoded images in pixels."""
     crop: Crop
     """How they became square."""
@@ -52,6 +56,13 @@ class CodesCard:
     code_std: tuple[float, ...] = ()
     """Standard deviation of each channel, of the means of the posteriors; () until finished."""
 
+    def __post_init__(self) -> None:
+        if self.image_size % self.identity.stride:
+            raise ValueError(f"the stride {self.identity.stride} does not divide image_size {self.image_size}")
+        for name, values in (("code_mean", self.code_mean), ("code_std", self.code_std)):
+            if len(values) not in (0, self.identity.channels) or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} is {values}; expected {self.identity.channels} numbers, or none")
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a code."""
@@ -67,14 +78,6 @@ class CodesCard:
         """Plain values."""
         values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return values
-
-    @staticmethod
-    def from_json(values: Mapping[str, Any]) -> CodesCard:
-        """The card that `to_json` has made; KeyError or TypeError if something is missing."""
-        # Fields that came later have defaults.
-        known = {name: _tuples(values[name]) for name in CodesCard.__dataclass_fields__ if name in values}
-        identity = {name: _tuples(value) for name, value in values["identity"].items()}
-        return CodesCard(**known | {"identity": VaeIdentity(**identity)})
 
 
 @dataclass(frozen=True)
@@ -123,11 +126,6 @@ class CodeDecoder:
         return torch.from_numpy(codes.astype(np.float16, copy=False)).reshape(self.shape)
 
 
-def _tuples(value: Any) -> Any:
-    """A list, which is what JSON makes of a tuple, as one."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def to_bytes(code: Tensor) -> bytes:
     """A code or log-variance (C, H, W) as a data set of codes stores it."""
     return code.cpu().numpy().astype("<f2").tobytes()
@@ -156,11 +154,14 @@ def read_card(file: Path) -> CodesCard:
 
     Raises:
         DataError: it is damaged, or of another program.
+        OSError: it can't be read.
     """
-    try:
-        return CodesCard.from_json(json.loads(file.read_text(encoding="utf-8"))["card"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged, or no card of codes: {error}; encode the images again") from error
+    return read_json(file, _CardFile).card
+
+
+@dataclass(frozen=True)
+class _CardFile:
+    card: CodesCard
 
 
 def check_card(
@@ -185,8 +186,9 @@ def check_card(
         )
     if changes := differing(card.identity, wanted):
         raise DataError(
-            f"the codes in {path} were made by another VAE ({card.vae}) or scaling than codec.vae names:\n  "
-            + "\n  ".join(changes)
+            f"the codes in {path} were made by another VAE ({printable(card.vae)}) or scaling than codec.vae "
+            "names:\n  "
+            + "\n  ".join(map(printable, changes))
             + "\nName that VAE and scaling, or encode the images again by vae/encode_dataset.py."
         )
     if card.shape != shape:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import datasets
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import torch
-from datasets.utils.file_utils import xopen
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from itarflow.data.content import content_of, paths_of
 from itarflow.data.images import Crop, convert_image, crop_image, to_array
 from itarflow.data.parquet import DamagedRowError, ParquetRows
+from itarflow.data.picture_file import OwnPlace, open_picture
 from itarflow.data.sources import Rows
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.text import printable
 
 
 class Example(NamedTuple):
@@ -66,12 +65,14 @@ class PictureDecoder:
         image_size: height and width of the tensors in pixels.
         in_channels: 3 for RGB, 1 for grey.
         crop: how images become square.
+        place: where files may lie that a row names.
     """
 
     column: str
     image_size: int
     in_channels: int
     crop: Crop = "center"
+    place: OwnPlace = field(default=OwnPlace((os.sep,)), repr=False)  # not a part of what fingerprints hash
     dtype = torch.uint8
 
     @property
@@ -86,12 +87,14 @@ class PictureDecoder:
 
     def __call__(self, row: Mapping[str, Any]) -> Tensor:
         """The image of a row; damaged files make Pillow raise nearly anything."""
-        try:
-            with Image.open(io.BytesIO(_encoded(row[self.column] or {}))) as image:
-                square = crop_image(convert_image(image, self.in_channels), self.image_size, self.crop)
-            return torch.from_numpy(to_array(square, self.in_channels))
-        except UnidentifiedImageError as error:  # whose message names a buffer in memory
-            raise DataError("it is no image of a known format, or its header is damaged") from error
+        value = row[self.column] or {}
+        if (encoded := value.get("bytes")) is None:
+            if not value.get("path"):
+                raise DataError("there is no image in this row")
+            encoded = self.place.read(value["path"])
+        with open_picture(encoded) as image:
+            square = crop_image(convert_image(image, self.in_channels), self.image_size, self.crop)
+        return torch.from_numpy(to_array(square, self.in_channels))
 
 
 class ImageDataset(Dataset[Example]):
@@ -137,6 +140,11 @@ class ImageDataset(Dataset[Example]):
         return self._labels
 
     @property
+    def indices(self) -> Tensor:
+        """(N,) int64 rows of the table that make up the set."""
+        return self._indices
+
+    @property
     def images(self) -> Tensor | None:
         """The examples (N, ...) of a set that was decoded into memory, else None."""
         return self._images
@@ -178,11 +186,28 @@ class ImageDataset(Dataset[Example]):
             states = self._rows.states()
         else:
             digest.update(self._rows._fingerprint.encode())
-            paths = _paths(self._rows, self._decoder.columns[0])
+            column = self._decoder.columns[0]
+            pictures = isinstance(self._rows.features[column], datasets.Image)
+            paths = paths_of(self._rows.with_format("arrow")[:][column]) if pictures else iter(())
             states = (_state(path) for path in paths)
         for state in states:
             digest.update(state.encode())
         return digest.hexdigest()
+
+    def file(self, index: int) -> str | None:
+        """Path of the picture at `index` if it is a file of its own, else None."""
+        if isinstance(self._rows, ParquetRows) or not isinstance(self._decoder, PictureDecoder):
+            return None
+        value = self._rows[int(self._indices[index])][self._decoder.column] or {}
+        return None if value.get("bytes") is not None else value.get("path")
+
+    def content(self) -> str:
+        """SHA-256 of what the images of the whole table are, wherever it lies; see `content.content_of`.
+
+        It depends neither on the decoder nor on which rows make up the set. No image is decoded.
+        """
+        place = self._decoder.place if isinstance(self._decoder, PictureDecoder) else None
+        return content_of(self._rows, self._decoder.columns, place)
 
     def __getitem__(self, index: int) -> Example:
         """Example at `index` in 0..N-1.
@@ -242,16 +267,7 @@ class ImageDataset(Dataset[Example]):
         except Exception as error:  # nothing is hidden: the reason is reported
             value = values.get(self._decoder.columns[0])
             name = (value.get("path") if isinstance(value, dict) else None) or f"row {row}"
-            return f"{name}: {str(error) or type(error).__name__}"
-
-
-def _paths(rows: datasets.Dataset, column: str) -> Iterator[str]:
-    """Paths of the images that are files of their own."""
-    if not isinstance(rows.features[column], datasets.Image):
-        return
-    for chunk in rows.with_format("arrow")[:][column].chunks:
-        outside = pc.is_null(pc.struct_field(chunk, "bytes"))
-        yield from filter(None, pc.struct_field(chunk, "path").filter(outside).to_pylist())
+            return printable(f"{name}: {str(error) or type(error).__name__}")
 
 
 def _state(path: str) -> str:
@@ -261,17 +277,6 @@ def _state(path: str) -> str:
     except OSError:
         return f"{path}\n"
     return f"{path} {found.st_size} {found.st_mtime_ns}\n"
-
-
-def _encoded(value: dict[str, Any]) -> bytes:
-    path = value.get("path")
-    if value.get("bytes") is not None:
-        return value["bytes"]
-    if not path:
-        raise DataError("there is no image in this row")
-    # The archives of Hub data sets stay packed: "zip://cat.png::/cache/train.zip".
-    with xopen(path, "rb") as file:
-        return file.read()
 
 
 def too_many_broken(failures: Sequence[str], limit: int) -> DataError:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from itarflow.runtime.json_file import as_type
-from itarflow.runtime.text import listed
+from itarflow.runtime.text import listed, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,11 +15,12 @@ class DataIdentity:
     """What was understood of a data set when it was opened. It is stored with all that is made of the set.
 
     Attributes:
-        content: SHA-256 of what the images are (see `ImageDataset.fingerprint`), of all splits that were opened.
+        content: SHA-256 of which images and labels these are; see `content.content_of`.
         images: number of images by split or part, such as {"train": 50000, "held out": 1000}.
         class_names: in the order of the labels; () = unlabelled.
-        class_counts: training images of each class, in that order.
-        columns: {"image": "img", "label": "fine_label"}; of a folder of images what the labels are from.
+        class_counts: images of each class, in that order, of the first part: those to train on.
+        columns: {"image": "img", "label": "fine_label"}; of a folder of pictures none, nor one for labels that are the
+            names of its folders.
         left_out: what was not taken, and why, as sentences.
     """
 
@@ -41,7 +42,10 @@ class DataIdentity:
         return as_type(values, DataIdentity, name)
 
     def differences(self, now: DataIdentity) -> list[str]:
-        """What distinguishes the set `now` from this one, a line each; empty = the same set."""
+        """What distinguishes the set `now` from this one, a line each; empty = the same set.
+
+        Where the files lie, and when they were written, does not count.
+        """
         found: list[str] = []
         if self.class_names != now.class_names:
             moved = [
@@ -56,8 +60,34 @@ class DataIdentity:
         if not found and self.class_counts != now.class_counts:
             found.append(f"images by class: {list(self.class_counts)} there, {list(now.class_counts)} now")
         if not found and self.content != now.content:
-            found.append("the files of the images: others there (names, sizes or times of change)")
-        return found
+            found.append("images: as many, but other ones now (by names, sizes, labels or first bytes)")
+        return [printable(line) for line in found]
+
+
+def described(identity: DataIdentity) -> list[str]:
+    """What was understood of a data set, as lines to show where work on it begins: images, labels, what is missing."""
+    columns, images = identity.columns, identity.images
+    if set(images) == {"train", "held out"}:
+        counts = [f"{images['train']:,} to train on", f"{images['held out']:,} held out"]
+    else:
+        counts = [f"{count:,} in {name}" for name, count in images.items()]
+    source = f", of column {columns['image']}" if "image" in columns else ""
+    lines = [f"images: {', '.join(counts)}{source}"]
+    names = identity.class_names
+    classes = f"{len(names):,} class" + ("es" if len(names) != 1 else "")
+    if not names:
+        lines.append("labels: none")
+    else:
+        each = [f"{name} {count:,}" for name, count in zip(names, identity.class_counts, strict=False)]
+        shown = each if len(each) <= 6 else [*each[:3], "...", each[-1]]
+        source = f"of column {columns['label']}" if "label" in columns else "by folder"
+        lines.append(f"labels: {classes} {source} ({', '.join(shown)})")
+    empty = [name for name, count in zip(names, identity.class_counts, strict=False) if count == 0]
+    if empty:
+        few = "has" if len(empty) == 1 else "have"
+        lines.append(f"WARNING: {len(empty):,} of {classes} {few} no training images: {listed(empty)}")
+    lines += [f"left out: {sentence}" for sentence in identity.left_out]
+    return [printable(line) for line in lines]
 
 
 def _changed(what: str, there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

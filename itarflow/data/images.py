@@ -8,24 +8,43 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image, ImageOps
 
+from itarflow.data.resize import resize_window
 from itarflow.runtime.errors import DataError
 
-Crop = Literal["center", "adm", "edm"]
-"""The published protocols by which an image becomes square."""
+Crop = Literal["center", "adm", "edm", "pad"]
+"""How an image becomes square: by a published protocol, or, as pad, whole and on white."""
+
+LARGEST = 32768
+"""Pixels of the largest side that images may be asked to have."""
+
+_SCALED = ("PPM", "JPEG2000")  # formats that Pillow brings to all of 16 bits, whatever depth they say
+_RANGES = (255, 4095, 65535)  # of 8, 12 and 16 bits
 
 
 def convert_image(image: Image.Image, in_channels: int) -> Image.Image:
     """Upright 8-bit RGB (in_channels 3) or L (1) version of an image of any usual mode.
 
-    EXIF orientation is applied, transparency laid on white, 16-bit grey scaled from 0..65535 to 0..255.
+    EXIF orientation is applied, unless the EXIF block is damaged, and transparency laid on white. Grey of 16 or 32
+    bits is scaled to 0..255 from the smallest of the ranges 0..255, 0..4095 and 0..65535 that holds all pixels: files
+    say how pixels are stored, but not that a scanner used 12 bits of 16. Colour of 16 bits is scaled from 0..65535.
 
     Raises:
-        DataError: in_channels is neither 1 nor 3, or the range of the pixels is unknown (floats, 32-bit).
+        DataError: in_channels is neither 1 nor 3, the range of the pixels is unknown (floats, 32-bit), or colour of 16
+            bits uses at most 12 of them, of which Pillow leaves 4.
+        OSError: the image is damaged; Pillow may raise nearly anything else.
     """
     mode = pillow_mode(in_channels)
-    image = ImageOps.exif_transpose(image)
+    file_format = image.format
+    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))  # known until the pixels are read
+    image.load()
+    image = _upright(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray(_sixteen_to_eight_bit(np.asarray(image)))
+        image = Image.fromarray(_to_eight_bit(np.asarray(image), full=file_format in _SCALED))
+    elif deep and image.mode in ("LA", "RGB", "RGBA") and 0 < _brightest(image) < 16:
+        raise DataError(
+            f"colour of 16 bits reaches only to {_brightest(image)} of 255: the pixels seem to have 12 bits or fewer; "
+            "multiply them, so that they use all 16"
+        )
     elif image.mode == "F":
         raise DataError("image mode F (floats) has no known range; expected 8 or 16-bit pixels: convert it")
     elif image.has_transparency_data:
@@ -35,9 +54,10 @@ def convert_image(image: Image.Image, in_channels: int) -> Image.Image:
 
 
 def crop_image(image: Image.Image, size: int, protocol: Crop = "center") -> Image.Image:
-    """Square `size` x `size` version of an RGB or L image, by a published protocol (see `DataConfig.crop`).
+    """Square `size` x `size` version of an RGB or L image, as `DataConfig.crop` says.
 
-    An image that has this size already is returned as it is.
+    An image that has this size already is returned as it is. Of a thin image only the middle is enlarged, so that no
+    more memory is needed than for any other.
 
     Raises:
         DataError: the protocol is unknown.
@@ -48,17 +68,24 @@ def crop_image(image: Image.Image, size: int, protocol: Crop = "center") -> Imag
         return image
     if protocol == "edm":
         return _center(image, min(image.size)).resize((size, size), resampling.LANCZOS)
+    if protocol == "pad":
+        scale = size / max(image.size)
+        whole = image.resize(_pair(max(round(side * scale), 1) for side in image.size), resampling.BILINEAR)
+        square = Image.new(image.mode, (size, size), "white")
+        square.paste(whole, ((size - whole.width) // 2, (size - whole.height) // 2))
+        return square
     if protocol == "adm":
         while min(image.size) >= 2 * size:
             image = image.resize((image.width // 2, image.height // 2), resampling.BOX)
         scale = size / min(image.size)
-        image = image.resize(_pair(round(side * scale) for side in image.size), resampling.BICUBIC)
-        return _center(image, size)
+        width, height = (round(side * scale) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        return resize_window(image, (width, height), left, top, size, resampling.BICUBIC)
     # Truncated here and rounded to the nearest even below, exactly as torchvision does.
     short = min(image.size)
-    image = image.resize(_pair(int(size * side / short) for side in image.size), resampling.BILINEAR)
-    left, top = (round((side - size) / 2) for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+    width, height = (int(size * side / short) for side in image.size)
+    left, top = (round((side - size) / 2) for side in (width, height))
+    return resize_window(image, (width, height), left, top, size, resampling.BILINEAR)
 
 
 def to_array(image: Image.Image, in_channels: int) -> np.ndarray:
@@ -92,12 +119,12 @@ def check_image_size(image_size: int, in_channels: int, protocol: str) -> None:
     """Refuse sizes and channels that images can't have.
 
     Raises:
-        DataError: a size < 1, channels that are neither 1 nor 3, or an unknown crop.
+        DataError: a size < 1 or > `LARGEST`, channels that are neither 1 nor 3, or an unknown crop.
     """
     pillow_mode(in_channels)
     check_crop(protocol)
-    if image_size < 1:
-        raise DataError(f"image_size is {image_size}; expected a positive number of pixels")
+    if not 1 <= image_size <= LARGEST:
+        raise DataError(f"image_size is {image_size}; expected 1 to {LARGEST} pixels")
 
 
 def spread_over(total: int, count: int) -> list[int]:
@@ -105,11 +132,27 @@ def spread_over(total: int, count: int) -> list[int]:
     return [index * total // count for index in range(count)]
 
 
-def _sixteen_to_eight_bit(array: np.ndarray) -> np.ndarray:
-    low, high = array.min(), array.max()
-    if low < 0 or high > 65535:
+def _upright(image: Image.Image) -> Image.Image:
+    """The image as its EXIF block says that it is to be seen; as it is if that block is damaged."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises nearly anything, and the pixels are sound: they have been loaded
+        return image
+
+
+def _to_eight_bit(array: np.ndarray, full: bool) -> np.ndarray:
+    """Pixels scaled to 0..255 from 0..65535 if `full`, else from the smallest usual range that holds them."""
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > _RANGES[-1]:
         raise DataError(f"integer pixels reach from {low} to {high}; expected 0..65535: convert the image")
-    return np.round(array / 257).astype(np.uint8)
+    top = _RANGES[-1] if full else next(top for top in _RANGES if high <= top)
+    return np.round(array / (top / 255)).astype(np.uint8)
+
+
+def _brightest(image: Image.Image) -> int:
+    """The highest value of a channel that is not alpha."""
+    colours = image.split()[: 1 if image.mode == "LA" else 3]
+    return max(int(np.asarray(channel).max()) for channel in colours)
 
 
 def _center(image: Image.Image, side: int) -> Image.Image:

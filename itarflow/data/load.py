@@ -5,27 +5,28 @@ An image is a uint8 (C, H, W) tensor, a stored code a float16 one (see `codes.Co
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Sequence
+import hashlib
+import os
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import datasets
-import numpy as np
-import pyarrow as pa  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
 from itarflow.codec import VaeIdentity
 from itarflow.data.codes import CodeDecoder, check_card, find_card
+from itarflow.data.columns import find_image_column, find_label_column
 from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
-from itarflow.data.images import Crop, check_image_size
-from itarflow.data.parquet import ParquetRows
+from itarflow.data.identity import DataIdentity
+from itarflow.data.images import Crop, check_image_size, spread_over
+from itarflow.data.labels import Labels, read_labels
+from itarflow.data.made import check_made
+from itarflow.data.picture_file import own_place
 from itarflow.data.sources import Rows, open_splits, open_tables
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.text import listed, printable
 
-_LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
 _NO_PATH = 'path is missing; give "digits", a folder of images, parquet files or a Hub name'
 
 
@@ -41,7 +42,8 @@ class DataConfig:
     name: str | None = None
     """Configuration of a Hub data set that has several."""
     split: str = "train"
-    """Split to train on: train, for instance, or train[:10%] for its first tenth."""
+    """Split to train on: train, for instance, or train[:10%] for its first tenth. Where images are sorted by class, as
+    folders are, that is the first classes only."""
     held_out_split: str | None = None
     """Held-out split, never trained on. None = set images of `split` aside."""
     held_out_images: int = 1000
@@ -49,14 +51,15 @@ class DataConfig:
     With a held_out_split, at most this many of it; 0 = all of it, for figures that can be compared with others'.
     Without, set aside from `split`: at least one and at most a tenth of it; 0 = none, and no evaluation."""
     image_column: str | None = None
-    """Column with the images. None finds the first one."""
+    """Column with the images. None finds it; of several it takes image, img, pixel_values, jpg or png."""
     label_column: str | None = None
-    """Column with the class labels. None finds it, if there is one."""
+    """Column with the class labels: numbers 0, 1, ..., or names as text. None finds it, if there is one."""
     crop: Crop = "center"
     """How images become square; those of the right size stay as they are. FID depends on the choice.
     center = short side resized (bilinear), then centre crop, as torchvision and the papers' code do;
     adm = halved while that fits, then bicubic, then centre crop, as for ADM's and EDM's ImageNet;
-    edm = centre crop to the short side, then Lanczos, as EDM's center-crop."""
+    edm = centre crop to the short side, then Lanczos, as EDM's center-crop;
+    pad = long side resized (bilinear), the rest white: nothing is cut off, such as of photographs of products."""
     horizontal_flip: bool = True
     """Mirror training images at random (the training loop does it). Switch it off for digits and letters."""
     in_memory: bool = False
@@ -78,16 +81,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ImageData:
-    """The data of a run: training images, held-out images, and the names of the classes.
+    """The data of a run: training images, held-out images, and the identity of the set that they are of.
 
-    `held_out` is empty if the configuration asks for that; `class_names` is () for unlabelled images; `left_out` says
-    what the source holds that was not taken, and why.
+    `held_out` is empty if the configuration asks for that; `identity` says what was understood of the data set, and
+    of what was left out.
     """
 
     train: ImageDataset
     held_out: ImageDataset
-    class_names: tuple[str, ...]
-    left_out: tuple[str, ...] = ()
+    identity: DataIdentity
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """In the order of the labels; () for unlabelled images."""
+        return self.identity.class_names
 
     def decoded(self) -> ImageData:
         """The same images, held in memory; see `ImageDataset.decoded`."""
@@ -114,7 +121,7 @@ def load_data(
         variance: of codes, whether to read the posterior's log-variance, if it is there.
 
     Returns:
-        Training images, held-out images, class names.
+        Training images, held-out images, and what was understood of the set.
 
     Raises:
         DataError: the configuration or the data cannot be used; the message says what to change.
@@ -123,11 +130,12 @@ def load_data(
     if config.path is None:
         raise DataError(_NO_PATH)
     card = find_card(config.path)
+    check_made(config.path)
     if vae is None:
         if card is not None:
             raise DataError(
-                f"{config.path} holds codes of the VAE {card.vae}, not images; to train on them name the VAE by "
-                "codec.vae, for all else name the images that they are of"
+                f"{config.path} holds codes of the VAE {printable(card.vae)}, not images; to train on them name the "
+                "VAE by codec.vae, for all else name the images that they are of"
             )
         check_image_size(image_size, in_channels, config.crop)
     elif card is None:
@@ -153,45 +161,45 @@ def load_data(
         held_out_split=config.held_out_split,
         streaming=config.streaming,
     )
+    tables: dict[str, Rows] = {f"split {config.split!r}": train}
+    if held_out is not None:
+        tables[f"held_out_split {config.held_out_split!r}"] = held_out
     decoders: tuple[Decoder, Decoder]
     if card is None:
-        column = _find_image_column(train.features, config.image_column)
-        decoders = (PictureDecoder(column, image_size, in_channels, config.crop),) * 2
+        column = find_image_column(train.features, config.image_column)
+        decoders = (PictureDecoder(column, image_size, in_channels, config.crop, own_place(config.path)),) * 2
     else:
         decoders = (CodeDecoder(card, config.horizontal_flip, variance), CodeDecoder(card, False, variance))
-    label_column = _find_label_column(train.features, config.label_column)
+    _check_columns(tables, decoders[0].columns)
+    label_column = find_label_column(train.features, config.label_column)
+    labels = read_labels(tables, label_column, wanted=config.label_column is not None)
 
-    def images(rows: Rows, indices: Tensor, labels: Tensor, decoder: Decoder) -> ImageDataset:
+    def images(part: str, indices: Tensor, decoder: Decoder) -> ImageDataset:
+        classes = labels.classes[part][indices]
         dataset = ImageDataset(
-            rows, decoder=decoder, indices=indices, labels=labels[indices], max_broken=config.max_broken
+            tables[part], decoder=decoder, indices=indices, labels=classes, max_broken=config.max_broken
         )
         if len(dataset) > 0:
             dataset[0]  # errors of the column or the files show now, not once the model is built
         return dataset
 
-    labels = _labels(train, label_column)
+    first, last = next(iter(tables)), next(reversed(tables))
     if held_out is None:
         chosen = torch.zeros(len(train), dtype=torch.bool)
-        chosen[_spread(labels, _set_aside(len(train), config.held_out_images))] = True
-        names = _class_names(train.features, label_column, labels)
-        parts = [
-            images(train, (~chosen).nonzero().flatten(), labels, decoders[0]),
-            images(train, chosen.nonzero().flatten(), labels, decoders[1]),
-        ]
+        chosen[_spread(labels.order[first], _set_aside(len(train), config.held_out_images))] = True
+        rows = (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
     else:
-        held_out_labels = _labels(held_out, label_column)
-        names = _class_names(train.features, label_column, torch.cat([labels, held_out_labels]))
-        measured = _spread(held_out_labels, min(config.held_out_images or len(held_out), len(held_out)))
-        parts = [
-            images(train, torch.arange(len(train)), labels, decoders[0]),
-            images(held_out, measured, held_out_labels, decoders[1]),
-        ]
-    return ImageData(train=parts[0], held_out=parts[1], class_names=names, left_out=left_out)
+        count = min(config.held_out_images or len(held_out), len(held_out))
+        rows = torch.arange(len(train)), _spread(labels.order[last], count)
+    parts = {"train": images(first, rows[0], decoders[0]), "held out": images(last, rows[1], decoders[1])}
+    columns = _columns(parts["train"], decoders[0].columns[0], label_column, labels)
+    identity = _identity(parts, config.path, labels, columns, left_out, shared=held_out is None)
+    return ImageData(train=parts["train"], held_out=parts["held out"], identity=identity)
 
 
 def load_splits(
     config: DataConfig, splits: Sequence[str], *, image_size: int, in_channels: int
-) -> tuple[dict[str, ImageDataset], tuple[str, ...]]:
+) -> tuple[dict[str, ImageDataset], DataIdentity]:
     """Open whole splits with the classes that they share. Nothing is decoded.
 
     Args:
@@ -201,7 +209,7 @@ def load_splits(
         in_channels: 3 for RGB, 1 for grey.
 
     Returns:
-        All images of each split by its name, in the order of the source, and the names of the classes.
+        All images of each split by its name, in the order of the source, and what was understood of the set.
 
     Raises:
         DataError: the configuration or the data cannot be used; the message says what to change.
@@ -210,23 +218,82 @@ def load_splits(
     check_image_size(image_size, in_channels, config.crop)
     if config.path is None:
         raise DataError(_NO_PATH)
+    check_made(config.path)
     opened = open_tables(config.path, config.name, splits)
-    tables = {split: opened.splits[split] for split in splits}
-    features = tables[splits[0]].features
-    image_column = _find_image_column(features, config.image_column)
-    label_column = _find_label_column(features, config.label_column)
-    labels = {split: _labels(table, label_column) for split, table in tables.items()}
+    tables = {f"split {split!r}": opened.splits[split] for split in splits}
+    features = next(iter(tables.values())).features
+    image_column = find_image_column(features, config.image_column)
+    _check_columns(tables, [image_column])
+    label_column = find_label_column(features, config.label_column)
+    labels = read_labels(tables, label_column, wanted=config.label_column is not None)
     sets = {
         split: ImageDataset(
             table,
-            decoder=PictureDecoder(image_column, image_size, in_channels, config.crop),
+            decoder=PictureDecoder(image_column, image_size, in_channels, config.crop, own_place(config.path)),
             indices=torch.arange(len(table)),
-            labels=labels[split],
+            labels=classes,
             max_broken=config.max_broken,
         )
-        for split, table in tables.items()
+        for split, table, classes in zip(splits, tables.values(), labels.classes.values(), strict=True)
     }
-    return sets, _class_names(features, label_column, torch.cat(list(labels.values())))
+    columns = _columns(sets[splits[0]], image_column, label_column, labels)
+    return sets, _identity(sets, config.path, labels, columns, opened.left_out)
+
+
+def _check_columns(tables: Mapping[str, Rows], columns: Sequence[str]) -> None:
+    """Refuse tables without the columns that are read of the first one."""
+    for part, rows in tables.items():
+        if missing := [name for name in columns if name not in rows.features]:
+            names = printable(listed(map(str, rows.features), 20))
+            raise DataError(f"{part} has no column {missing[0]!r}, only [{names}]; expected it in all of the set")
+
+
+def _columns(images: ImageDataset, image: str, label: str | None, labels: Labels) -> dict[str, str]:
+    """Columns that were taken; of a folder of pictures none, nor one for labels that are the names of its folders."""
+    columns = {"image": image} | ({} if label is None or labels.refused else {"label": label})
+    sample = spread_over(len(images), min(len(images), 16))
+    files = {index: file for index in sample if (file := images.file(index)) is not None}
+    if len(files) < len(sample) or not sample:
+        return columns
+    del columns["image"]
+    for index, file in files.items():
+        folder, label_of_it = os.path.basename(os.path.dirname(file)), int(images.labels[index])
+        if label_of_it < 0 or not _same_name(labels.names[label_of_it], folder):
+            return columns
+    columns.pop("label", None)
+    return columns
+
+
+def _same_name(one: str, other: str) -> bool:
+    return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
+
+
+def _identity(
+    parts: Mapping[str, ImageDataset],
+    path: str,
+    labels: Labels,
+    columns: dict[str, str],
+    left_out: tuple[str, ...],
+    *,
+    shared: bool = False,
+) -> DataIdentity:
+    """What was understood of the data set at `path`; `shared`: its parts are of one table."""
+    digest = hashlib.sha256()
+    for number, (name, images) in enumerate(parts.items()):
+        digest.update(f"{name} {len(images)}\n".encode())
+        digest.update(images.indices.numpy().tobytes() + images.labels.numpy().tobytes())
+        # The digits are encoded anew at each start: their bytes depend on the version of Pillow.
+        if path != "digits" and not (shared and number):
+            digest.update(images.content().encode())
+    trained = next(iter(parts.values())).labels
+    return DataIdentity(
+        content=digest.hexdigest(),
+        images={name: len(images) for name, images in parts.items()},
+        class_names=labels.names,
+        class_counts=tuple(trained[trained >= 0].bincount(minlength=len(labels.names)).tolist()),
+        columns=columns,
+        left_out=(*left_out, *([f"labels: {labels.refused}"] if labels.refused else [])),
+    )
 
 
 def _check(config: DataConfig) -> None:
@@ -240,56 +307,6 @@ def _check(config: DataConfig) -> None:
         )
     if config.shuffle_buffer < 1:
         raise DataError(f"shuffle_buffer is {config.shuffle_buffer}; expected 1 or more, such as 8192")
-
-
-def _find_image_column(features: datasets.Features, wanted: str | None) -> str:
-    def encoded(feature: Any) -> bool:  # what other writers of parquet leave of an image
-        return "bytes" in feature if isinstance(feature, dict) else "binary" in getattr(feature, "dtype", "")
-
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    usable = typed + [name for name, feature in features.items() if encoded(feature)]
-    if wanted is not None and wanted not in usable:
-        raise DataError(f"image_column {wanted!r} has no images; use one of {usable} (of {list(features)})")
-    if not usable:
-        raise DataError(f"no column of type Image among {list(features)}; is this a set of images?")
-    return wanted or usable[0]
-
-
-def _find_label_column(features: datasets.Features, wanted: str | None) -> str | None:
-    def usable(name: str) -> bool:
-        return name in typed or re.match("u?int", getattr(features.get(name), "dtype", "")) is not None
-
-    typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    named = [name for name in _LABEL_NAMES if name in features]
-    if wanted is not None and not usable(wanted):
-        kind = features.get(wanted, "missing")
-        raise DataError(f"label_column {wanted!r} is {kind}; expected ClassLabel or ints, of {list(features)}")
-    found = [*(name for name in named if name in typed), *typed, *filter(usable, named)]
-    if wanted is None and named and not found:
-        warnings.warn(f"column {named[0]!r} is no ClassLabel and no int: images are unlabelled", stacklevel=3)
-    return wanted or (found[0] if found else None)
-
-
-def _labels(rows: Rows, column: str | None) -> Tensor:
-    """(N,) int64 labels of a split, -1 = none."""
-    if column is None:
-        return torch.full((len(rows),), -1, dtype=torch.int64)
-    if isinstance(rows, ParquetRows):
-        values = rows.column(column).cast(pa.int64())
-    else:
-        values = rows.select_columns([column]).with_format("arrow")[:][column].cast(pa.int64())
-    known = values.drop_null().to_numpy()
-    if (known < 0).any() and not isinstance(rows.features[column], datasets.ClassLabel):
-        raise DataError(f"label_column {column!r} holds {known.min()}; expected 0, 1, ...: renumber the classes")
-    return torch.from_numpy(np.array(values.fill_null(-1).to_numpy()))
-
-
-def _class_names(features: datasets.Features, column: str | None, labels: Tensor) -> tuple[str, ...]:
-    if column is None:
-        return ()
-    if isinstance(features[column], datasets.ClassLabel):
-        return tuple(features[column].names)
-    return tuple(str(label) for label in range(int(labels.max()) + 1))
 
 
 def _set_aside(total: int, wanted: int) -> int:

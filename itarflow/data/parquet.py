@@ -22,12 +22,16 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import track
 
+from itarflow.data.parquet_schema import check_class_names, stated_features
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.text import printable
 
 STREAMS = 8
 """At most so many places of a data set are read at a time; a divisor of the batch, so that processes share them."""
 
 _LARGE_GROUP = 10**9  # bytes, from which on a warning says that memory may not suffice
+_MOST_ROWS = 2**31  # of a row group, from which on its footer is taken for damaged
+_BLOCKS, _BLOCK = 16, 2**12  # how much of the bytes of a file tell it from others of the same size
 _MANY_FILES = 20  # from which on a progress bar is shown
 _CONNECTIONS = 16  # files that are read at a time, before training: on the Hub, it is all latency
 
@@ -70,17 +74,27 @@ class ParquetRows:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a table with {len(self)} rows")
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        piece = self._pieces[number]
-        file, row = self._files[piece["file"]], int(piece["first"] + piece["rows"] + index - self._ends[number])
+        piece, row = self._find(index)
+        file = self._files[piece["file"]]
         group = self._group(file, int(piece["group"]))
         if isinstance(group, str):
-            raise DamagedRowError(f"{file}, row {piece['group_start'] + row}: {group}")
+            raise DamagedRowError(f"{self.place(index)}: {group}")
         values = {name: group[name][row].as_py() for name in self._features}
         return {
             name: {"bytes": value, "path": None} if isinstance(value, bytes) else value
             for name, value in values.items()
         }
+
+    def place(self, index: int) -> str:
+        """Of row `index` the file, and which row it is there."""
+        piece, row = self._find(index)
+        return f"{self._files[piece['file']]}, row {piece['group_start'] + row}"
+
+    def _find(self, index: int) -> tuple[Any, int]:
+        """The piece that a row lies in, and which row of its row group it is."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        piece = self._pieces[number]
+        return piece, int(piece["first"] + piece["rows"] + index - self._ends[number])
 
     @property
     def features(self) -> datasets.Features:
@@ -110,6 +124,16 @@ class ParquetRows:
             info = system.info(path)
             yield f"{file} {[info.get(key) for key in ('size', 'mtime', 'blob_id', 'ETag')]}\n"
         yield f"{self._pieces.tolist()}\n"
+
+    def contents(self) -> list[bytes]:
+        """What the rows are, wherever their files lie: of each file its size, its footer, which says where all lies,
+        and some of its bytes, or of those elsewhere what their server says of their content; then the rows.
+
+        Raises:
+            DataError: a file is not there any more; the message names it.
+        """
+        parts = _in_parallel(_content, self._files, f"looking at {len(self._files):,} parquet files")
+        return [*parts, f"{self._pieces.tolist()}\n".encode()]
 
     def select(self, rows: range) -> ParquetRows:
         """The consecutive rows start..stop-1 of this table."""
@@ -153,7 +177,10 @@ class ParquetRows:
                         )
                         for piece in pieces
                     ]
-                return pa.concat_tables(tables)[name].cast(kind)
+                found = pa.concat_tables(tables)[name].cast(kind)
+                if len(found) != pieces["rows"].sum():
+                    raise ValueError(f"it has {len(found)} rows, but its footer says {pieces['rows'].sum()}")
+                return found
             except Exception as error:  # file systems elsewhere have no common kind
                 raise DataError(f"column {name!r} of {file!r} cannot be read: {_reason(error)}. Replace it") from error
 
@@ -188,7 +215,7 @@ def open_parquet(files: Sequence[str], features: datasets.Features | None = None
         features: types of the columns; None takes those that the first file states.
 
     Raises:
-        DataError: a file is damaged, cut short, or has other columns; the message names it.
+        DataError: a file is damaged, cut short, or has other columns or names of classes; the message names it.
     """
 
     def read(file: str) -> tuple[pa.Schema, list[int], int]:
@@ -198,12 +225,15 @@ def open_parquet(files: Sequence[str], features: datasets.Features | None = None
                 metadata = parquet.metadata
                 groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
                 largest = max((group.total_byte_size for group in groups), default=0)
+                if not all(0 <= group.num_rows < _MOST_ROWS for group in groups):
+                    raise ValueError(f"row groups of {[group.num_rows for group in groups]} rows")
                 return parquet.schema_arrow, [group.num_rows for group in groups], largest
         except Exception as error:  # file systems elsewhere have no common kind
             raise DataError(f"{file!r} is not a readable parquet file: {_reason(error)}. Replace it") from error
 
     ends = _in_parallel(read, files, f"reading the ends of {len(files):,} parquet files")
-    features = features or datasets.Features.from_arrow_schema(ends[0][0])
+    check_class_names({file: schema for file, (schema, _, _) in zip(files, ends, strict=True)})
+    features = features or stated_features(ends[0][0], files[0])
     for file, (schema, _, size) in zip(files, ends, strict=True):
         if missing := [name for name in features if name not in schema.names]:
             raise DataError(f"{file!r} has no column {missing[0]!r}, only {schema.names}: leave this file out")
@@ -249,9 +279,29 @@ def _open(file: str) -> IO[bytes]:
     return system.open(path, "rb", cache_type="none")
 
 
+def _content(file: str) -> bytes:
+    try:
+        if "://" in file:
+            system, path = fsspec.core.url_to_fs(file)
+            info = system.info(path)
+            return f"{[info.get(key) for key in ('size', 'blob_id', 'ETag')]}\n".encode()
+        with _open(file) as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(size - 8, 0))
+            footer = 8 + int.from_bytes(stream.read(4), "little")
+            blocks = [(place * size // _BLOCKS, _BLOCK) for place in range(_BLOCKS)]
+            found = [f"{size}\n".encode()]
+            for start, length in (*blocks, (max(size - footer, 0), footer)):
+                stream.seek(start)
+                found.append(stream.read(length))
+        return b"".join(found)
+    except Exception as error:  # file systems elsewhere have no common kind
+        raise DataError(f"{printable(file)!r} cannot be read: {_reason(error)}. Replace it") from error
+
+
 def _reason(error: Exception) -> str:
     """What an error says, in one line."""
-    return " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+    return printable(" ".join(str(error).split()).rstrip(". ")) or type(error).__name__
 
 
 def _in_parallel(read: Callable[[_Item], _Result], items: Iterable[_Item], title: str) -> list[_Result]:

@@ -6,12 +6,13 @@ and for parquet files that are read where they are (`parquet`).
 
 from __future__ import annotations
 
+import errno
 import glob
 import importlib.util
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +21,6 @@ import datasets
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -28,11 +28,18 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 
+from itarflow.data.containers import is_saved, open_saved, refuse_container, refuse_containers
+from itarflow.data.folders import counted, list_folder, suffixes
+from itarflow.data.image_folder import open_image_folder
 from itarflow.data.parquet import ParquetRows, concatenate, open_parquet
+from itarflow.data.parquet_schema import check_class_names
+from itarflow.data.splits import bare_names, match_splits, split_of_file
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import check_writable, open_regular
+from itarflow.runtime.text import printable
 
-_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
-_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")
+_DOCUMENTATION = (".json", ".md", ".txt", ".yaml", ".yml", "")
+"""Suffixes of what lies beside parquet files, and is no part of the images: cards, manifests, licences."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Rows: TypeAlias = datasets.Dataset | ParquetRows
 _Tables: TypeAlias = Mapping[str, datasets.Dataset] | Mapping[str, ParquetRows]  # by name of split
@@ -77,7 +84,7 @@ def open_splits(
         DataError: there is nothing to open, it is damaged, a split is missing or empty, or the two overlap; a data set
             on the Hub is to be streamed, but is not of parquet files.
     """
-    wanted = _split_names(f"{split}+{held_out_split}" if held_out_split else split)
+    wanted = bare_names(f"{split}+{held_out_split}" if held_out_split else split)
     tables, left_out = open_tables(path, name, wanted, streaming)
     train = _row_ranges(split, tables)
     if held_out_split is None:
@@ -110,21 +117,6 @@ def _take(tables: _Tables, ranges: Sequence[tuple[str, range]]) -> Rows:
     return concatenate(streamed) if streamed else datasets.concatenate_datasets(parts)
 
 
-def _split_names(expression: str) -> list[str]:
-    """Bare names in a split expression, each once: "train[:50%]+extra" asks for train and extra."""
-    return list(dict.fromkeys(part.split("[")[0].strip() for part in expression.split("+")))
-
-
-def _require_splits(path: str, wanted: Sequence[str], known: Iterable[Any]) -> None:
-    names = sorted(map(str, known))
-    missing = [name for name in wanted if name not in names]
-    if missing and names:
-        raise DataError(
-            f"path {path!r} has no split {missing[0]!r}; use one of {', '.join(names)} for data.split and "
-            "data.held_out_split (None sets images of data.split aside)"
-        )
-
-
 def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: bool = False) -> Tables:
     """Open whole splits of what `path` names, by their names alone; arguments and errors as in `open_splits`.
 
@@ -133,16 +125,18 @@ def open_tables(path: str, name: str | None, wanted: Sequence[str], streaming: b
     """
     place = os.path.expanduser(path)
     if place == "digits":
-        _require_splits(path, wanted, ["train"])
-        return Tables({"train": _digits()})
+        digits = _digits()
+        return Tables(dict.fromkeys(match_splits(path, wanted, ["train"]), digits))
     if os.path.exists(place) or glob.has_magic(place) or place.endswith(".parquet"):
         if name is not None:
             raise DataError(f"name is {name!r}, but path {place!r} is not on the Hub: leave name out")
         if os.path.isdir(place):
-            return Tables(_open_folder(path, wanted, Path(os.path.abspath(place)), streaming))
-        if os.path.splitext(place)[1].lower() in ImageFolder.EXTENSIONS:
-            raise DataError(f"path {path!r} is a single image; give the folder that it lies in, or parquet files")
+            return _open_folder(path, wanted, Path(os.path.abspath(place)), streaming)
         files = [place] if os.path.exists(place) else sorted(glob.glob(place, recursive=True))
+        for file in files:
+            refuse_container(file)
+            if os.path.splitext(file)[1].lower() in suffixes():
+                raise DataError(f"path {file!r} is a single image; give the folder that it lies in, or parquet files")
         paths = [Path(os.path.abspath(file)) for file in files]
         return Tables(_open_parquet(path, wanted, paths, None, streaming))
     if not _HUB_NAME.fullmatch(place):
@@ -180,15 +174,18 @@ def _prepare(path: str, wanted: Sequence[str], builder_name: str, streaming: boo
     """Splits that a builder of `datasets` makes in its own cache, if they are not there yet, or would make."""
     try:
         builder = datasets.load_dataset_builder(builder_name, **options)
-        _require_splits(path, wanted, builder.info.splits or builder.config.data_files or ())
+        meant = match_splits(path, wanted, builder.info.splits or builder.config.data_files or wanted)
         if streaming:
-            return _stream(path, wanted, builder)
+            return _stream(path, meant, builder)
         builder.download_and_prepare()
-        return {name: builder.as_dataset(split=name) for name in wanted}
+        return {name: builder.as_dataset(split=split) for name, split in meant.items()}
     except DataError:
         raise
-    # What `datasets` raises for broken, odd or empty files, a full disk, unknown names, an unreachable Hub.
-    except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, RuntimeError) as error:
+    # What `datasets` raises for broken, odd or empty files, a full disk, unknown names, an unreachable Hub: it runs
+    # on files that may be anybody's, and nothing is hidden.
+    except Exception as error:
+        if problem := _cache_problem(error):
+            raise DataError(problem) from error
         problem = "cannot be read; repair, replace or remove the file at fault"
         if "name" in options:
             problem = (
@@ -196,10 +193,37 @@ def _prepare(path: str, wanted: Sequence[str], builder_name: str, streaming: boo
                 "`hf auth login` if the data set is gated"
             )
         cause = f" ({error.__cause__})" if error.__cause__ else ""
-        raise DataError(f"path {path!r} {problem}: {error}{cause}") from error
+        raise DataError(f"path {path!r} {problem}: {printable(f'{error}{cause}')}") from error
 
 
-def _stream(path: str, wanted: Sequence[str], builder: datasets.DatasetBuilder) -> Mapping[str, ParquetRows]:
+def _cache_problem(error: BaseException) -> str:
+    """What is wrong with the cache of `datasets`, if an error comes from there and not from the data; else ""."""
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    full = [
+        cause
+        for cause in causes
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "Not enough disk space" in str(cause)
+    ]
+    problem = f"{cache} is full ({full[0]})." if full else ""
+    if not full:
+        try:
+            check_writable(cache)
+        except OSError as refused:
+            problem = str(refused)
+    if not problem:
+        return ""
+    return (
+        f"the cache of data sets can't be used: {printable(problem)} Set HF_HOME or HF_DATASETS_CACHE to a folder "
+        "that can be written and has room, or leave parquet files where they are by --data.streaming"
+    )
+
+
+def _stream(path: str, meant: Mapping[str, str], builder: datasets.DatasetBuilder) -> Mapping[str, ParquetRows]:
     """Splits of parquet files that stay where the builder has found them."""
     if not isinstance(builder, Parquet):
         raise DataError(
@@ -207,8 +231,8 @@ def _stream(path: str, wanted: Sequence[str], builder: datasets.DatasetBuilder) 
             "streaming to False, or make parquet files of it with `itarflow prepare`"
         )
     files = {str(split): places for split, places in builder.config.data_files.items()}
-    _require_splits(path, wanted, files)
-    return {name: open_parquet(files[name], builder.info.features) for name in wanted}
+    meant = match_splits(path, list(meant), files)
+    return {name: open_parquet(files[split], builder.info.features) for name, split in meant.items()}
 
 
 def _digits() -> datasets.Dataset:
@@ -224,57 +248,24 @@ def _digits() -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, datasets.Features({"image": datasets.Image(), "label": label}))
 
 
-def _open_folder(path: str, wanted: Sequence[str], folder: Path, streaming: bool) -> _Tables:
-    """Splits of a folder of images or of parquet files."""
-    homes: dict[tuple[str, ...], list[str]] = {}  # image files by their folder, relative to `folder`
-    parquet: list[Path] = []
-    described = False
-    for directory, names, files in os.walk(folder, followlinks=True):
-        names[:] = [name for name in names if not name.startswith((".", "__"))]  # caches and thumbnails
-        files = sorted(file for file in files if not file.startswith("."))
-        if images := [file for file in files if os.path.splitext(file)[1].lower() in ImageFolder.EXTENSIONS]:
-            homes[Path(directory).relative_to(folder).parts] = images
-        described |= any(file in ImageFolder.METADATA_FILENAMES for file in files)
-        parquet += [Path(directory, file) for file in files if file.endswith(".parquet")]
-    if tables := [file for file in sorted(parquet) if file.name not in ImageFolder.METADATA_FILENAMES]:
-        return _open_parquet(path, wanted, tables, folder, streaming)
-    if not homes:
-        raise DataError(f"folder {str(folder)!r} has no images and no parquet files; is it the right folder?")
-    top = {home[0] if home else "" for home in homes}
-    roots: dict[str, tuple[str, ...]] = {name: (name,) for name in top} if top <= _SPLITS else {"train": ()}
-    _require_splits(path, wanted, roots)
-    roots = {name: roots[name] for name in wanted}
-    if described:
-        patterns = {name: f"{glob.escape(os.path.join(folder, *root))}/**" for name, root in roots.items()}
-        return _prepare(path, wanted, "imagefolder", data_files=patterns)
-    return _list_images(str(folder), roots, homes)
-
-
-def _list_images(
-    folder: str, roots: Mapping[str, tuple[str, ...]], homes: Mapping[tuple[str, ...], Sequence[str]]
-) -> _Tables:
-    """Splits with the images below their root folders, labelled by sub-folder.
-
-    Not left to `datasets`, which takes a class "bullet_train" for the training split and drops the others,
-    forgets the labels if there is one class only, and needs minutes for a million files, at every start.
-    """
-    classes = sorted({home[len(at) :] for at in roots.values() for home in homes if home[: len(at)] == at})
-    if {len(parts) for parts in classes} not in ({0}, {1}):
-        deepest = "/".join(max((len(parts), parts) for parts in classes)[1])
-        raise DataError(
-            f"folder {folder!r} has images at several depths or too deep, as in {deepest!r}; expected all of "
-            "them loose (unlabelled), or all in sub-folders, one a class: move the others, or narrow path"
-        )
-    features = datasets.Features({"image": datasets.Image()})
-    if classes != [()]:
-        features["label"] = datasets.ClassLabel(names=[parts[0] for parts in classes])
-    tables = {}
-    for split, root in roots.items():
-        rows = [(file, number) for number, parts in enumerate(classes) for file in homes.get(root + parts, ())]
-        paths = [os.path.join(folder, *root, *classes[number], file) for file, number in rows]
-        columns = {"image": paths, "label": [number for _, number in rows]}
-        tables[split] = datasets.Dataset.from_dict({name: columns[name] for name in features}, features)
-    return tables
+def _open_folder(path: str, wanted: Sequence[str], folder: Path, streaming: bool) -> Tables:
+    """Splits of a folder of images, of parquet files, or of what `save_to_disk` has written."""
+    if is_saved(folder):
+        saved = open_saved(folder)
+        return Tables({name: saved[split] for name, split in match_splits(path, wanted, saved).items()})
+    listing = list_folder(folder)
+    if listing.parquet:
+        notes = listing.left_out(besides=_DOCUMENTATION)
+        if count := sum(map(len, listing.pictures.values())):
+            home, names = next(iter(listing.pictures.items()))
+            notes = (counted(count, "picture", "beside parquet files", listing.show((*home, names[0]))), *notes)
+        files = [listing.root.joinpath(*parts) for parts in sorted(listing.parquet)]
+        return Tables(_open_parquet(path, wanted, files, folder, streaming), notes)
+    if listing.pictures:
+        return Tables(*open_image_folder(path, wanted, listing))
+    refuse_containers(listing)
+    found = f" ({'; '.join(listing.left_out())})" if listing.left_out() else ""
+    raise DataError(f"folder {str(folder)!r} has no images and no parquet files{found}; is it the right folder?")
 
 
 def _open_parquet(
@@ -284,30 +275,24 @@ def _open_parquet(
     if not files:
         raise DataError(f"path {path!r} does not exist, or matches no files; check it")
     splits: dict[str, list[str]] = {}
+    schemas: dict[str, pa.Schema] = {}
     for file in files:
         try:
-            pq.read_metadata(file)
-        except (pa.ArrowException, OSError) as error:
+            with open_regular(file) as stream:
+                schemas[str(file)] = pq.ParquetFile(stream).schema_arrow
+        except (pa.ArrowException, OSError, DataError) as error:
             reason = str(error).rstrip(". ")
             raise DataError(f"{str(file)!r} is not a readable parquet file: {reason}. Replace it") from error
-        splits.setdefault(_split_of(file, root), []).append(str(file))
+        splits.setdefault(split_of_file(file, root), []).append(str(file))
     if len(splits) == 1 and (root is None or "" in splits):
         # Files that are named one by one are used under any name.
         splits = {"train" if root else wanted[0]: next(iter(splits.values()))}
     if "" in splits:
         name, others = splits[""][0], ", ".join(sorted(filter(None, splits)))
         raise DataError(f"{name!r} is of no split, while other files are ({others}); rename or move it")
-    _require_splits(path, wanted, splits)
+    meant = match_splits(path, wanted, splits)
+    check_class_names({file: schemas[file] for split in meant.values() for file in splits[split]})
     if streaming:
-        return {name: open_parquet(splits[name]) for name in wanted}
-    patterns = {name: [glob.escape(file) for file in splits[name]] for name in wanted}
+        return {name: open_parquet(splits[split]) for name, split in meant.items()}
+    patterns = {name: [glob.escape(file) for file in splits[split]] for name, split in meant.items()}
     return _prepare(path, wanted, "parquet", data_files=patterns)
-
-
-def _split_of(file: Path, root: Path | None) -> str:
-    """Split by a file's name or folder ("" = none): train-00000-of-00002, test_1, val/part0."""
-    if shard := _SHARD.fullmatch(file.stem):
-        return shard[1]
-    folders = file.relative_to(root).parts[:-1] if root else ()
-    words = [re.split(r"[-._ 0-9]", file.stem)[0], *reversed(folders)]
-    return next((word for word in words if word in _SPLITS), "")

@@ -15,9 +15,10 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from itarflow.denoisers.score import frozen_view, named_ends
+from itarflow.denoisers.score import named_ends
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.runtime.files import weights_digest
+from itarflow.runtime.modules import frozen_view
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 _TOLERANCE = 0.01  # so little beyond a schedule's end counts as its end: a DiT begins at 0.0100005, our t_min is 0.01

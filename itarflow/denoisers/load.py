@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
 from diffusers import DiTTransformer2DModel, SchedulerMixin, UNet2DModel
+from diffusers.schedulers.scheduling_utils import SCHEDULER_CONFIG_NAME
 
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.tarflow import TARFlow
-from itarflow.runtime.hub import check_pipeline_folder, folder_of, read_index
+from itarflow.runtime.hub import folder_of, read_index
+from itarflow.runtime.json_file import read_json
+from itarflow.runtime.model_folder import (
+    CONFIG,
+    check_bounded,
+    check_finite,
+    check_numbers,
+    read_heads,
+    weight_files,
+)
+from itarflow.runtime.pipeline_index import checked_files, pipeline_index, vae_kind
 
 _MODELS: dict[str, type[DiTTransformer2DModel] | type[UNet2DModel]] = {
     "transformer": DiTTransformer2DModel,
@@ -83,15 +95,31 @@ def load_denoiser(
 def _flow(name: str, vae: Vae | None) -> TARFlow:
     """The flow of an itarflow pipeline, whose codes must be those of `vae` if both have one."""
     folder = folder_of(name, ["*.json", "*.safetensors"], expected=_EXPECTED)
-    check_pipeline_folder(folder)
-    if vae is not None and (folder / "vae").is_dir():
-        check_same_codes(name, load_vae(CodecConfig(vae=str(folder / "vae"))), vae)
     try:
-        return TARFlow.from_pretrained(folder / "flow", use_safetensors=True)
+        index = pipeline_index(folder)
+        if vae is not None and vae_kind(index) is not None:
+            check_same_codes(name, load_vae(CodecConfig(vae=str(folder / "vae"))), vae)
+        return stored_flow(folder, index)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of diffusers and safetensors
         raise _damaged("flow", name, error) from error
+
+
+def stored_flow(folder: Path, index: Mapping[str, Any], variant: str | None = None) -> TARFlow:
+    """The flow in a pipeline's folder, if its weights are those that the index tells of.
+
+    Args:
+        folder: of the pipeline.
+        index: from `pipeline_index`.
+        variant: of the weights; None = the plain ones.
+
+    Raises:
+        OSError: there are none.
+        ValueError: they are damaged, or not those of the config.
+    """
+    checked_files(folder, "flow", index, variant)
+    return TARFlow.from_pretrained(folder / "flow", variant=variant)
 
 
 def _damaged(kind: str, name: str, error: Exception) -> OSError:
@@ -103,8 +131,10 @@ def _damaged(kind: str, name: str, error: Exception) -> OSError:
 
 def _class_of(index: dict[str, Any], part: str) -> str | None:
     """The class of diffusers that a part of a pipeline is of; None if there is no such part, or of another library."""
-    library, kind = index.get(part) or (None, None)
-    return kind if library == "diffusers" else None
+    named = index.get(part)
+    if isinstance(named, list) and len(named) == 2 and named[0] == "diffusers" and isinstance(named[1], str):
+        return named[1]
+    return None
 
 
 def _place(folder: Path, part: str) -> Path:
@@ -116,8 +146,10 @@ def _scheduler(folder: Path, kind: str) -> SchedulerMixin:
     known = getattr(diffusers, kind, None)
     if not inspect.isclass(known) or not issubclass(known, SchedulerMixin):
         raise OSError(f"{kind} is no scheduler of the installed diffusers {diffusers.__version__}")
-    scheduler: Any = known
-    return scheduler.from_pretrained(_place(folder, "scheduler"))
+    scheduler, path = cast(Any, known), _place(folder, "scheduler") / SCHEDULER_CONFIG_NAME
+    config = read_json(path, dict[str, Any])
+    check_numbers(config, str(path))
+    return scheduler.from_config(config)
 
 
 def _model(folder: Path, part: str, name: str) -> DiTTransformer2DModel | UNet2DModel:
@@ -129,7 +161,11 @@ def _model(folder: Path, part: str, name: str) -> DiTTransformer2DModel | UNet2D
             f"  python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('{name}', "
             "use_safetensors=False).save_pretrained('converted')\""
         )
+    files, config = weight_files(place), place / CONFIG
+    check_bounded(read_json(config, dict[str, Any]), read_heads(files), config)
     model, report = _MODELS[part].from_pretrained(place, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:  # which diffusers fills up at random
         raise OSError(f"{len(report['missing_keys'])} tensors of its {part} are missing: {report['missing_keys'][0]}")
+    for key, tensor in model.state_dict().items():
+        check_finite(key, tensor, str(place))
     return model

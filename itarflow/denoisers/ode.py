@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from typing import Literal, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -21,13 +21,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from itarflow.denoisers.score import CheckedDenoiser, Denoiser
+from itarflow.runtime.ranges import LEAST, check_flag, check_integer, check_number
+from itarflow.runtime.tables import Table, choices, with_known
 
-Method = Literal["euler", "heun", "multistep", "predictor-corrector", "sde", "skip"]
-Spacing = Literal["even", "quadratic"]
-_METHODS, _SPACINGS = get_args(Method), get_args(Spacing)
 Generators = torch.Generator | list[torch.Generator] | None
-
-
 Callback = Callable[[int, float, Tensor, Tensor], None]
 """callback(i, t, x, x0): before step i, at noise level t, with the noisy x and the estimate x0."""
 
@@ -53,20 +50,30 @@ def noise_levels(t_max: float, t_min: float, num_steps: int, spacing: Spacing = 
     Raises:
         ValueError: num_steps < 1, not 0 < t_min < t_max, or an unknown spacing.
     """
-    if num_steps < 1:
-        raise ValueError(f"num_denoise_steps is {num_steps}; expected a number of score evaluations >= 1.")
-    if not (t_max > 0 and math.isfinite(t_max)):
-        raise ValueError(f"t_max is {t_max}; expected a noise level > 0.")
-    if num_steps > 1 and not 0 < t_min < t_max:
+    check_integer("num_denoise_steps", num_steps, 1, _MOST_STEPS)
+    check_number("t_max", t_max)
+    check_number("t_min", t_min, LEAST if num_steps > 1 else 0.0)
+    if num_steps > 1 and not t_min < t_max:
         raise ValueError(f"t_min={t_min}, t_max={t_max}; expected 0 < t_min < t_max for {num_steps} steps.")
-    if spacing not in _SPACINGS:
-        raise ValueError(f"spacing is {spacing!r}; expected one of {', '.join(_SPACINGS)}.")
-    if num_steps == 1:
-        return [t_max, 0.0]
-    if spacing == "even":
-        return [*torch.linspace(t_max, t_min, num_steps, dtype=torch.float64).tolist(), 0.0]
+    SPACINGS.check(spacing)
+    return [t_max, 0.0] if num_steps == 1 else [*SPACINGS[spacing](t_max, t_min, num_steps), 0.0]
+
+
+def _even(t_max: float, t_min: float, num_steps: int) -> list[float]:
+    return [float(level) for level in torch.linspace(t_max, t_min, num_steps, dtype=torch.float64)]
+
+
+def _quadratic(t_max: float, t_min: float, num_steps: int) -> list[float]:
     roots = torch.linspace(math.sqrt(t_max), math.sqrt(t_min), num_steps, dtype=torch.float64)
-    return [t_max, *roots.square()[1:-1].tolist(), t_min, 0.0]
+    return [t_max, *roots.square()[1:-1].tolist(), t_min]
+
+
+_MOST_STEPS = 100_000
+SPACINGS: Table[Callable[[float, float, int], list[float]]] = Table(
+    "spacing", "even", {"even": _even, "quadratic": _quadratic}
+)
+"""(t_max, t_min, n >= 2) -> n falling levels, of which t_max is the first and t_min the last."""
+Spacing = Annotated[str, choices(SPACINGS)]
 
 
 @torch.no_grad()
@@ -97,62 +104,74 @@ def denoise(
         (B, C, H, W) in float32, on noisy's device.
 
     Raises:
-        ValueError: as many generators as images were expected.
+        ValueError: as many generators as images were expected; a plug-in's solver takes too many evaluations.
     """
     config = schedule.config
     x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
-    if config.method == "skip":
-        return x
-    steps = _heun_intervals(config.num_denoise_steps) if config.method == "heun" else config.num_denoise_steps
-    levels = noise_levels(config.t_max, config.t_min, steps, config.spacing)
+    follow, num_levels = SOLVERS[config.method]
+    levels = noise_levels(config.t_max, config.t_min, num_levels(config.num_denoise_steps), config.spacing)
+
+    asked = 0
 
     def estimate(x: Tensor, t: float) -> Tensor:
+        nonlocal asked
+        asked += 1
+        if asked > config.num_denoise_steps:
+            raise ValueError(f"{config.method!r} takes more evaluations than num_denoise_steps; see num_levels.")
         x0 = denoiser(x, labels, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
         return x0.clamp(-1, 1) if config.clip else x0
 
-    def report(index: int, t: float, x: Tensor, x0: Tensor) -> None:
-        if callback is not None:
-            callback(index, t, x, x0)
-
-    if config.method == "sde":
-        return _sde(estimate, x, levels, report, generator)
-    if config.method == "heun":
-        return _heun(estimate, x, levels, report, config.num_denoise_steps)
-    follow = {"euler": _euler, "multistep": _multistep, "predictor-corrector": _predictor_corrector}[config.method]
-    return follow(estimate, x, levels, report)
+    report = callback or (lambda *_: None)
+    return follow(Path(estimate, levels, report, config.num_denoise_steps, generator), x)
 
 
-Estimate = Callable[[Tensor, float], Tensor]
+class Path(NamedTuple):
+    """What a solver follows."""
+
+    estimate: Callable[[Tensor, float], Tensor]
+    """(x (B, C, H, W), t) -> x0, the denoiser's clean estimate: one score evaluation."""
+    levels: list[float]
+    """From t_max down to t_min, then 0."""
+    report: Callback
+    """To be called before each step."""
+    evaluations: int
+    """How often the estimate may be asked for."""
+    generator: Generators
+    """For what is random."""
+
+    def steps(self) -> Iterator[tuple[int, float, float]]:
+        """(i, t, t') of each step."""
+        return ((index, *pair) for index, pair in enumerate(itertools.pairwise(self.levels)))
 
 
-def _euler(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+def _euler(path: Path, x: Tensor) -> Tensor:
     """x' = x0 + (t'/t) (x - x0) = x + h d(x, t): Euler's step (iTARFlow, section 3.2)."""
-    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
-        x0 = estimate(x, t)
-        report(index, t, x, x0)
+    for index, t, t_next in path.steps():
+        x0 = path.estimate(x, t)
+        path.report(index, t, x, x0)
         x = x0 + (t_next / t) * (x - x0)
     return x
 
 
-def _heun(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, budget: int) -> Tensor:
+def _heun(path: Path, x: Tensor) -> Tensor:
     """x' = x + h/2 (d(x, t) + d(x + h d(x, t), t')): Heun's step (Karras et al. 2022, algorithm 1).
 
-    As many as `budget` evaluations allow, then one Euler step before the last if one evaluation is left over. A single
+    As many as the evaluations allow, then one Euler step before the last if one evaluation is left over. A single
     Euler step has a local error of the size that all Heun steps have together, so the order stays two.
     """
-    spare = (budget - 1) - 2 * (len(levels) - 2)  # < 0: that many intervals must do with one evaluation
-    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
-        x0 = estimate(x, t)
-        report(index, t, x, x0)
+    spare = (path.evaluations - 1) - 2 * (len(path.levels) - 2)  # < 0: that many intervals must do with one evaluation
+    for index, t, t_next in path.steps():
+        x0 = path.estimate(x, t)
+        path.report(index, t, x, x0)
         slope = (x - x0) / t
         euler = x + (t_next - t) * slope
-        last_interval = index == len(levels) - 3
+        last_interval = index == len(path.levels) - 3
         if t_next == 0:
             return x0
         if last_interval and spare < 0:
             x = euler
             continue
-        slope_next = (euler - estimate(euler, t_next)) / t_next
+        slope_next = (euler - path.estimate(euler, t_next)) / t_next
         x = x + (t_next - t) * 0.5 * (slope + slope_next)
     return x
 
@@ -162,7 +181,7 @@ def _heun_intervals(num_steps: int) -> int:
     return 1 + num_steps // 2 if num_steps > 1 else num_steps
 
 
-def _multistep(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+def _multistep(path: Path, x: Tensor) -> Tensor:
     """x' = x + h (d_n + r/2 (d_n - d_{n-1})),  r = h / (t_n - t_{n-1}): Adams-Bashforth of two steps.
 
     d_n is the slope at t = t_n, d_{n-1} that of the step before; the first step is Euler's.
@@ -171,9 +190,9 @@ def _multistep(estimate: Estimate, x: Tensor, levels: list[float], report: Callb
     extrapolates too far and at ten steps is worse than Euler.
     """
     previous: tuple[float, Tensor] | None = None
-    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
-        x0 = estimate(x, t)
-        report(index, t, x, x0)
+    for index, t, t_next in path.steps():
+        x0 = path.estimate(x, t)
+        path.report(index, t, x, x0)
         if t_next == 0:
             return x0
         slope = (x - x0) / t
@@ -186,7 +205,7 @@ def _multistep(estimate: Estimate, x: Tensor, levels: list[float], report: Callb
     return x
 
 
-def _predictor_corrector(estimate: Estimate, x: Tensor, levels: list[float], report: Callback) -> Tensor:
+def _predictor_corrector(path: Path, x: Tensor) -> Tensor:
     """The clean estimate is taken as linear in t, x0(s) = x0 + c (s - t), for which the ODE is solved exactly.
 
         predict:  x_{n+1} from x_n, c = (x0_n - x0_{n-1}) / (t_n - t_{n-1})
@@ -196,9 +215,9 @@ def _predictor_corrector(estimate: Estimate, x: Tensor, levels: list[float], rep
     step is Euler's); once the estimate there is known, the step is done again with the line through its two ends.
     """
     before: tuple[float, Tensor, Tensor] | None = None
-    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
-        x0 = estimate(x, t)
-        report(index, t, x, x0)
+    for index, t, t_next in path.steps():
+        x0 = path.estimate(x, t)
+        path.report(index, t, x, x0)
         if t_next == 0:
             return x0
         change: Tensor | float = 0.0
@@ -217,23 +236,48 @@ def _linear_step(x: Tensor, x0: Tensor, change: Tensor | float, t: float, t_next
     return kept * x + (1 - kept) * (x0 - t * change) - t_next * math.log(kept) * change
 
 
-def _sde(estimate: Estimate, x: Tensor, levels: list[float], report: Callback, generator: Generators) -> Tensor:
+def _sde(path: Path, x: Tensor) -> Tensor:
     """x' = x0 + t' (a (x - x0)/t + sqrt(1 - a^2) e),  a = t'/t,  e ~ N(0, I).
 
     Of the noise's variance the share a^2 is kept and the rest drawn anew: "sde_vanilla" of the official code.
     """
+    generator = path.generator
     if isinstance(generator, list) and len(generator) != len(x):
         raise ValueError(f"{len(generator)} generators were given for {len(x)} images; expected one each.")
-    for index, (t, t_next) in enumerate(itertools.pairwise(levels)):
-        x0 = estimate(x, t)
-        report(index, t, x, x0)
+    for index, t, t_next in path.steps():
+        x0 = path.estimate(x, t)
+        path.report(index, t, x, x0)
         kept = (t_next / t) ** 2
         x_next = x0 + t_next * math.sqrt(kept) * (x - x0) / t
         if t_next > 0:
-            fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-            x_next = x_next + t_next * math.sqrt(1 - kept) * fresh
+            fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)  # whatever x has
+            x_next = x_next + t_next * math.sqrt(1 - kept) * fresh.to(x.dtype)
         x = x_next
     return x
+
+
+class Solver(NamedTuple):
+    """A method of denoising, as it stands in the table."""
+
+    follow: Callable[[Path, Tensor], Tensor]
+    """(path, x at t_max) -> x at 0, each (B, C, H, W)."""
+    num_levels: Callable[[int], int] = lambda num_steps: num_steps
+    """How many levels above 0 it visits with so many evaluations, from 1 to that many."""
+
+
+SOLVERS: Table[Solver] = Table(
+    "denoising method",
+    "euler",
+    {
+        "euler": Solver(_euler),
+        "heun": Solver(_heun, _heun_intervals),
+        "multistep": Solver(_multistep),
+        "predictor-corrector": Solver(_predictor_corrector),
+        "sde": Solver(_sde),
+        "skip": Solver(lambda _, x: x),
+    },
+)
+Method = Annotated[str, choices(SOLVERS)]
 
 
 class DenoiseScheduler(SchedulerMixin, ConfigMixin):
@@ -253,7 +297,7 @@ class DenoiseScheduler(SchedulerMixin, ConfigMixin):
         spacing: of the levels, see `noise_levels`.
 
     Raises:
-        ValueError: num_denoise_steps < 1, t_min or t_max out of order, or an unknown method or spacing.
+        ValueError: num_denoise_steps < 1, t_min or t_max out of order, an unknown method or spacing, or another type.
     """
 
     config_name = "scheduler_config.json"
@@ -268,6 +312,13 @@ class DenoiseScheduler(SchedulerMixin, ConfigMixin):
         clip: bool = False,
         spacing: Spacing = "even",
     ) -> None:
+        SOLVERS.check(method)
+        check_flag("clip", clip)
         noise_levels(t_max, t_min, num_denoise_steps, spacing)
-        if method not in _METHODS:
-            raise ValueError(f"denoising method is {method!r}; expected one of {', '.join(_METHODS)}.")
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in diffusers, but stored names that are not known here become the defaults, with a warning."""
+        if isinstance(config, Mapping):
+            config = with_known(config, {"method": SOLVERS, "spacing": SPACINGS})
+        return super().from_config(config, return_unused_kwargs, **kwargs)

@@ -6,20 +6,17 @@ denoises may differ (iTARFlow, table 6).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from itarflow.flow.tarflow import TARFlow, log_density
 from itarflow.flow.transformer import Layer
 from itarflow.runtime.devices import in_batches
-
-Module = TypeVar("Module", bound=nn.Module)
+from itarflow.runtime.modules import frozen_view, recomputed
 
 
 class Denoiser(Protocol):
@@ -100,7 +97,7 @@ class FlowDenoiser:
         """Images that are differentiated at a time; lowered when they did not fit into memory."""
         self._dtype = dtype
         if checkpointing:
-            self.flow.enable_gradient_checkpointing(_recomputed)
+            self.flow.enable_gradient_checkpointing(recomputed)
         with torch.inference_mode(False):  # whose tensors can't be differentiated
             for layer in (module for module in self.flow.modules() if isinstance(module, Layer)):
                 if dtype is not None:
@@ -136,7 +133,7 @@ class FlowDenoiser:
         for name, level in named_ends(levels):
             check_level(self.flow, name, level)
 
-    def score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
+    def score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float | None = None) -> Tensor:
         """grad_x log p(x_t, t | labels), by autograd through the flow; (B, C, H, W), at least float32.
 
         It is what moves x_t along the ODE dx = -t grad_x log p(x, t) dt (iTARFlow, section 3.2).
@@ -144,22 +141,24 @@ class FlowDenoiser:
         Args:
             noisy: (B, C, H, W).
             labels: (B,) or None. Guidance plays no part in the score (iTARFlow, section 3.2).
-            noise_level: (B,) or one number, inside the flow's noise_range. The values of a tensor on a GPU are
-                not checked, since that would synchronise: `check` them before.
+            noise_level: (B,) or one number, inside the flow's noise_range; not used, and not needed, without noise
+                conditioning. The values of a tensor on a GPU are not checked, since that would synchronise: `check`
+                them before.
 
         Raises:
             ValueError: as `TARFlow.log_prob`.
         """
         if not (isinstance(noise_level, Tensor) and noise_level.device.type != "cpu"):
             self.flow.check_noise_range(noise_level)
-        level = _tensor(noise_level, noisy)
-        for name, values in (("labels have", labels), ("noise_level has", level if len(level) != 1 else None)):
+        level = None if noise_level is None else _tensor(noise_level, noisy)
+        each = level if level is not None and len(level) != 1 else None
+        for name, values in (("labels have", labels), ("noise_level has", each)):
             if values is not None and len(values) != len(noisy):
                 raise ValueError(f"{name} shape {tuple(values.shape)}; expected ({len(noisy)},), one an image.")
-        level = level.expand(len(noisy))
 
         def score_of(part: slice) -> Tensor:
-            return self._score(noisy[part], None if labels is None else labels[part], level[part])
+            given = level if each is None else each[part]
+            return self._score(noisy[part], None if labels is None else labels[part], given)
 
         option = "slice_size, which a pipeline calls denoise_batch_size"
         parts, size = in_batches(score_of, len(noisy), self.slice_size or len(noisy), "the score of", option)
@@ -167,7 +166,7 @@ class FlowDenoiser:
             self.slice_size = size
         return torch.cat(parts)
 
-    def _score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
+    def _score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | None) -> Tensor:
         # The caller may be in inference mode, whose tensors can't be differentiated: leave it, and copy.
         with torch.inference_mode(False), torch.enable_grad(), self._precision(noisy.device.type):
             x = noisy.detach().clone().to(torch.promote_types(noisy.dtype, torch.float32)).requires_grad_()
@@ -202,11 +201,6 @@ def _tensor(noise_level: Tensor | float, noisy: Tensor) -> Tensor:
     return torch.full((1,), noise_level, device=noisy.device, dtype=torch.promote_types(noisy.dtype, torch.float32))
 
 
-def _recomputed(layer: nn.Module, *inputs: Any) -> Tensor:
-    # Nothing in a layer is random, so the generators' states, one of them on the device, need not be kept.
-    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-
-
 def named_ends(levels: Sequence[float]) -> list[tuple[str, float]]:
     """The largest and the smallest of falling levels, by the names that they have in `denoise`."""
     return list(zip(("t_max", "t_min"), (*levels[:1], *levels[1:][-1:]), strict=False))
@@ -222,14 +216,3 @@ def check_level(flow: TARFlow, name: str, level: float) -> None:
         flow.check_noise_range(level)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def frozen_view(module: Module) -> Module:
-    """A second module over the same weights, without gradients and in eval mode.
-
-    Autograd then neither computes weight gradients nor keeps the activations they would need, and the caller's
-    module is left unchanged, also for other threads.
-    """
-    shared: dict[int, object] = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in module.parameters()}
-    shared |= {id(buffer): buffer for buffer in module.buffers()}
-    return copy.deepcopy(module, shared).eval()

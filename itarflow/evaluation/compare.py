@@ -30,7 +30,7 @@ from itarflow.pipeline.call import positive
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
 from itarflow.runtime.files import check_writable, write_json
-from itarflow.runtime.pictures import blank_figure, draw_comparison, image_grid
+from itarflow.runtime.pictures import balanced_columns, blank_figure, draw_comparison, image_grid, save_picture
 from itarflow.runtime.progress import image_progress
 from itarflow.runtime.text import file_name
 
@@ -147,6 +147,7 @@ def compare(
     data: str | None = None,
     seed: int = 0,
     guidance_weight: float | None = None,
+    guidance: Mapping[str, Any] | None = None,
     num_denoise_steps: int | None = None,
     batch_size: int = 16,
     denoise_batch_size: int | None = None,
@@ -172,6 +173,8 @@ def compare(
         seed: image i depends on it, on i and on its label alone; it is image i of a call of the pipeline, and of
             `itarflow evaluate`, with the same settings.
         guidance_weight: of all generators; None = each pipeline's own.
+        guidance: other fields of `Guidance` that all generators have in place of each pipeline's own, such as
+            {"rule": "scale"}.
         num_denoise_steps: evaluations in each iterative column; None = as the pipeline says that denoises, 10 for a
             diffusion model.
         batch_size: images that are generated, and denoised, at a time; a pipeline's plan goes by it.
@@ -196,19 +199,19 @@ def compare(
         raise ValueError(f"picture_rows is {picture_rows}; expected a number >= 1.")
     first = next(iter(pipelines.values()))
     labels = torch.tensor([first.label_id(label) for label in class_labels], dtype=torch.int64)
-    bare = {
-        name: _generation(name, pipe, labels, seed, guidance_weight, batch_size) for name, pipe in pipelines.items()
-    }
+    given = {**(guidance or {}), **({} if guidance_weight is None else {"weight": guidance_weight})}
+    bare = {name: _generation(name, pipe, labels, seed, given, batch_size) for name, pipe in pipelines.items()}
     variants = _variants(bare, diffusion or {}, decoders or {}, num_denoise_steps, denoise_batch_size)
     real = None if data is None else _real_images(first, data)
     scoring = {name: pipe for name, pipe in pipelines.items() if pipe.flow.config.noise_conditioned}
     metrics = [*METRICS, *(nats_per_dim(name, pipe, batch_size) for name, pipe in scoring.items())]
-    guidance = {name: one.guidance or one.pipe.default_guidance for name, one in bare.items()}
+    chosen = {name: one.guidance or one.pipe.default_guidance for name, one in bare.items()}
     comparison = Comparison(
         settings={
             "seed": seed,
             "class_labels": list(class_labels),
-            "guidance_weight": {name: chosen.weight for name, chosen in guidance.items()},
+            "guidance_weight": {name: one.weight for name, one in chosen.items()},
+            "guidance": {name: asdict(one) for name, one in chosen.items()},
             "columns": {
                 name: {title: settings_of(one.schedule) for title, one in of_pipe.items() if one.schedule is not None}
                 for name, of_pipe in variants.items()
@@ -276,10 +279,10 @@ def _check_alike(pipelines: Mapping[str, ITARFlowPipeline]) -> None:
 
 
 def _generation(
-    name: str, pipe: ITARFlowPipeline, labels: Tensor, seed: int, guidance_weight: float | None, batch_size: int
+    name: str, pipe: ITARFlowPipeline, labels: Tensor, seed: int, given: Mapping[str, Any], batch_size: int
 ) -> Generation:
     """What a pipeline generates, checked, before it is known how it is denoised."""
-    guidance = None if guidance_weight is None else replace(pipe.default_guidance, weight=guidance_weight)
+    guidance = replace(pipe.default_guidance, **given) if given else None
     generation = Generation(pipe=pipe, variants={}, labels=labels, seed=seed, guidance=guidance, batch_size=batch_size)
     try:
         generation.check()
@@ -382,7 +385,7 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
 def _save_grid(images: Tensor, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(to_pil(images), math.ceil(math.sqrt(len(images)))).save(path)
+    save_picture(image_grid(to_pil(images), balanced_columns(len(images))), path)
 
 
 def _finite(value: float | None) -> float | None:

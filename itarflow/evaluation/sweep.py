@@ -26,6 +26,7 @@ from itarflow.denoisers.score import Denoiser, FlowDenoiser
 from itarflow.evaluation.metrics.scores import Scores
 from itarflow.evaluation.samples.denoising import Denoising
 from itarflow.evaluation.samples.generate import Generation
+from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import atomically
 
@@ -33,7 +34,7 @@ HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall"})
 """Figures of `scores.Scores` of which the highest is best; of all others the lowest."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Setting:
     """A point of the grid.
 
@@ -41,26 +42,39 @@ class Setting:
         t_max: noise level of the flow's samples.
         guidance_weight: of generation; 0 = unguided.
         num_denoise_steps: score evaluations; 0 = the noisy images as they are.
+        temperature: of the guiding pass; None = not swept over, but the same in all settings.
+        method: solver of denoising; None = likewise.
     """
 
     t_max: float
     guidance_weight: float
     num_denoise_steps: int
+    temperature: float | None = None
+    method: Method | None = None
 
     @property
     def generation(self) -> str:
         """Name of the folder with all settings whose images are generated alike."""
-        return f"guidance-{plain(self.guidance_weight)}_t-{plain(self.t_max)}"
+        of = "" if self.temperature is None else f"_tau-{plain(self.temperature)}"
+        return f"guidance-{plain(self.guidance_weight)}{of}_t-{plain(self.t_max)}"
 
     @property
     def variant(self) -> str:
         """Name of the folder in it with this setting's samples: its denoising variant."""
-        return f"steps-{self.num_denoise_steps:02d}" if self.num_denoise_steps else "raw"
+        by = "" if self.method is None else f"-{self.method}"
+        return f"steps-{self.num_denoise_steps:02d}{by}" if self.num_denoise_steps else "raw"
 
 
 def plain(value: float) -> str:
     """The shortest text that stands for this number only."""
     return repr(float(value)).removesuffix(".0")
+
+
+def text(axis: str, value: float | str | None) -> str:
+    """A value of a setting, for tables and figures."""
+    if value is None:
+        return "-"
+    return "noisy" if axis == "num_denoise_steps" and value == 0 else value if isinstance(value, str) else plain(value)
 
 
 def grid_of(
@@ -69,8 +83,9 @@ def grid_of(
     guidance_weights: Sequence[float] | None = None,
     t_max: Sequence[float] | None = None,
     num_denoise_steps: Sequence[int] | None = None,
+    temperatures: Sequence[float] | None = None,
+    methods: Sequence[Method] | None = None,
     raw: bool = False,
-    method: Method | None = None,
     other_denoiser: bool = False,
     labelled: bool = True,
 ) -> list[Setting]:
@@ -81,8 +96,9 @@ def grid_of(
         guidance_weights: each >= 0.
         t_max: noise levels of generating.
         num_denoise_steps: each >= 1.
+        temperatures: of the guiding pass.
+        methods: solvers; of "skip" there are noisy images alone.
         raw: the noisy images too.
-        method: solver; None = the checkpoint's. Of "skip" there are noisy images alone.
         other_denoiser: whether another denoiser than the checkpoint's own flow is used.
         labelled: whether images have labels. Without, the checkpoint's own guidance weight is ignored.
 
@@ -93,7 +109,10 @@ def grid_of(
     several = other_denoiser or pipe.flow.config.noise_conditioned
     if num_denoise_steps is not None and min(num_denoise_steps, default=1) < 1:
         raise ValueError(f"num_denoise_steps is {min(num_denoise_steps)}; expected numbers of score evaluations >= 1.")
-    if (method or stored.method) == "skip":
+    solvers = methods or [stored.method]
+    if methods is not None and len(methods) > 1 and "skip" in methods:
+        raise ValueError("the method 'skip' does not denoise; leave it out, and ask for the noisy images by raw.")
+    if solvers[0] == "skip":
         if num_denoise_steps:
             raise ValueError(
                 f"num_denoise_steps is {list(num_denoise_steps)}, but by the method 'skip' images are not denoised; "
@@ -112,10 +131,21 @@ def grid_of(
     weight = guidance.weight if labelled or guidance.temperature != 1 else 0.0
     weights = (weight,) if guidance_weights is None else guidance_weights
     levels = (float(stored.t_max),) if t_max is None else t_max
-    for name, values in (("guidance_weights", weights), ("t_max", levels), ("num_denoise_steps", steps)):
-        if not values:
+    given = {"guidance_weights": weights, "t_max": levels, "num_denoise_steps": steps, "temperatures": temperatures,
+             "methods": methods}  # fmt: skip
+    for name, values in given.items():
+        if values is not None and not values:
             raise ValueError(f"{name} has no values; expected one or more, or leave it out.")
-    return sorted({Setting(level, weight, number) for level in levels for weight in weights for number in steps})
+    several_methods: Sequence[Method | None] = methods if methods is not None and len(methods) > 1 else [None]
+    grid = [
+        Setting(level, weight, number, temperature, None if number == 0 else solver)
+        for level in sorted({*levels})
+        for weight in sorted({*weights})
+        for temperature in (sorted({*temperatures}) if temperatures else [None])
+        for number in sorted({*steps})
+        for solver in dict.fromkeys(several_methods)
+    ]
+    return list(dict.fromkeys(grid))
 
 
 def generations_of(
@@ -124,6 +154,7 @@ def generations_of(
     labels: Tensor,
     *,
     seed: int = 0,
+    guidance: Guidance | None = None,
     method: Method | None = None,
     spacing: Spacing | None = None,
     denoiser: Denoiser | None = None,
@@ -139,7 +170,8 @@ def generations_of(
         grid: in order.
         labels: (N,) int64, -1 = none; the same of all settings.
         seed: of the noise, which is the same in all settings.
-        method: solver of denoising; None = the checkpoint's.
+        guidance: its weight, and its temperature where a setting has one, are the settings'; None = the checkpoint's.
+        method: solver of denoising of settings that name none; None = the checkpoint's.
         spacing: of the noise levels; None = the checkpoint's.
         denoiser: what denoises instead of the checkpoint's own flow.
         dtype: of the flow's layers while it denoises, see `FlowDenoiser`.
@@ -157,13 +189,16 @@ def generations_of(
         variants = {}
         for setting in group:
             if steps := setting.num_denoise_steps:
-                schedule = pipe.schedule(setting.t_max, None, steps, method, spacing, denoiser=denoiser)
+                solver = setting.method or method
+                schedule = pipe.schedule(setting.t_max, None, steps, solver, spacing, denoiser=denoiser)
                 variants[setting.variant] = Denoising(f"{steps} steps", codec, denoises, schedule)
             else:
                 variants[setting.variant] = Denoising("noisy", codec)
-        guidance = replace(pipe.default_guidance, weight=setting.guidance_weight)
+        chosen = replace(guidance or pipe.default_guidance, weight=setting.guidance_weight)
+        if setting.temperature is not None:
+            chosen = replace(chosen, temperature=setting.temperature)
         generations[name] = Generation(
-            pipe=pipe, variants=variants, labels=labels, seed=seed, guidance=guidance, t_max=setting.t_max, **options
+            pipe=pipe, variants=variants, labels=labels, seed=seed, guidance=chosen, t_max=setting.t_max, **options
         )
         generations[name].check()
     return generations
@@ -193,10 +228,12 @@ def write_csv(scores: Mapping[Setting, Scores], path: Path) -> None:
     """Write a line for each setting: its values, counts, figures, and their spreads (NAME_std) where they have any."""
     lines = []
     for setting, one in scores.items():
-        line: dict[str, float | int] = {
+        line: dict[str, float | int | str | None] = {
             "guidance_weight": setting.guidance_weight,
             "t_max": setting.t_max,
             "num_denoise_steps": setting.num_denoise_steps,
+            **({} if setting.temperature is None else {"temperature": setting.temperature}),
+            **({} if setting.method is None else {"method": setting.method}),
             "samples": one.samples,
             "not_finite": one.broken,
         }

@@ -163,6 +163,28 @@ class AutoregressiveBlock(nn.Module):
             weights=guidance.weights(following, self.num_tokens, torch.promote_types(exact, torch.float32)),
         )
 
+    def check_decoding(self, tokens: Tensor, condition: Condition) -> None:
+        """Raise RuntimeError unless `conditioner` gives what `affine_at` does, up to rounding, for two tokens, or one.
+
+        Both hold the mathematics of a layer, which so lives twice: a change of one must not spoil samples in silence.
+
+        Args:
+            tokens: (B, N >= 2, D); the first ones of the first image are used.
+            condition: from `condition`.
+        """
+        tokens, first = tokens[:1, : min(2, self.num_tokens - 1)], Condition(condition.embedding[:1], None)
+        conditioner = self.conditioner(first, None, Guidance())
+        found = zip(*(conditioner(one, at) for at, one in enumerate(tokens.split(1, dim=1))), strict=True)
+        shift, log_scale = self.affine_at(tokens, first)
+        for values, expected in zip(found, (shift, log_scale.exp()), strict=True):
+            error = (torch.cat(values, dim=1) - expected).abs().max()
+            if expected.isfinite().all() and not error <= 1e-2 * (1 + expected.abs().max()):
+                raise RuntimeError(
+                    f"the inverse is not that of the flow: its first tokens differ by {error:.3g}. The layers of "
+                    "flow/transformer.py and their cached form, pack_layers there and run_layers of "
+                    "inverse/decoding.py, compute different things; change both alike."
+                )
+
     def first_affine(self, condition: Condition) -> Affine:
         """(shift, log_scale), each (B, 1, D), of token 0: zeros, z_0 = x_0 (TARFlow, eq. 3), unless it is learned."""
         if self.first_token is None:

@@ -2,70 +2,115 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.solvers import Jacobi, Solver
+from itarflow.runtime.ranges import check_flag, check_integer, check_number, shown
+
+_MOST_LAYERS, _MOST_PARAMETERS = 10_000, 10**12
+_RANGES = {
+    "image_size": (1, 2**16),
+    "in_channels": (1, 2**16),
+    "head_dim": (1, 2**20),
+    "shared_layers": (0, _MOST_LAYERS),
+    "num_classes": (0, 10**9),
+    "mlp_ratio": (1, 2**16),
+}
 
 
-def per_block(name: str, value: int | Sequence[int], num_blocks: int) -> tuple[int, ...]:
-    """One value for each block, from one for all or one a block; raises ValueError if the numbers differ."""
-    values = (value,) * num_blocks if isinstance(value, int) else tuple(value)
-    if len(values) != num_blocks:
-        raise ValueError(
-            f"{name} has {len(values)} entries ({values}) for {num_blocks} blocks (the length of num_layers); "
-            "expected one number, or one a block."
-        )
-    return values
+class BlockSize(NamedTuple):
+    """What may differ between blocks."""
+
+    patch_size: int
+    channels: int
+    num_layers: int
 
 
-def check_architecture(
-    image_size: int,
-    in_channels: int,
-    patch_sizes: tuple[int, ...],
-    channels: tuple[int, ...],
-    num_layers: tuple[int, ...],
-    shared_layers: int,
-    head_dim: int,
-) -> None:
-    """Raise ValueError, naming the values and what would fit, unless the sizes of a flow fit together."""
-    if not num_layers or min(num_layers) < 1:
-        raise ValueError(f"num_layers is {num_layers}; expected at least one block, and at least one layer in each.")
-    if min(image_size, in_channels, *patch_sizes, *channels, head_dim) < 1 or shared_layers < 0:
-        raise ValueError(
-            f"Sizes must be positive: image_size={image_size}, in_channels={in_channels}, patch_size={patch_sizes}, "
-            f"channels={channels}, head_dim={head_dim}, shared_layers={shared_layers}."
-        )
-    for patch in patch_sizes:
-        if image_size % patch:
-            divisors = [p for p in range(1, image_size + 1) if image_size % p == 0]
+def block_sizes(config: Any) -> list[BlockSize]:
+    """The sizes of each block, once all arguments of a flow are checked, before anything is built.
+
+    Args:
+        config: the arguments of `TARFlow`, as attributes; of any type, since they may be from a file of others.
+
+    Raises:
+        ValueError: arguments of another type, out of range, or that do not fit together, saying what would fit.
+    """
+    for name, (least, most) in _RANGES.items():
+        check_integer(name, getattr(config, name), least, most)
+    for name in ("noise_conditioned", "volume_preserving", "learned_first_token"):
+        check_flag(name, getattr(config, name))
+    check_number("input_scale", config.input_scale)
+    known = config.noise_range
+    is_pair = isinstance(known, list | tuple) and len(known) == 2
+    for level in known if is_pair else ():
+        check_number("a level of noise_range", level)
+    if known is not None and not (is_pair and known[0] <= known[1]):
+        raise ValueError(f"noise_range is {shown(known)}; expected (t_min, t_max) with t_min <= t_max, or None.")
+    if not isinstance(config.num_layers, list | tuple) or not config.num_layers:
+        raise ValueError(f"num_layers is {shown(config.num_layers)}; expected one number a block, such as (8, 8, 8).")
+    blocks = len(config.num_layers)
+    patches = _per_block("patch_size", config.patch_size, blocks, 2**16)
+    widths = _per_block("channels", config.channels, blocks, 2**20)
+    layers = _per_block("num_layers", config.num_layers, blocks, _MOST_LAYERS)
+    sizes = [BlockSize(*size) for size in zip(patches, widths, layers, strict=True)]
+    for patch, width in dict.fromkeys(zip(patches, widths, strict=True)):
+        if config.image_size % patch:
+            divisors = [p for p in range(1, config.image_size + 1) if config.image_size % p == 0]
             raise ValueError(
-                f"patch_size {patch} does not divide image_size {image_size}; choose one of {divisors}, "
+                f"patch_size {patch} does not divide image_size {config.image_size}; choose one of {divisors}, "
                 "or crop the images to another size."
             )
-    for width in channels:
-        if width % head_dim:
-            raise ValueError(f"channels {width} is not a multiple of head_dim {head_dim}; change one of the two.")
-    if shared_layers and len(set(channels)) > 1:
+        if width % config.head_dim:
+            raise ValueError(
+                f"channels {width} is not a multiple of head_dim {config.head_dim}; change one of the two."
+            )
+    if config.shared_layers and len(set(widths)) > 1:
         raise ValueError(
-            f"shared_layers={shared_layers} needs the same channels in all blocks, but they are {channels}."
+            f"shared_layers={config.shared_layers} needs the same channels in all blocks, but they are {widths}."
         )
+    if min(patches) == config.image_size and not config.learned_first_token:
+        raise ValueError(
+            f"patch_size {config.patch_size} is image_size {config.image_size}: the only token of each block has none "
+            "before it, so that nothing can be learnt; choose a smaller patch_size, or set learned_first_token."
+        )
+    if sum(layers) > _MOST_LAYERS or num_parameters(config, sizes) > _MOST_PARAMETERS:
+        raise ValueError(
+            f"the flow has {sum(layers):,} layers, {num_parameters(config, sizes):.1e} parameters; expected at most "
+            f"{_MOST_LAYERS:,} and {_MOST_PARAMETERS:.0e}: lower the largest of num_layers={shown(layers)}, channels="
+            f"{shown(widths)}, mlp_ratio={config.mlp_ratio}, num_classes={config.num_classes}."
+        )
+    return sizes
 
 
-def check_scalars(num_classes: int, input_scale: float, mlp_ratio: int, noise_range: Sequence[float] | None) -> None:
-    """Raise ValueError unless the other arguments of a flow are in their ranges."""
-    if num_classes < 0 or mlp_ratio < 1:
+def num_parameters(config: Any, sizes: Sequence[BlockSize]) -> int:
+    """The parameters of a flow of that config, up to biases and norms, without building it."""
+    layer, depth = 4 + 2 * config.mlp_ratio, config.shared_layers
+    total = layer * depth * sizes[0].channels ** 2
+    for patch, width, layers in sizes:
+        tokens, values = (config.image_size // patch) ** 2, config.in_channels * patch**2
+        outputs = values * (1 if config.volume_preserving else 2) * (2 if config.learned_first_token else 1)
+        vectors = tokens + config.num_classes + values + outputs
+        squares = layer * max(layers - depth, 0) + 8 * config.noise_conditioned + config.learned_first_token
+        total += width * (vectors + squares * width)
+    return total
+
+
+def _per_block(name: str, value: Any, num_blocks: int, most: int) -> tuple[int, ...]:
+    """One number for each block, from one for all or one a block."""
+    values = tuple(value) if isinstance(value, list | tuple) else (value,) * num_blocks
+    if len(values) != num_blocks:
         raise ValueError(
-            f"num_classes={num_classes}, mlp_ratio={mlp_ratio}; expected num_classes >= 0, mlp_ratio >= 1."
+            f"{name} has {len(values)} entries ({shown(values)}) for {num_blocks} blocks (the length of num_layers); "
+            "expected one number, or one a block."
         )
-    if not (math.isfinite(input_scale) and input_scale > 0):
-        raise ValueError(f"input_scale is {input_scale}; expected a finite number > 0.")
-    if noise_range is not None and not (len(noise_range) == 2 and 0 < noise_range[0] <= noise_range[1] < math.inf):
-        raise ValueError(f"noise_range is {noise_range}; expected (t_min, t_max) with 0 < t_min <= t_max, or None.")
+    for one in values:
+        check_integer(name, one, 1, most)
+    return values
 
 
 def checked_labels(labels: Tensor | None, batch_size: int, num_classes: int, device: torch.device) -> Tensor | None:

@@ -3,71 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-Distribution = Literal["uniform", "quadratic", "lognormal", "constant", "dequantise"]
-Weight = Literal["one", "t", "t2", "t_normalised", "t2_normalised"]
+from itarflow.runtime.ranges import check_number
+from itarflow.runtime.tables import Table, choices
+
 LEVELS_PER_UNIT = 128
 """Grey levels that share a unit of the axis once images are dequantised; 256 share [-1, 1)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseConfig:
-    """The noise that training adds, how much, and how it is weighted.
-
-    y = x + t eps,  eps ~ N(0, I),  one t for all               (TARFlow, section 2.4)
-    x_t = x + t eps,  t drawn anew for each image               (iTARFlow, section 3.1)
-    """
-
-    t_min: float = 0.01
-    """Smallest noise level, a standard deviation in the units of the images."""
-    t_max: float = 0.3
-    """Largest noise level, where sampling starts. Equal to t_min for a single-sigma TARFlow."""
-    distribution: Distribution = "uniform"
-    """How t is drawn. uniform: t uniform in [t_min, t_max]. quadratic: t^2 uniform. lognormal:
-    exp(N(-1.2, 1)), after EDM, which is not limited to [t_min, t_max]. constant: t = t_max, the single sigma of
-    TARFlow. dequantise: no Gaussian noise, but uniform noise of one grey level, for likelihoods of 8-bit images."""
-    weight: Weight = "t"
-    """gamma_t, the loss weight of a sample. one: 1. t: t, the paper's choice. t2: t^2. t_normalised:
-    t / (t_min + t_max). t2_normalised: t^2 / (t_min^2 + t_max^2)."""
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("distribution", self.distribution, get_args(Distribution)),
-            ("weight", self.weight, get_args(Weight)),
-        ):
-            if value not in known:
-                raise ValueError(f"Noise {name} is {value!r}; expected one of {', '.join(known)}.")
-        if not (0 < self.t_min <= self.t_max and math.isfinite(self.t_max)):
-            raise ValueError(
-                f"Noise levels t_min={self.t_min}, t_max={self.t_max}; expected 0 < t_min <= t_max < infinity."
-            )
-        if self.distribution in ("uniform", "quadratic") and self.t_min == self.t_max:
-            raise ValueError(
-                f"Noise distribution {self.distribution!r} needs t_min < t_max, but both are {self.t_max}. "
-                "Use distribution='constant' for a single noise level."
-            )
-
-
-def draw_noise_level(config: NoiseConfig, batch_size: int, generator: torch.Generator) -> Tensor:
-    """Noise levels (B,) in float32 on the generator's device, by `config.distribution` (iTARFlow, section 3.1).
-
-    For "dequantise" they are zeros: there is no Gaussian noise to name.
-    """
-    device = generator.device
-    if config.distribution == "lognormal":
-        return lognormal_level(torch.randn(batch_size, generator=generator, device=device))
-    if config.distribution == "constant":
-        return torch.full((batch_size,), config.t_max, device=device)
-    if config.distribution == "dequantise":
-        return torch.zeros(batch_size, device=device)
-    u = torch.rand(batch_size, generator=generator, device=device)
-    level = uniform_level if config.distribution == "uniform" else quadratic_level
-    return level(u, config.t_min, config.t_max)
 
 
 def uniform_level(u: Tensor, t_min: float, t_max: float) -> Tensor:
@@ -91,6 +38,87 @@ def lognormal_level(n: Tensor) -> Tensor:
     return (n - 1.2).exp()
 
 
+def _drawn(law: Callable[..., Tensor], batch_size: int, generator: torch.Generator) -> Tensor:
+    # A type is named, since the numbers of a seed depend on it.
+    return law(batch_size, generator=generator, device=generator.device, dtype=torch.float32)
+
+
+DistributionFunction = Callable[["NoiseConfig", int, torch.Generator], Tensor]
+"""(config, batch_size, generator) -> noise levels (B,) in float32 on the generator's device."""
+WeightFunction = Callable[["NoiseConfig", Tensor], Tensor]
+"""(config, noise_level (B,)) -> loss weights (B,)."""
+DISTRIBUTIONS: Table[DistributionFunction] = Table(
+    "Noise distribution",
+    "uniform",
+    {
+        "uniform": lambda config, n, g: uniform_level(_drawn(torch.rand, n, g), config.t_min, config.t_max),
+        "quadratic": lambda config, n, g: quadratic_level(_drawn(torch.rand, n, g), config.t_min, config.t_max),
+        "lognormal": lambda _, n, g: lognormal_level(_drawn(torch.randn, n, g)),
+        "constant": lambda config, n, g: torch.full((n,), float(config.t_max), device=g.device),
+        "dequantise": lambda _, n, g: torch.zeros(n, device=g.device),
+    },
+)
+WEIGHTS: Table[WeightFunction] = Table(
+    "Noise weight",
+    "t",
+    {
+        "one": lambda _, t: torch.ones_like(t),
+        "t": lambda _, t: t,
+        "t2": lambda _, t: t**2,
+        "t_normalised": lambda config, t: t / (config.t_min + config.t_max),
+        "t2_normalised": lambda config, t: t**2 / (config.t_min**2 + config.t_max**2),
+    },
+)
+Distribution = Annotated[str, choices(DISTRIBUTIONS)]
+Weight = Annotated[str, choices(WEIGHTS)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """The noise that training adds, how much, and how it is weighted.
+
+    y = x + t eps,  eps ~ N(0, I),  one t for all               (TARFlow, section 2.4)
+    x_t = x + t eps,  t drawn anew for each image               (iTARFlow, section 3.1)
+    """
+
+    t_min: float = 0.01
+    """Smallest noise level, a standard deviation in the units of the images."""
+    t_max: float = 0.3
+    """Largest noise level, where sampling starts. Equal to t_min for a single-sigma TARFlow."""
+    distribution: Distribution = "uniform"
+    """How t is drawn. uniform: t uniform in [t_min, t_max]. quadratic: t^2 uniform. lognormal:
+    exp(N(-1.2, 1)), after EDM, which is not limited to [t_min, t_max]. constant: t = t_max, the single sigma of
+    TARFlow. dequantise: no Gaussian noise, but uniform noise of one grey level, for likelihoods of 8-bit images."""
+    weight: Weight = "t"
+    """gamma_t, the loss weight of a sample. one: 1. t: t, the paper's choice. t2: t^2. t_normalised:
+    t / (t_min + t_max). t2_normalised: t^2 / (t_min^2 + t_max^2)."""
+
+    def __post_init__(self) -> None:
+        DISTRIBUTIONS.check(self.distribution)
+        WEIGHTS.check(self.weight)
+        check_number("Noise level t_min", self.t_min)
+        check_number("Noise level t_max", self.t_max)
+        if self.t_min > self.t_max:
+            raise ValueError(f"Noise levels t_min={self.t_min}, t_max={self.t_max}; expected t_min <= t_max.")
+        if self.distribution in ("uniform", "quadratic") and self.t_min == self.t_max:
+            raise ValueError(
+                f"Noise distribution {self.distribution!r} needs t_min < t_max, but both are {self.t_max}. "
+                "Use distribution='constant' for a single noise level."
+            )
+
+
+def draw_noise_level(config: NoiseConfig, batch_size: int, generator: torch.Generator) -> Tensor:
+    """Noise levels (B,) in float32 on the generator's device, by `config.distribution` (iTARFlow, section 3.1).
+
+    For "dequantise" they are zeros: there is no Gaussian noise to name.
+
+    Raises:
+        ValueError: the distribution, of a plug-in, gives another number of levels.
+    """
+    level = DISTRIBUTIONS[config.distribution](config, batch_size, generator)
+    return _one_each(level, "levels", config.distribution, batch_size).to(generator.device, torch.float32)
+
+
 def loss_weight(config: NoiseConfig, noise_level: Tensor) -> Tensor:
     """gamma_t (B,), the weights of the samples' losses, by `config.weight` (iTARFlow, section 3.1).
 
@@ -100,15 +128,15 @@ def loss_weight(config: NoiseConfig, noise_level: Tensor) -> Tensor:
         config: names the weight, and t_min and t_max.
         noise_level: t (B,).
     """
-    if config.weight == "one":
-        return torch.ones_like(noise_level)
-    if config.weight == "t":
-        return noise_level
-    if config.weight == "t2":
-        return noise_level**2
-    if config.weight == "t_normalised":
-        return noise_level / (config.t_min + config.t_max)
-    return noise_level**2 / (config.t_min**2 + config.t_max**2)
+    return _one_each(WEIGHTS[config.weight](config, noise_level), "weights", config.weight, len(noise_level))
+
+
+def _one_each(values: Tensor, what: str, name: str, batch_size: int) -> Tensor:
+    if tuple(values.shape) != (batch_size,):
+        raise ValueError(
+            f"{name!r} gave {what} of shape {tuple(values.shape)}; expected ({batch_size},), one an image."
+        )
+    return values
 
 
 def dequantise(images: Tensor, u: Tensor) -> Tensor:

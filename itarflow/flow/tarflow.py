@@ -7,7 +7,8 @@ The papers: TARFlow, arXiv 2412.06329; iTARFlow, arXiv 2604.20041.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,20 +17,13 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from itarflow.flow import checks
 from itarflow.flow.block import AutoregressiveBlock, FlowOutput
-from itarflow.flow.checks import (
-    check_architecture,
-    check_noise_range,
-    check_scalars,
-    checked_labels,
-    checked_noise_level,
-    per_block,
-    solver_of_each_block,
-)
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.transformer import Transformer
 from itarflow.inverse import solvers
 from itarflow.inverse.guidance import Guidance
+from itarflow.runtime.model_folder import load_model
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -130,35 +124,32 @@ class TARFlow(ModelMixin, ConfigMixin):
         self,
         image_size: int,
         in_channels: int = 3,
-        patch_size: int | Sequence[int] = 2,
-        channels: int | Sequence[int] = 768,
-        num_layers: Sequence[int] = (8, 8, 8, 8, 8, 8, 8, 8),
+        patch_size: int | Sequence[int] = 2,  # noqa: ARG002, as below: `block_sizes` takes it from the config
+        channels: int | Sequence[int] = 768,  # noqa: ARG002
+        num_layers: Sequence[int] = (8, 8, 8, 8, 8, 8, 8, 8),  # noqa: ARG002
         num_classes: int = 0,
         noise_conditioned: bool = True,
         volume_preserving: bool = False,
         shared_layers: int = 0,
-        input_scale: float = 1.0,
+        input_scale: float = 1.0,  # noqa: ARG002
         learned_first_token: bool = False,
         head_dim: int = 64,
         mlp_ratio: int = 4,
-        noise_range: Sequence[float] | None = None,
+        noise_range: Sequence[float] | None = None,  # noqa: ARG002
     ) -> None:
         super().__init__()
-        if isinstance(num_layers, int):
-            raise ValueError(f"num_layers is {num_layers}; expected one number a block, such as ({num_layers},) * 8.")
-        layers = tuple(num_layers)
-        widths = per_block("channels", channels, len(layers))
-        self.patch_sizes = per_block("patch_size", patch_size, len(layers))
-        check_architecture(image_size, in_channels, self.patch_sizes, widths, layers, shared_layers, head_dim)
-        check_scalars(num_classes, input_scale, mlp_ratio, noise_range)
-        self.shared_backbone = Transformer(widths[0], shared_layers, head_dim, mlp_ratio) if shared_layers else None
+        self._decoding_checked = False
+        sizes = checks.block_sizes(self.config)
+        self.patch_sizes = tuple(size.patch_size for size in sizes)
+        backbone = Transformer(sizes[0].channels, shared_layers, head_dim, mlp_ratio) if shared_layers else None
+        self.shared_backbone = backbone
         self.blocks = nn.ModuleList(
             AutoregressiveBlock(
-                num_tokens=(image_size // patch) ** 2,
-                token_dim=in_channels * patch**2,
-                channels=width,
-                num_layers=max(depth - shared_layers, 0),
-                backbone=self.shared_backbone,
+                num_tokens=(image_size // size.patch_size) ** 2,
+                token_dim=in_channels * size.patch_size**2,
+                channels=size.channels,
+                num_layers=max(size.num_layers - shared_layers, 0),
+                backbone=backbone,
                 reverse=index % 2 == 1,
                 volume_preserving=volume_preserving,
                 num_classes=num_classes,
@@ -167,26 +158,21 @@ class TARFlow(ModelMixin, ConfigMixin):
                 head_dim=head_dim,
                 mlp_ratio=mlp_ratio,
             )
-            for index, (patch, width, depth) in enumerate(zip(self.patch_sizes, widths, layers, strict=True))
+            for index, size in enumerate(sizes)
         )
         # Of z, per token and channel; ones unless the flow is volume preserving.
         self.register_buffer("prior_variance", torch.ones(self.z_shape))
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> TARFlow:
-        """As in diffusers, but weights that do not fit the config are refused, not initialised at random.
+    def from_pretrained(cls, name: str | os.PathLike[str], **options: Any) -> TARFlow:
+        """The flow in a folder or on the Hub, in evaluation mode; see `model_folder.load_model` for the options.
 
         Raises:
-            OSError: tensors are missing, or too many, or the file is damaged.
+            OSError: there is none, or not of that variant.
+            ValueError: its weights do not fit its config, are no floating point numbers or not finite, or a file is
+                damaged; the message names it.
         """
-        flow, report = super().from_pretrained(*args, **{**kwargs, "output_loading_info": True})
-        differing = [*report["missing_keys"], *report["unexpected_keys"]]
-        if differing:
-            raise OSError(
-                f"the weights of the flow do not fit its config.json: {len(differing)} tensors are missing or too "
-                f"many, such as {differing[0]}. Copy or download the folder again."
-            )
-        return flow
+        return load_model(cls, name, _num_layers, **options)
 
     @property
     def null_label(self) -> int:
@@ -228,9 +214,11 @@ class TARFlow(ModelMixin, ConfigMixin):
             ValueError: wrong shapes, labels or noise levels.
         """
         images = self._checked_images(images)
-        labels = checked_labels(labels, len(images), self.config.num_classes, self.device)
+        labels = checks.checked_labels(labels, len(images), self.config.num_classes, self.device)
         noise_level = (
-            checked_noise_level(noise_level, len(images), self.device) if self.config.noise_conditioned else None
+            checks.checked_noise_level(noise_level, len(images), self.device)
+            if self.config.noise_conditioned
+            else None
         )
         image_size, patch = self.config.image_size, self.patch_sizes[0]
         x = patchify(images, patch) * self.config.input_scale
@@ -304,20 +292,23 @@ class TARFlow(ModelMixin, ConfigMixin):
         if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
         self.check_noise_range(noise_level)
-        labels = checked_labels(labels, len(z), self.config.num_classes, self.device)
-        noise_level = checked_noise_level(noise_level, len(z), self.device) if self.config.noise_conditioned else None
+        labels = checks.checked_labels(labels, len(z), self.config.num_classes, self.device)
+        noise_level = (
+            checks.checked_noise_level(noise_level, len(z), self.device) if self.config.noise_conditioned else None
+        )
         guidance = guidance or Guidance()
         if not isinstance(guidance.blocks, int | None) and max(guidance.blocks, default=0) >= len(self.blocks):
             raise ValueError(
                 f"guidance blocks {tuple(guidance.blocks)} name a block that is not there; this flow has "
                 f"{len(self.blocks)}, counted from 0 at the noise side."
             )
-        by_block = solver_of_each_block(solver, [block.num_tokens for block, _ in reversed(self._blocks())])
+        by_block = checks.solver_of_each_block(solver, [block.num_tokens for block, _ in reversed(self._blocks())])
         self._check_guess(guess, len(z))
         dtype = _autocast_dtype(self.device) if dtype is None else dtype
         image_size, patch = self.config.image_size, self.patch_sizes[-1]
         x = z.to(torch.promote_types(torch.promote_types(z.dtype, self.dtype), torch.float32))
         path = [unpatchify(x, patch, image_size)]
+        unchecked = not self._decoding_checked and self._can_check_decoding()
         for from_noise, (block, block_patch) in enumerate(reversed(self._blocks())):
             if block_patch != patch:
                 x = patchify(unpatchify(x, patch, image_size), block_patch)
@@ -330,24 +321,33 @@ class TARFlow(ModelMixin, ConfigMixin):
                 if differs and guidance.guides(from_noise):
                     guiding = block.condition(len(x), None, noise_level, guidance.temperature)
                 condition = block.condition(len(x), labels, noise_level)
+                if unchecked and from_noise < 2 and block.num_tokens > 1:  # in both directions
+                    block.check_decoding(x, condition)
                 known = None if guess is None else patchify(guess[from_noise + 1], patch) * self.config.input_scale
                 x = block.inverse(x, condition, guiding, guidance, by_block[from_noise], progress, dtype, known)
             if return_trajectory:
                 path.append(unpatchify(x, patch, image_size))
+        self._decoding_checked |= unchecked
         images = unpatchify(x, patch, image_size) / self.config.input_scale
         return torch.stack(path) / self.config.input_scale if return_trajectory else images
+
+    def _can_check_decoding(self) -> bool:
+        """Whether weights are precise enough for it, and nothing is compiled or recorded, which it would disturb."""
+        recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        compiled = torch.compiler.is_compiling() or any(m._compiled_call_impl is not None for m in self.modules())
+        return self.dtype in (torch.float32, torch.float64) and not recording and not compiled
 
     def sample_prior(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         """Draw z (B, N, D) in float32 on the flow's device; a list of generators gives each sample its own."""
         from_generator = generator if isinstance(generator, list) else [generator]
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"{len(generator)} generators were given for {batch_size} samples; expected one each.")
-        count = 1 if isinstance(generator, list) else batch_size
+        shape = (1 if isinstance(generator, list) else batch_size, *self.z_shape)
         drawn = [
-            torch.randn((count, *self.z_shape), generator=g, device="cpu" if g is None else g.device).to(self.device)
+            torch.randn(shape, generator=g, device="cpu" if g is None else g.device, dtype=torch.float32)
             for g in from_generator
         ]
-        return torch.cat(drawn) * self.prior_variance.float().sqrt()
+        return torch.cat([part.to(self.device) for part in drawn]) * self.prior_variance.float().sqrt()
 
     @property
     def num_solved_tokens(self) -> int:
@@ -365,6 +365,14 @@ class TARFlow(ModelMixin, ConfigMixin):
             )
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
+    def _checked_condition(
+        self, batch_size: int, labels: Tensor | None, noise_level: Tensor | float | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        labels = checks.checked_labels(labels, batch_size, self.config.num_classes, self.device)
+        if not self.config.noise_conditioned:
+            return labels, None
+        return labels, checks.checked_noise_level(noise_level, batch_size, self.device)
+
     def _check_guess(self, guess: Tensor | None, batch_size: int) -> None:
         expected = (len(self.blocks) + 1, batch_size, *self.image_shape)
         if guess is not None and tuple(guess.shape) != expected:
@@ -373,7 +381,13 @@ class TARFlow(ModelMixin, ConfigMixin):
     def check_noise_range(self, noise_level: Tensor | float | None) -> None:
         """Refuse levels that the flow was not trained on. It reads the values, so it is not for training steps."""
         if self.config.noise_range is not None and noise_level is not None:
-            check_noise_range(noise_level, self.config.noise_range)
+            checks.check_noise_range(noise_level, self.config.noise_range)
+
+
+def _num_layers(arguments: Mapping[str, Any]) -> int:
+    """How many blocks and layers a stored flow has, each of which has weights."""
+    shared, depths = arguments.get("shared_layers", 0), arguments["num_layers"]
+    return len(depths) + shared + sum(max(depth - shared, 0) for depth in depths)
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -7,7 +7,6 @@ last as long as the inversion of the block, and each takes about as long as one 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from itarflow.inverse.decoding import CachedConditioner
 from itarflow.inverse.guidance import Affine
+from itarflow.runtime.recording import record
 
 Evaluation = Callable[[Tensor, Tensor], Affine]
 """(tokens (B, n, D), start (B,)) -> (shift, scale)."""
@@ -24,35 +24,6 @@ _WIDEST = 64
 """Larger windows keep the device busy for longer than the host takes to launch their kernels."""
 _SHORTEST = 64
 """The least length of cache that is read."""
-_RECORDING = threading.Lock()
-
-
-def record(evaluation: Evaluation, tokens: Tensor, start: Tensor) -> Evaluation:
-    """The same function of tensors of the same shapes, as a CUDA graph.
-
-    The tensors that a call returns are overwritten by the next call.
-    """
-    given = tokens.clone(), start.clone()
-    # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time.
-    with torch.cuda.device(tokens.device), _RECORDING:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries allocate at their first use, which can't be recorded
-                evaluation(*given)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            affine = evaluation(*given)
-
-    def replay(tokens: Tensor, start: Tensor) -> Affine:
-        with torch.cuda.device(tokens.device):
-            given[0].copy_(tokens)
-            given[1].copy_(start)
-            graph.replay()
-        return affine
-
-    return replay
 
 
 @dataclass(frozen=True)

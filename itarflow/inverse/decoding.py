@@ -22,17 +22,18 @@ from torch import Tensor
 from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.kernels import PackedLinear, attention
 
-Norm = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor], Tensor]
 
 
 class PackedLayer(NamedTuple):
     """A transformer layer for use without gradients."""
 
-    attention_norm: Norm
+    attention_norm: Function
     qkv: PackedLinear
     proj: PackedLinear
-    mlp_norm: Norm
-    up: PackedLinear
+    mlp_norm: Function
+    hidden: Function
+    """The first layer of the MLP with its activation."""
     down: PackedLinear
 
 
@@ -174,7 +175,7 @@ def run_layers(
     for layer, part in zip(layers, cache, strict=True):
         qkv = layer.qkv(layer.attention_norm(x).to(dtype))
         x = layer.proj.plus(_attend(qkv, part, window, temperature), x)
-        x = layer.down.plus(layer.up.gelu(layer.mlp_norm(x).to(dtype)), x)
+        x = layer.down.plus(layer.hidden(layer.mlp_norm(x).to(dtype)), x)
     return x
 
 

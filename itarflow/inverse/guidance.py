@@ -9,15 +9,59 @@ mu and alpha are shift and log-scale of a token, mu_u and alpha_u those of the g
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Self
 
 import torch
 from torch import Tensor
 
+from itarflow.runtime.ranges import check_flag, check_number, shown
+from itarflow.runtime.tables import Table, choices, with_known
+
 Affine = tuple[Tensor, Tensor]
+
+
+def _log_scale(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    """mu~ = (1 + w) mu - w mu_u,  alpha~ = (1 + w) alpha - w alpha_u (TARFlow, eq. 10)."""
+    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
+    return shift + weights * (shift - shift_u), (log_scale + weights * (log_scale - log_scale_u)).exp()
+
+
+def _scale(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    """mu~ = (1 + w) mu - w mu_u,  sigma~ = (1 + w) sigma - w sigma_u: as the official iTARFlow code."""
+    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
+    scale = log_scale.exp()
+    return shift + weights * (shift - shift_u), scale + weights * (scale - log_scale_u.exp())
+
+
+def _gaussian(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
+    """The product N(mu, sigma^2)^(1 + w) / N(mu_u, sigma_u^2)^w, normalised (STARFlow, arXiv 2506.06276).
+
+    mu~ = ((1 + w) mu - w s mu_u) / (1 + w - w s),  sigma~ = sigma / sqrt(1 + w - w s),
+    s = min(sigma^2 / sigma_u^2, 1)
+    """
+    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
+    ratio = (2 * (log_scale - log_scale_u)).exp().clamp(max=1)  # sigma^2 / sigma_u^2
+    precision = 1 + weights - weights * ratio  # of the product, in units of 1 / sigma^2
+    return ((1 + weights) * shift - weights * ratio * shift_u) / precision, log_scale.exp() * precision.rsqrt()
+
+
+RuleFunction = Callable[[Affine, Affine, Tensor], Affine]
+"""(conditional, guiding, weights) -> (shift, scale), arguments as of `guide`."""
+RULES: Table[RuleFunction] = Table(
+    "Guidance rule", "scale", {"log_scale": _log_scale, "scale": _scale, "gaussian": _gaussian}
+)
+SCHEDULES: Table[Callable[[float, Tensor, int], Tensor]] = Table(  # (weight, positions, N) -> weights
+    "Guidance schedule",
+    "linear",
+    {
+        "constant": lambda weight, positions, _: torch.full_like(positions, weight),
+        "linear": lambda weight, positions, num_tokens: weight * positions / max(num_tokens - 1, 1),
+    },
+)
+Rule = Annotated[str, choices(RULES)]
+Schedule = Annotated[str, choices(SCHEDULES)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +93,45 @@ class Guidance:
     """
 
     weight: float = 0.0
-    rule: Literal["log_scale", "scale", "gaussian"] = "scale"
-    schedule: Literal["constant", "linear"] = "linear"
+    rule: Rule = "scale"
+    schedule: Schedule = "linear"
     blocks: int | tuple[int, ...] | None = None
     shift: bool = True
     scale: bool = True
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.weight) and self.weight >= 0):
+        hint = ", where 0 turns guidance off (a guidance_scale s of diffusers is the weight s - 1)"
+        check_number("Guidance weight", self.weight, 0, 1e6, hint)
+        RULES.check(self.rule)
+        SCHEDULES.check(self.schedule)
+        check_number("Guidance temperature", self.temperature, 1e-6, 1e6, " (1 = untouched)")
+        check_flag("Guidance shift", self.shift)
+        check_flag("Guidance scale", self.scale)
+        is_collection = isinstance(self.blocks, list | tuple | set | frozenset | range)
+        chosen: Any = self.blocks if is_collection else () if self.blocks is None else (self.blocks,)
+        if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in chosen):
             raise ValueError(
-                f"Guidance weight is {self.weight}; expected a finite number >= 0, where 0 turns guidance off "
-                "(a guidance_scale s of diffusers is the weight s - 1)."
-            )
-        if self.rule not in _RULES:
-            raise ValueError(f"Guidance rule is {self.rule!r}; expected one of {', '.join(_RULES)}.")
-        if self.schedule not in ("constant", "linear"):
-            raise ValueError(f"Guidance schedule is {self.schedule!r}; expected 'constant' or 'linear'.")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(
-                f"Guidance temperature is {self.temperature}; expected a finite number > 0 (1 = untouched)."
-            )
-        chosen = self.blocks if isinstance(self.blocks, Collection) else (self.blocks or 0,)
-        if any(index < 0 for index in chosen):
-            raise ValueError(
-                f"Guidance blocks is {self.blocks}; expected None for all blocks, a number of blocks >= 0, "
+                f"Guidance blocks is {shown(self.blocks)}; expected None for all blocks, a number of blocks >= 0, "
                 "or a collection of indices >= 0 counted from the noise side."
             )
+
+    @classmethod
+    def from_json(cls, stored: Any) -> Self:
+        """The guidance that a checkpoint stores; a rule that is not known here becomes the default, with a warning.
+
+        Args:
+            stored: fields of this class, or None for no guidance.
+
+        Raises:
+            ValueError: they are no fields of this class, or out of their ranges.
+        """
+        fields = dict(stored) if isinstance(stored, Mapping) else {} if stored is None else {"": stored}
+        if not set(fields) <= set(cls.__dataclass_fields__):
+            raise ValueError(f"guidance is {shown(stored)}; expected {', '.join(cls.__dataclass_fields__)}.")
+        if isinstance(fields.get("blocks"), list):
+            fields["blocks"] = tuple(fields["blocks"])
+        return cls(**with_known(fields, {"rule": RULES, "schedule": SCHEDULES}))
 
     def guides(self, block: int) -> bool:
         """Whether the block inverted as number `block` (0 = the first, at the noise side) is guided."""
@@ -96,9 +152,7 @@ class Guidance:
             dtype: of the weights.
         """
         positions = positions[..., None].to(dtype)
-        if self.schedule == "constant":
-            return torch.full_like(positions, self.weight)
-        return self.weight * positions / max(num_tokens - 1, 1)
+        return SCHEDULES[self.schedule](self.weight, positions, num_tokens)
 
 
 def guide(conditional: Affine, guiding: Affine, weights: Tensor, guidance: Guidance) -> Affine:
@@ -119,36 +173,8 @@ def guide(conditional: Affine, guiding: Affine, weights: Tensor, guidance: Guida
         (shift, scale), each (B, n, D), of x = z * scale + shift. The scale is not given as a logarithm
         since the rule "scale" may make it negative.
     """
-    shift, scale = _RULES[guidance.rule](conditional, guiding, weights)
+    shift, scale = RULES[guidance.rule](conditional, guiding, weights)
     return (
         shift if guidance.shift else conditional[0],
         scale if guidance.scale else conditional[1].exp(),
     )
-
-
-def _log_scale(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
-    """mu~ = (1 + w) mu - w mu_u,  alpha~ = (1 + w) alpha - w alpha_u (TARFlow, eq. 10)."""
-    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
-    return shift + weights * (shift - shift_u), (log_scale + weights * (log_scale - log_scale_u)).exp()
-
-
-def _scale(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
-    """mu~ = (1 + w) mu - w mu_u,  sigma~ = (1 + w) sigma - w sigma_u: as the official iTARFlow code."""
-    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
-    scale = log_scale.exp()
-    return shift + weights * (shift - shift_u), scale + weights * (scale - log_scale_u.exp())
-
-
-def _gaussian(conditional: Affine, guiding: Affine, weights: Tensor) -> Affine:
-    """The product N(mu, sigma^2)^(1 + w) / N(mu_u, sigma_u^2)^w, normalised (STARFlow, arXiv 2506.06276).
-
-    mu~ = ((1 + w) mu - w s mu_u) / (1 + w - w s),  sigma~ = sigma / sqrt(1 + w - w s),
-    s = min(sigma^2 / sigma_u^2, 1)
-    """
-    (shift, log_scale), (shift_u, log_scale_u) = conditional, guiding
-    ratio = (2 * (log_scale - log_scale_u)).exp().clamp(max=1)  # sigma^2 / sigma_u^2
-    precision = 1 + weights - weights * ratio  # of the product, in units of 1 / sigma^2
-    return ((1 + weights) * shift - weights * ratio * shift_u) / precision, log_scale.exp() * precision.rsqrt()
-
-
-_RULES = {"log_scale": _log_scale, "scale": _scale, "gaussian": _gaussian}

@@ -8,13 +8,14 @@ Shapes: B batch, N tokens, D values a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
+
+from itarflow.runtime.ranges import check_integer, check_number, shown
 
 Affine = tuple[Tensor, Tensor]
 Guess = Literal["z", "zero"]
@@ -113,12 +114,11 @@ class Jacobi:
     guess: Guess = "z"
 
     def __post_init__(self) -> None:
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
-            raise ValueError(f"window is {self.window!r}; expected a number of tokens >= 1, or None for all.")
-        if not (math.isfinite(self.tolerance) and self.tolerance >= 0):
-            raise ValueError(f"tolerance is {self.tolerance}; expected a finite number >= 0, where 0 is exact.")
-        if self.guess not in get_args(Guess):
-            raise ValueError(f"guess is {self.guess!r}; expected 'z' or 'zero'.")
+        if self.window is not None:
+            check_integer("window", self.window, 1, 2**32)
+        check_number("tolerance", self.tolerance, 0)
+        if not isinstance(self.guess, str) or self.guess not in get_args(Guess):
+            raise ValueError(f"guess is {shown(self.guess)}; expected 'z' or 'zero'.")
 
     def check(self, num_tokens: int) -> None:
         """Refuse a window that is longer than a sequence of that many tokens.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from itarflow.denoisers.score import CheckedDenoiser, Denoiser
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
+from itarflow.pipeline.labels import label_list
 
 logger = logging.get_logger(__name__)
 
@@ -34,6 +37,8 @@ class Call:
     solver: Solver | Sequence[Solver]
     inverse_dtype: torch.dtype | None
     denoiser: Denoiser
+    build_denoiser: Callable[[], Denoiser]
+    """Gives another one, for a flow that has moved."""
     schedule: DenoiseScheduler
     codec: Codec
     """Decodes what the flow models to the output."""
@@ -105,6 +110,53 @@ def positive(name: str, value: int | None) -> int | None:
     if value is not None and value < 1:
         raise ValueError(f"{name} is {value}; expected a number >= 1, or None.")
     return value
+
+
+def in_our_words(words: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a call in diffusers' words -> arguments of `ITARFlowPipeline`.
+
+        num_inference_steps = n     num_denoise_steps = n
+        guidance_scale = s          guidance_weight = s - 1
+        num_images_per_prompt = n   n images of each label, which follow one another
+
+    Args:
+        words: what was given beyond the pipeline's own arguments.
+        given: those of its own that may be asked for in both ways; None = not given.
+
+    Raises:
+        ValueError: something is asked for twice, or out of its range, or `callback_on_step_end`, which is not called.
+        TypeError: a word that is known to neither.
+    """
+    ours = {"num_inference_steps": "num_denoise_steps", "guidance_scale": "guidance_weight"}
+    if words.get("callback_on_step_end") is not None:
+        raise ValueError(
+            "callback_on_step_end is not called here, where most steps are tokens of the flow's inverse; to follow "
+            "the denoising, call the pipeline with method='skip' and output_type='codes', then itarflow.denoise with "
+            "a callback."
+        )
+    found: dict[str, Any] = {}
+    for word, value in words.items():
+        if word not in (*ours, "num_images_per_prompt", "callback_on_step_end", "callback_on_step_end_tensor_inputs"):
+            close = get_close_matches(word, [*given, *ours, "class_labels", "denoiser", "solver", "batch_size"], 1)
+            raise TypeError(
+                f"{word!r} is no argument of this pipeline" + (f"; is {close[0]!r} meant?" if close else ".")
+            )
+        if word in ours and value is not None:
+            if given[ours[word]] is not None:
+                raise ValueError(f"{word} and {ours[word]} are the same; give one of them.")
+            found[ours[word]] = value
+    if (scale := found.get("guidance_weight")) is not None:
+        if not scale >= 1:
+            raise ValueError(f"guidance_scale is {scale}; expected a number >= 1, where 1 turns guidance off.")
+        found["guidance_weight"] = scale - 1
+    repeats = words.get("num_images_per_prompt")
+    if repeats is not None:
+        labels, count = given["class_labels"], given["num_images"]
+        if count is not None:
+            raise ValueError("num_images_per_prompt is images of each label, and num_images of all; give one of them.")
+        positive("num_images_per_prompt", repeats)
+        found["class_labels"] = [label for label in label_list(labels, None) for _ in range(repeats)]
+    return found
 
 
 def check_output(output_type: str, channels: int) -> None:

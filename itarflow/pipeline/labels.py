@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from itarflow.flow.embedding import NULL_LABEL
+from itarflow.runtime.text import printable
 
 Label = int | str | None
 """A number, a name, or none."""
@@ -59,7 +60,7 @@ def label_number(label: Label, num_classes: int, names: Sequence[str]) -> int:
     if isinstance(label, str):
         if label in names:
             return names.index(label)
-        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "none"
+        known = printable(", ".join(names[:10]) + (", ..." if len(names) > 10 else "")) if names else "none"
         raise ValueError(f"class label {label!r} is not known; names of this checkpoint: {known}.")
     if not isinstance(label, int):
         raise ValueError(f"class label {label!r} is neither a number nor a name; expected 0 .. {num_classes - 1}.")

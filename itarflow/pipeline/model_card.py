@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from itarflow.runtime.text import flat
+from itarflow.runtime.text import flat, printable
 
+PICTURE = "samples.png"
+"""The picture of a card, in the pipeline's folder."""
+_TASK = "unconditional-image-generation"
+_ESSENTIALS = (
+    "data.path",
+    "data.split",
+    "noise.distribution",
+    "noise.t_min",
+    "noise.t_max",
+    "train.epochs",
+    "train.batch_size",
+    "train.learning_rate",
+    "train.ema_decay",
+    "train.label_drop",
+)
+"""What a card tells of a recipe, all of which is in model_index.json."""
 _TEMPLATE = """---
 {metadata}
 ---
 
-# {name}
+# {title}
 
-A normalizing flow that generates images: {kind}, trained with `itarflow`.
+A normalizing flow that generates images: {kind}, trained with `itarflow`.{picture}
+
+```bash
+pip install itarflow
+```
 
 ```python
 from itarflow import ITARFlowPipeline
 
-pipe = ITARFlowPipeline.from_pretrained("{name}")  # this repository's id, or a local folder
+pipe = ITARFlowPipeline.from_pretrained("{place}")
 image = pipe({example}).images[0]
 ```
 
@@ -56,6 +78,9 @@ def model_card(
     training: Mapping[str, Any] | None,
     class_names: list[str] | None,
     evaluations: Mapping[str, str],
+    repo_id: str | None = None,
+    license: str | None = None,  # noqa: A002
+    picture: bool = False,
 ) -> ModelCard:
     """A card with metadata for the Hub and tables for readers.
 
@@ -65,31 +90,57 @@ def model_card(
         training: from `training.export.training_record`: "name", "data", "recipe" and "metrics"; None = unknown.
         class_names: names of the labels; None = unlabelled.
         evaluations: figures of samples, by what was evaluated.
+        repo_id: where it is shared; None = not yet.
+        license: of the weights, an identifier of the Hub; None = the card names none.
+        picture: whether there is a picture beside the card.
     """
     # What was stored comes back in another order, and a card that is generated anew must be the same.
     architecture, sampling, training = (_in_order(values) for values in (architecture, sampling, training or {}))
-    name, metrics = training.get("name", "itarflow"), training.get("metrics", {})
+    name, metrics = _line(training.get("name", "itarflow")), training.get("metrics", {})
     iterative = architecture.get("noise_conditioned", True)
+    data = training.get("data") if _is_hub_name(training.get("data")) else None
+    figures = {what: _figures(text) for what, text in sorted(evaluations.items())}
     metadata = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        library_name="itarflow",
+        license=license,
+        pipeline_tag=_TASK,
         tags=["itarflow", "normalizing-flow", "iTARFlow" if iterative else "TARFlow", "image-generation"],
-        datasets=[training["data"]] if _is_hub_name(training.get("data")) else None,
-        metrics=sorted(metrics) or None,
+        datasets=[data] if data else None,
+        model_name=repo_id or name,
+        eval_results=_eval_results(training.get("data"), metrics, figures) or None,
     )
-    recipe = training.get("recipe", {})
     return ModelCard(
         _TEMPLATE.format(
             metadata=metadata.to_yaml(),
-            name=name,
+            title=name,
+            place=repo_id or "path/to/this/folder",
             kind="iTARFlow (conditioned on the noise level)" if iterative else "TARFlow (one noise level)",
+            picture=f"\n\n![Samples]({PICTURE})" if picture else "",
             example=_example(class_names, architecture.get("num_classes", 0)),
             architecture=_table(architecture),
             sampling=_table(sampling),
-            training=_table(flat(recipe)) if recipe else "Not recorded.",
-            results=_table({**metrics, **evaluations}) if metrics or evaluations else "Not recorded.",
+            training=_training_table(training),
+            results="\n\n".join(_results(metrics, figures, evaluations)) or "Not recorded.",
         )
     )
+
+
+_SIGNATURE = "<!-- Written by itarflow, which keeps it up to date until somebody edits it: {} -->"
+
+
+def signed(card: str) -> str:
+    """A card that says of itself, in a comment at its end, that it was generated."""
+    return f"{card.rstrip()}\n\n{_SIGNATURE.format(_digest(card))}\n"
+
+
+def is_generated(card: str) -> bool:
+    """Whether a card is one of `signed` as it was written: nobody has edited it since."""
+    text, _, signature = card.rstrip().rpartition("\n")
+    return signature == _SIGNATURE.format(_digest(text))
+
+
+def _digest(card: str) -> str:
+    return hashlib.sha256(card.strip().encode()).hexdigest()[:16]
 
 
 def _is_hub_name(data: str | None) -> bool:
@@ -100,19 +151,82 @@ def _is_hub_name(data: str | None) -> bool:
 def _example(class_names: list[str] | None, num_classes: int) -> str:
     if num_classes == 0:
         return "num_images=1"
-    return f"class_labels=[{class_names[0]!r}]" if class_names else "class_labels=[0]"
+    return f"class_labels=[{_line(class_names[0])!r}]" if class_names else "class_labels=[0]"
 
 
-def _table(values: Mapping[str, Any]) -> str:
-    rows = [f"| {key} | {_cell(value)} |" for key, value in values.items() if not str(key).startswith("_")]
-    return "\n".join(["| setting | value |", "| --- | --- |", *rows])
+def _training_table(training: Mapping[str, Any]) -> str:
+    known = ("name", "data", "metrics", "recipe")
+    facts = {
+        key: value for key, value in training.items() if key not in known and isinstance(value, str | int | float)
+    }
+    settings = flat(training.get("recipe", {}))
+    essentials = {key: settings[key] for key in _ESSENTIALS if key in settings}
+    if not (facts or essentials):
+        return "Not recorded."
+    more = "\n\n`itarflow info` shows all settings of the training." if settings.keys() - essentials.keys() else ""
+    return _table({**facts, **essentials}) + more
+
+
+def _results(
+    metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]], evaluations: Mapping[str, str]
+) -> list[str]:
+    """Tables of the training's own metrics, and of the evaluations of samples, a row each."""
+    tables = [_table(metrics, ("metric", "value"))] if metrics else []
+    titles = list(dict.fromkeys(title for row in figures.values() for title in row))
+    if titles and all(figures.values()):
+        rows = [[what, *(row.get(title, "") for title in titles)] for what, row in figures.items()]
+        tables.append(_rows(["samples", *titles], rows))
+    elif evaluations:
+        tables.append(_table(dict(sorted(evaluations.items())), ("samples", "figures")))
+    return tables
+
+
+def _figures(text: str) -> dict[str, str]:
+    """Title and value of each figure in a line such as "FID 2.5, precision 0.7 ± 0.01"; {} if it is none."""
+    found = [re.fullmatch(r"(.*?\S) (-?[\d.]+(?:e[-+]?\d+)?(?: ± [\d.e+-]+)?)", part) for part in text.split(", ")]
+    return {one[1]: one[2] for one in found if one} if all(found) else {}
+
+
+def _eval_results(
+    data: str | None, metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]]
+) -> list[EvalResult]:
+    """Figures as the Hub's model index has them: the type is the name in lower case."""
+    named = [(name, name, value) for name, value in metrics.items() if isinstance(value, int | float)]
+    for what, row in figures.items():
+        named += [(title, f"{title}, {what}", float(value.split()[0])) for title, value in row.items()]
+    return [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=data if data and _is_hub_name(data) else "custom",
+            dataset_name=_line(data or "not recorded"),
+            metric_type=re.sub(r"\W+", "-", title.split(" at ")[0].lower()).strip("-"),
+            metric_name=_line(name),
+            metric_value=value,
+        )
+        for title, name, value in named
+        if math.isfinite(value)
+    ]
+
+
+def _table(values: Mapping[str, Any], heads: Sequence[str] = ("setting", "value")) -> str:
+    return _rows(heads, [[key, value] for key, value in values.items() if not str(key).startswith("_")])
+
+
+def _rows(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [heads, ["---"] * len(heads), *([_cell(value) for value in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _cell(value: Any) -> str:
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     if isinstance(value, list | tuple):
         text = ", ".join(map(str, value))
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _line(text).replace("|", "\\|")
+
+
+def _line(text: str) -> str:
+    """Text of anybody's as part of a line of a card, which it can't leave."""
+    return printable(str(text)).replace("\n", " ").replace("`", "'")
 
 
 def _in_order(values: Mapping[str, Any]) -> dict[str, Any]:

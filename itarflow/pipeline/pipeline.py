@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -16,13 +17,14 @@ from itarflow.denoisers.score import Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver, sequential
-from itarflow.pipeline.call import Call, check_denoiser, check_output, converted, generate, positive
+from itarflow.pipeline.call import Call, check_denoiser, check_output, converted, generate, in_our_words, positive
 from itarflow.pipeline.labels import Label, label_list, label_number, label_tensor
 from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan, choose
 from itarflow.pipeline.storage import StoredPipeline
 from itarflow.runtime.devices import in_batches
 from itarflow.runtime.seeds import image_generators
+from itarflow.runtime.text import listed, printable
 
 
 class ITARFlowPipeline(StoredPipeline):
@@ -51,6 +53,7 @@ class ITARFlowPipeline(StoredPipeline):
     """
 
     _optional_components: ClassVar = ["vae"]
+    model_cpu_offload_seq = "flow->vae"
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class ITARFlowPipeline(StoredPipeline):
             raise ValueError(
                 f"class_names has {len(class_names)} names for a flow with {flow.config.num_classes} classes."
             )
-        Guidance(**(guidance or {}))  # raises ValueError if it is invalid
+        Guidance.from_json(guidance)  # raises ValueError if it is invalid
         for plan in plans or []:
             InversePlan.from_json(plan).solvers_of(flow)
         if vae is not None and vae.config.latent_channels != flow.config.in_channels:
@@ -105,11 +108,14 @@ class ITARFlowPipeline(StoredPipeline):
         decode_batch_size: int | None = None,
         tiled_decode: bool = False,
         output_type: str = "pil",
+        return_dict: bool = True,
+        **words: Any,
     ) -> ImagePipelineOutput:
         """Generate images. Arguments that are None take the checkpoint's defaults.
 
         Args:
-            class_labels: one label or several, as numbers or names; None inside a list, or alone = unlabelled.
+            class_labels: one label or several, as numbers or names; None inside a list, or alone = unlabelled: an
+                image of any class, without guidance. (`itarflow sample` makes one of each class if it is given none.)
             num_images: how many; None = one a label. With a single label it is repeated.
             guidance_weight: w >= 0 in (1 + w) * conditional - w * unconditional; 0 = off. Without labels there is
                 nothing to guide by: the checkpoint's weight is then ignored, and one given here is refused.
@@ -127,7 +133,8 @@ class ITARFlowPipeline(StoredPipeline):
             inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: slightly other images, and
                 faster unless the model is narrow. None = the weights'.
             generator: one for all images (image i then depends on its seed and on i alone, up to rounding; with a
-                plan, up to its tolerance, because plans depend on the batch size), or one an image.
+                plan, up to its tolerance, because plans depend on the batch size), or one an image: `[g]` gives the
+                first image of `g`, and an image does not depend on the others of its call.
             batch_size: images that are generated at a time, to bound memory; None = all. If memory runs out, fewer.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated, or, with a
                 warning, as fit the memory.
@@ -138,6 +145,9 @@ class ITARFlowPipeline(StoredPipeline):
             tiled_decode: decode large images in tiles, see `VaeCodec`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "codes": what the flow
                 models, (B, C, H, W) in float32, not decoded; in pixel space that is pixels in about [-1, 1].
+            return_dict: False = a tuple with the images alone, as in diffusers.
+            words: diffusers' names for the same, `num_inference_steps`, `guidance_scale` (s is the weight s - 1) and
+                `num_images_per_prompt`; see `call.in_our_words`.
 
         Returns:
             An object whose `images` are of `output_type`.
@@ -145,12 +155,23 @@ class ITARFlowPipeline(StoredPipeline):
         Raises:
             ValueError: labels, counts, noise levels or settings out of range; raised before anything is computed.
         """
+        own: dict[str, Any] = {
+            "class_labels": class_labels,
+            "num_images": num_images,
+            "guidance_weight": guidance_weight,
+            "num_denoise_steps": num_denoise_steps,
+        }
+        own |= in_our_words(words, own)
+        class_labels, guidance_weight = own["class_labels"], own["guidance_weight"]
+        num_denoise_steps = own["num_denoise_steps"]
         check_output(output_type, self.picture_shape[0])
         codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
         labels, count = self._labels(class_labels, num_images)
         guidance = self._guidance(guidance, guidance_weight, labels)
         schedule = self.schedule(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
-        denoiser = self._denoiser(denoiser, positive("denoise_batch_size", denoise_batch_size), denoise_dtype)
+        slice_size = positive("denoise_batch_size", denoise_batch_size)
+        build_denoiser = partial(self._denoiser, denoiser, slice_size, denoise_dtype)
+        denoiser = build_denoiser()
         check_denoiser(denoiser, schedule, self.flow, labels)
         size = positive("batch_size", batch_size) or count
         call = Call(
@@ -160,12 +181,14 @@ class ITARFlowPipeline(StoredPipeline):
             solver=self.planned_solver(min(size, count)) if solver is None else solver,
             inverse_dtype=inverse_dtype,
             denoiser=denoiser,
+            build_denoiser=build_denoiser,
             schedule=schedule,
             codec=PixelCodec() if output_type == "codes" else codec,
         )
-        images = self._make(call, size)
+        images = converted(self._make(call, size), output_type)
         self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=converted(images, output_type))
+        # The type is that of a call as most are.
+        return ImagePipelineOutput(images=images) if return_dict else cast(ImagePipelineOutput, (images,))
 
     def _make(self, call: Call, size: int) -> Tensor:
         """The images of a call, of at most `size` at a time, or fewer if memory runs out."""
@@ -173,7 +196,7 @@ class ITARFlowPipeline(StoredPipeline):
         with self.progress_bar(total=count * (self.flow.num_solved_tokens + call.evaluations)) as bar:
 
             def make(chunk: slice) -> Tensor:
-                part, done = call.part(chunk), 0
+                part, done = self._on_device(call.part(chunk)), 0
                 states = [generator.get_state() for generator in part.generators]
 
                 def advance(steps: int) -> None:
@@ -192,6 +215,14 @@ class ITARFlowPipeline(StoredPipeline):
             images, _ = in_batches(make, count, size, "making", "batch_size")
         return torch.cat(images)
 
+    def _on_device(self, call: Call) -> Call:
+        """The call with the flow where it computes, after `enable_model_cpu_offload`; the VAE moves by itself."""
+        hook = getattr(self.flow, "_hf_hook", None)
+        if hook is None:
+            return call
+        hook.pre_forward(self.flow)
+        return replace(call, denoiser=call.build_denoiser())  # a view of the weights where they are now
+
     def _denoiser(self, denoiser: Denoiser | None, slice_size: int | None, dtype: torch.dtype | None) -> Denoiser:
         if denoiser is None:
             return FlowDenoiser(self.flow, slice_size, dtype=dtype)
@@ -201,6 +232,25 @@ class ITARFlowPipeline(StoredPipeline):
                 "build the denoiser with it: FlowDenoiser(flow, dtype=...)."
             )
         return denoiser
+
+    def __repr__(self) -> str:
+        flow, scheduler = self.flow.config, self.scheduler.config
+        channels, height, width = self.picture_shape
+        lines = {
+            "images": f"{channels} x {height} x {width}" + ("" if self.vae is None else ", decoded by a VAE"),
+            "classes": f"{flow.num_classes}"
+            + (f" ({printable(listed(self.class_names))})" if self.class_names else ""),
+            "flow": f"{sum(p.numel() for p in self.flow.parameters()):,} parameters, {self.flow.dtype}, "
+            f"on {self.flow.device}",
+            "sampling": f"t_max {scheduler.t_max:g}, {scheduler.num_denoise_steps} steps of {scheduler.method}, "
+            f"guidance {self.default_guidance.weight:g}",
+        }
+        return "\n".join([type(self).__name__, *(f"  {name}: {text}" for name, text in lines.items())])
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the labels in order; [] if they have none."""
+        return list(self.config.class_names or [])
 
     @property
     def inverse_plans(self) -> list[InversePlan]:
@@ -248,10 +298,7 @@ class ITARFlowPipeline(StoredPipeline):
     @property
     def default_guidance(self) -> Guidance:
         """The guidance stored with the checkpoint."""
-        stored = dict(self.config.guidance or {})
-        if isinstance(stored.get("blocks"), list):
-            stored["blocks"] = tuple(stored["blocks"])
-        return Guidance(**stored)
+        return Guidance.from_json(self.config.guidance)
 
     def schedule(
         self,
@@ -286,11 +333,26 @@ class ITARFlowPipeline(StoredPipeline):
             raise ValueError("clip is on, but codes are not limited to [-1, 1]; leave it out.")
         return scheduler
 
-    def model_card(self) -> Any:
-        """The card of this pipeline, a `huggingface_hub.ModelCard`."""
-        parameters = sum(parameter.numel() for parameter in self.flow.parameters())
+    def model_card(
+        self,
+        repo_id: str | None = None,
+        license: str | None = None,  # noqa: A002
+        picture: bool = False,
+    ) -> Any:
+        """The card of this pipeline, a `huggingface_hub.ModelCard`.
+
+        Args:
+            repo_id: where it is shared; None = it is not, or not yet.
+            license: of the weights, an identifier of the Hub; None = the card names none.
+            picture: whether there is a picture beside the card.
+        """
+        parameters, flow = sum(parameter.numel() for parameter in self.flow.parameters()), self.flow.config
+        sizes = ("image_size", "in_channels", "patch_size", "channels", "num_layers", "num_classes")
+        others = ("noise_conditioned", "noise_range", "volume_preserving", "shared_layers", "learned_first_token")
+        told = [name for name in (*sizes, *others) if name in sizes or flow[name]]
         return model_card(
-            architecture={"parameters": f"{parameters:,}", **self.flow.config, **self.vae_facts()},
+            architecture={"parameters": f"{parameters:,}", **{name: flow[name] for name in told}, **self.vae_facts(),
+                          "noise_conditioned": flow.noise_conditioned},
             sampling={
                 **self.scheduler.config,
                 **{f"guidance {k}": v for k, v in asdict(self.default_guidance).items()},
@@ -299,7 +361,10 @@ class ITARFlowPipeline(StoredPipeline):
             training=self.config.training,
             class_names=self.config.class_names,
             evaluations=self.config.evaluations or {},
-        )
+            repo_id=repo_id,
+            license=license,
+            picture=picture,
+        )  # fmt: skip
 
     def vae_facts(self) -> dict[str, Any]:
         """The VAE's rows of the model card; {} in pixel space."""

@@ -8,6 +8,9 @@ from typing import Any
 
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.solvers import Jacobi, Solver, sequential
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.json_file import as_type
+from itarflow.runtime.model_folder import check_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +72,9 @@ class InversePlan:
             return {name: "exact: nothing is faster than one token after another"}
         windows = ", ".join("all" if solver.window is None else str(solver.window) for solver in self.solvers)
         gain = ""
-        if {"seconds, exact", "seconds, planned"} <= self.facts.keys():
-            gain = f": {self.facts['seconds, exact'] / self.facts['seconds, planned']:.2f} times as fast as one by one"
+        exact, planned = (self.facts.get(f"seconds, {name}") for name in ("exact", "planned"))
+        if isinstance(exact, int | float) and isinstance(planned, int | float) and planned > 0:
+            gain = f": {exact / planned:.2f} times as fast as one by one"
         return {name: f"{windows} tokens at once in the blocks, noise side first{gain}"}
 
     def to_json(self) -> dict[str, Any]:
@@ -82,13 +86,16 @@ class InversePlan:
         """What `to_json` gave.
 
         Raises:
-            ValueError: it is not such a dict.
+            DataError: it is not such a dict.
         """
         try:
-            solvers = tuple(Jacobi(**solver) for solver in values["solvers"])
-            return cls(**{**values, "solvers": solvers, "num_tokens": tuple(values["num_tokens"])})
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"this is no inverse plan: {error}. Make one by `itarflow profile`.") from error
+            plan = as_type(values, cls, "it")
+            check_arguments(dict(values), cls.__init__, "it")
+            for solver in values["solvers"]:
+                check_arguments(solver, Jacobi.__init__, "a solver of it")
+        except DataError as error:
+            raise DataError(f"this is no inverse plan: {error}. Make one by `itarflow profile`.") from error
+        return plan
 
 
 def tokens_of_blocks(flow: TARFlow) -> tuple[int, ...]:

@@ -2,21 +2,64 @@
 
 from __future__ import annotations
 
-import json
+import inspect
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypedDict, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from msgspec import Meta
+from PIL import Image
+from torch import nn
 
-from itarflow.codec import CodecConfig, load_vae
-from itarflow.runtime.files import write_json
-from itarflow.runtime.hub import INDEX, check_pipeline_folder, folder_of, read_index, rewrite_json, upload
+from itarflow.codec import CodecConfig, Vae, load_vae
+from itarflow.denoisers.load import stored_flow
+from itarflow.denoisers.ode import DenoiseScheduler
+from itarflow.inverse.guidance import Guidance
+from itarflow.pipeline.folder import (
+    CARD,
+    PARTS,
+    check_no_links,
+    finish_folder,
+    is_free,
+    locked_folder,
+    put_in_place,
+    staged,
+    stored_checksums,
+)
+from itarflow.pipeline.model_card import PICTURE, signed
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import write_json, write_text
+from itarflow.runtime.hub import INDEX, folder_of, read_index, rewrite_json, upload
+from itarflow.runtime.json_file import read_json
+from itarflow.runtime.model_folder import (
+    CONFIG,
+    DOWNLOAD,
+    check_arguments,
+    check_bounded,
+    check_finite,
+    read_arguments,
+    read_heads,
+)
+from itarflow.runtime.pipeline_index import (
+    SETTINGS,
+    SHARED,
+    checked_files,
+    pipeline_index,
+    vae_kind,
+    with_known_words,
+)
+from itarflow.runtime.text import listed, printable
 
-_FILES = ("*.json", "*.safetensors", "README.md")
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+
+_FILES = ("*.json", "*.safetensors", CARD)
 _EXPECTED = (
     "a pipeline, such as runs/NAME/pipeline of a finished training run; an official .pth file is turned into one by "
     "`itarflow convert`"
@@ -26,19 +69,31 @@ _EXPECTED = (
 class StoredPipeline(DiffusionPipeline):
     """A diffusers pipeline without pickles and without code in its repository; see `ITARFlowPipeline`."""
 
-    def model_card(self) -> Any:
+    def model_card(self, repo_id: str | None = None, license: str | None = None, picture: bool = False) -> Any:  # noqa: A002
         """The card that is stored with it, a `huggingface_hub.ModelCard`."""
         raise NotImplementedError
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], safe_serialization: bool = True, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        *,
+        picture: Image.Image | None = None,
+        **kwargs: Any,
     ) -> None:
         """Write the pipeline: safetensors, configs, a model card, and shims for diffusers' generic loader.
+
+        Of an older pipeline in the folder nothing is left, but for weights of other variants and for a model card
+        that was written by hand. Links to files are replaced, not followed.
 
         Args:
             save_directory: a folder; made if needed.
             safe_serialization: as in diffusers, but False, which would write a pickle, is refused.
-            kwargs: as in diffusers; `push_to_hub` is refused.
+            picture: samples, for the card; None = the one that is there stays.
+            kwargs: as in diffusers, such as `variant` and `max_shard_size`; `push_to_hub` is refused.
+
+        Raises:
+            OSError: it can't be written, or a folder in it is a link to another one.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would write a pickle; itarflow only writes safetensors.")
@@ -47,68 +102,106 @@ class StoredPipeline(DiffusionPipeline):
                 "push_to_hub=True is not an option of save_pretrained here; call pipe.push_to_hub(repo_id)."
             )
         folder = Path(save_directory)
-        super().save_pretrained(folder, **kwargs)
-        finish_folder(folder)
-        self.model_card().save(folder / "README.md")
+        check_no_links(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked_folder(folder), staged(folder) as stage:
+            super().save_pretrained(stage, **kwargs)
+            finish_folder(stage, stored_checksums(folder))
+            if picture is not None:
+                picture.save(stage / PICTURE)
+            put_in_place(stage, folder, kwargs.get("variant"))
+            if is_free(folder / CARD):
+                self._write_card(folder)
+            else:
+                logger.warning(f"{folder / CARD} was written by hand and stays as it is.")
 
-    def record(self, folder: Path, name: str, value: Any) -> bool:
-        """Set a setting of this pipeline, and of the folder that it was loaded from, with its model card.
+    def _write_card(self, folder: Path) -> None:
+        """Write the card of what a folder holds."""
+        shared = read_index(folder).get(SHARED) or {}
+        card = self.model_card(shared.get("repo_id"), shared.get("license"), (folder / PICTURE).is_file())
+        write_text(folder / CARD, signed(str(card)))
+
+    def record(self, folder: Path, name: str, change: Callable[[Any], Any]) -> bool:
+        """Change a setting of this pipeline and of the folder that it was loaded from, with its model card.
+
+        Commands that do so at the same time wait for one another, so that no note is lost. The card is a function of
+        the index: one that is behind it, because a call was killed in between, is brought up to date.
+
+        Args:
+            folder: of the pipeline.
+            name: of the setting, an argument of the pipeline.
+            change: gives the new value for the one that the folder holds, which may be None.
 
         Returns:
             Whether the card was written: one that was edited by hand stays as it is.
-        """
-        card = folder / "README.md"
-        generated = not card.exists() or card.read_text() == str(self.model_card())
-        self.register_to_config(**{name: value})
-        write_json(folder / "model_index.json", {**read_index(folder), name: value})
-        if generated:
-            self.model_card().save(card)
-        return generated
 
-    @classmethod
-    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, but names the installed package's classes instead of a repository's shims."""
-        loaded = super().load_config(*args, **kwargs)
-        config = loaded[0] if isinstance(loaded, tuple) else loaded
-        config |= installed_classes(config)
-        return loaded
+        Raises:
+            OSError: the folder can't be written, or another command is writing into it for long.
+        """
+        with locked_folder(folder):
+            index = read_index(folder)
+            index[name] = change(index.get(name))
+            self.register_to_config(**{key: index[key] for key in SETTINGS if key in index})
+            write_json(folder / INDEX, index)
+            generated = is_free(folder / CARD)
+            if generated:
+                self._write_card(folder)
+        return generated
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Self:
         """Load from a folder or a Hub repository. No code from the repository is run, and no pickle is read.
 
+        Weights are compared with the checksums in model_index.json, where it has some. Names of solvers and guidance
+        rules that are not known here are replaced by the defaults, with a warning.
+
         Args:
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a Hub id ("name/model").
-            kwargs: as in diffusers; `revision`, `token`, `cache_dir` and `local_files_only` also guide the download.
+            kwargs: `torch_dtype` (or `dtype`): of the weights, one or {"vae": ..., "default": ...}; `variant`, such
+                as "fp16"; `device_map`: a device; arguments of the pipeline, such as another `scheduler`, which
+                replace those of the folder; `revision`, `token`, `cache_dir`, `local_files_only`,
+                `force_download` and `proxies` guide the download.
 
         Raises:
-            OSError: there is no such folder or repository, or it holds no pipeline, or its weights are damaged.
+            OSError: there is no such folder or repository, or it holds no pipeline, or one that is damaged.
+            ValueError: an option that is not known here.
         """
-        names = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-        options = {name: kwargs.pop(name) for name in names if name in kwargs}
-        folder = folder_of(str(pretrained_model_name_or_path), _FILES, expected=_EXPECTED, **options)
-        check_pipeline_folder(folder)
+        options = {name: kwargs.pop(name) for name in DOWNLOAD if name in kwargs}
+        given = {name: kwargs.pop(name) for name in inspect.signature(cls.__init__).parameters if name in kwargs}
+        dtypes = _dtypes(kwargs.pop("torch_dtype", None) or kwargs.pop("dtype", None))
+        variant, device = kwargs.pop("variant", None), kwargs.pop("device_map", None)
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors=False would read a pickle, which can run code; leave it out.")
+        if kwargs.pop("low_cpu_mem_usage", None) is None and kwargs:  # the first is how it is loaded anyway
+            raise ValueError(f"{listed(kwargs)} is no option of {cls.__name__}.from_pretrained; leave it out.")
+        name = str(pretrained_model_name_or_path)
+        folder = folder_of(name, _FILES, expected=_EXPECTED, **options)
         try:
-            if (folder / "vae").is_dir() and "vae" not in kwargs:
-                # Not by diffusers, which would fill missing tensors with random values.
-                vae = load_vae(CodecConfig(vae=str(folder / "vae")))
-                given = kwargs.get("torch_dtype", kwargs.get("dtype"))
-                wanted = given.get("vae", given.get("default")) if isinstance(given, dict) else given
-                kwargs["vae"] = vae.to(wanted) if isinstance(wanted, torch.dtype) else vae
-            return super().from_pretrained(folder, **{"use_safetensors": True, **kwargs})
+            index = pipeline_index(folder)
+            parts = _parts(folder, index, given, variant)
+            settings = {key: index[key] for key in SETTINGS if key in index} | given
+            if settings.get("guidance") is not None and "guidance" not in given:
+                settings["guidance"] = _guidance(settings["guidance"], folder)
+            for part, dtype in ((part, dtypes.get(part, dtypes.get("default"))) for part in ("flow", "vae")):
+                if dtype is not None and parts[part] is not None and part not in given:
+                    nn.Module.to(parts[part], dtype)  # diffusers' own warns of what does not concern us
+            pipeline = _built(cls, {**settings, **parts}, folder)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            raise OSError(
-                f"The pipeline in {folder} can't be loaded: {error}\nIf a file is truncated or missing, copy or "
-                "download the folder again."
-            ) from error
+            told = isinstance(error, DataError) or (isinstance(error, OSError) and error.errno is None)
+            advice = "" if told else "\nIf a file is truncated or missing, copy or download the folder again."
+            raise OSError(f"The pipeline in {folder} can't be loaded: {error}{advice}") from error
+        pipeline.register_to_config(_name_or_path=name)
+        return pipeline if device is None else pipeline.to(device)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, *, license: str | None = None, **kwargs: Any) -> str:  # noqa: A002
         """Upload the pipeline with its model card; returns the address of the commit.
 
         Args:
             repo_id: "name/model"; made if needed.
+            license: of the weights, an identifier of the Hub such as "mit" or "cc-by-nc-4.0"; None = the card names
+                none.
             kwargs: `private`, `token`, `commit_message`, `create_pr`, and options of `save_pretrained`.
 
         Raises:
@@ -117,54 +210,90 @@ class StoredPipeline(DiffusionPipeline):
         options = {
             name: kwargs.pop(name) for name in ("private", "token", "commit_message", "create_pr") if name in kwargs
         }
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
             self.save_pretrained(folder, **kwargs)
-            return upload(Path(folder), repo_id, **options)
+
+            def describe(repo: str) -> None:
+                rewrite_json(folder / INDEX, {SHARED: {"repo_id": repo, "license": license}})
+                self._write_card(folder)
+
+            return upload(folder, repo_id, before=describe, **options)
 
 
-# Where our classes are found. diffusers' generic loader, given a Hub id, only looks for modules in the repository:
-# so there are one-line modules for those who use it and trust remote code. Ours needs neither, but
-# modules that hold the mixins of diffusers too, by which it knows how to load a class.
-_INSTALLED = {
-    "flow": ["itarflow.flow.tarflow", "TARFlow"],
-    "scheduler": ["itarflow.denoisers.ode", "DenoiseScheduler"],
-}
-_IN_REPOSITORY = {
-    "_class_name": ["pipeline", "ITARFlowPipeline"],
-    "flow": ["modeling_flow", "TARFlow"],
-    "scheduler": ["scheduling_denoise", "DenoiseScheduler"],
-}
-_MODULES = {
-    "pipeline.py": "from itarflow import ITARFlowPipeline  # noqa: F401\n",
-    "flow/modeling_flow.py": "from itarflow import TARFlow  # noqa: F401\n",
-    "scheduler/scheduling_denoise.py": "from itarflow import DenoiseScheduler  # noqa: F401\n",
-}
+def _parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
+    """Flow, scheduler and VAE, those that are not given read from the folder."""
+    parts = {name: given[name] for name in PARTS if name in given}
+    if "scheduler" not in parts:
+        path = folder / "scheduler" / DenoiseScheduler.config_name
+        arguments = read_arguments(path, DenoiseScheduler.__init__)
+        parts["scheduler"] = with_known_words(DenoiseScheduler, arguments, printable(str(path)))
+    if "flow" not in parts:
+        parts["flow"] = stored_flow(folder, index, variant)
+    if "vae" not in parts:
+        parts["vae"] = None if vae_kind(index) is None else _vae(folder, index, variant)
+    return parts
 
 
-def finish_folder(folder: Path) -> None:
-    """Make a folder that diffusers has written loadable by its generic loader too, and free of private paths."""
-    rewrite_json(folder / INDEX, _IN_REPOSITORY)
-    rewrite_json(folder / "flow" / "config.json", {})
-    if (folder / "vae").is_dir():
-        finish_vae(folder / "vae")
-    for name, source in _MODULES.items():
-        (folder / name).write_text(source)
+def _vae(folder: Path, index: Mapping[str, Any], variant: str | None) -> Vae:
+    """The VAE in a pipeline's folder; not by diffusers alone, which would fill missing tensors with random values."""
+    files, config = checked_files(folder, "vae", index, variant), folder / "vae" / CONFIG
+    heads = read_heads(files)
+    read_json(config, _VaeConfig)
+    check_bounded(read_json(config, dict[str, Any]), heads, config)
+    try:
+        vae = load_vae(CodecConfig(vae=str(folder / "vae")), variant=variant)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{config} or its weights are damaged: {error}") from error
+    held, stored = (sum(map(math.prod, shapes)) for shapes in (
+        [tensor.shape for tensor in vae.state_dict().values()], [one.shape for one in heads.values()]))  # fmt: skip
+    if held != stored:  # names of tensors have changed over the years
+        raise DataError(f"{config} is of a VAE of {held:,} numbers; its weights hold {stored:,}: copy it again")
+    for name, tensor in vae.state_dict().items():
+        check_finite(name, tensor, str(folder / "vae"))
+    return vae
 
 
-def finish_vae(folder: Path) -> None:
-    """Free the folder of a VAE, as diffusers has written it, of private paths and of an invalid setting."""
-    config = json.loads((folder / "config.json").read_text())
-    # An AutoencoderTiny writes this, and on loading warns that it does not know it.
-    without = ("block_out_channels",) if config["_class_name"] == "AutoencoderTiny" else ()
-    rewrite_json(folder / "config.json", {}, without)
+class _VaeConfig(TypedDict, total=False):
+    """What is read of a VAE's config, besides by diffusers."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    scaling_factor: Annotated[float, Meta(gt=0, le=1e6)]
+    shift_factor: Annotated[float, Meta(ge=-1e6, le=1e6)] | None
+    latents_mean: Annotated[list[float], Meta(min_length=1)] | None
+    latents_std: Annotated[list[Annotated[float, Meta(gt=0)]], Meta(min_length=1)] | None
+    block_out_channels: list[int]
+    encoder_block_out_channels: list[int]
+    layers_per_block: Annotated[int, Meta(ge=1)]
+    norm_num_groups: Annotated[int, Meta(ge=1)]
+    down_block_types: list[str]
+    up_block_types: list[str]
+    force_upcast: bool
+    mid_block_add_attention: bool
+    sample_size: int | list[int] | None
 
 
-def foreign_entries(folder: Path) -> list[str]:
-    """Names in a folder that are not of a pipeline, in order."""
-    ours = {INDEX, "README.md", ".gitattributes", "vae", *(Path(name).parts[0] for name in (*_MODULES, *_INSTALLED))}
-    return sorted(path.name for path in folder.iterdir() if path.name not in ours)
+def _guidance(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The guidance of an index, as arguments of `Guidance` that it knows."""
+    where = f"{printable(str(folder / INDEX))}: guidance"
+    check_arguments(values, Guidance.__init__, where)
+    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    known = with_known_words(Guidance, arguments, where)
+    return {name: getattr(known, name) for name in values}
 
 
-def installed_classes(index: Mapping[str, Any]) -> dict[str, Any]:
-    """What to change in a model_index.json so that the installed package's classes are loaded."""
-    return {"_class_name": "ITARFlowPipeline", **_INSTALLED} if "flow" in index else {}
+def _built(kind: Callable[..., T], arguments: Mapping[str, Any], folder: Path) -> T:
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise DataError(f"{printable(str(folder / INDEX))} does not fit the flow: {printable(str(error))}") from error
+
+
+def _dtypes(given: Any) -> dict[str, torch.dtype]:
+    """The dtypes that a call asks for, by part; "default" for the others."""
+    asked = given if isinstance(given, dict) else {} if given is None else {"default": given}
+    if wrong := [one for one in asked.values() if not isinstance(one, torch.dtype)]:
+        raise ValueError(f"torch_dtype is {wrong[0]!r}; expected a torch.dtype, such as torch.bfloat16.")
+    return asked

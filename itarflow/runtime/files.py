@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -16,6 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import Tensor
 
 from itarflow.runtime.errors import DataError, RunError
@@ -24,6 +28,8 @@ from itarflow.runtime.text import printable
 LOCK = ".lock"
 PARTIAL = ".partial-"
 """Prefix of files that are being written, or were left by a killed call."""
+_RANDOM = 8
+"""Letters after `PARTIAL`, so that nobody can have put a link where a file is going to be written."""
 
 
 @contextmanager
@@ -45,20 +51,26 @@ def folder_lock(out: Path) -> Iterator[None]:
             out.rmdir()
 
 
-def locked(path: Path, busy: Exception) -> FileLock:
-    """A lock file of a name, held by this process until it is released; raises `busy` if another one holds it."""
+def locked(path: Path, busy: Exception, timeout: float = 0) -> FileLock:
+    """A lock file of a name, held by this process until it is released; `busy` if another holds it so many seconds.
+
+    Raises:
+        DataError: it is a link, whose file would be emptied.
+    """
+    if path.is_symlink():
+        raise DataError(f"{path} is a link, expected a file: remove it")
     lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=timeout)
     except Timeout:
         raise busy from None
     return lock
 
 
 def remove_partial(out: Path) -> None:
-    """Remove the partial files of a killed call."""
+    """Remove the partial files and folders of a killed call."""
     for left in out.glob(f"{PARTIAL}*"):
-        left.unlink(missing_ok=True)
+        remove(left)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -74,15 +86,60 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; at success it is flushed and renamed to `path`, else it is removed."""
-    partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:8]}{path.name}")
+    """A temporary path to write to; at success it is flushed and renamed to `path`, else it is removed.
+
+    Raises:
+        OSError: naming `path`, if the disk is full, for instance. safetensors and torch have errors of their own for
+            that, which become one.
+    """
+    partial = _partial(path)
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(partial)
         partial.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if (reason := _failed_write(error, partial)) is None:
+            raise
+        refusal = OSError(f"{path} can't be written: {reason}. Make room, or choose another place, and try again.")
+        refusal.errno = getattr(error, "errno", None)
+        raise refusal from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{uuid.uuid4().hex[:_RANDOM]}{path.name}")
+
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def _failed_write(error: Exception, partial: Path) -> str | None:
+    """Why a file could not be written, or None for another error."""
+    if isinstance(error, OSError):
+        ours = error.filename is not None and Path(os.fsdecode(error.filename)) == partial
+        return error.strerror if ours or (error.filename is None and error.errno in _DISK) else None
+    if isinstance(error, SafetensorError):
+        found = re.search(r"(?:.*: )?(.*) \(os error \d+\)", str(error))
+        return found and found[1]
+    if any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")):  # of torch.save
+        return f"torch could not write it ({str(error).splitlines()[0]})"
+    return None
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder and all in it to the disk, before a rename makes it valid."""
+    for path in (*folder.rglob("*"), folder):
+        flush(path)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -110,34 +167,76 @@ def check_writable(folder: Path) -> None:
     if not existing.is_dir():
         raise OSError(f"{folder} can't be written: {existing} is a file.")
     try:
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".itarflow-"):
+        # A file without a name where the system has them, so that not even a killed call leaves it behind.
+        with tempfile.TemporaryFile(dir=existing, prefix=".itarflow-"):
             pass
     except OSError as error:
         raise OSError(f"{folder} can't be written: nothing can be made in {existing} ({error.strerror}).") from error
 
 
 def replace_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Write a folder beside `target`, then put it in its place, so that a failed write leaves the old one.
+    """Write a folder beside `target`, flush it, then put it in its place: the old or the new one is always there.
+
+    Where the system can't exchange two folders at once, there is an instant without one; `restore_folder` puts the old
+    one back after a kill just then.
 
     Raises:
-        RunError: it can't be written; the old one is whole.
+        RunError: it can't be written, or a link is in its place; the old one is whole.
     """
-    partial, old = target.with_name(f".partial-{target.name}"), target.with_name(f".old-{target.name}")
-    if old.exists() and not target.exists():  # killed between two renames
-        os.replace(old, target)
-    for folder in (partial, old):
-        shutil.rmtree(folder, ignore_errors=True)
+    restore_folder(target)
+    partial = _partial(target)
     try:
+        if target.is_symlink():
+            raise OSError("it is a link; remove it")
         write(partial)
+        flush_folder(partial)
+        if not target.exists():
+            os.rename(partial, target)
+        elif not _exchange(partial, target):
+            os.replace(target, _old(target))
+            os.replace(partial, target)
+        flush(target.parent)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # safetensors has an error of its own for a full disk
-        shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"{target} can't be written: {error}. What was there before is whole; make room.") from error
-    if target.exists():
-        os.replace(target, old)
-    os.replace(partial, target)
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        remove(partial)  # what failed, or what was there before
+        restore_folder(target)
+
+
+def restore_folder(target: Path) -> None:
+    """Put back a folder that a killed `replace_folder` left under another name, and remove what else it left."""
+    old = _old(target)
+    if old.is_dir() and not old.is_symlink() and not target.exists():
+        os.replace(old, target)
+    for left in target.parent.glob(f"{PARTIAL}*{target.name}"):
+        if left.name in (f"{PARTIAL}{target.name}", f"{PARTIAL}{left.name[len(PARTIAL) :][:_RANDOM]}{target.name}"):
+            remove(left)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".old-{target.name}")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders at once; False where the system or its disk can't (Linux can since 3.15)."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

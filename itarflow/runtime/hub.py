@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import create_repo, snapshot_download, upload_folder
+
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import write_json
+from itarflow.runtime.json_file import read_json
 
 INDEX = "model_index.json"
 
@@ -48,6 +51,7 @@ def upload(
     token: str | bool | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
+    before: Callable[[str], None] | None = None,
 ) -> str:
     """Upload a pipeline's folder to the Hub; returns the address of the commit.
 
@@ -58,12 +62,15 @@ def upload(
         token: None = that of `hf auth login`.
         commit_message: None = a plain one.
         create_pr: propose the commit instead of making it.
+        before: called with the repository's whole id before the upload.
 
     Raises:
         OSError: the Hub can't be reached, knows no such user, or refuses the upload.
     """
     try:
         repo = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+        if before is not None:
+            before(repo)
         message = commit_message or "Upload an itarflow pipeline"
         return str(
             upload_folder(repo_id=repo, folder_path=folder, token=token, commit_message=message, create_pr=create_pr)
@@ -87,37 +94,14 @@ def read_index(folder: Path) -> dict[str, Any]:
             "such as runs/NAME/pipeline. An official .pth file is turned into one by `itarflow convert`."
         )
     try:
-        index = json.loads((folder / INDEX).read_text())
-        if not isinstance(index, dict):
-            raise ValueError("it is no JSON object")
-    except ValueError as error:
-        raise OSError(f"{folder / INDEX} is damaged: {error}. Copy or download the folder again.") from error
-    return index
-
-
-def check_pipeline_folder(folder: Path) -> None:
-    """Refuse a folder that is no itarflow pipeline, or whose weights are pickles.
-
-    Raises:
-        OSError: saying what the folder holds instead.
-    """
-    index = read_index(folder)
-    if not {"flow", "scheduler"} <= index.keys():
-        raise OSError(
-            f"{folder} holds a pipeline of another kind ({index.get('_class_name', 'unknown')}); expected an "
-            "ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or choose another checkpoint."
-        )
-    weights = [path.name for path in (folder / "flow").glob("*") if path.suffix in (".safetensors", ".bin", ".pth")]
-    if weights and not any(name.endswith(".safetensors") for name in weights):
-        raise OSError(
-            f"The weights in {folder / 'flow'} are a pickle ({weights[0]}), which could run code and is never read. "
-            "Ask for a safetensors version; an official .pth file is turned into one by `itarflow convert`."
-        )
+        return read_json(folder / INDEX, dict[str, Any])
+    except DataError as error:
+        raise OSError(str(error)) from error
 
 
 def rewrite_json(path: Path, changes: dict[str, Any], without: Sequence[str] = ()) -> None:
     """Put `changes` in, and remove the local path that diffusers records on loading, which is private."""
-    content = {**json.loads(path.read_text()), **changes}
+    content = {**read_json(path, dict[str, Any]), **changes}
     for name in ("_name_or_path", *without):
         content.pop(name, None)
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(path, content)

@@ -2,14 +2,109 @@
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from itarflow.runtime.files import atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def balanced_columns(count: int) -> int:
+    """Columns of a grid of so many images: from as many as rows to twice as many, with the fewest holes."""
+    least = math.ceil(math.sqrt(count))
+    return min(range(least, 2 * least + 1), key=lambda columns: (-count % columns, columns))
+
+
+def check_picture(path: Path, size: tuple[int, int], mode: str) -> None:
+    """Refuse an image file that could not be written, or not in this size, by writing an empty one in memory.
+
+    Args:
+        path: whose suffix is the format.
+        size: (width, height) in pixels.
+        mode: Pillow's, "L" or "RGB".
+
+    Raises:
+        ValueError: the format is unknown, or it can't hold such an image.
+    """
+    name = Image.registered_extensions().get(path.suffix.lower())
+    wide = f"{size[0]} x {size[1]} pixels"
+    if name not in Image.SAVE:
+        raise ValueError(f"{path} has an unknown image format; use .png, or a folder name without a suffix.")
+    try:
+        file = io.BytesIO(_encoded(Image.new(mode, size), path, {}))
+    except Exception as error:  # each format has its own
+        raise ValueError(f"{path} can't be written as {name}, with {wide}: {error}; use .png.") from error
+    if name not in Image.OPEN:  # of a document, such as a PDF
+        return
+    try:
+        with Image.open(file, formats=(name,)) as image:
+            found = image.size
+    except Image.DecompressionBombError:
+        return
+    if found != size:
+        raise ValueError(f"{path} would have {found[0]} x {found[1]} pixels as {name} in place of {wide}; use .png.")
+
+
+def save_picture(image: Image.Image, path: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Write an image file, whole or not at all.
+
+    Args:
+        image: of any mode that the format knows.
+        path: whose suffix is the format.
+        facts: texts that a PNG carries, such as its seed; other formats do without.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    encoded = _encoded(image, path, facts or {})  # in memory: Pillow does not notice all that a full disk loses
+    with atomically(path) as partial:
+        partial.write_bytes(encoded)
+
+
+def _encoded(image: Image.Image, path: Path, facts: Mapping[str, Any]) -> bytes:
+    name, file, options = Image.registered_extensions()[path.suffix.lower()], io.BytesIO(), {}
+    if name == "PNG" and facts:
+        options["pnginfo"] = PngInfo()
+        for key, value in facts.items():
+            options["pnginfo"].add_text(key, str(value))
+    image.save(file, format=name, **options)
+    return file.getvalue()
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure of matplotlib by its suffix, whole or not at all; raises OSError if it can't be written."""
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix[1:].lower(), dpi=dpi)
+    with atomically(path) as partial:
+        partial.write_bytes(file.getvalue())
+
+
+def grid_size(
+    width: int, height: int, count: int, columns: int, smallest: int = 48, titles: int = 0, captions: int = 0
+) -> tuple[int, int]:
+    """(width, height) in pixels of a grid.
+
+    Args:
+        width: of an image.
+        height: of an image.
+        count: of images.
+        columns: images a row.
+        smallest: as for `image_grid`; at least 96 with titles or captions.
+        titles: lines of text above the columns.
+        captions: lines of text above each image.
+    """
+    factor = max(1, -(-max(smallest, 96 if titles or captions else 0) // width))
+    rows, gap = -(-count // columns), 0 if captions else _GAP
+    inner = rows * (height * factor + gap) - gap + rows * _text_height(captions)
+    return columns * (width * factor + _GAP) - _GAP, inner + _text_height(titles)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, smallest: int = 48) -> Image.Image:
@@ -22,13 +117,19 @@ def image_grid(images: Sequence[Image.Image], columns: int, smallest: int = 48) 
     """
     factor = max(1, -(-smallest // images[0].width))
     width, height = images[0].width * factor, images[0].height * factor
-    rows, gap = -(-len(images) // columns), 2
-    grid = Image.new(images[0].mode, (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    grid = Image.new(images[0].mode, grid_size(*images[0].size, len(images), columns, smallest), "white")
     for index, image in enumerate(images):
         row, column = divmod(index, columns)
         enlarged = image.resize((width, height), Image.Resampling.NEAREST)
-        grid.paste(enlarged, (column * (width + gap), row * (height + gap)))
+        grid.paste(enlarged, (column * (width + _GAP), row * (height + _GAP)))
     return grid
+
+
+_GAP = 2
+
+
+def _text_height(lines: int) -> int:
+    return 17 * lines + 4 if lines else 0
 
 
 def titled_grid(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.Image:
@@ -36,18 +137,28 @@ def titled_grid(images: Sequence[Image.Image], titles: Sequence[str]) -> Image.I
 
     Args:
         images: all of one size and mode, row by row.
-        titles: one a column, of one line or several; a column is at least 96 pixels wide.
+        titles: one a column, of one line or several, cut off where a line is too long; a column is at least 96 pixels
+            wide.
     """
     grid = image_grid(images, len(titles), smallest=96)
-    font, lines = ImageFont.load_default(13), max(title.count("\n") + 1 for title in titles)
-    top = 17 * lines + 4
+    font, top = ImageFont.load_default(13), _text_height(max(title.count("\n") + 1 for title in titles))
     page = Image.new(grid.mode, (grid.width, grid.height + top), "white")
     page.paste(grid, (0, top))
-    draw, width = ImageDraw.Draw(page), (grid.width + 2) / len(titles)
+    draw, width = ImageDraw.Draw(page), (grid.width + _GAP) / len(titles)
     for column, title in enumerate(titles):
         middle = (column + 0.5) * width - 1
-        draw.multiline_text((middle, top / 2), title, "black", font, anchor="mm", align="center", spacing=4)
+        text = "\n".join(_fitting(line, draw, font, width - 2 * _GAP) for line in title.split("\n"))
+        draw.multiline_text((middle, top / 2), text, "black", font, anchor="mm", align="center", spacing=4)
     return page
+
+
+def _fitting(
+    text: str, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float
+) -> str:
+    """As much of a line as is not wider."""
+    if draw.textlength(text, font) <= width:
+        return text
+    return next(cut for end in range(len(text), -1, -1) if draw.textlength(cut := text[:end] + "...", font) <= width)
 
 
 def captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
@@ -117,4 +228,4 @@ def draw_comparison(
         axis.set_title(column.replace(": ", ":\n"), fontsize=8)
     for (generator, _), line in zip(rows, axes, strict=True):
         line[0].set_ylabel(generator, fontsize=8)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, 150)

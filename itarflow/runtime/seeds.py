@@ -27,24 +27,48 @@ def image_seeds(generator: torch.Generator | None, count: int) -> list[int]:
     return [int(torch.randint(2**62, (), generator=generator, device=device)) for _ in range(count)]
 
 
+class ImageGenerator(torch.Generator):
+    """The random numbers of one image, from its own seed; see `image_generators`."""
+
+
+def seeded_images(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[ImageGenerator]:
+    """A generator an image, from seeds that `image_seeds` has drawn."""
+    made = [ImageGenerator(device) for _ in seeds]
+    for generator, seed in zip(made, seeds, strict=True):
+        generator.manual_seed(seed)
+    return made
+
+
 def image_generators(
     generator: torch.Generator | Sequence[torch.Generator] | None, count: int
 ) -> list[torch.Generator]:
-    """One generator an image, see `image_seeds`.
+    """One generator an image, whose seed is drawn from what is given, see `image_seeds`.
+
+    A generator for all images gives their seeds in turn, and of a list each gives that of its own image: the first
+    image of `g` is that of `[g]`, and `[g, g]` is the same as `g`.
 
     Args:
-        generator: one, from which a seed for each image is drawn; or already one an image; None = torch's global one.
+        generator: one for all images, or one an image; None = torch's global one. An `ImageGenerator` has been drawn
+            for its image already, and is used as it is.
         count: number of images.
 
     Raises:
-        ValueError: there are not as many generators as images.
+        ValueError: there are not as many generators as images, or something is none.
     """
-    if generator is not None and not isinstance(generator, torch.Generator):
-        if len(generator) != count:
-            raise ValueError(f"{len(generator)} generators were given for {count} images; expected one, or one each.")
-        return list(generator)
-    device = "cpu" if generator is None else generator.device
-    return [torch.Generator(device).manual_seed(seed) for seed in image_seeds(generator, count)]
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        return [*seeded_images(image_seeds(generator, count), device)]
+    if not isinstance(generator, Sequence) or not all(isinstance(one, torch.Generator) for one in generator):
+        raise ValueError(
+            f"generator is {generator!r}; expected a torch.Generator, such as torch.Generator().manual_seed(0), or a "
+            "list with one an image."
+        )
+    if len(generator) != count:
+        raise ValueError(f"{len(generator)} generators were given for {count} images; expected one, or one each.")
+    return [
+        one if isinstance(one, ImageGenerator) else seeded_images(image_seeds(one, 1), one.device)[0]
+        for one in generator
+    ]
 
 
 def permutation(name: str, length: int) -> Tensor:

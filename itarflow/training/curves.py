@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from itarflow.runtime.errors import RunError
-from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.pictures import blank_figure, save_figure
 from itarflow.training.run_folder import RunDir
 
 if TYPE_CHECKING:
@@ -44,12 +44,17 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         output: a file with a suffix that matplotlib writes, such as .png, .svg or .pdf.
 
     Raises:
-        RunError: a folder holds no run, or one without metrics yet.
+        RunError: a folder holds no run, or one without metrics yet, or without figures among them.
         ImportError: matplotlib is not installed.
         ValueError: matplotlib can't write such a file.
     """
     logged = {path: _logged(path) for path in runs}
     panels = [panel for panel in PANELS if any(panel.find(lines) for lines in logged.values())]
+    if not panels:
+        raise RunError(
+            f"{', '.join(map(str, runs))}: metrics.jsonl holds no figures to draw, such as a loss by step; expected "
+            "those that a training writes."
+        )
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = blank_figure(4.6 * columns, 3.1 * rows)
@@ -61,14 +66,14 @@ def plot_runs(runs: Sequence[Path], output: Path) -> None:
         axis.set_axis_off()
     figure.suptitle(", ".join(f"{name} ({_STYLES[i % len(_STYLES)]})" for i, name in enumerate(names.values()))
                     if len(names) > 1 else next(iter(names.values())))  # fmt: skip
-    figure.savefig(output, dpi=110)
+    save_figure(figure, output, 110)
 
 
 def _logged(path: Path) -> list[dict[str, Any]]:
     run = RunDir(path)
     if not run.recipe.exists():
         raise RunError(f"{path} holds no run: recipe.json is missing. Expected a folder such as runs/digits.")
-    lines = run.logged()
+    lines = [line for line in run.logged() if isinstance(line, dict)]
     if not lines:
         raise RunError(f"{path} has no metrics yet: train.log_every steps must have been done.")
     return lines
@@ -122,14 +127,16 @@ def _smoothed(values: Sequence[float]) -> Sequence[float]:
 
 
 def _values(key: str) -> Callable[[Sequence[Mapping[str, Any]]], Lines]:
-    return lambda lines: _collect((line["step"], {"": line.get(key)}) for line in lines)
+    return lambda lines: _collect((line.get("step"), {"": line.get(key)}) for line in lines)
 
 
 def _losses(of_decoder: bool) -> Callable[[Sequence[Mapping[str, Any]]], Lines]:
     """Of a flow's training, or of a decoder's fine-tuning, whose lines have a term of `LossConfig` at least."""
     terms = ("l1", "l2", "lpips")
     return lambda lines: _collect(
-        (line["step"], {"": line.get("loss")}) for line in lines if any(term in line for term in terms) == of_decoder
+        (line.get("step"), {"": line.get("loss")})
+        for line in lines
+        if any(term in line for term in terms) == of_decoder
     )
 
 
@@ -137,7 +144,7 @@ def _table(*keys: str) -> Callable[[Sequence[Mapping[str, Any]]], Lines]:
     """Of a dict inside a line, found by one key after another; lists count as dicts of blocks."""
 
     def find(lines: Sequence[Mapping[str, Any]]) -> Lines:
-        return _collect((line["step"], _entries(line, keys)) for line in lines)
+        return _collect((line.get("step"), _entries(line, keys)) for line in lines)
 
     return find
 
@@ -145,7 +152,7 @@ def _table(*keys: str) -> Callable[[Sequence[Mapping[str, Any]]], Lines]:
 def _entries(line: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     value: Any = line
     for key in keys:
-        value = (value or {}).get(key)
+        value = value.get(key) if isinstance(value, dict) else None
     if isinstance(value, list):
         return {f"block {index}": entry for index, entry in enumerate(value)}
     if isinstance(value, dict):
@@ -158,11 +165,19 @@ def _collect(found: Any) -> Lines:
     lines: dict[str, tuple[list[float], list[float]]] = {}
     for step, values in found:
         for name, value in values.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if _is_figure(step) and _is_figure(value):
                 steps, line = lines.setdefault(name, ([], []))
                 steps.append(step)
                 line.append(value)
     return lines
+
+
+def _is_figure(value: Any) -> bool:
+    """Whether it can be drawn; numbers that are too large for a float can't."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 PANELS = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,9 @@ from itarflow.denoisers.ode import lowest_level, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import atomically, restore_folder
+from itarflow.runtime.json_file import read_json
 from itarflow.runtime.pictures import image_grid
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import display_name
@@ -86,7 +90,18 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
     if accelerator.is_main_process:
         columns = num_classes if 2 <= num_classes <= 12 else 8
         path.parent.mkdir(exist_ok=True)
-        image_grid([made[index] for index in range(count)], columns).save(path)
+        with atomically(path) as partial:
+            image_grid([made[index] for index in range(count)], columns).save(partial)
+
+
+def is_exported(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a pipeline with this record of its training is there; what a killed export left is put back first."""
+    restore_folder(folder)
+    try:
+        stored = read_json(folder / "model_index.json", dict[str, Any]).get("training")
+    except (OSError, DataError):
+        return False
+    return bool(stored == json.loads(json.dumps(record)))
 
 
 def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,43 +7,34 @@ does not matter.
 
 from __future__ import annotations
 
-import json
 import math
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, batches
 from itarflow.data.order import training_sampler
 from itarflow.runtime.devices import memory_gib
-from itarflow.runtime.errors import DataError, RunError, TrainingError
+from itarflow.runtime.errors import DataError, TrainingError
 from itarflow.runtime.processes import agreed, on_main
 from itarflow.runtime.progress import training_progress
 from itarflow.runtime.signals import Interrupted, StopSignal
+from itarflow.runtime.text import listed
 from itarflow.training.finished import Finished
 from itarflow.training.metrics import Monitor
-from itarflow.training.run_folder import RunDir
+from itarflow.training.run_folder import RunDir, step_of
 from itarflow.training.settings import Settings
-from itarflow.training.sharding import load_tensors, save_tensors
-from itarflow.training.states import PROGRESS, agreed_state, first_cause, save_state
-
-
-class State(NamedTuple):
-    """Where a training is, besides its tensors."""
-
-    step: int = 0
-    seconds: float = 0.0
-    """Of training, over all resumed parts."""
-    bad_steps: int = 0
+from itarflow.training.states import State, agreed_state, check_same_data, read_progress, reading, save_state
+from itarflow.training.tensors import load_tensors, save_tensors
 
 
 class StepOutput(Protocol):
@@ -90,12 +81,17 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         name: str,
         total_steps: int,
     ) -> None:
+        run = run.held() if accelerator.is_main_process else run  # other machines may see it a little later
         self.settings, self.run, self.data, self.accelerator, self.stop = settings, run, data, accelerator, stop
         self.name, self.total_steps = name, total_steps
         self.monitor = Monitor(settings, run, accelerator)
         self.state = State()
         self.speed = 0.0  # images a second, of this part of the run
         self.saved_at = 0  # the step whose state is on the disk; of step 0 there is nothing to save
+        self.exported_at = 0  # the step of what this process has exported
+        self.resumed_at = 0
+        self.bad_in_a_row = 0
+        self.run_name = uuid.uuid4().hex  # by which its states are told from others
         self.own: dict[str, Any] = {}  # plain values of a subclass, which states keep, too
         self.measured_at = -1  # the step of the newest evaluation
 
@@ -171,21 +167,22 @@ class Loop(ABC, Generic[StepOutputT, Result]):
 
     # -- the whole training ---------------------------------------------------------------------------------
 
-    def run_to(self, max_steps: int | None, *, resume: bool) -> Result:
+    def run_to(self, max_steps: int | None, *, resume: bool, allow_changes: bool = False) -> Result:
         """Resume, train up to max_steps or the end, save, evaluate, and close.
 
         Args:
             max_steps: None = all steps.
             resume: go on from the newest whole state, if there is one.
+            allow_changes: resume although the images are others than the state's.
 
         Raises:
-            RunError: there is no whole state among those saved, it is of other settings, or a save failed.
+            RunError: there is no whole state among those saved, it is of other settings or images, or a save failed.
             DataError: too many images can't be read.
             TrainingError: too many steps in a row were not finite.
             Interrupted: a signal has arrived; the state is saved.
         """
         try:
-            result = self._run_to(max_steps, resume)
+            result = self._run_to(max_steps, resume, allow_changes)
         except Interrupted:
             self._close()  # all processes have agreed to stop
             raise
@@ -195,43 +192,47 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         self._close()
         return result
 
-    def _run_to(self, max_steps: int | None, resume: bool) -> Result:
+    def _run_to(self, max_steps: int | None, resume: bool, allow_changes: bool) -> Result:
         last_step = min(self.total_steps, max_steps or self.total_steps)
         if resume:
-            self._resume()
+            self._resume(allow_changes)
         self.begin()
         if self.state.step >= last_step:
             self.monitor.say(f"Nothing is left to train: step {self.state.step} has been reached.")
+        if self.state.step:  # a kill may have come after the state was saved, and before the rest of its step
+            self._export()
+            self.end_of_step(last_step)
         self._loop(last_step)
         self._save()  # before anything else can go wrong
         if self.measured_at != self.state.step:
             self._stop_if_asked()
             self.evaluate()
         self._stop_if_asked()
+        on_main(self.accelerator, self.run.check_held)
         return self.finish()
 
     def _loop(self, last_step: int) -> None:
         """Train up to last_step."""
         train, first_step, loader = self.settings.train, self.state.step, self._batches()
-        bad_in_a_row, step_seconds = 0, 0.0
+        step_seconds = 0.0
         with training_progress(self.monitor.console, self.name, last_step, first_step) as show:
             while self.state.step < last_step:
                 began = time.perf_counter()
                 micro_batches = self._fetch(loader)
                 output = self.step(self.state.step, micro_batches)
                 bad = not math.isfinite(output.grad_norm)
-                bad_in_a_row = bad_in_a_row + 1 if bad else 0
+                self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
                 passed = time.perf_counter() - began
                 step_seconds += passed
                 step, seconds, bad_steps = self.state
                 self.state = State(step + 1, seconds + passed, bad_steps + bad)
                 if bad:
-                    self._report_bad(output, bad_in_a_row)
+                    self._report_bad(output)
                 self.speed = (self.state.step - first_step) * train.batch_size / step_seconds
                 show(self.state.step, float(output.loss) if self.due(5) else None, self.speed)
                 if self.due(train.log_every):
                     self._log(output)
-                if self.due(train.save_every) and self.state.step < last_step:
+                if self.due(train.save_every) and self.state.step < last_step and not bad:  # which changed nothing
                     self._save()  # first, because it saves work
                 self.end_of_step(last_step)
 
@@ -307,10 +308,10 @@ class Loop(ABC, Generic[StepOutputT, Result]):
             raise refusal or DataError("another process can't read its images; its message says why")
         return found
 
-    def _report_bad(self, output: StepOutputT, in_a_row: int) -> None:
+    def _report_bad(self, output: StepOutputT) -> None:
         """Report that a step was skipped, and why as far as known; stop after too many."""
         # A gradient that is not finite on one process is so on all, so all come here.
-        step, cause = self.state.step, self.bad_step_report(output)
+        step, cause, in_a_row = self.state.step, self.bad_step_report(output), self.bad_in_a_row
         self.monitor.say(
             f"Step {step}: the gradient is not finite; the step was skipped ({in_a_row} in a row, "
             f"{self.state.bad_steps} in all).{cause}",
@@ -318,9 +319,11 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         )
         if in_a_row >= self.settings.train.max_bad_steps:
             self._save()  # these steps changed nothing: the weights are those of the last good one
+            older = [state.name for state in reversed(self.run.states()) if step_of(state) < step]
             raise TrainingError(
                 f"{in_a_row} steps in a row had no finite gradient, up to step {step}, whose state is saved.{cause} "
-                f"{self.advice}"
+                f"{self.advice} Should its weights be spoilt, first move it out of state/, where these are before it: "
+                f"{listed(older) or 'none'}."
             )
 
     def _log(self, output: StepOutputT) -> None:
@@ -353,41 +356,59 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         save_state(
             self.run,
             self.state.step,
-            self.settings.train.keep_states,
+            # After bad steps the newest weights may be spoilt, so the older ones stay.
+            None if self.bad_in_a_row else self.settings.train.keep_states,
             self.save_tensors,
-            {**self.state._asdict(), **self.own, "broken": sorted(self.monitor.broken)},
+            {
+                **self.state._asdict(),
+                "broken": sorted(self.monitor.broken),
+                "run": self.run_name,
+                "data": self.data.identity.to_json(),
+                **self.own,
+            },
             lambda action: on_main(self.accelerator, action),
+            lambda text: self.monitor.say(text, "yellow"),
         )
         self.saved_at = self.state.step
-        self.export()
+        self._export()
 
-    def _resume(self) -> None:
+    def _export(self) -> None:
+        """Export, unless this process has done so at this step."""
+        if self.exported_at != self.state.step:
+            on_main(self.accelerator, self.run.check_held)
+            self.export()
+            self.exported_at = self.state.step
+
+    def drawn_before(self, picture: Path) -> bool:
+        """Whether a killed part of this run has already drawn a picture of the step that it was resumed at."""
+        there = self.resumed_at == self.state.step and self.accelerator.is_main_process and picture.exists()
+        return bool(agreed(self.accelerator, int(there))[0])
+
+    def _resume(self, allow_changes: bool) -> None:
         """Go on from the newest whole state, or from the beginning, if none has been saved yet."""
         if not self.run.states():
+            self.accelerator.wait_for_everyone()  # all have looked before one writes
             on_main(self.accelerator, lambda: self.run.rewrite_metrics([]))
             self.monitor.say(f"{self.run.path} was stopped before its first saved state: beginning anew.")
             return
         folder = agreed_state(self.run, self.accelerator, self.monitor.say)
-        try:
-            progress = json.loads((folder / PROGRESS).read_text())
+        progress, self.own = read_progress(folder)
+        for change in check_same_data(folder, progress.data, self.data.identity, allow_changes):
+            self.monitor.say(f"Going on with other images: {change}", "yellow")
+        with reading(folder, self.task):
             self.load_tensors(folder)
-        except torch.OutOfMemoryError:
-            raise
-        except (Exception, CheckpointException) as error:  # of many libraries, all meaning the same
-            raise RunError(
-                f"The state {folder} is whole, but can't be read: {first_cause(error)}. It is of another "
-                f"{self.task}, or of another version of this program: use the settings of its recipe.json, or "
-                "begin anew by --restart."
-            ) from error
-        self.monitor.broken = frozenset(progress.pop("broken"))
-        self.state = State(*(progress.pop(name) for name in State._fields))
-        self.own = progress
-        self.saved_at = self.state.step
+        self.monitor.broken = frozenset(progress.broken)
+        self.state = State(progress.step, progress.seconds, progress.bad_steps)
+        self.run_name = progress.run
+        self.saved_at = self.resumed_at = self.state.step
         if self.ema is not None:
             self.ema.optimization_step = self.state.step - self.state.bad_steps
-        kept = [line for line in self.run.logged() if line["step"] <= self.state.step]
+        lines, damaged = self.run.read_log()
+        kept = [line for line in lines if line["step"] <= self.state.step]
         self.load_state(kept)
         # All have read before one writes.
         self.accelerator.wait_for_everyone()
         on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
+        if damaged:
+            self.monitor.say(f"{damaged} damaged lines of {self.run.metrics} are left out.", "yellow")
         self.monitor.say(f"Resuming from {folder} at step {self.state.step} of {self.total_steps}.")

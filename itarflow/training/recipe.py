@@ -338,9 +338,10 @@ def check_classes(recipe: Recipe, data: ImageData) -> None:
     """
     num_classes, found = recipe.model.num_classes, len(data.class_names)
     if num_classes and not found:
+        why = "".join(f" ({note})" for note in data.identity.left_out if note.startswith("labels"))
         raise DataError(
-            f"The images in {recipe.data.path} have no labels, but model.num_classes is {num_classes}. Put each class "
-            "in a folder of its own, name the column by data.label_column, or train without labels "
+            f"The images in {recipe.data.path} have no labels{why}, but model.num_classes is {num_classes}. Put each "
+            "class in a folder of its own, name the column by data.label_column, or train without labels "
             "by --model.num-classes 0."
         )
     if num_classes and found != num_classes:

@@ -1,32 +1,20 @@
-"""How a flow is spread over processes, replicated (DDP) or sharded (FSDP2), and its tensors on disk in either form.
+"""How a flow is spread over processes: replicated (DDP) or sharded (FSDP2).
 
-Sharding is torch's own `fully_shard`: Accelerate's needs an accelerator, so it can't be tested on CPUs. Tensors are
-stored by torch's distributed checkpoints, which any number of processes can read.
+Sharding is torch's own `fully_shard`: Accelerate's needs an accelerator, so it can't be tested on CPUs.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env, patch_environment
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -37,8 +25,6 @@ from itarflow.flow.transformer import Layer
 from itarflow.runtime.devices import on_cpu
 from itarflow.training.recipe import Recipe
 from itarflow.training.settings import check_trackers
-
-_FOLDER = "tensors"
 
 
 def launcher_asks_for_sharding() -> bool:
@@ -116,65 +102,8 @@ def whole_flow(
     yield flow.eval()
 
 
-def save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
-    """Write weights, optimiser state and averages into a state's folder. All processes call this."""
-    # If the optimiser has no state yet, asking torch for it would create one, and change the first step.
-    parts = {"optimizer"} if optimizer.state else set()
-    with _quiet():
-        dcp.save(
-            _tensors(model, optimizer, ema, parts | {"ema"}), checkpoint_id=folder / _FOLDER, no_dist=_single_process()
-        )
-
-
-def load_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
-    """Load what `save_tensors` wrote, on any number of processes, sharded or not.
-
-    Averages that were not saved start from the weights. The optimiser keeps its current settings, since a resumed run
-    may have changed them.
-    """
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    stored = FileSystemReader(folder / _FOLDER).read_metadata().state_dict_metadata
-    parts = {name.split(".")[0] for name in stored}
-    tensors = _tensors(model, optimizer, ema, parts)
-    with _quiet():
-        dcp.load(tensors, checkpoint_id=folder / _FOLDER, no_dist=_single_process())
-    set_model_state_dict(model, tensors["model"])
-    if "optimizer" in tensors:
-        set_optimizer_state_dict(model, optimizer, tensors["optimizer"])
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update(own)
-    if ema is not None and "ema" not in tensors:  # else they were loaded in place
-        for average, parameter in zip(ema.shadow_params, model.parameters(), strict=True):
-            average.copy_(parameter.detach())
-
-
-def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None, parts: Collection[str]
-) -> dict[str, Any]:
-    """Weights, and of `parts` "optimizer" and "ema" those that there are, by name."""
-    tensors: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if "optimizer" in parts:
-        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer)
-    if ema is not None and "ema" in parts:
-        names = (name.removeprefix("module.") for name, _ in model.named_parameters())
-        tensors["ema"] = dict(zip(names, ema.shadow_params, strict=True))
-    return tensors
-
-
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning about a single process, which `no_dist` has asked for."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
-
-
-def _single_process() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
 
 
 @contextmanager

@@ -9,25 +9,85 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from msgspec import Meta
 from torch.distributed.checkpoint.api import CheckpointException
 
-from itarflow.runtime.errors import RunError
+from itarflow.data.identity import DataIdentity
+from itarflow.runtime.errors import DataError, RunError
+from itarflow.runtime.files import flush, flush_folder, open_regular, remove
+from itarflow.runtime.json_file import as_type, read_json
 from itarflow.runtime.processes import on_main
-from itarflow.training.run_folder import RunDir
+from itarflow.runtime.text import printable
+from itarflow.training.run_folder import RunDir, step_of
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _CHUNK = 2**22
 
 OnMain = Callable[[Callable[[], object]], None]
 """Runs an action on the main process alone, waits for it on all, and raises its error on all."""
+
+
+class State(NamedTuple):
+    """Where a training is, besides its tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Of training, over all resumed parts."""
+    bad_steps: int = 0
+
+
+@dataclass(frozen=True)
+class _File:
+    bytes: Annotated[int, Meta(ge=0)]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    files: dict[str, _File]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What a state holds besides tensors. What a kind of training adds of its own stands beside it in `PROGRESS`."""
+
+    step: Annotated[int, Meta(ge=0)]
+    seconds: Annotated[float, Meta(ge=0)]
+    bad_steps: Annotated[int, Meta(ge=0)]
+    broken: tuple[str, ...] = ()
+    """Names, with reasons, of the images that could not be read."""
+    run: str = ""
+    """A name of the run that no other has; "" in states of before there were such names."""
+    data: DataIdentity | None = None
+    """The images it was trained on; None in states of before this was stored."""
+
+
+def read_progress(state: Path) -> tuple[Progress, dict[str, Any]]:
+    """What a state holds besides tensors, and what its kind of training has added.
+
+    Raises:
+        DataError: it is damaged, or of another step than the state's name says.
+        OSError: it can't be read.
+    """
+    path = state / PROGRESS
+    values = read_json(path, dict[str, Any])
+    progress = as_type(values, Progress, str(path))
+    if progress.step != step_of(state):
+        raise DataError(f"{path} is of step {progress.step}; expected that of its folder's name")
+    known = {field.name for field in fields(Progress)}
+    return progress, {name: value for name, value in values.items() if name not in known}
 
 
 def run_here(action: Callable[[], object]) -> None:
@@ -38,30 +98,33 @@ def run_here(action: Callable[[], object]) -> None:
 def save_state(
     run: RunDir,
     step: int,
-    keep: int,
+    keep: int | None,
     write: Callable[[Path], None],
     progress: Mapping[str, Any] | None = None,
     on_main: OnMain = run_here,
+    warn: Callable[[str], object] = warnings.warn,
 ) -> Path:
-    """Save a state, and remove the oldest of those that are more than `keep`. All processes call this.
+    """Save a state, and remove the oldest of this run's that are more than `keep`. All processes call this.
 
     Args:
         run: the run.
         step: optimiser steps done.
-        keep: newest states to keep.
+        keep: newest states to keep; None = all.
         write: fills an existing folder; called by all processes.
         progress: plain values, stored beside what is written as `PROGRESS`.
         on_main: see `OnMain`.
+        warn: is told of older states that can't be removed.
 
     Raises:
-        RunError: the disk is full or read-only. The older states are untouched.
+        RunError: the disk is full or read-only, or the run has been moved. The older states are untouched.
     """
+    on_main(run.check_held)
     final = run.path / "state" / f"step-{step:08d}"
     partial = run.path / "state" / f".partial-{step:08d}"
     try:
         on_main(lambda: _make_empty(partial))
         write(partial)
-        on_main(lambda: _seal(run, partial, final, keep, progress or {}))
+        on_main(lambda: _seal(run, partial, final, progress or {}))
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, CheckpointException) as error:  # torch has its own types for a failed write
@@ -70,31 +133,37 @@ def save_state(
             f"The state of step {step} could not be saved in {final}: {first_cause(error)}. Older states are whole; "
             "make room, or mend the folder, and go on with --resume."
         ) from error
+    if keep is not None:
+        on_main(lambda: _prune(run, final, keep, warn))
     return final
 
 
 def fault(state: Path) -> str | None:
     """Why a saved state is not whole, or None if every file has the size and the SHA-256 of its manifest."""
     try:
-        files = json.loads((state / MANIFEST).read_text())["files"]
-        return _difference(state, files)
+        return _difference(state, read_json(state / MANIFEST, _Manifest).files)
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
     except OSError as error:
         return f"it can't be read ({error})"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its {MANIFEST} can't be read ({type(error).__name__})"
+    except DataError as error:
+        return f"its {MANIFEST} can't be read ({error})"
 
 
-def _difference(state: Path, files: Mapping[str, Mapping[str, Any]]) -> str | None:
+def _difference(state: Path, files: Mapping[str, _File]) -> str | None:
     for name, expected in files.items():
+        inner = PurePosixPath(name)
+        if inner.is_absolute() or ".." in inner.parts:
+            return f"its {MANIFEST} names {printable(name)}, which is elsewhere"
+        if any((state / place).is_symlink() for place in (inner, *inner.parents)):
+            return f"{printable(name)} is a link"
         file = state / name
         if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            return f"{printable(name)} is missing"
+        if file.stat().st_size != expected.bytes:
+            return f"{printable(name)} has {file.stat().st_size:,} bytes instead of {expected.bytes:,}"
     digests = _digests(state, list(files))
-    return next((f"{name} is damaged" for name in files if digests[name] != files[name]["sha256"]), None)
+    return next((f"{printable(name)} is damaged" for name in files if digests[name] != files[name].sha256), None)
 
 
 def newest_whole(run: RunDir) -> tuple[Path | None, list[str]]:
@@ -111,9 +180,9 @@ def newest_whole(run: RunDir) -> tuple[Path | None, list[str]]:
 def set_aside_newer(run: RunDir, state: Path) -> None:
     """Rename the states after `state`, so that they no longer count as states."""
     for other in run.states():
-        if other.name > state.name:
+        if step_of(other) > step_of(state):
             torn = other.with_name(f"torn-{other.name}")
-            shutil.rmtree(torn, ignore_errors=True)  # from an earlier resume
+            remove(torn)  # from an earlier resume
             other.rename(torn)
 
 
@@ -125,35 +194,53 @@ def first_cause(error: BaseException) -> str:
 
 
 def _make_empty(folder: Path) -> None:
+    folder.parent.mkdir(exist_ok=True)
     for left_by_a_crash in folder.parent.glob(".partial-*"):
-        shutil.rmtree(left_by_a_crash)
-    folder.mkdir(parents=True)
+        remove(left_by_a_crash)
+    folder.mkdir()
 
 
-def _seal(run: RunDir, partial: Path, final: Path, keep: int, progress: Mapping[str, Any]) -> None:
+def _seal(run: RunDir, partial: Path, final: Path, progress: Mapping[str, Any]) -> None:
     (partial / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n")
     names = sorted(str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file())
     digests = _digests(partial, names)
     files = {name: {"bytes": (partial / name).stat().st_size, "sha256": digests[name]} for name in names}
     (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n")
-    for path in (*partial.rglob("*"), partial):
-        _flush(path)
-    if final.exists():  # renamed before it is removed, so that a kill does not leave half of it
-        os.replace(final, final.with_name(f".partial-old-{final.name}"))
+    flush_folder(partial)
+    if run.metrics.exists():
+        flush(run.metrics)  # whose lines up to this step no resumed run writes again
+    old = _unnamed(final)  # renamed before it is removed, so that a kill does not leave half of it
+    if final in run.states():
+        os.replace(final, old)
+    elif os.path.lexists(final):  # a file or a link of somebody's
+        os.replace(final, final.with_name(f"other-{uuid.uuid4().hex[:8]}-{final.name}"))
     os.replace(partial, final)
-    shutil.rmtree(final.with_name(f".partial-old-{final.name}"), ignore_errors=True)
-    _flush(final.parent)
-    for old in run.states()[:-keep]:
-        shutil.rmtree(old)
+    remove(old)
+    flush(final.parent)
 
 
-def _flush(path: Path) -> None:
-    """Flush a file or a folder's entries to the disk, before the rename makes the state valid."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _prune(run: RunDir, newest: Path, keep: int, warn: Callable[[str], object]) -> None:
+    """Remove the states before `newest` of the same run but for the newest `keep`."""
+    name = _name_of_run(newest)
+    mine = [s for s in run.states() if step_of(s) <= step_of(newest) and _name_of_run(s) == name]
+    for old in mine[:-keep]:
+        try:
+            os.replace(old, _unnamed(old))
+            shutil.rmtree(_unnamed(old))
+        except OSError as error:
+            warn(f"{old} is no longer needed, but can't be removed ({error.strerror}); remove it to have its room.")
+
+
+def _unnamed(state: Path) -> Path:
+    """Where a state goes that is to be removed; what a kill leaves there goes with the next save."""
+    return state.with_name(f".partial-old-{state.name}")
+
+
+def _name_of_run(state: Path) -> str | None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return read_progress(state)[0].run
+    except (OSError, DataError):
+        return None
 
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
@@ -163,7 +250,7 @@ def _digests(folder: Path, names: list[str]) -> dict[str, str]:
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
-    with file.open("rb") as handle:
+    with open_regular(file) as handle:
         while chunk := handle.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
@@ -191,3 +278,34 @@ def agreed_state(run: RunDir, accelerator: Accelerator, say: Callable[[str], Non
 
     on_main(accelerator, look)
     return Path(broadcast_object_list(found)[0])
+
+
+def check_same_data(state: Path, stored: DataIdentity | None, now: DataIdentity, allowed: bool) -> list[str]:
+    """What distinguishes the images now from those that a state was trained on, a line each.
+
+    Raises:
+        RunError: there is something, and it is not `allowed`.
+    """
+    changed = [] if stored is None else stored.differences(now)
+    if changed and not allowed:
+        raise RunError(
+            f"The images are others than those of {state}, so going on would not be the same run:\n  "
+            + "\n  ".join(changed)
+            + "\nBring the former images back, go on all the same by --allow-changes (images that were trained on may "
+            "then be held out), or begin anew by --restart."
+        )
+    return changed
+
+
+@contextmanager
+def reading(state: Path, task: str) -> Iterator[None]:
+    """Raises RunError for whatever error comes of reading the tensors of a state into a model that is not its own."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (Exception, CheckpointException) as error:  # of many libraries, all meaning the same
+        raise RunError(
+            f"The state {state} is whole, but can't be read: {first_cause(error)}. It is of another {task}, or of "
+            "another version of this program: use the settings of its recipe.json, or begin anew by --restart."
+        ) from error

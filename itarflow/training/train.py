@@ -20,15 +20,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from itarflow.codec import Vae
+from itarflow.data.identity import described
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, check_workers
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance
 from itarflow.runtime.devices import peak_tflops, tf32_products
 from itarflow.runtime.files import replace_folder
-from itarflow.runtime.processes import main_first, on_main
+from itarflow.runtime.processes import agreed, main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate, find_accumulation
-from itarflow.training.export import make_pipeline, open_denoiser, sample_grid, training_record
+from itarflow.training.export import is_exported, make_pipeline, open_denoiser, sample_grid, training_record
 from itarflow.training.finished import Finished
 from itarflow.training.held_out import Evaluation, evaluate_held_out
 from itarflow.training.loop import Loop
@@ -142,7 +143,7 @@ def _train(
         data = data.decoded()
     with claimed(run, recipe, accelerator, start, allow_changes) as stop:
         training = _Training(recipe, run, data, accelerator, stop, vae=vae, sharded=sharded, max_steps=max_steps)
-        return training.run_to(max_steps, resume=start == "resume")
+        return training.run_to(max_steps, resume=start == "resume", allow_changes=allow_changes)
 
 
 class _Training(Loop[_FlowStep, Summary]):
@@ -198,9 +199,9 @@ class _Training(Loop[_FlowStep, Summary]):
         spread = nothing if alone else ", the model sharded over them" if self.sharded else ", each a whole model"
         short = self.max_steps is not None and self.max_steps < self.total_steps
         part = f", of which --max-steps takes the first {self.max_steps:,}" if short else ""
+        data = "\n".join(described(self.data.identity))
         return (
-            f"{len(self.data.train):,} training images, {len(self.data.held_out):,} held out. An epoch has "
-            f"{self.recipe.steps_per_epoch(len(self.data.train)):.4g} steps, the whole training "
+            f"{data}\nAn epoch has {self.recipe.steps_per_epoch(len(self.data.train)):.4g} steps, the whole training "
             f"{self.total_steps:,}{part}. "
             f"Held-out likelihood every {evaluate_every:,} steps, samples every {sample_every:,}, a saved state every "
             f"{train.save_every:,}.\n{self.shares(spread)}"
@@ -294,9 +295,11 @@ class _Training(Loop[_FlowStep, Summary]):
     def end_of_step(self, last_step: int) -> None:
         """See `Loop.end_of_step`."""
         evaluate_every, sample_every = self._intervals()
-        if self.due(evaluate_every) and self.state.step + evaluate_every // 2 < last_step:
+        step = self.state.step
+        if self.due(evaluate_every) and step + evaluate_every // 2 < last_step and self.measured_at != step:
             self.evaluate()
-        if self.due(sample_every) and self.state.step + sample_every // 2 < last_step:
+        drawn_now = self.due(sample_every) and step + sample_every // 2 < last_step
+        if drawn_now and not self.drawn_before(self.run.grid(step)):
             self._sample()
 
     def evaluate(self) -> None:
@@ -330,10 +333,12 @@ class _Training(Loop[_FlowStep, Summary]):
     # -- exports -------------------------------------------------------------------------------------------------
 
     def export(self) -> None:
-        """Write the pipeline."""
+        """Write the pipeline, unless the very same is there, perhaps with evaluations that were added to it."""
         main = self.accelerator.is_main_process
+        record = training_record(self.recipe, self.held_out, self._facts())
+        if agreed(self.accelerator, int(main and is_exported(self.run.pipeline, record)))[0]:
+            return
         with whole_flow(self.model, self.recipe, self.ema, torch.device("cpu"), wanted=main) as flow:
-            record = training_record(self.recipe, self.held_out, self._facts())
             pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record, self.vae)
             on_main(self.accelerator, lambda: replace_folder(self.run.pipeline, pipeline.save_pretrained))
 
@@ -352,7 +357,8 @@ class _Training(Loop[_FlowStep, Summary]):
         """See `Loop.load_state`."""
         for line in lines:
             if "held_out" in line:
-                self.held_out, self.measured_at = Evaluation(**line["held_out"]), line["step"]
+                found = line["held_out"]
+                self.held_out, self.measured_at = Evaluation(found["nll"], found["bpd"]), line["step"]
 
     def finish(self) -> Summary:
         """Write a last sample grid, and the pipeline with the last evaluation."""

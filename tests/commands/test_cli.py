@@ -15,7 +15,7 @@ import torch
 from command_line import TRAINING, Run, Save
 from PIL import Image
 
-from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow
+from itarflow import DenoiseScheduler, Guidance, ITARFlowPipeline, TARFlow
 from itarflow.commands import cli
 from itarflow.commands import profile as command
 from itarflow.commands.convert import Convert
@@ -32,7 +32,7 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def test_sample_writes_a_grid_with_every_class_in_turn(run, save):
-    assert "3 images in samples.png" in run("sample", save())
+    assert "3 images in samples.png" in run("sample", save(), "--no-captions")
     grid = Image.open("samples.png")
     assert (grid.mode, grid.size) == ("RGB", (3 * 48 + 2 * 2, 48))
     assert pixels("samples.png").std() > 1
@@ -70,16 +70,6 @@ def test_labels_are_repeated_in_turn(run, save):
     np.testing.assert_array_equal(pixels("turn.png"), pixels("written.png"))
 
 
-def test_a_name_that_looks_like_a_number_is_a_name(run, save):
-    folder = save(class_names=["2", "1", "0"])
-    run("sample", folder, "--class-labels", 2, "--output", "name")
-    pipe = ITARFlowPipeline.from_pretrained(folder)
-    (expected,) = pipe("2", generator=torch.Generator().manual_seed(0)).images
-    (number,) = pipe(2, generator=torch.Generator().manual_seed(0)).images
-    assert np.array_equal(pixels(Path("name/000000.png")), np.asarray(expected))
-    assert not np.array_equal(np.asarray(expected), np.asarray(number))
-
-
 def test_images_may_be_denoised_in_lower_precision(run, save):
     folder = save()
     run("sample", folder, "--output", "exact.png")
@@ -115,14 +105,83 @@ def test_options_replace_the_checkpoints_defaults(run, save, words):
     assert not np.array_equal(pixels("default.png"), pixels("changed.png"))
 
 
+def test_every_part_of_guidance_is_an_option(run, save):
+    folder = save()
+    words = ("--guidance-rule", "gaussian", "--guidance-schedule", "constant", "--guidance-blocks", 0, 1)
+    run("sample", folder, "--output", "ours", *words, "--guidance-temperature", 0.7, "--guided", "scale", "shift")
+    guidance = Guidance(weight=1.5, rule="gaussian", schedule="constant", blocks=(0, 1), temperature=0.7)
+    pipe = ITARFlowPipeline.from_pretrained(folder)
+    expected = pipe([0, 1, 2], guidance=guidance, generator=torch.Generator().manual_seed(0)).images
+    for index, image in enumerate(expected):
+        np.testing.assert_array_equal(pixels(Path(f"ours/{index:06d}.png")), np.asarray(image))
+
+
 def test_without_classes_sixteen_images_are_made(run, save):
     assert "16 images in" in run("sample", save({"num_classes": 0}))
     assert Image.open("samples.png").size == (4 * 48 + 3 * 2, 4 * 48 + 3 * 2)
 
 
 def test_each_label_has_its_column(run, save):
-    run("sample", save(), "--class-labels", "bird", "cat", "--num-images", 5)
+    run("sample", save(), "--class-labels", "bird", "cat", "--num-images", 5, "--no-captions")
     assert Image.open("samples.png").size == (2 * 48 + 2, 3 * 48 + 2 * 2)
+
+
+def test_captions_name_the_classes_and_texts_tell_where_a_picture_is_from(run, save):
+    folder = save()
+    run("sample", folder, "--class-labels", "bird", "cat", "--num-images", 4)
+    run("sample", folder, "--class-labels", "bird", "cat", "--num-images", 4, "--no-captions", "--output", "bare.png")
+    run("sample", folder, "--class-labels", "bird", "bird", "cat", "--output", "each.png", "--seed", 3)
+    grid, each = Image.open("samples.png"), Image.open("each.png")
+    assert grid.size == (2 * 96 + 2, 21 + 2 * 96 + 2)  # a line of names, then the images
+    assert (pixels("samples.png")[:21] < 255).any()
+    assert np.array_equal(pixels("samples.png")[21:117:2, :96:2], pixels("bare.png")[:48, :48])
+    assert each.size == (2 * 96 + 2, 2 * (21 + 96))
+    assert each.text == {"checkpoint": str(folder.name), "seed": "3", "labels": "bird, bird, cat"}
+    run("sample", folder, "--class-labels", "dog", "-1", "--output", "images", "--seed", 7)
+    one = Image.open("images/000001.png")
+    assert one.text == {"checkpoint": str(folder.name), "seed": "7", "number": "1", "label": "none"}
+
+
+def test_a_folder_with_older_pictures_is_refused(run, refused, save):
+    folder = save()
+    run("sample", folder, "--num-images", 4, "--output", "images")
+    before = pixels("images/000000.png")
+    message = refused("sample", folder, "--num-images", 2, "--output", "images", "--seed", 1)
+    assert "--output images holds other files: 000000.png, 000001.png" in message
+    assert np.array_equal(pixels("images/000000.png"), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grid.webp", "can't be written as WEBP, with 98 x 17498 pixels"),
+        ("grid.ico", "as ICO in place of"),
+        ("grid.h5", "can't be written as HDF5"),
+    ],
+)
+def test_a_grid_that_its_format_can_not_hold_is_refused_before_sampling(refused, save, monkeypatch, name, message):
+    monkeypatch.setattr(ITARFlowPipeline, "__call__", lambda *_, **__: pytest.fail("has sampled"))
+    words = ("--class-labels", "dog", "cat", "--num-images", 700, "--no-captions", "--output", name)
+    assert message in refused("sample", save(), *words)
+    assert not Path(name).exists()
+
+
+def test_a_picture_that_can_not_be_written_is_no_picture(refused, save, monkeypatch):
+    def full(self, *_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert "No space left on device" in refused("sample", save())
+    assert not Path("samples.png").exists()
+
+
+def test_a_number_is_the_same_label_as_in_python_also_where_classes_are_called_by_numbers(run, save):
+    folder = save(class_names=["2", "10", "0"])
+    printed = run("sample", folder, "--class-labels", 2, "--output", "number")
+    assert "label 2 is the class '0'; the class that is called '2' has label 0" in printed
+    pipe = ITARFlowPipeline.from_pretrained(folder)
+    expected = pipe([2], generator=torch.Generator().manual_seed(0)).images[0]
+    np.testing.assert_array_equal(pixels(Path("number/000000.png")), np.asarray(expected))
 
 
 def test_images_do_not_depend_on_the_batch_size(run, save):
@@ -470,7 +529,7 @@ def test_an_unwritable_output_is_refused_before_sampling(refused, save, monkeypa
     [
         ((), ["train", "sample", "Generate images with a checkpoint", "itarflow train digits"]),
         (("train",), ["RECIPE", "accelerate launch recipes/digits.py", "--dry-run", "--resume"]),
-        (("sample",), ["--class-labels", "by name or number", "itarflow sample runs/digits/pipeline", "0 = off"]),
+        (("sample",), ["--class-labels", "by number as in Python", "itarflow sample runs/digits/pipeline", "0 = off"]),
         (("info",), ["A folder with a pipeline, or a Hugging Face Hub id"]),
         (("convert",), ["An official .pth file", "--to-official", "--t-max", "TARFlow's noise_std"]),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,57 +125,6 @@ def test_options_out_of_range(tmp_path: Path, options: dict[str, Any]) -> None:
     write_classes(tmp_path, {"a": 2})
     with pytest.raises(DataError, match=next(iter(options))):
         load(tmp_path, **options)
-
-
-# Columns
-
-
-@pytest.mark.parametrize("wrap", [lambda data: data, lambda data: {"bytes": data, "path": None}])
-def test_parquet_of_other_writers(tmp_path: Path, wrap: Callable[[bytes], Any]) -> None:
-    columns = {"pic": [wrap(encoded(value)) for value in range(4)], "label": pa.array([0, 2, None, 1])}
-    data = load(write_parquet(tmp_path / "any.parquet", columns))
-    assert values(data.train) == [0, 1, 2, 3]
-    assert data.class_names == ("0", "1", "2")
-    assert data.train.labels.tolist() == [0, 2, -1, 1]
-
-
-def test_labels_are_found_by_name_before_type(tmp_path: Path) -> None:
-    features = datasets.Features(
-        {
-            "coarse_label": datasets.ClassLabel(names=["x"]),
-            "fine_label": datasets.ClassLabel(names=["p", "q"]),
-            "img": datasets.Image(),
-            "number": datasets.Value("int16"),
-        }
-    )
-    images = [{"bytes": encoded(1), "path": None}] * 2
-    columns = {"coarse_label": [0, 0], "fine_label": [1, -1], "img": images, "number": [3, 1]}
-    file = write_parquet(tmp_path / "a.parquet", columns, features)
-    assert load(file).class_names == ("p", "q")
-    assert load(file).train.labels.tolist() == [1, -1]
-    assert load(file, label_column="coarse_label", image_column="img").class_names == ("x",)
-    assert load(file, label_column="number").train.labels.tolist() == [3, 1]
-    assert load(file, label_column="number").class_names == ("0", "1", "2", "3")
-
-
-def test_columns_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    images = [encoded(1)] * 2
-    columns = {"image": images, "label": ["x", "y"], "negative": [-1, 0], "half": [0.5, 1.0]}
-    file = write_parquet(tmp_path / "a.parquet", columns)
-    with pytest.raises(DataError, match=r"'label' is Value.'string'.*ClassLabel"):
-        load(file, label_column="label")
-    with pytest.raises(DataError, match="'half'"):
-        load(file, label_column="half")
-    with pytest.raises(DataError, match="'gone' is missing"):
-        load(file, label_column="gone")
-    with pytest.raises(DataError, match="'negative' holds -1"):
-        load(file, label_column="negative")
-    with pytest.raises(DataError, match=r"image_column 'half' has no images.*'image'"):
-        load(file, image_column="half")
-    with pytest.warns(UserWarning, match=r"'label'.*unlabelled"):
-        assert load(file).class_names == ()
-    with pytest.raises(DataError, match="no column of type Image among"):
-        load(write_parquet(tmp_path / "b.parquet", {"text": ["a"]}))
 
 
 # Images of a set

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +18,12 @@ from itarflow.data.dataset import ImageDataset
 from itarflow.data.prepare.shards import (
     Reader,
     Shard,
+    file_sha256,
     plan_shards,
     read_ahead,
-    read_content,
     read_contents,
     show_shards,
+    stored_files,
     write_shard,
 )
 from itarflow.runtime.errors import DataError
@@ -31,11 +33,11 @@ FEATURES = datasets.Features({"value": datasets.Value("int64")})
 
 
 def shard(folder: Path, count: int) -> Shard:
-    return plan_shards(folder, {"train": count}, count)[0]
+    return plan_shards(folder, {"train": count}, count, {})[0]
 
 
 def test_each_row_lies_in_one_file(tmp_path: Path) -> None:
-    shards = plan_shards(tmp_path, {"train": 7, "test": 2, "none": 0}, 3)
+    shards = plan_shards(tmp_path, {"train": 7, "test": 2, "none": 0}, 3, {})
     assert [(one.path.name, list(one.rows)) for one in shards] == [
         ("train-00000-of-00003.parquet", [0, 1, 2]),
         ("train-00001-of-00003.parquet", [3, 4, 5]),
@@ -49,12 +51,14 @@ def test_row_groups_are_full_whatever_is_left_out(tmp_path: Path) -> None:
     rows = [f"row {row}: broken" if row == 5 else {"value": row, "other": 0} for row in one.rows]
     content = write_shard(one, FEATURES, rows, lambda: {"sums": [0.1, 2]})
     assert (content.images, content.broken, content.notes) == (299, ("row 5: broken",), {"sums": [0.1, 2]})
-    footer = pq.read_metadata(one.hidden)
+    assert content.path == one.hidden(file_sha256(content.path))
+    footer = pq.read_metadata(content.path)
     assert [footer.row_group(index).num_rows for index in range(3)] == [128, 128, 43]
-    assert pq.read_table(one.hidden)["value"].to_pylist() == [row for row in range(300) if row != 5]
-    assert read_content(one.hidden) == content
-    show_shards([one])
+    assert pq.read_table(content.path)["value"].to_pylist() == [row for row in range(300) if row != 5]
     assert read_contents([one], {}) == {one: content}
+    recorded = stored_files({one: content})
+    show_shards({one: content})
+    assert read_contents([one], {}, recorded) == {one: replace(content, path=one.path)}
     assert os.listdir(tmp_path) == ["train-00000-of-00001.parquet"]
 
 
@@ -74,7 +78,7 @@ class _Rows(Dataset[tuple[str, int]]):
 
 
 def test_no_batch_lies_in_two_files(tmp_path: Path) -> None:
-    shards = plan_shards(tmp_path, {"train": 5, "test": 1}, 3)
+    shards = plan_shards(tmp_path, {"train": 5, "test": 1}, 3, {})
     state = torch.get_rng_state()
     batches = read_ahead(_Rows(), shards, batch_size=2, num_workers=0)
     assert list(batches) == [[("train", 0), ("train", 1)], [("train", 2)], [("train", 3), ("train", 4)], [("test", 0)]]
@@ -88,7 +92,7 @@ def test_a_worker_that_dies_with_a_batch_in_hand_is_told(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("itarflow.data.prepare.shards.without_alarm", dying)
     with pytest.raises(DataError, match=r"died \(Connection reset.* fewer num_workers"):
-        list(read_ahead(_Rows(), plan_shards(tmp_path, {"train": 5}, 3), batch_size=2, num_workers=0))
+        list(read_ahead(_Rows(), plan_shards(tmp_path, {"train": 5}, 3, {}), batch_size=2, num_workers=0))
 
 
 def test_two_commands_do_not_write_into_one_folder(tmp_path: Path) -> None:

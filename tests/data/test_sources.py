@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from itarflow.runtime.errors import DataError
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("x") / "cache")
 
 
 def test_digits_have_one_split() -> None:
@@ -188,6 +189,53 @@ def test_parquet_names_that_tell_the_split_or_none(tmp_path: Path, names: list[s
     assert values(load(tmp_path).train) == ([0, 1] if names[0] == "x.parquet" else [0])
 
 
+def test_pictures_beside_parquet_are_told(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x" / "a.parquet", typed_columns(2), TYPED)
+    write_image(tmp_path / "x" / "overview.png")
+    left_out = load(tmp_path / "x").left_out
+    assert left_out == ("1 picture beside parquet files, such as x/overview.png",)
+
+
+def test_unknown_files_beside_parquet_are_told(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x" / "a.parquet", typed_columns(2), TYPED)
+    for name in ("README.md", "prepare.json", "LICENSE", "b.parquet.part"):
+        (tmp_path / "x" / name).write_text("?")
+    (tmp_path / "x" / "c.parquet").symlink_to("nowhere")
+    assert load(tmp_path / "x").left_out == (
+        "1 file of an unknown kind (1 .part) in x/, such as x/b.parquet.part",
+        "1 link to nowhere in x/, such as x/c.parquet",
+    )
+
+
+def test_parquet_that_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with pytest.raises(DataError, match=r"pipe\.parquet' is not a readable parquet file: .*no regular file"):
+        load(tmp_path / "pipe.parquet")
+
+
+def test_cache_that_cannot_be_written_is_not_blamed_on_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_parquet(tmp_path / "a.parquet", typed_columns(2), TYPED)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(DataError, match=r"cache of data sets can't be used: .*file/cache.*HF_HOME.*streaming"):
+        load(file)
+    assert len(load(file, streaming=True).train) == 2
+
+
+@pytest.mark.parametrize(
+    "full", [OSError(errno.ENOSPC, "No space left on device"), OSError("Not enough disk space. N")]
+)
+def test_full_cache_is_not_blamed_on_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: OSError) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise datasets.exceptions.DatasetGenerationError("An error occurred") from full
+
+    monkeypatch.setattr(datasets.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(DataError, match=r"is full .*HF_DATASETS_CACHE"):
+        load(write_parquet(tmp_path / "a.parquet", typed_columns(2), TYPED))
+
+
 def test_parquet_file_without_split_among_splits_is_refused(tmp_path: Path) -> None:
     for name in ("train", "extra"):
         write_parquet(tmp_path / f"{name}.parquet", typed_columns(1), TYPED)
@@ -305,6 +353,7 @@ def test_parquet_of_the_hub_is_streamed() -> None:
     assert data.class_names == ("a", "b")
     assert data.train.row_groups is not None
     assert data.train.row_groups.tolist() == [2, 2, 2, 2, 1] * 2
+    assert values(load("some/set", streaming=True, split="val").train) == list(range(9))
     with pytest.raises(DataError, match=r"'test'.*train, validation"):
         load("some/set", streaming=True, split="test")
 

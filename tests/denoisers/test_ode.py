@@ -307,6 +307,12 @@ def test_sde_image_depends_on_its_own_generator_alone(noisy):
     assert not torch.allclose(together, other, atol=0.01)
 
 
+def test_the_noise_of_a_seed_depends_on_no_type(noisy):
+    schedule = DenoiseScheduler(t_max=T_MAX, t_min=T_MIN, num_denoise_steps=5, method="sde")
+    found = [denoise(gaussian, noisy.to(dtype), None, schedule, generator=seeded()) for dtype in (torch.float32, None)]
+    torch.testing.assert_close(found[0].double(), found[1], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("method", ODE_METHODS)
 def test_the_ode_draws_nothing(noisy, method):
     generator = seeded()
@@ -345,13 +351,20 @@ IMPOSSIBLE = [
     ({"method": "dpm"}, "method is 'dpm'.*euler, heun, multistep, predictor-corrector, sde"),
     ({"spacing": "log"}, "spacing is 'log'.*even, quadratic"),
     ({"spacing": "log", "num_denoise_steps": 1}, "spacing is 'log'"),
-    ({"num_denoise_steps": 0}, "num_denoise_steps is 0.*>= 1"),
-    ({"num_denoise_steps": 0, "method": "heun"}, "num_denoise_steps is 0.*>= 1"),
+    ({"num_denoise_steps": 0}, "num_denoise_steps is 0.*from 1 "),
+    ({"num_denoise_steps": 0, "method": "heun"}, "num_denoise_steps is 0.*from 1 "),
     ({"num_denoise_steps": -3}, "num_denoise_steps is -3"),
-    ({"t_max": 0.0}, r"t_max is 0\.0.*> 0"),
+    ({"t_max": 0.0}, r"t_max is 0\.0.*finite number from 1e-18 "),
     ({"t_max": math.inf}, "t_max is inf"),
     ({"t_max": math.nan}, "t_max is nan"),
-    ({"t_min": 0.0}, r"t_min=0\.0.*expected 0 < t_min < t_max"),
+    ({"t_min": 0.0}, r"t_min is 0\.0.*from 1e-18 "),
+    ({"t_min": 1e-320}, "t_min is 1e-320"),
+    ({"t_max": 1e308}, r"t_max is 1e\+308"),
+    ({"num_denoise_steps": 2_000_000_000}, "num_denoise_steps is 2000000000.*to 100,000"),
+    ({"num_denoise_steps": 2.0}, r"num_denoise_steps is 2\.0"),
+    ({"num_denoise_steps": True}, "num_denoise_steps is True"),
+    ({"clip": 1}, "clip is 1; expected True or False"),
+    ({"method": ["euler"]}, r"method is \['euler'\]"),
     ({"t_min": 0.3}, r"t_min=0\.3, t_max=0\.3"),
     ({"t_min": 0.5, "method": "heun"}, r"t_min=0\.5, t_max=0\.3"),
 ]

@@ -361,3 +361,17 @@ def test_the_score_refuses_what_log_prob_refuses(make_flow, make_inputs, labels,
 def test_the_score_refuses_images_of_another_shape(make_flow):
     with pytest.raises(ValueError, match="images have shape"):
         FlowDenoiser(make_flow()).score(torch.zeros(2, 2, 4, 5), None, 0.2)
+
+
+def test_a_flow_without_a_noise_level_needs_none(make_flow, make_inputs):
+    for noise_range in ((0.05, 0.05), None):
+        flow = make_flow(noise_conditioned=False, noise_range=noise_range)
+        images, labels, _ = make_inputs(flow)
+        denoiser = FlowDenoiser(flow, slice_size=2)
+        assert torch.equal(denoiser.score(images, labels), denoiser.score(images, labels, 0.05))
+
+
+def test_a_flow_with_noise_levels_needs_one(make_flow, make_inputs):
+    flow = make_flow()
+    with pytest.raises(ValueError, match="noise_level is missing"):
+        FlowDenoiser(flow).score(*make_inputs(flow)[:2])

@@ -24,10 +24,10 @@ from itarflow.codec import PixelCodec, VaeCodec, to_uint8
 from itarflow.commands import cli
 from itarflow.denoisers import DiffusionDenoiser
 from itarflow.evaluation.compare import Comparison, compare, nats_per_dim, residual_noise
-from itarflow.evaluation.evaluate import save_samples
 from itarflow.evaluation.samples.denoising import VARIANTS, Denoising, variants_of
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.evaluation.samples.generate import Batch, Generation, generate
+from itarflow.evaluation.scoring import save_samples
 from itarflow.inverse import Jacobi, sequential
 from itarflow.pipeline.plan import InversePlan
 from itarflow.runtime.seeds import image_generators

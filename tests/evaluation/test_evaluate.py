@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +20,18 @@ from tiny_extractor import TinyExtractor
 from torch import Tensor
 
 from itarflow import ITARFlowPipeline
+from itarflow.commands import cli
+from itarflow.commands.options import default_folder
 from itarflow.data import DataConfig
-from itarflow.evaluation import evaluate as evaluating
+from itarflow.evaluation import evaluate as evaluate_it
+from itarflow.evaluation import scoring as evaluating
+from itarflow.evaluation.conversion import as_scripts_see
 from itarflow.evaluation.metrics.features import Sums, frechet_distance
 from itarflow.evaluation.metrics.reference import reference_of
 from itarflow.evaluation.samples.denoising import variants_of
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.evaluation.samples.generate import Generation
+from itarflow.inverse import Guidance
 
 FIGURES = ["frechet_distance", "kernel_distance", "precision", "recall"]
 
@@ -141,7 +148,7 @@ def test_images_that_are_not_finite_are_counted(evaluate: Run, monkeypatch: pyte
 @pytest.mark.slow
 def test_the_crop_is_that_of_the_training(evaluate: Run, refused: Run, tmp_path: Path) -> None:
     pipe = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline")
-    pipe.record(tmp_path / "pipeline", "training", {"name": "tiny", "recipe": {"data": {"crop": "adm"}}})
+    pipe.record(tmp_path / "pipeline", "training", lambda _: {"name": "tiny", "recipe": {"data": {"crop": "adm"}}})
     assert "the checkpoint was trained on images with crop adm" in refused("--crop", "edm")
     evaluate()
     assert report()["reference"]["crop"] == "adm"
@@ -152,7 +159,7 @@ def test_what_others_have_noted_meanwhile_stays(
 ) -> None:
     def scored(*rest: Any, **options: Any) -> Any:
         pipe = ITARFlowPipeline.from_pretrained(tmp_path / "pipeline")
-        pipe.record(tmp_path / "pipeline", "evaluations", {"another one": "FID 3"})
+        pipe.record(tmp_path / "pipeline", "evaluations", lambda _: {"another one": "FID 3"})
         return real(*rest, **options)
 
     real = evaluating.scores_of
@@ -224,3 +231,135 @@ def test_a_stop_is_told_with_the_way_on(
         evaluate()
     assert exit_.value.code == 130
     assert "The same command goes on with evaluation later." in capsys.readouterr().err
+
+
+def test_every_part_of_guidance_can_be_evaluated(evaluate: Run, refused: Run) -> None:
+    words = ("--guidance-rule", "gaussian", "--guidance-schedule", "constant", "--guidance-blocks", 1)
+    evaluate("--ways", "self", *words, "--guided", "shift", "--guidance-temperature", 0.8, "--output", "other")
+    wanted = {"weight": 1.0, "rule": "gaussian", "schedule": "constant", "blocks": 1, "shift": True, "scale": False,
+              "temperature": 0.8}  # fmt: skip
+    assert report("other")["guidance"] == report("other")["samples"]["guidance"] == wanted
+    noted = ITARFlowPipeline.from_pretrained("pipeline").config.evaluations
+    assert "guidance rule gaussian" in next(iter(noted))
+    assert "temperature is 0" in refused("--guidance-temperature", 0)
+
+
+def test_the_function_gives_what_the_command_gives(evaluate: Run, tmp_path: Path) -> None:
+    evaluate("--guidance-weight", 2)
+    pipe = ITARFlowPipeline.from_pretrained("pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    data = DataConfig(path="photos", num_workers=0)
+    options: dict[str, Any] = {"num_samples": 10, "extractor": TinyExtractor(), "cache": tmp_path / "kept"}
+    found = evaluate_it(pipe, data, guidance=Guidance(weight=2.0), batch_size=4, **options)
+    for way, scores in report()["ways"].items():
+        assert found[way].to_json() == scores
+    assert not list(Path(tempfile.gettempdir()).glob("itarflow-*/evaluation"))
+    with pytest.raises(ValueError, match="num_samples is 1"):
+        evaluate_it(pipe, data, **{**options, "num_samples": 1})
+
+
+def test_the_official_protocol_truncates_and_flips(evaluate: Run) -> None:
+    evaluate("--ways", "raw")
+    evaluate("--ways", "raw", "--protocol", "official", "--output", "official")
+    ours, theirs = (open_samples(Path(folder, "raw")).read(0, 10).int() for folder in ("evaluation", "official"))
+    assert set((ours - theirs).flatten().tolist()) == {0, 1}
+    assert report("official")["ways"]["raw"]["reference"] == "photos, split train, flipped, truncated"
+    assert "flip real images at random: see --protocol official" in report()["protocol"]
+    assert report("official")["conversion"].startswith("truncate(255 * 0.5 * (clip(x, -1, 1) + 1))")
+    assert "made otherwise: conversion: round" in refused_again(evaluate, "--ways", "raw", "--protocol", "official")
+    words = ("--reference", "a.npz", "--protocol", "official", "--output", "new")
+    assert "flips real images at random" in refused_again(evaluate, *words, data=None)
+
+
+def refused_again(evaluate: Run, *words: object, **options: Any) -> str:
+    """The message of a call after others."""
+    messages = list[str]()
+
+    def refuse(error: Exception) -> None:
+        messages.append(str(error))
+        sys.exit(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("itarflow.runtime.processes.refuse", refuse)
+        with pytest.raises(SystemExit):
+            evaluate(*words, **options)
+    return messages[0]
+
+
+def test_a_quarter_of_the_real_levels_loses_one_and_images_are_flipped_by_their_number() -> None:
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    images = levels.expand(64, 1, 16, 16)
+    seen = as_scripts_see(images, 0)
+    flipped = torch.tensor([not torch.equal(one.sort(dim=-1).values, one) for one in seen])
+    assert 20 < int(flipped.sum()) < 44
+    assert torch.equal(as_scripts_see(images[:8], 8), seen[8:16])
+    whole = torch.where(flipped[:, None, None, None], seen.flip(-1), seen)
+    assert int((levels.int() - whole[0].int()).sum()) == 63
+
+
+def test_results_lie_beside_the_pipeline_of_a_run_or_are_named_after_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert default_folder(tmp_path / "run" / "pipeline", "evaluation") == Path("run-evaluation")
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    assert default_folder(tmp_path / "run" / "pipeline", "sweep") == tmp_path / "run" / "sweep"
+    assert default_folder("somebody/digits", "evaluation") == Path("digits-evaluation")
+
+
+def test_evaluations_are_shown_in_one_table(evaluate: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate("--ways", "raw", "self", "--output", "one/evaluation")
+    evaluate("--ways", "raw", "--seed", 2, "--output", "two/evaluation")
+    capsys.readouterr()
+    cli.main(["table", "one/evaluation", "two/evaluation/evaluation.json"])
+    printed = capsys.readouterr().out
+    for folder in ("one/evaluation", "two/evaluation"):
+        value = report(folder)["ways"]["raw"]["figures"]["frechet_distance"]["value"]
+        assert f"{value:.4g}" in printed
+    assert "10 samples against photos, split train, by tiny" in printed
+    assert "do not compare" not in printed
+    evaluate("--ways", "raw", "--num-samples", 12, "--output", "three")
+    capsys.readouterr()
+    cli.main(["table", "one/evaluation", "three"])
+    printed = capsys.readouterr().out
+    assert "figures that do not compare" in printed
+    assert "three: 12 samples against photos" in printed
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"checkpoint": 3}', '{"checkpoint": "a", "ways": {"raw": 1}}'])
+def test_damaged_files_of_an_evaluation_are_named(
+    evaluate: Run, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    evaluate("--ways", "raw")
+    whole = report()
+    Path("evaluation", "evaluation.json").write_text(content)
+    with pytest.raises(SystemExit):
+        cli.main(["table", "evaluation"])
+    assert "evaluation.json is damaged" in " ".join(capsys.readouterr().err.split())
+    Path("evaluation", "raw", "scores.json").write_text(content)  # is made again
+    evaluate("--ways", "raw")
+    assert report()["ways"] == whole["ways"]
+
+
+def test_a_folder_of_photographs_is_not_written_into(evaluate: Run) -> None:
+    before = sorted(Path("photos").rglob("*"))
+    assert "photos holds other things" in refused_again(evaluate, "--output", "photos")
+    assert sorted(Path("photos").rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("training", "x"), ("training", {"recipe": None}), ("training", {"recipe": {"data": [1]}}), ("evaluations", [1]),
+     ("training", {"recipe": {"data": {"crop": 3}}}), ("evaluations", 1e308)],
+)  # fmt: skip
+def test_a_checkpoint_with_foreign_settings_is_refused_before_the_work(
+    evaluate: Run, field: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("pipeline", "model_index.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    if value == {"recipe": None}:  # says nothing
+        evaluate("--ways", "raw")
+        return
+    with pytest.raises(SystemExit) as exit_:
+        evaluate("--ways", "raw")
+    assert exit_.value.code == 1
+    assert field in capsys.readouterr().err
+    assert not list(Path("evaluation").rglob("*.safetensors"))

@@ -35,7 +35,7 @@ def test_images_of_one_colour_have_their_brightness_and_nothing_else():
     images = flat(0, 7, 255)
     assert background_brightness(images).tolist() == [0, 7, 255]
     assert background_contrast(images).tolist() == [0, 0, 0]
-    assert fine_detail(images).abs().max() < 1e-3
+    assert fine_detail(images).min() > 0.8  # that of rounding alone: what has no structure is not blurred
 
 
 def test_a_colour_is_not_black_because_one_channel_is():
@@ -60,7 +60,7 @@ def test_the_background_is_what_half_of_the_border_is():
 
 @pytest.mark.parametrize(("period", "share"), [(2.56, 1.0), (3.2, 1.0), (8, 0.0), (16, 0.0)])
 def test_waves_are_fine_if_they_are_shorter_than_four_pixels(period, share):
-    assert fine_detail(stripes(period)).item() == pytest.approx(share, abs=0.01)
+    assert fine_detail(stripes(period)).item() == pytest.approx(share, abs=0.06)  # windows cut the waves
 
 
 def test_fine_detail_does_not_depend_on_brightness_or_contrast():
@@ -92,6 +92,25 @@ def test_planted_failures_are_lower_than_all_whole_images(channels):
         whole, failed = part.measure(images), part.measure(failures[part.name])
         assert whole.shape == (200,)
         assert threshold(whole, 0.02) > failed.quantile(0.95)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    "part",
+    [
+        (slice(16, 32), slice(None)),
+        (slice(None), slice(16)),
+        (slice(8, 24), slice(8, 24)),
+        (slice(16, 32), slice(16, 32)),
+    ],
+    ids=["lower half", "left half", "middle quarter", "last quarter"],
+)
+def test_blur_of_a_part_is_lower_than_nearly_all_whole_images(channels, part):
+    images = natural_images(400, 32, channels)
+    some = images.clone()
+    some[..., part[0], part[1]] = blurred(images)[..., part[0], part[1]]
+    whole = threshold(fine_detail(images), 0.02)
+    assert (fine_detail(some) < whole).float().mean() > 0.9
 
 
 def test_images_are_measured_one_by_one():

@@ -1,15 +1,17 @@
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_vae
+from safetensors.torch import load_file, save_file
 
 from itarflow.codec import PixelCodec, to_uint8
 from itarflow.denoisers import DenoiseScheduler
 from itarflow.evaluation.samples.denoising import VARIANTS, Denoising, variants_of
-from itarflow.evaluation.samples.files import open_samples
+from itarflow.evaluation.samples.files import open_samples, shard_name, write_shard
 from itarflow.evaluation.samples.generate import Generation, begin_generation, labels_by, save
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance, sequential
@@ -101,6 +103,97 @@ def test_a_folder_goes_on_only_with_what_began_it(tmp_path: Path, changes: dict[
     (tmp_path / "samples.json").write_text("{")
     with pytest.raises(DataError, match="damaged"):
         begin_generation(generation(), tmp_path)
+
+
+def test_a_folder_of_other_things_is_not_written_into(tmp_path: Path) -> None:
+    (tmp_path / "cat.jpg").write_bytes(b"a photograph")
+    with pytest.raises(DataError, match=r"holds other things, of unknown origin, such as cat.jpg"):
+        begin_generation(generation(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]
+
+
+def test_a_refusal_says_what_differs_and_no_checksums(tmp_path: Path) -> None:
+    begin_generation(generation(), tmp_path)
+    other = tiny()
+    with torch.no_grad():
+        next(other.flow.parameters()).add_(1)
+    changed = generation(other, guidance=Guidance(weight=2.0, rule="gaussian"))
+    with pytest.raises(DataError) as refusal:
+        begin_generation(changed, tmp_path)
+    message = str(refusal.value)
+    for words in ("other flow; ", "guidance.weight: 1.0 there, 2.0 now", "guidance.rule: scale there, gaussian now"):
+        assert words in message
+    assert "self samples: other denoiser" in message
+    assert re.search("[0-9a-f]{16}", message.replace(str(tmp_path), "")) is None
+
+
+def _swapped(folder: Path) -> None:
+    (folder / shard_name(4, 8)).write_bytes((folder / shard_name(0, 4)).read_bytes())
+
+
+def _flipped(folder: Path) -> None:
+    path = folder / shard_name(4, 8)
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(bytes(content))
+
+
+def _fewer(folder: Path) -> None:
+    path = folder / shard_name(4, 8)
+    some = {name: tensor[:3] for name, tensor in load_file(path).items()}
+    write_shard(path, some["images"], some["labels"], some["broken"], "")
+
+
+def _others(folder: Path) -> None:
+    path = folder / shard_name(4, 8)
+    tensors = load_file(path)
+    write_shard(path, 255 - tensors["images"], tensors["labels"], tensors["broken"], "another seed's")
+
+
+def _without_a_checksum(folder: Path) -> None:
+    path = folder / shard_name(4, 8)
+    save_file(load_file(path), path)
+
+
+@pytest.mark.parametrize("spoil", [_swapped, _flipped, _fewer, _others, _without_a_checksum])
+def test_files_that_are_not_what_they_were_are_refused_and_made_again(tmp_path: Path, spoil: Any) -> None:
+    wanted = generation()
+    whole = make(wanted, tmp_path)["self"]
+    spoil(tmp_path / "self")
+    with pytest.raises(DataError, match=r"00000004-00000008\.safetensors is not what its name says"):
+        open_samples(tmp_path / "self")
+    reports = list[str]()
+    assert begin_generation(wanted, tmp_path, report=reports.append) == 4
+    assert reports[0].startswith("1 files of samples are made again")
+    save(wanted, tmp_path)
+    assert torch.equal(open_samples(tmp_path / "self").read(0, 10), whole)
+
+
+def test_files_more_or_fewer_than_asked_for_are_refused(tmp_path: Path) -> None:
+    wanted = generation()
+    make(wanted, tmp_path)
+    last = tmp_path / "raw" / shard_name(8, 10)
+    stray = tmp_path / "raw" / shard_name(10, 12)
+    stray.write_bytes(last.read_bytes())
+    with pytest.raises(DataError, match=r"00000010-00000012\.safetensors is not of these 10 images"):
+        begin_generation(wanted, tmp_path)
+    with pytest.raises(DataError, match="is not what its name says"):
+        open_samples(tmp_path / "raw")
+    stray.unlink()
+    last.unlink()
+    with pytest.raises(DataError, match=r"holds 8 images, but 10 by its samples.json"):
+        open_samples(tmp_path / "raw")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "3", '{"num_samples": 10, "cleaning": []}', '{"cleaning": {}}', "[" * 10**5]
+)
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    make(generation(), tmp_path)
+    (tmp_path / "samples.json").write_text(content)
+    for use in (lambda: begin_generation(generation(), tmp_path), lambda: open_samples(tmp_path / "raw")):
+        with pytest.raises(DataError, match=r"samples.json is damaged"):
+            use()
 
 
 def test_the_last_file_is_inverted_as_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

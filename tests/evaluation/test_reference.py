@@ -1,12 +1,15 @@
 """Statistics of real images: computed once, kept, read from files, and refused if they are of something else."""
 
+import io
 import os
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from image_files import TYPED, damage, typed_columns, write_image, write_parquet
+from safetensors import SafetensorError
 from tiny_extractor import TinyExtractor, tiny_inception
 
 from itarflow.data import DataConfig
@@ -154,7 +157,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, folder, options):
         with pytest.raises(OSError, match="no file"):
             read(tmp_path / name, options)
     (tmp_path / "text.npz").write_text("no archive")
-    with pytest.raises(ValueError, match="no readable"):
+    with pytest.raises(ValueError, match="no whole"):
         read(tmp_path / "text.npz", options)
 
 
@@ -205,5 +208,37 @@ def test_npz_files_of_another_size_or_shape_are_refused(tmp_path, options):
 
 def test_pickles_in_npz_files_are_not_opened(tmp_path, options):
     np.savez(tmp_path / "evil.npz", mu=np.array([{}] * POOL_FEATURES, dtype=object), sigma=np.eye(POOL_FEATURES))
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ValueError, match="Python objects"):
         read(tmp_path / "evil.npz", options, extractor=tiny_inception())
+
+
+def test_statistics_that_can_not_be_kept_are_used_all_the_same(folder, options, monkeypatch):
+    whole = compute(folder, options | {"cache": options["cache"].parent / "other"})
+
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(references, "save_file", full)
+    with pytest.warns(UserWarning, match=r"could not be kept: .*No space left on device"):
+        found = compute(folder, options)
+    assert torch.equal(found.pool.covariance, whole.pool.covariance)
+    assert kept(options) == []
+
+
+def test_a_flipped_bit_of_kept_statistics_is_noticed(folder, options):
+    compute(folder, options)
+    (path,) = kept(options)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(RunError, match="its checksum is that of other numbers"):
+        compute(folder, options)
+
+
+def test_an_npz_that_claims_more_than_it_holds_is_refused(tmp_path, options):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**13, 8, 8, 3)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+    with pytest.raises(ValueError, match="more than the file holds"):
+        read(tmp_path / "a.npz", options)

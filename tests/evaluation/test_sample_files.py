@@ -1,4 +1,7 @@
+import io
+import os
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +128,76 @@ def test_pictures_of_two_sizes_are_refused(tmp_path: Path) -> None:
         Image.new("RGB", (size, size)).save(tmp_path / f"{size}.png")
     with pytest.raises(DataError, match="5 x 5 pixels, others 4 x 4"):
         open_samples(tmp_path).read(0, 2)
+
+
+def test_pictures_of_16_bits_are_scaled_as_for_training(tmp_path: Path) -> None:
+    deep = np.array([[0, 256], [32768, 65535]], np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    samples = open_samples(tmp_path)
+    assert samples.image_shape == (1, 2, 2)
+    assert samples.read(0, 1).flatten().tolist() == pytest.approx([0, 1, 128, 255], abs=1)
+
+
+def test_pictures_that_are_none_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n")
+    with pytest.raises(DataError, match=r"a.png can't be read"):
+        open_samples(tmp_path)
+    os.remove(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(DataError, match="no regular file"):
+        open_samples(tmp_path)
+
+
+def _npz(path: Path, shape: tuple[int, ...], content: bytes = b"", labels: np.ndarray | None = None) -> Path:
+    """An .npz file whose header claims a shape."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", header.getvalue() + content)
+        if labels is not None:
+            array = io.BytesIO()
+            np.save(array, labels, allow_pickle=labels.dtype.hasobject)
+            archive.writestr("arr_1.npy", array.getvalue())
+    return path
+
+
+@pytest.mark.parametrize("count", [10**13, 10**30])
+def test_an_npz_that_claims_more_than_it_holds_is_refused_before_memory_is_taken(tmp_path: Path, count: int) -> None:
+    path = _npz(tmp_path / "a.npz", (count, 8, 8, 3), bytes(192))
+    with pytest.raises(DataError, match="more than the file holds"):
+        open_samples(path)
+
+
+def test_what_is_no_npz_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"no whole \.npz file"):
+        open_samples(path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros((2, 4, 4, 3), np.uint8))
+    with pytest.raises(DataError, match=r"no whole \.npz file"):
+        open_samples(path)
+    with pytest.raises(DataError, match=r"arr_0 of uint8, shape \(0, 4, 4, 3\)"):
+        open_samples(_npz(path, (0, 4, 4, 3)))
+    with pytest.raises(DataError, match="Python objects"):
+        open_samples(_npz(path, (1, 2, 2, 3), bytes(12), np.array([{}])))
+
+
+@pytest.mark.parametrize(
+    "labels", [np.arange(3), np.zeros((2, 1), np.int64), np.array([0.5, 1]), np.array(["a", "b"])]
+)
+def test_labels_that_do_not_fit_the_images_are_refused(tmp_path: Path, labels: np.ndarray) -> None:
+    path = _npz(tmp_path / "a.npz", (2, 2, 2, 3), bytes(24), labels)
+    with pytest.raises(DataError, match="expected a label, a whole number, for each of the 2 images"):
+        open_samples(path)
+
+
+def test_pngs_of_others_are_not_counted_as_samples(tmp_path: Path) -> None:
+    samples = stored(tmp_path / "raw", pictures(3), 2)
+    write_png(samples, tmp_path / "png")
+    Image.new("RGB", (6, 6)).save(tmp_path / "png" / "00000001.png")
+    write_png(samples, tmp_path / "png")
+    assert torch.equal(open_samples(tmp_path / "png").read(0, 3), pictures(3))
+    Image.new("RGB", (6, 6)).save(tmp_path / "png" / "00000003.png")
+    with pytest.raises(DataError, match=r"other things than these 3 samples: 00000003.png"):
+        write_png(samples, tmp_path / "png")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.commands.sweep import table_of
-from itarflow.evaluation import evaluate as evaluating
+from itarflow.evaluation import scoring as evaluating
 from itarflow.evaluation import sweep_plots as curves
 from itarflow.evaluation.metrics.scores import Figure, Scores
 from itarflow.evaluation.samples import generate as generating
@@ -299,3 +299,36 @@ def test_wide_grids_of_images_go_on_below(itarflow: Run) -> None:
         assert folded.width == 3 * 98 - 2  # the three ways of a setting stay together
         assert folded.height > 4 * 96
         assert flat.height - 2 * 96 < 96  # two rows and a title
+
+
+@pytest.mark.usefixtures("uncurved")
+def test_temperatures_and_methods_are_swept_over(itarflow: Run) -> None:
+    words = ("--guidance-weights", 1, 2, "--guidance-temperatures", 0.8, 1.2, "--method", "heun", "euler")
+    printed = itarflow("sweep", *words, "--num-denoise-steps", 1, 3, "--guidance-rule", "gaussian")
+    found = [(one["guidance_weight"], one["temperature"], one["num_denoise_steps"], one["method"]) for one in cells()]
+    assert found == list(itertools.product((1, 2), (0.8, 1.2), (1, 3), ("heun", "euler")))
+    assert {"tau", "method"} <= set(printed.replace("│", " ").replace("┃", " ").split())
+    manifest = json.loads(Path("sweep", "guidance-2_tau-0.8_t-0.5", "samples.json").read_text())
+    assert (manifest["guidance"]["temperature"], manifest["guidance"]["rule"]) == (0.8, "gaussian")
+    assert manifest["cleaning"]["steps-03-heun"]["method"] == "heun"
+    with Path("sweep", "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    assert (rows[0]["temperature"], rows[0]["method"]) == ("0.8", "heun")
+    assert Image.open(Path("sweep", "sweep_samples.png")).width > 0
+
+
+def test_curves_have_an_axis_for_each_setting_with_several_values(tmp_path: Path) -> None:
+    settings = [
+        Setting(0.5, weight, steps, tau, method)
+        for weight, steps, tau, method in itertools.product((1.0, 2.0), (1, 4), (0.8, 1.2), ("euler", "heun"))
+    ] + [Setting(0.5, 1.0, 0, 0.8)]
+    scores = {
+        one: Scores({"fid": Figure("FID", "", number + 1.0)}, "tiny", 10, 0, "photos", 16, 16, ())
+        for number, one in enumerate(settings)
+    }
+    draw_curves(scores, tmp_path / "all.png")
+    few = {one: value for one, value in scores.items() if one.temperature == 0.8 and one.method == "euler"}
+    draw_curves(few, tmp_path / "few.png")
+    heights = [Image.open(tmp_path / name).height for name in ("all.png", "few.png")]
+    assert heights[0] == pytest.approx(2 * heights[1], rel=0.05)  # weight, temperature, steps, method; weight, steps

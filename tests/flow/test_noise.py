@@ -76,11 +76,14 @@ def test_dequantised_images_round_down_to_their_grey_levels(u):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"t_min": 0.0}, r"t_min=0\.0"),
-        ({"t_min": -0.1}, r"t_min=-0\.1"),
+        ({"t_min": 0.0}, r"t_min is 0\.0"),
+        ({"t_min": -0.1}, r"t_min is -0\.1"),
+        ({"t_min": 1e-320}, "t_min is 1e-320"),  # 0 in float32
+        ({"t_max": 1e308}, r"t_max is 1e\+308"),
+        ({"t_max": "0.3"}, "t_max is '0.3'"),
         ({"t_min": 0.5, "t_max": 0.3}, r"t_min=0\.5, t_max=0\.3"),
-        ({"t_max": math.inf}, "t_max=inf"),
-        ({"t_max": math.nan}, "t_max=nan"),
+        ({"t_max": math.inf}, "t_max is inf"),
+        ({"t_max": math.nan}, "t_max is nan"),
         ({"t_min": 0.3, "distribution": "uniform"}, r"'uniform' .*0\.3.*distribution='constant'"),
         ({"t_min": 0.3, "distribution": "quadratic"}, "'quadratic' .*t_min < t_max"),
     ],
@@ -92,7 +95,11 @@ def test_impossible_levels_are_refused(changes, words):
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"distribution": "gauss"}, "distribution.*'gauss'.*uniform"), ({"weight": "t3"}, "weight.*'t3'.*t2")],
+    [
+        ({"distribution": "gauss"}, "distribution.*'gauss'.*uniform"),
+        ({"weight": "t3"}, "weight.*'t3'.*t2"),
+        ({"weight": None}, "weight is None"),
+    ],
 )
 def test_unknown_names_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
@@ -106,3 +113,13 @@ def test_one_level_suits_what_does_not_span_a_range(distribution):
 
 def test_bits_per_dim_of_a_uniform_density_are_eight():
     assert bits_per_dim(math.log(2)) == pytest.approx(8)  # density 1/2 over [-1, 1], counted in 256 levels
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "quadratic", "lognormal", "constant", "dequantise"])
+def test_the_levels_of_a_seed_do_not_depend_on_the_default_type(distribution):
+    expected = draw(distribution, 8)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(draw(distribution, 8), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

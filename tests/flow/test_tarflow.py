@@ -5,13 +5,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import few_variants
+from conftest import few_variants, randomise
 from torch.distributions import Normal
 
 from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify
+from itarflow.flow.block import AutoregressiveBlock
 from itarflow.flow.tarflow import updated_prior_variance
-from itarflow.flow.transformer import Attention
-from itarflow.inverse import Guidance
+from itarflow.flow.transformer import Attention, Layer
+from itarflow.inverse import Guidance, Jacobi, sequential
 
 
 def one_by_one(inputs):
@@ -73,6 +74,77 @@ def test_inverse_undoes_forward(flow, make_inputs):
     images, labels, noise_level = make_inputs(flow)
     restored = flow.inverse(flow(images, labels, noise_level).z, labels, noise_level)
     torch.testing.assert_close(restored, images, atol=1e-4, rtol=0)
+
+
+def test_samples_of_a_seed_do_not_depend_on_the_default_type(make_flow, make_inputs):
+    flow = make_flow()
+    _, labels, noise_level = make_inputs(flow)
+
+    def sample():
+        z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+        solvers = [Jacobi(window=2, tolerance=0.0), sequential]
+        return flow.inverse(z, labels, noise_level, guidance=Guidance(weight=1.5), solver=solvers)
+
+    expected = sample()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(sample(), expected, atol=1e-5, rtol=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# The layers, and their cached form
+
+
+def test_another_activation_is_inverted_too(make_flow, make_inputs):
+    flow = make_flow().double()
+    for layer in (module for module in flow.modules() if isinstance(module, Layer)):
+        layer.mlp[1] = torch.nn.SiLU()
+    images, labels, noise_level = make_inputs(flow)
+    z, _ = flow(images, labels, noise_level)
+    torch.testing.assert_close(flow.inverse(z, labels, noise_level), images)
+
+
+def changed_layer(self, x, temperature=None):
+    x = x + self.attention(x, temperature)  # without its norm
+    return x + self.mlp(self.mlp_norm(x))
+
+
+def test_a_layer_whose_cached_form_is_another_is_noticed(make_flow, make_inputs, monkeypatch):
+    flow = make_flow(seed=3)
+    randomise(flow, std=0.3)
+    _, labels, noise_level = make_inputs(flow)
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+    flow.inverse(z, labels, noise_level)
+    monkeypatch.setattr(Layer, "forward", changed_layer)
+    flow.inverse(z, labels, noise_level)  # it was looked at once
+    with pytest.raises(RuntimeError, match=r"inverse is not that of the flow.*pack_layers"):
+        opened_again(flow).inverse(z, labels, noise_level)
+
+
+def opened_again(flow):
+    """The flow as another process opens it."""
+    opened = TARFlow.from_config(flow.config)
+    opened.load_state_dict(flow.state_dict())
+    return opened
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "compiled"])
+def test_low_precision_and_compiled_layers_are_not_compared(make_flow, make_inputs, monkeypatch, how):
+    flow = make_flow()
+    _, labels, noise_level = make_inputs(flow)
+    if how == "bfloat16":
+        flow.to(torch.bfloat16)
+    else:
+        next(module for module in flow.modules() if isinstance(module, Layer)).compile(backend="eager")
+    asked = []
+    monkeypatch.setattr(AutoregressiveBlock, "check_decoding", lambda *_: asked.append(1))
+    z = flow.sample_prior(3, torch.Generator().manual_seed(0))
+    flow.inverse(z, labels, noise_level)
+    assert not asked
+    for _ in range(2):
+        opened_again(flow.float()).inverse(z, labels, noise_level)
+    assert len(asked) == 4  # two blocks each
 
 
 @few_variants
@@ -347,21 +419,41 @@ def test_a_copy_is_equal_and_shares_nothing(flow, make_inputs):
         ({"channels": 10}, "channels 10 .*head_dim 4"),
         ({"channels": (8, 12), "shared_layers": 1}, r"shared_layers=1 .*\(8, 12\)"),
         ({"num_layers": ()}, r"num_layers is \(\)"),
-        ({"num_layers": (1, 0)}, r"num_layers is \(1, 0\)"),
-        ({"image_size": 0}, "image_size=0"),
-        ({"in_channels": 0}, "in_channels=0"),
-        ({"patch_size": 0}, r"patch_size=\(0, 0\)"),
-        ({"channels": 0}, r"channels=\(0, 0\)"),
-        ({"head_dim": 0}, "head_dim=0"),
-        ({"shared_layers": -1}, "shared_layers=-1"),
-        ({"num_classes": -1}, "num_classes=-1"),
-        ({"mlp_ratio": 0}, "mlp_ratio=0"),
-        ({"input_scale": 0.0}, r"input_scale is 0\.0.*> 0"),
+        ({"num_layers": (1, 0)}, "num_layers is 0; expected a whole number from 1 "),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"in_channels": 0}, "in_channels is 0"),
+        ({"patch_size": 0}, "patch_size is 0"),
+        ({"channels": 0}, "channels is 0"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"shared_layers": -1}, "shared_layers is -1"),
+        ({"num_classes": -1}, "num_classes is -1"),
+        ({"mlp_ratio": 0}, "mlp_ratio is 0"),
+        ({"input_scale": 0.0}, r"input_scale is 0\.0.*from 1e-18 "),
         ({"input_scale": math.inf}, "input_scale is inf.*finite"),
         ({"input_scale": math.nan}, "input_scale is nan"),
         ({"noise_range": (0.3, 0.1)}, r"noise_range is \(0\.3, 0\.1\).*t_min <= t_max"),
-        ({"noise_range": (0.0, 0.1)}, r"noise_range is \(0\.0, 0\.1\).*0 < t_min"),
+        ({"noise_range": (0.0, 0.1)}, r"a level of noise_range is 0\.0"),
         ({"noise_range": (0.1,)}, r"noise_range is \(0\.1,\).*\(t_min, t_max\)"),
+        ({"noise_range": (1e-320, 0.1)}, "noise_range is 1e-320"),  # 0 in float32
+        ({"noise_range": (0.1, 1e300)}, r"noise_range is 1e\+300"),
+        ({"noise_range": {"t": 1}}, "noise_range is {'t': 1}"),
+        ({"num_layers": 3}, "num_layers is 3; expected one number a block"),
+        ({"num_layers": (10**6,)}, "num_layers is 1000000; .* 10,000"),
+        ({"num_layers": (10**26, 1)}, "num_layers is 10+; "),
+        ({"num_layers": (1,) * 10**5}, "100,000 layers.*at most 10,000.*num_layers"),
+        ({"shared_layers": 10**30}, "shared_layers is 10+; "),
+        ({"image_size": 10**26}, "image_size is 10+; "),
+        ({"image_size": "4"}, "image_size is '4'; expected a whole number"),
+        ({"image_size": 4.0}, r"image_size is 4\.0"),
+        ({"patch_size": None}, "patch_size is None"),
+        ({"channels": 2 * 10**9}, "channels is 2000000000"),
+        ({"channels": 2**20}, r"parameters; .* channels=\(1048576, 1048576\)"),
+        ({"mlp_ratio": 2 * 10**9}, "mlp_ratio is 2000000000"),
+        ({"num_classes": 10**26}, "num_classes is 10+; "),
+        ({"num_classes": 10**9, "channels": 1024}, r"2\.0e\+12 parameters.*num_classes=1000000000"),
+        ({"in_channels": 10**9}, "in_channels is 1000000000"),
+        ({"noise_conditioned": "no"}, "noise_conditioned is 'no'; expected True or False"),
+        ({"patch_size": 4}, "patch_size 4 is image_size 4.*smaller patch_size, or set learned_first_token"),
     ],
     ids=str,
 )

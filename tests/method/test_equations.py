@@ -187,7 +187,7 @@ def test_section_2_4_uniform_noise_fills_the_cell_of_each_grey_level():
 def test_section_2_4_the_probability_of_an_8_bit_image_is_its_cells(make_flow):
     """P(x) = integral of p(x + u) over u in [0, bin]^D, here of one pixel under a normal density of width 1/4."""
     kind = {"image_size": 1, "patch_size": 1, "in_channels": 1, "num_classes": 0, "noise_conditioned": False}
-    flow, k = make_flow(fresh=True, input_scale=4.0, **kind), torch.tensor([40, 128, 200])
+    flow, k = make_flow(fresh=True, input_scale=4.0, learned_first_token=True, **kind), torch.tensor([40, 128, 200])
     found = likelihoods(
         flow, Posterior((k / 127.5 - 1).view(3, 1, 1, 1), None), None, [Noise("uniform", None)], draws=50
     )
@@ -473,7 +473,7 @@ def test_sde():
     x = start = randn(2, 1, 3, 3)
     generators = [torch.Generator().manual_seed(5) for _ in range(2)]
     for t, t_next in PAIRS:
-        a, e = t_next / t, torch.randn(x.shape, generator=generators[0], dtype=x.dtype)
+        a, e = t_next / t, torch.randn(x.shape, generator=generators[0], dtype=torch.float32)
         x = x0(x, t) + t_next * (a * d(x, t) + math.sqrt(1 - a**2) * e)
     close(solve("sde", start, LEVELS, generators[1]), x0(x, 0.1))
 

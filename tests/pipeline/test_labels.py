@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from itarflow.codec import to_pil
-from itarflow.pipeline.labels import label_list, label_tensor
+from itarflow.pipeline.labels import label_list, label_number, label_tensor
 from itarflow.runtime.seeds import image_generators
 
 
@@ -41,11 +41,37 @@ def test_the_generator_of_an_image_does_not_depend_on_how_many_are_made():
     assert len({one.initial_seed() for one in many}) == 7
 
 
-def test_generators_that_are_given_one_an_image_are_kept():
-    given = [torch.Generator(), torch.Generator()]
+def test_a_list_of_generators_gives_the_seeds_that_one_of_them_gives():
+    def seeds(given, count):
+        return [one.initial_seed() for one in image_generators(given, count)]
+
+    def new(seed):
+        return torch.Generator().manual_seed(seed)
+
+    first, second = seeds(new(5), 2)
+    assert seeds([new(5)], 1) == [first]
+    shared = new(5)
+    assert seeds([shared, shared], 2) == [first, second]
+    assert seeds([new(5), new(6)], 2) == [first, *seeds(new(6), 1)]
+
+
+def test_generators_of_images_are_kept():
+    given = image_generators(torch.Generator().manual_seed(5), 2)
     assert image_generators(given, 2) == given
     with pytest.raises(ValueError, match="2 generators were given for 3 images"):
         image_generators(given, 3)
+
+
+@pytest.mark.parametrize("given", [0, "seed", [0]], ids=repr)
+def test_a_seed_is_no_generator(given):
+    with pytest.raises(ValueError, match=r"expected a torch.Generator, such as .*manual_seed\(0\)"):
+        image_generators(given, 1)
+
+
+def test_names_in_messages_can_not_be_obeyed_by_a_terminal():
+    with pytest.raises(ValueError, match=r"is not known") as refusal:
+        label_number("x", 1, ["\x1b]0;pwned\x07\x1b[2J"])
+    assert str(refusal.value).isprintable()
 
 
 def test_pictures_are_grey_or_rgb_and_clamped():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from itarflow.pipeline.model_card import model_card
+from itarflow.pipeline.model_card import is_generated, model_card, signed
 
 TRAINING = {
     "name": "pets",
@@ -36,11 +36,15 @@ def section(of: ModelCard, title: str) -> list[str]:
 def test_metadata_survive_being_stored(tmp_path):
     card().save(tmp_path / "README.md")
     data = ModelCard.load(tmp_path / "README.md").data
-    assert data.library_name == "diffusers"
+    assert data.library_name == "itarflow"
     assert data.pipeline_tag == "unconditional-image-generation"
     assert data.tags == ["itarflow", "normalizing-flow", "iTARFlow", "image-generation"]
     assert data.datasets == ["someone/pets"]
-    assert data.metrics == ["bits/dim", "held-out nll"]
+    results = [(one.metric_type, one.metric_name, one.metric_value, one.dataset_type) for one in data.eval_results]
+    assert results == [
+        ("bits-dim", "bits/dim", 2.0, "someone/pets"),
+        ("held-out-nll", "held-out nll", -1.25, "someone/pets"),
+    ]
 
 
 @pytest.mark.parametrize("data", [None, "digits", "/home/someone/private", "./pets", "pets/*.parquet"])
@@ -64,7 +68,7 @@ def test_the_card_tells_itarflow_from_tarflow(iterative, name, other):
     assert f"generates images: {name} (" in made.text
 
 
-def test_every_setting_has_its_row():
+def test_what_matters_has_its_row():
     made = card()
     assert "| parameters | 1,234 |" in section(made, "What it is")
     assert "| guidance weight | 2 |" in section(made, "How it samples")
@@ -72,8 +76,9 @@ def test_every_setting_has_its_row():
         "| setting | value |",
         "| --- | --- |",
         "| noise.t_max | 0.123457 |",
-        "| train.betas | 0.9, 0.95 |",
         "| train.epochs | 3 |",
+        "",
+        "`itarflow info` shows all settings of the training.",
     ]
     assert section(made, "Results")[2:] == ["| bits/dim | 2 |", "| held-out nll | -1.25 |"]
 
@@ -102,13 +107,44 @@ def test_an_unknown_training_is_called_unknown(training):
 def test_the_example_suits_the_flow(num_classes, class_names, example):
     made = card(architecture={"num_classes": num_classes}, class_names=class_names)
     assert f"image = pipe({example}).images[0]" in made.text
-    assert 'from_pretrained("pets")' in made.text
+    assert 'from_pretrained("path/to/this/folder")' in made.text
+    assert "pip install itarflow" in made.text
 
 
-def test_evaluations_are_results():
-    of = card(training=None, evaluations={"iterative, 10 steps: 50,000 samples": "FID 2.5"})
-    assert section(of, "Results")[-1] == "| iterative, 10 steps: 50,000 samples | FID 2.5 |"
-    assert section(card(evaluations={"raw": "FID 9"}), "Results")[-2:] == [
-        "| held-out nll | -1.25 |",
-        "| raw | FID 9 |",
+def test_evaluations_are_a_table_with_a_column_a_figure():
+    many, one = "iterative, 10 steps: 50,000 samples", "raw"
+    of = card(training=None, evaluations={many: "FID 2.5, precision 0.7 ± 0.01", one: "FID 9"})
+    assert section(of, "Results") == [
+        "| samples | FID | precision |",
+        "| --- | --- | --- |",
+        "| iterative, 10 steps: 50,000 samples | 2.5 | 0.7 ± 0.01 |",
+        "| raw | 9 |  |",
     ]
+    named = {one.metric_name: (one.metric_type, one.metric_value) for one in of.data.eval_results}
+    assert named[f"precision, {many}"] == ("precision", 0.7)
+    assert named["FID, raw"] == ("fid", 9.0)
+
+
+def test_an_evaluation_in_other_words_is_told_as_it_is():
+    assert section(card(training=None, evaluations={"raw": "good enough"}), "Results")[-1] == "| raw | good enough |"
+
+
+def test_where_it_is_shared_and_under_which_license():
+    made = card(repo_id="someone/pets-flow", license="mit", picture=True)
+    assert 'from_pretrained("someone/pets-flow")' in made.text
+    assert "![Samples](samples.png)" in made.text
+    assert (made.data.license, made.data.model_name) == ("mit", "someone/pets-flow")
+
+
+def test_no_name_leaves_its_line():
+    made = card(training=TRAINING | {"name": "pets\n\n# Owned\x1b[2J"}, class_names=["a```\nb", "c"])
+    assert "# pets  # Owned\\x1b[2J" in made.text.splitlines()
+    assert "```\nb" not in made.text
+
+
+def test_a_card_knows_whether_it_was_edited():
+    text = signed(str(card()))
+    assert is_generated(text)
+    assert is_generated(text + "\n")
+    assert not is_generated(text.replace("pets", "cats"))
+    assert not is_generated(str(card()))

@@ -125,6 +125,84 @@ def test_with_one_generator_an_image_each_depends_on_its_own_alone(pipe):
         assert_same(image, images_of(pipe, "cat", generator=[seeded(seed)])[0])
 
 
+def test_a_list_of_generators_makes_the_images_of_one(pipe):
+    (alone,) = images_of(pipe, "cat", generator=[seeded(5)])
+    assert_same(images_of(pipe, "cat", num_images=3, generator=seeded(5))[0], alone)
+    assert_same(images_of(pipe, "cat", num_images=2, generator=[seeded(6), seeded(5)])[1], alone)
+
+
+@pytest.mark.parametrize("method", ["euler", "sde"])
+def test_the_default_dtype_changes_no_image(pipe, folder, method):
+    expected = images_of(pipe, method=method)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert_same(images_of(pipe, method=method).float(), expected)
+        assert_same(images_of(ITARFlowPipeline.from_pretrained(folder), method=method).float(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        ({"num_inference_steps": 2}, {"num_denoise_steps": 2}),
+        ({"guidance_scale": 3.0}, {"guidance_weight": 2.0}),
+        ({"num_images_per_prompt": 2}, {"class_labels": ["cat", "cat", 1, 1, "bird", "bird"]}),
+        ({"num_inference_steps": None, "callback_on_step_end": None}, {}),
+    ],
+    ids=lambda values: " ".join(values),
+)
+def test_diffusers_words_are_understood(pipe, words, ours):
+    assert torch.equal(images_of(pipe, **words), images_of(pipe, **ours))
+
+
+def test_without_a_dict_the_images_come_in_a_tuple(pipe):
+    (images,) = pipe(0, generator=seeded(), return_dict=False, output_type="pt")
+    assert torch.equal(images, images_of(pipe, 0))
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ({"guidance_scale": 0.5}, ValueError, r"guidance_scale is 0\.5; expected a number >= 1"),
+        ({"guidance_scale": 2, "guidance_weight": 1}, ValueError, "guidance_scale and guidance_weight are the same"),
+        ({"num_images_per_prompt": 0}, ValueError, "num_images_per_prompt is 0"),
+        ({"num_images_per_prompt": 2, "num_images": 2}, ValueError, "give one of them"),
+        ({"callback_on_step_end": print}, ValueError, r"not called here.* itarflow\.denoise with a callback"),
+        ({"generator": 0}, ValueError, r"generator is 0; expected a torch\.Generator"),
+        ({"num_denoise_step": 3}, TypeError, "is 'num_denoise_steps' meant?"),
+        ({"prompt": "a cat"}, TypeError, "'prompt' is no argument of this pipeline"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+@pytest.mark.usefixtures("never_generates")
+def test_other_words_are_refused_with_a_hint(pipe, words, error, message):
+    with pytest.raises(error, match=message):
+        pipe(0, **words)
+
+
+def test_a_pipeline_prints_itself_in_a_few_lines(pipe, recwarn):
+    assert pipe.class_names == NAMES
+    text = repr(pipe)
+    assert len(text.splitlines()) == 5
+    assert "3 (cat, dog, bird)" in text
+    assert not recwarn.list
+
+
+def test_an_offloaded_flow_is_moved_before_it_is_used(pipe):
+    assert pipe.model_cpu_offload_seq == "flow->vae"
+    expected, moved = images_of(pipe), []
+
+    class Hook:
+        def pre_forward(self, module: torch.nn.Module) -> None:
+            moved.append(module)
+
+    pipe.flow._hf_hook = Hook()
+    assert torch.equal(images_of(pipe, batch_size=2), images_of(pipe, batch_size=2))
+    assert moved == [pipe.flow] * 4
+    assert_same(images_of(pipe), expected)
+
+
 def test_without_a_generator_the_global_seed_decides(pipe):
     torch.manual_seed(3)
     images = images_of(pipe, generator=None)
@@ -627,16 +705,16 @@ def shallower(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (truncate, "truncated or missing, copy or download the folder again"),
-        (empty_weights, "truncated or missing, copy or download the folder again"),
+        (truncate, "SHA-256 is another, so it is damaged.* Copy or download the folder again"),
+        (empty_weights, "SHA-256 is another, so it is damaged.* Copy or download the folder again"),
         (lose_weights, r"diffusion_pytorch_model\.safetensors.* copy or download the folder again"),
         (lose_scheduler, r"scheduler_config\.json.* copy or download the folder again"),
         (pickle_weights, r"are a pickle \(diffusion_pytorch_model\.bin\), which could run code and is never read"),
         (lose_everything, r"holds no pipeline: model_index\.json is missing.* `itarflow convert`"),
         (of_another_kind, r"another kind \(DDPMPipeline\); expected an ITARFlowPipeline"),
-        (damaged_index, r"model_index\.json is damaged.* Copy or download"),
-        (foreign_index, r"model_index\.json is damaged: it is no JSON object"),
-        (wider, r"expected shape torch\.Size\(\[3, 12\]\), but got torch\.Size\(\[3, 8\]\)"),
+        (damaged_index, r"model_index\.json is damaged: Expecting property name.* copy or make it again"),
+        (foreign_index, r"model_index\.json is damaged: Expected `object`, got `array`"),
+        (wider, r"blocks\.\S+ has shape \(8, 12\); expected \(12, 12\)"),
         (deeper, r"do not fit its config\.json: 12 tensors are missing or too many, such as blocks\.1\."),
         (shallower, r"do not fit its config\.json: 12 tensors are missing or too many, such as blocks\.1\."),
     ],
@@ -722,7 +800,7 @@ def test_what_is_uploaded_loads_again_with_its_training_record(pipe, folder, hub
 def test_what_is_uploaded_has_a_card_with_metadata_and_the_training_record(pipe, hub):
     pipe.push_to_hub("pets")
     card = ModelCard.load(hub["folder"] / "README.md")
-    assert card.data.library_name == "diffusers"
+    assert card.data.library_name == "itarflow"
     assert card.data.datasets == ["someone/pets"]
     assert "iTARFlow" in card.data.tags
     assert "| train.epochs | 3 |" in card.text
@@ -750,9 +828,9 @@ def test_a_generated_card_follows_what_is_recorded_and_a_written_one_stays(make_
     pipe.save_pretrained(tmp_path)
     card = tmp_path / "README.md"
     loaded = ITARFlowPipeline.from_pretrained(tmp_path)
-    assert loaded.record(tmp_path, "evaluations", {"raw": "FID 3"})
-    assert "| raw | FID 3 |" in card.read_text()
-    card.write_text(card.read_text() + "And a word of mine.\n")
-    assert not ITARFlowPipeline.from_pretrained(tmp_path).record(tmp_path, "evaluations", {"raw": "FID 4"})
-    assert "FID 4" not in card.read_text()
+    assert loaded.record(tmp_path, "evaluations", lambda known: {**(known or {}), "raw": "FID 3"})
+    assert "| raw | 3 |" in card.read_text()
+    card.write_text(card.read_text().replace("# b", "# b, which is mine"))
+    assert not ITARFlowPipeline.from_pretrained(tmp_path).record(tmp_path, "evaluations", lambda _: {"raw": "FID 4"})
+    assert "| raw | 3 |" in card.read_text()
     assert ITARFlowPipeline.from_pretrained(tmp_path).config.evaluations == {"raw": "FID 4"}

@@ -73,5 +73,5 @@ def test_a_plan_for_another_architecture_is_refused(flow):
 def test_damaged_json_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         InversePlan.from_json(plan().to_json() | change)
-    with pytest.raises(ValueError, match="no inverse plan: 'solvers'"):
+    with pytest.raises(ValueError, match=r"no inverse plan: .*`solvers`"):
         InversePlan.from_json({})

@@ -110,3 +110,21 @@ def test_without_matplotlib_the_extra_is_named(make_run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r'pip install "itarflow\[plot\]"'):
         plot_runs([make_run("run")], tmp_path / "x.png")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "x", "loss": 1}',
+        '{"step": 1}',
+        '{"step": 1, "held_out": 3, "loss": "x"}',
+        '{"step": 1, "z_mean": {"a": []}}',
+        '{"step": 1, "loss": 1' + "0" * 400 + "}",
+    ],
+)
+def test_metrics_without_figures_are_refused(make_run, tmp_path, line):
+    run = make_run("run", steps=0)
+    (run / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(RunError, match=r"no figures to draw|no metrics yet"):
+        plot_runs([run], tmp_path / "one.png")
+    assert not (tmp_path / "one.png").exists()

@@ -155,6 +155,28 @@ def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one_to_the_last_bit
     assert all(value.equal(expected[name]) for name, value in weights(tmp_path / "cut").items())
 
 
+def test_a_vae_whose_export_was_killed_is_made_up_though_nothing_is_left_to_train(
+    vaes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(vaes["tiny"], steps=3, save_every=1)
+    fine_tune(config, tmp_path / "whole")
+    export = finetune._Tuning.export
+
+    def killed(self: Any) -> None:
+        if self.state.step == 3:
+            raise RuntimeError("killed")
+        export(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune._Tuning, "export", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            fine_tune(config, tmp_path / "cut")
+    assert fine_tune(config, tmp_path / "cut", start="resume").steps == 3
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(value.equal(expected[name]) for name, value in found.items())
+    assert logged(tmp_path / "cut", "psnr") == logged(tmp_path / "whole", "psnr")
+
+
 @pytest.mark.slow
 def test_a_critic_may_join_in_the_middle(vaes: dict[str, str], tmp_path: Path) -> None:
     config = settings(vaes["tiny"], steps=2)

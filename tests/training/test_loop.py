@@ -85,7 +85,7 @@ def test_states_are_saved_before_anything_else_is_done(tmp_path: Path) -> None:
     first = ["step 0", "end", "step 1", "saved 2", "end", "step 2", "end", "saved 3", "evaluate", "finish"]
     assert run(tmp_path) == first
     assert run(tmp_path, resume=True) == [
-        "load 3", "step 3", "saved 4", "end", "step 4", "end", "saved 5", "evaluate", "finish",
+        "load 3", "saved 3", "end", "step 3", "saved 4", "end", "step 4", "end", "saved 5", "evaluate", "finish",
     ]  # fmt: skip
 
 

@@ -2,24 +2,150 @@
 
 import json
 import os
+import shutil
+import tarfile
 
 import pytest
 from tiny_training import tiny_recipe
 
-from itarflow.runtime.errors import RunError
+from itarflow.data.identity import DataIdentity
+from itarflow.runtime.errors import DataError, RunError
+from itarflow.training import states
 from itarflow.training.run_folder import prepare
-from itarflow.training.states import MANIFEST, fault, newest_whole, save_state, set_aside_newer
+from itarflow.training.states import (
+    MANIFEST,
+    check_same_data,
+    fault,
+    newest_whole,
+    read_progress,
+    save_state,
+    set_aside_newer,
+)
 
 
 def write_step(folder):
     (folder / "weights").write_text("whole")
 
 
+def progress(step, **more):
+    return {"step": step, "seconds": 1.5, "bad_steps": 0, "broken": [], "run": "ours"} | more
+
+
+def save(run_dir, *steps, keep=2, **more):
+    for step in steps:
+        save_state(run_dir, step, keep, write_step, progress(step, **more))
+
+
 def test_only_the_newest_states_are_kept(tmp_path):
     run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
-    for step in (10, 200, 3000):
-        save_state(run, step, keep=2, write=write_step)
+    save(run, 10, 200, 3000)
     assert [state.name for state in run.states()] == ["step-00000200", "step-00003000"]
+
+
+def test_a_step_of_more_digits_is_newer(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    save(run, 99_999_998, 99_999_999, 100_000_000)
+    assert [state.name for state in run.states()] == ["step-99999999", "step-100000000"]
+
+
+def test_states_of_another_run_are_never_removed(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    save(run, 1, 6, 7, run="another", keep=3)
+    save(run, 2, 3, 4, keep=1)
+    save(run, 8, keep=1, run="another")
+    assert [state.name[-1] for state in run.states()] == ["4", "8"]
+
+
+def test_states_of_before_runs_had_names_are_pruned_as_ever(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    for step in (1, 2, 3):
+        save_state(run, step, 2, write_step, {key: value for key, value in progress(step).items() if key != "run"})
+    assert [state.name[-1] for state in run.states()] == ["2", "3"]
+
+
+def test_what_is_no_state_neither_counts_nor_is_touched(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    save(run, 4)
+    folder = run.path / "state"
+    shutil.copytree(folder / "step-00000004", folder / "step-00000004-best")
+    shutil.copytree(folder / "step-00000004", tmp_path / "disk")
+    (folder / "step-00000005").symlink_to(tmp_path / "disk")
+    (folder / "step-00000003").symlink_to(tmp_path / "nowhere")
+    with tarfile.open(folder / "step-00000004.tar.gz", "w:gz") as file:
+        file.add(folder / "step-00000004", "step-00000004")
+    (folder / "step-7").mkdir()
+    before = {path.name for path in folder.iterdir()} - {"step-00000004"}
+    assert [state.name for state in run.states()] == ["step-00000004"]
+    save(run, 6, 8, keep=1)
+    assert {path.name for path in folder.iterdir()} == before | {"step-00000008"}
+    assert (tmp_path / "disk" / "weights").exists()
+    set_aside_newer(run, folder / "step-00000001")
+    assert run.states() == []
+
+
+def test_a_link_where_a_state_is_saved_is_put_aside_and_what_it_leads_to_is_not_touched(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    (tmp_path / "disk").mkdir()
+    (run.path / "state" / "step-00000004").symlink_to(tmp_path / "disk")
+    (run.path / "state" / ".partial-00000004").symlink_to(tmp_path / "disk")
+    save(run, 4)
+    assert fault(run.path / "state" / "step-00000004") is None
+    assert list((tmp_path / "disk").iterdir()) == []
+    assert sum(path.is_symlink() for path in (run.path / "state").iterdir()) == 1
+
+
+def test_a_state_that_can_not_be_removed_is_named_and_nothing_is_lost(tmp_path, monkeypatch):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    save(run, 1)
+    real = os.replace
+
+    def replace(one, other):
+        if one.name == "step-00000001":
+            raise PermissionError(13, "Permission denied")
+        real(one, other)
+
+    monkeypatch.setattr(states.os, "replace", replace)
+    said = []
+    save_state(run, 2, 1, write_step, progress(2), warn=said.append)
+    assert len(said) == 1
+    assert "step-00000001 is no longer needed, but can't be removed (Permission denied)" in said[0]
+    assert [fault(state) for state in run.states()] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], "Expected `object`"),
+        (progress(5) | {"step": "5"}, r"step"),
+        (progress(5) | {"step": -1}, r"step"),
+        (progress(5) | {"broken": {"a": 1}}, r"broken"),
+        (progress(5) | {"data": {"content": 3}}, r"data\.content"),
+        ({"step": 5}, "seconds"),
+        (progress(6), "is of step 6"),
+    ],
+)
+def test_progress_of_another_shape_is_a_message(state, values, message):
+    (state / "progress.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=rf"progress\.json .*{message}"):
+        read_progress(state)
+
+
+def test_progress_comes_back_with_what_a_training_adds(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    identity = DataIdentity(content="a", images={"train": 3}, class_names=("a", "b"), class_counts=(1, 2))
+    save(run, 5, data=identity.to_json(), before={"0.1": 20.0})
+    found, own = read_progress(run.states()[0])
+    assert (found.step, found.run, found.data, own) == (5, "ours", identity, {"before": {"0.1": 20.0}})
+
+
+def test_other_images_are_refused_unless_that_is_allowed(tmp_path):
+    there = DataIdentity(content="a", images={"train": 36}, class_names=("a", "b", "c"), class_counts=(12, 12, 12))
+    now = DataIdentity(content="b", images={"train": 60}, class_names=("a", "c", "zz"), class_counts=(20, 20, 20))
+    with pytest.raises(RunError, match=r"(?s)a, b, c\] there, \[a, c, zz\] now .*36 there, 60 now.*--allow-changes"):
+        check_same_data(tmp_path, there, now, allowed=False)
+    assert len(check_same_data(tmp_path, there, now, allowed=True)) == 2
+    assert check_same_data(tmp_path, there, there, allowed=False) == []
+    assert check_same_data(tmp_path, None, now, allowed=False) == []  # a state of before it was stored
 
 
 def test_a_disk_that_fills_up_leaves_the_older_state_whole(tmp_path):
@@ -65,6 +191,17 @@ def test_the_manifest_has_size_and_hash_of_every_file(state):
     assert fault(state) is None
 
 
+def rename_in_manifest(state, name):
+    manifest = json.loads((state / MANIFEST).read_text())
+    manifest["files"][name] = manifest["files"].pop("progress.json")
+    (state / MANIFEST).write_text(json.dumps(manifest))
+
+
+def link(state, name):
+    (state / name).rename(state.parent.parent / "elsewhere")
+    (state / name).symlink_to(state.parent.parent / "elsewhere")
+
+
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
@@ -74,6 +211,14 @@ def test_the_manifest_has_size_and_hash_of_every_file(state):
         (lambda state: (state / MANIFEST).unlink(), "it has no manifest.json"),
         (lambda state: (state / MANIFEST).write_text("{"), "its manifest.json can't be read"),
         (lambda state: (state / MANIFEST).write_text("[]"), "its manifest.json can't be read"),
+        (
+            lambda state: (state / MANIFEST).write_text('{"files": {"a": {"bytes": "x"}}}'),
+            "its manifest.json can't be",
+        ),
+        (lambda state: rename_in_manifest(state, "../outside"), "names ../outside, which is elsewhere"),
+        (lambda state: rename_in_manifest(state, "/dev/zero"), "names /dev/zero, which is elsewhere"),
+        (lambda state: link(state, "inner"), "inner/weights is a link"),
+        (lambda state: link(state, "progress.json"), "progress.json is a link"),
     ],
 )
 def test_every_kind_of_damage_is_found(state, harm, reason):
@@ -83,8 +228,7 @@ def test_every_kind_of_damage_is_found(state, harm, reason):
 
 def test_the_newest_whole_state_is_found_and_the_others_are_named(tmp_path):
     run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
-    for step in (1, 2, 3):
-        save_state(run, step, keep=3, write=write_step)
+    save(run, 1, 2, 3, keep=3)
     for step in (2, 3):
         (run.path / "state" / f"step-0000000{step}" / "weights").write_text("")
     found, passed_over = newest_whole(run)
@@ -92,8 +236,7 @@ def test_the_newest_whole_state_is_found_and_the_others_are_named(tmp_path):
     assert [reason.split(":")[0] for reason in passed_over] == ["step-00000003", "step-00000002"]
     set_aside_newer(run, found)
     assert run.states() == [found]
-    for step in (2, 3):  # which must not push the good ones out
-        save_state(run, step, keep=2, write=write_step)
+    save(run, 2, 3)  # which the torn ones must not push out
     assert [state.name for state in run.states()] == ["step-00000002", "step-00000003"]
 
 
@@ -116,9 +259,9 @@ def test_a_read_error_is_a_fault_and_not_the_end(state, monkeypatch):
 
 def test_saving_a_step_again_replaces_it_whole(state, tmp_path):
     run = prepare(tmp_path / "run", tiny_recipe(), "resume")
-    save_state(run, 5, keep=1, write=write_step, progress={"step": 5})
+    save_state(run, 5, keep=1, write=write_step, progress=progress(5))
     assert fault(state) is None
-    assert json.loads((state / "progress.json").read_text()) == {"step": 5}
+    assert json.loads((state / "progress.json").read_text()) == progress(5)
     assert [path.name for path in state.parent.iterdir()] == ["step-00000005"]
 
 

@@ -121,6 +121,84 @@ def test_resuming_a_finished_run_adds_nothing(finished, tmp_path, capsys):
     assert (again.steps, again.held_out.nll) == (27, json.loads(before.splitlines()[-1])["held_out"]["nll"])
 
 
+@pytest.mark.parametrize("undone", ["export", "evaluate", "_sample"])
+def test_what_a_kill_left_undone_after_a_saved_state_is_made_up(finished, tmp_path, monkeypatch, undone):
+    whole, _ = finished
+    original = getattr(training._Training, undone)
+
+    def killed(self):
+        if self.state.step == 13:
+            raise RuntimeError("killed")
+        return original(self)
+
+    monkeypatch.setattr(training._Training, undone, killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(tiny_recipe(save_every=13), tmp_path / "run")
+    monkeypatch.undo()
+    train(tiny_recipe(save_every=13), tmp_path / "run", start="resume")
+
+    def told(run):
+        return [(line["step"], line.get("loss"), line.get("held_out")) for line in RunDir(run).logged()]
+
+    assert told(tmp_path / "run") == told(whole)
+    for grid in sorted((whole / "samples").iterdir()):
+        assert (tmp_path / "run" / "samples" / grid.name).read_bytes() == grid.read_bytes()
+
+
+def test_an_export_that_was_killed_is_made_up_though_nothing_is_left_to_train(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    pipeline = tmp_path / "run" / "pipeline"
+    pipeline.rename(pipeline.with_name(".old-pipeline"))  # between two renames
+    train(tiny_recipe(), tmp_path / "run", start="resume")
+    assert not pipeline.with_name(".old-pipeline").exists()
+    shutil.rmtree(pipeline)
+    train(tiny_recipe(), tmp_path / "run", start="resume")
+    expected = shared_weights(finished[0])
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in shared_weights(tmp_path / "run").items())
+
+
+def test_resuming_a_finished_run_keeps_what_was_added_to_its_pipeline(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    index = tmp_path / "run" / "pipeline" / "model_index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "evaluations": [{"fid": 3.0}]}))
+    train(tiny_recipe(), tmp_path / "run", start="resume")
+    assert json.loads(index.read_text())["evaluations"] == [{"fid": 3.0}]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_moved_ends_and_goes_on_where_it_is_now(finished, tmp_path, monkeypatch):
+    original = training._Training._log
+
+    def log_and_move(self, *args):
+        original(self, *args)
+        if self.state.step == 9:
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    monkeypatch.setattr(training._Training, "_log", log_and_move)
+    with pytest.raises(RunError, match="has been moved or removed"):
+        train(tiny_recipe(), tmp_path / "run")
+    assert os.listdir(tmp_path) == ["moved"]
+    monkeypatch.undo()
+    train(tiny_recipe(), tmp_path / "moved", start="resume")
+    assert losses(tmp_path / "moved") == losses(finished[0])
+
+
+@pytest.mark.slow
+def test_the_states_before_a_divergence_stay(tmp_path, monkeypatch):
+    original = training.clip_grad_norm
+
+    def bad_from_the_fourth_on(model, limit):
+        calls.append(original(model, limit))
+        return math.nan if len(calls) > 3 else calls[-1]
+
+    calls = []
+    monkeypatch.setattr(training, "clip_grad_norm", bad_from_the_fourth_on)
+    message = r"up to step 8.*these are before it: step-00000003, step-00000002\."
+    with pytest.raises(TrainingError, match=message):
+        train(tiny_recipe(save_every=1, max_bad_steps=5), tmp_path)
+    assert [state.name[-1] for state in RunDir(tmp_path).states()] == ["2", "3", "8"]
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_before_its_first_state_begins_anew(finished, tmp_path, capsys):
     whole, _ = finished
@@ -293,7 +371,39 @@ def test_repaired_images_count_no_longer(images_with_a_broken_one, tmp_path):
     with pytest.raises(DataError, match="Repair or remove them"):
         train(stricter, tmp_path / "run")
     Image.new("L", (8, 8)).save(tmp_path / "images" / "33.png")
-    assert train(stricter, tmp_path / "run", start="resume").steps == 20
+    with pytest.raises(RunError, match=r"The images are others.*\n.*\n.*--allow-changes"):
+        train(stricter, tmp_path / "run", start="resume")
+    assert train(stricter, tmp_path / "run", start="resume", allow_changes=True).steps == 20
+
+
+def picture(seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8))
+
+
+def test_other_images_are_not_gone_on_with_unless_that_is_allowed(tmp_path, capsys):
+    images = tmp_path / "images"
+    for seed in range(24):
+        (images / "abc"[seed % 3]).mkdir(parents=True, exist_ok=True)
+        picture(seed).save(images / "abc"[seed % 3] / f"{seed}.png")
+    recipe = tiny_recipe(
+        path=str(images), num_classes=3, in_memory=False, num_workers=0, held_out_images=3, batch_size=4
+    )
+    train(recipe, tmp_path / "run", max_steps=1)
+    shutil.copytree(images, tmp_path / "elsewhere")  # without the times of change
+    moved = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=str(tmp_path / "elsewhere")))
+    train(moved, tmp_path / "run", start="resume", max_steps=2)
+    (images / "b").rename(images / "zz")
+    with pytest.raises(RunError, match=r"(?s)\[a, b, c\] there, \[a, c, zz\] now.*label 1 was b, is c now"):
+        train(recipe, tmp_path / "run", start="resume", max_steps=3)
+    (images / "zz").rename(images / "b")
+    picture(99).save(images / "b" / "99.png")
+    with pytest.raises(RunError, match=r"(?s)images, train.*22 there, 23 now.*--allow-changes"):
+        train(recipe, tmp_path / "run", start="resume", max_steps=3)
+    capsys.readouterr()
+    assert train(recipe, tmp_path / "run", start="resume", max_steps=3, allow_changes=True).steps == 3
+    assert "Going on with other images: images, " in capsys.readouterr().out
+    train(recipe, tmp_path / "run", start="resume", max_steps=4)  # from now on these are its images
+    assert [line["step"] for line in RunDir(tmp_path / "run").logged() if "loss" in line] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -605,7 +715,7 @@ def test_a_full_disk_leaves_the_older_state_and_says_so(finished, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # no file may grow beyond: as if the disk were full
     try:
         with pytest.raises(RunError, match=r"step 7 .*File too large"):
-            train(tiny_recipe(log_every=1000), tmp_path / "run", start="resume")
+            train(tiny_recipe(), tmp_path / "run", start="resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [state.name for state in (tmp_path / "run" / "state").iterdir()] == ["step-00000003"]

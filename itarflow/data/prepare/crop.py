@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import datasets
@@ -20,23 +19,35 @@ from torch.utils.data import Dataset
 
 from itarflow import __version__
 from itarflow.data.dataset import ImageDataset
-from itarflow.data.prepare.manifest import SourceConfig, check_output_folder, check_settings
+from itarflow.data.made import PREPARED, Manifest
+from itarflow.data.prepare.manifest import (
+    SourceConfig,
+    check_settings,
+    check_settings_there,
+    check_source_there,
+    clear_leftovers,
+    say_understood,
+    stored_manifest,
+)
 from itarflow.data.prepare.shards import (
     Content,
     Reader,
     Shard,
     broken_by_split,
     check_broken,
+    check_bytes,
+    count_images,
     label_features,
     plan_shards,
     read_ahead,
     read_contents,
     show_shards,
+    stored_files,
     write_shard,
 )
 from itarflow.runtime.devices import usable_cores
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import folder_lock, remove_partial, write_json
+from itarflow.runtime.files import folder_lock, write_json
 from itarflow.runtime.progress import image_progress
 
 Format = Literal["png", "jpeg", "webp"]
@@ -104,34 +115,36 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         OSError: the folder cannot be written.
     """
     _check(config)
-    manifest_file, settings = config.out / "prepare.json", _settings(config)
-    check_output_folder(config, manifest_file, {"settings": settings})
-    sets, class_names = config.open(config.in_channels)
+    manifest_file, settings = config.out / PREPARED, _settings(config)
+    check_settings_there(config.out, stored_manifest(config, PREPARED), settings)
+    sets, source = config.open(config.in_channels)
+    say_understood(console, source)
     sizes = {split: len(images) for split, images in sets.items()}
-    shards = plan_shards(config.out, sizes, config.shard_size)
-    manifest = {
-        "itarflow": __version__,
-        "settings": settings,
-        "source_images": sizes,
-        "classes": list(class_names),
-        "shards": len(shards),
-    }
-    check_output_folder(config, manifest_file, manifest)
+    depends = {"settings": settings, "source": source.content, "classes": source.class_names}
+    shards = plan_shards(config.out, sizes, config.shard_size, depends)
+    manifest = Manifest(itarflow=__version__, settings=settings, source=source, shards=len(shards))
     with folder_lock(config.out):
-        if not manifest_file.exists():
-            write_json(manifest_file, manifest | {"finished": False})
-        contents, speed = _write_shards(config, sets, class_names, shards, console)
-        broken = broken_by_split(shards, contents)
-        images = {split: sum(contents[shard].images for shard in shards if shard.split == split) for split in sets}
-        show_shards(shards)
-        counts = {"images": images, "broken": {split: len(reports) for split, reports in broken.items()}}
-        stored = json.loads(manifest_file.read_text(encoding="utf-8"))
-        write_json(manifest_file, stored | {"settings": settings} | counts | {"finished": True})
-        remove_partial(config.out)
+        stored = stored_manifest(config, PREPARED)
+        check_source_there(config.out, stored, manifest)
+        clear_leftovers(config.out)
+        manifest = stored or manifest
+        if stored is None:
+            write_json(manifest_file, manifest.to_json())
+        contents, speed = _write_shards(config, sets, manifest, shards, console)
+        broken, images = broken_by_split(shards, contents), count_images(shards, contents, config.source)
+        manifest = replace(
+            manifest,
+            images=images,
+            broken={split: len(reports) for split, reports in broken.items()},
+            files=stored_files(contents),
+        )
+        write_json(manifest_file, manifest.to_json())  # first, as the names that are shown no longer hold a SHA-256
+        show_shards(contents)
+        write_json(manifest_file, replace(manifest, finished=True).to_json())
     return Prepared(
         images=images,
         broken=broken,
-        class_names=class_names,
+        class_names=source.class_names,
         shards=len(shards),
         num_bytes=sum(content.num_bytes for content in contents.values()),
         images_per_second=speed,
@@ -156,16 +169,17 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
 def _write_shards(
     config: PrepareConfig,
     sets: Mapping[str, ImageDataset],
-    class_names: Sequence[str],
+    manifest: Manifest,
     shards: Sequence[Shard],
     console: Console | None,
 ) -> tuple[dict[Shard, Content], float | None]:
     """Write the shards that are missing; return what is in all of them, and the speed in images a second."""
-    contents = read_contents(shards, {})
+    contents = read_contents(shards, {}, manifest.files)
+    check_bytes(contents, console)
     check_broken(config.out, shards, contents, config.max_broken)
     missing = [shard for shard in shards if shard not in contents]
     done, total = (sum(len(shard.rows) for shard in group) for group in (contents, shards))
-    features = datasets.Features({"image": datasets.Image()} | label_features(class_names))
+    features = datasets.Features({"image": datasets.Image()} | label_features(manifest.source.class_names))
     start = time.monotonic()
     pictures = itertools.chain.from_iterable(
         read_ahead(

@@ -9,7 +9,6 @@ and one finishes. No batch has images of two files: codes do not depend on the n
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,32 +18,40 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from itarflow.codec import VaeCodec, to_pixels
-from itarflow.data.codes import CARD, CodesCard, read_card, to_bytes
+from itarflow.data.codes import CARD, CodesCard, to_bytes
+from itarflow.data.made import Manifest
 from itarflow.data.prepare.codes_card import codes_card, training_command
 from itarflow.data.prepare.encode_plan import Plan
+from itarflow.data.prepare.manifest import clear_leftovers, stored_manifest
 from itarflow.data.prepare.shards import (
     Content,
     Reader,
     Shard,
     broken_by_split,
     check_broken,
+    check_bytes,
+    count_images,
     label_features,
     read_ahead,
     read_contents,
     show_shards,
+    stored_files,
     write_shard,
 )
 from itarflow.runtime.devices import usable_cores
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import check_writable, remove_partial, write_json, write_text
+from itarflow.runtime.files import check_writable, write_json, write_text
+from itarflow.runtime.json_file import read_json
 from itarflow.runtime.processes import processes_here
 from itarflow.runtime.text import display_name, human_bytes
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU_PIXELS = 2**15  # at a time: with more, CPUs spend their time on getting memory
+_SMALLEST, _LARGEST = 1e-3, 1e3  # root mean square of codes; that of usual ones is 0.5 to 2
 _MOST_WORKERS = 8  # a process; more decode no faster than one VAE encodes
 
 
@@ -69,21 +76,29 @@ class Encoded:
     shard_bytes: int
 
 
-def begin(plan: Plan) -> int:
-    """Write the manifest, unless it is there; one process does it, before any encodes, and `files.folder_lock`.
+def begin(plan: Plan, console: Console | None = None) -> int:
+    """Write the manifest, unless it is there, and look at the files that are; see `files.folder_lock`.
+
+    One process does it, before any encodes.
+
+    Args:
+        plan: what is to be done.
+        console: where a bar is drawn while files are read; None = nowhere.
 
     Returns:
         How many images are in files that are missing.
 
     Raises:
         OSError: the folder can't be written, or its disk has less room than the missing codes take.
-        DataError: a file is damaged.
+        DataError: a file or the manifest is damaged, or not of this plan.
     """
     out = plan.config.out
     check_writable(out)
-    if out.exists():
-        remove_partial(out)
-    missing = plan.num_images - sum(len(shard.rows) for shard in read_contents(plan.shards, {}))
+    stored = stored_manifest(plan.config, CARD)
+    clear_leftovers(out)
+    contents = read_contents(plan.shards, {}, stored.files if stored else ())
+    check_bytes(contents, console)
+    missing = plan.num_images - sum(len(shard.rows) for shard in contents)
     needed = missing * plan.image_bytes
     existing = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
     free = shutil.disk_usage(existing).free
@@ -94,8 +109,8 @@ def begin(plan: Plan) -> int:
             f"only {human_bytes(free)} are free in {existing}; make room, choose another folder{flips}."
         )
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / CARD).exists():
-        write_json(out / CARD, plan.manifest)
+    if stored is None:
+        write_json(out / CARD, plan.manifest.to_json())
     return missing
 
 
@@ -117,11 +132,13 @@ def encode_share(
         count: called with the number of images that have been done since its last call.
 
     Raises:
-        DataError: too many images could not be read by all processes, or a worker process died.
+        DataError: too many images could not be read by all processes, a worker process died, or codes are far from
+            unit variance.
         OSError: the folder cannot be written; files that are whole stay.
     """
     config = plan.config
-    contents = read_contents(plan.shards, {})
+    recorded = read_json(config.out / CARD, Manifest).files
+    contents = read_contents(plan.shards, {}, recorded)
     check_broken(config.out, plan.shards, contents, config.max_broken)
     missing = [shard for shard in plan.shards[process_index::num_processes] if shard not in contents]
     if not missing:
@@ -145,7 +162,7 @@ def encode_share(
         sums = [np.zeros((2, plan.card.shape[0]))]
         rows = _rows(plan, shard, codec, batches, sums.append, count)
         contents[shard] = write_shard(shard, features, rows, partial(_notes, sums))
-        contents = read_contents(plan.shards, contents)
+        contents = read_contents(plan.shards, contents, recorded)
         check_broken(config.out, plan.shards, contents, config.max_broken)
 
 
@@ -157,7 +174,8 @@ def finish(plan: Plan) -> Encoded:
         OSError: the folder cannot be written.
     """
     config, card_file = plan.config, plan.config.out / CARD
-    contents = read_contents(plan.shards, {})
+    manifest = read_json(card_file, Manifest)
+    contents = read_contents(plan.shards, {}, manifest.files)
     missing = [shard.path.name for shard in plan.shards if shard not in contents]
     if missing:
         raise DataError(
@@ -165,17 +183,10 @@ def finish(plan: Plan) -> Encoded:
             "a folder that all of them see. Run the same command again."
         )
     check_broken(config.out, plan.shards, contents, config.max_broken)
-    images = {
-        split: sum(contents[shard].images for shard in plan.shards if shard.split == split) for split in plan.sets
-    }
-    if not any(images.values()):
-        raise DataError(f"none of the images in {config.source} could be encoded; see {config.out / 'broken.json'}")
-    broken = broken_by_split(plan.shards, contents)
-    stored = json.loads(card_file.read_text(encoding="utf-8"))
+    images, broken = count_images(plan.shards, contents, config.source), broken_by_split(plan.shards, contents)
     mean, std = _statistics(plan, contents)
-    card = replace(read_card(card_file), finished=True, code_mean=mean, code_std=std)
+    card = replace(manifest.card or plan.card, finished=True, code_mean=mean, code_std=std)
     sizes = [content.num_bytes for content in contents.values()]
-    show_shards(plan.shards)
     readme = codes_card(
         card,
         source=display_name(config.source),
@@ -184,8 +195,15 @@ def finish(plan: Plan) -> Encoded:
         command=training_command(card, replace(config.codec, vae=card.vae), "PATH", config.split),
     )
     write_text(config.out / "README.md", str(readme))
-    counts = {"images": images, "broken": {split: len(reports) for split, reports in broken.items()}}
-    write_json(card_file, stored | {"settings": plan.manifest["settings"]} | counts | {"card": card.to_json()})
+    manifest = replace(
+        manifest,
+        images=images,
+        broken={split: len(reports) for split, reports in broken.items()},
+        files=stored_files(contents),
+    )
+    write_json(card_file, manifest.to_json())  # first, as the names that are shown no longer hold a SHA-256
+    show_shards(contents)
+    write_json(card_file, replace(manifest, card=card, finished=True).to_json())
     return Encoded(
         card=card,
         images=images,
@@ -215,9 +233,12 @@ def _rows(
     """The values of each row of a shard, or why it has none; `add` gets sums and sums of squares by channel."""
     labels = plan.sets[shard.split].labels
     rows = iter(shard.rows)
-    for _ in range(0, len(shard.rows), plan.config.batch_size):
+    for first in range(shard.rows.start, shard.rows.stop, plan.config.batch_size):
         images, reports = next(batches)
-        codes = iter(_codes(codec, images, plan.card.flips) if len(images) else ())
+        found = _codes(codec, images, plan.card.flips) if len(images) else torch.empty(0)
+        if first == 0 and len(images):
+            _check_scale(found[:, 0], plan.card.identity.scaling_factor)
+        codes = iter(found)
         for report in reports:
             row = next(rows)
             if report is not None:
@@ -233,6 +254,17 @@ def _rows(
                 "label": int(labels[row])
             }
         count(len(reports))
+
+
+def _check_scale(codes: Tensor, factor: float) -> None:
+    """Refuse codes (B, C, H, W) of which float16 keeps little or nothing, or that no noise level suits."""
+    values = codes[codes.isfinite()].float()
+    size = float(values.square().mean().sqrt())
+    if len(values) and not _SMALLEST <= size <= _LARGEST:
+        raise DataError(
+            f"codes have a root mean square of {size:.3g} in float16, with the scaling factor {factor:g}; expected "
+            "about 1: choose --scaling-factor so that codes have unit variance"
+        )
 
 
 def _notes(sums: list[np.ndarray]) -> dict[str, Any]:

@@ -12,12 +12,20 @@ from diffusers import AutoencoderKL
 
 from itarflow import __version__
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity
-from itarflow.data.codes import CARD, CodesCard, find_card, read_card
+from itarflow.data.codes import CARD, CodesCard
 from itarflow.data.dataset import ImageDataset
-from itarflow.data.prepare.manifest import SourceConfig, check_output_folder, check_settings
+from itarflow.data.made import Manifest
+from itarflow.data.prepare.manifest import (
+    SourceConfig,
+    check_settings,
+    check_settings_there,
+    check_source_there,
+    refuse_changes,
+    stored_manifest,
+)
 from itarflow.data.prepare.shards import Shard, plan_shards
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.text import display_name
+from itarflow.runtime.text import display_name, printable
 
 Precision = Literal["float32", "bf16", "fp16"]
 """In which a VAE computes."""
@@ -87,7 +95,7 @@ class Plan:
     card: CodesCard
     sets: Mapping[str, ImageDataset]
     shards: tuple[Shard, ...]
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -114,19 +122,15 @@ def plan_encoding(config: EncodeConfig) -> Plan:
         ValueError: the VAE does not suit the images.
     """
     _check(config)
-    settings, card_file = _settings(config), config.out / CARD
-    check_output_folder(config, card_file, {"settings": settings})
-    if find_card(config.source) is not None:
-        raise DataError(f"{config.source} holds codes already; expected images: name the source that they are of")
+    settings, stored = _settings(config), stored_manifest(config, CARD)
+    check_settings_there(config.out, stored, settings)
     vae = load_vae(config.codec)
     in_channels = vae.config.in_channels
     if in_channels not in (1, 3):
         raise DataError(f"the VAE {config.vae} takes images of {in_channels} channels; expected 1 (grey) or 3 (RGB)")
     code_shape(vae, (in_channels, config.size, config.size))
     VaeCodec(vae, tiled=config.tiled)
-    sets, class_names = config.open(in_channels)
-    sizes = {split: len(images) for split, images in sets.items()}
-    shards = plan_shards(config.out, sizes, config.shard_size)
+    sets, source = config.open(in_channels)
     card = CodesCard(
         vae=display_name(config.vae),
         revision=_commit(vae) or config.revision,
@@ -135,23 +139,19 @@ def plan_encoding(config: EncodeConfig) -> Plan:
         crop=config.crop,
         flips=config.flips,
         variance=isinstance(vae, AutoencoderKL),
-        class_names=class_names,
+        class_names=source.class_names,
         finished=False,
     )
-    depends = {
-        "settings": settings,
-        "source_images": sizes,
-        "classes": list(class_names),
-        "shards": len(shards),
-    }
-    check_output_folder(config, card_file, depends)
-    if card_file.exists() and (changes := differing(read_card(card_file).identity, card.identity)):
-        raise DataError(
-            f"{config.out} was begun with another VAE or scaling:\n  "
-            + "\n  ".join(changes)
-            + f"\nName that VAE, choose another folder, or delete {config.out} to begin anew."
-        )
-    manifest = {"itarflow": __version__} | depends | {"card": card.to_json()}
+    depends = {"settings": settings, "source": source.content, "card": card.to_json() | {"vae": "", "revision": ""}}
+    sizes = {split: len(images) for split, images in sets.items()}
+    shards = plan_shards(config.out, sizes, config.shard_size, depends)
+    manifest = Manifest(itarflow=__version__, settings=settings, source=source, shards=len(shards), card=card)
+    check_source_there(config.out, stored, manifest)
+    if stored is not None and stored.card is None:
+        raise DataError(f"{config.out / CARD} is damaged: it has no card; choose another folder")
+    if stored is not None and stored.card is not None:
+        changes = differing(stored.card.identity, card.identity)
+        refuse_changes(config.out, "another VAE or scaling", [printable(change) for change in changes])
     return Plan(config, vae, card, sets, tuple(shards), manifest)
 
 

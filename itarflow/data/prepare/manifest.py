@@ -1,24 +1,32 @@
 """The common config of data sets made of another one, and the manifest in their folder that records it.
 
-A manifest has sections: the settings, and what the source was like. A later call goes on only with the same.
+A later call goes on only with the same settings, and only if the source is what it was.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
+from itarflow.data.codes import find_card
 from itarflow.data.dataset import ImageDataset
+from itarflow.data.identity import DataIdentity, described
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_splits
+from itarflow.data.made import Manifest
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import LOCK, PARTIAL
-from itarflow.runtime.text import display_name
+from itarflow.runtime.files import LOCK, PARTIAL, remove_partial
+from itarflow.runtime.json_file import read_json
+from itarflow.runtime.text import display_name, printable
+
+TRIAL = ".itarflow-"
+"""Prefix of what `files.check_writable` makes to see whether it can, and leaves if it is killed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +42,19 @@ class SourceConfig:
     crop: Crop = "center"
     """How images become square, as by --data.crop in training; those of the right size stay as they are. FID depends
     on the choice.
-    center = as torchvision and the papers' code do; adm = as for ADM's and EDM's ImageNet; edm = EDM's center-crop."""
+    center = as torchvision and the papers' code do; adm = as for ADM's and EDM's ImageNet; edm = EDM's center-crop;
+    pad = the whole image on white, such as of a product."""
     split: tuple[str, ...] = ("train",)
     """Splits to read, such as train test. They keep their names, and share their classes."""
     name: str | None = None
     """Configuration of a Hub data set that has several."""
     image_column: str | None = None
-    """Column with the images. None finds the first one."""
+    """Column with the images. None finds it; of several it takes image, img, pixel_values, jpg or png."""
     label_column: str | None = None
     """Column with the class labels. None finds it, if there is one."""
 
-    def open(self, in_channels: int) -> tuple[dict[str, ImageDataset], tuple[str, ...]]:
-        """All images of each split, and the names of the classes: `load.load_splits` of these settings.
+    def open(self, in_channels: int) -> tuple[dict[str, ImageDataset], DataIdentity]:
+        """All images of each split, and what was understood of the set: `load.load_splits` of these settings.
 
         Args:
             in_channels: 3 for RGB, 1 for grey.
@@ -53,6 +62,8 @@ class SourceConfig:
         Raises:
             DataError: they or the data cannot be used; the message says what to change.
         """
+        if find_card(self.source) is not None:
+            raise DataError(f"{self.source} holds codes already; expected images: name the source that they are of")
         data = DataConfig(
             path=self.source,
             name=self.name,
@@ -91,16 +102,21 @@ def check_settings(config: SourceConfig, lowest: Mapping[str, int]) -> None:
             )
 
 
-def check_output_folder(config: SourceConfig, manifest: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse a folder with other things in it than a call with the same manifest has begun.
+def say_understood(console: Console | None, source: DataIdentity) -> None:
+    """Print what was understood of a source; None = nowhere."""
+    if console is not None:
+        console.print("\n".join(described(source)), markup=False, highlight=False, soft_wrap=True)
+
+
+def stored_manifest(config: SourceConfig, name: str) -> Manifest | None:
+    """The manifest of the folder to write; None if there is none yet.
 
     Args:
-        config: names the folder to write, and the source, in which it must not lie.
-        manifest: the file in the folder that holds the manifest.
-        wanted: sections of this call's manifest, or some of them. The version, "itarflow", may differ.
+        config: names the folder, and the source, in which it must not lie.
+        name: of the file with the manifest.
 
     Raises:
-        DataError: saying what is there, or what differs.
+        DataError: the folder has other things in it, or the manifest is damaged.
     """
     out, source = config.out, config.source
     place = Path(source).expanduser()
@@ -108,35 +124,54 @@ def check_output_folder(config: SourceConfig, manifest: Path, wanted: Mapping[st
         raise DataError(f"{out} lies in {source}, and would be taken for a part of it; choose another folder")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a new folder: choose another name")
-    if not manifest.exists():
-        if out.exists() and any(not file.name.startswith((LOCK, PARTIAL)) for file in out.iterdir()):
-            raise DataError(f"{out} is a folder with other things in it; choose a new or empty one")
-        return
-    try:
-        stored = json.loads(manifest.read_text(encoding="utf-8"))
-        # Earlier versions stored it as it was typed.
-        stored["settings"]["source"] = display_name(stored["settings"]["source"])
+    if (out / name).exists():
+        return read_json(out / name, Manifest)
+    if out.exists() and any(not file.name.startswith((LOCK, PARTIAL, TRIAL)) for file in out.iterdir()):
+        raise DataError(f"{out} is a folder with other things in it; choose a new or empty one")
+    return None
+
+
+def check_settings_there(out: Path, stored: Manifest | None, settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with other settings than a folder was begun with.
+
+    Raises:
+        DataError: saying what differs.
+    """
+    if stored is not None:
         changes = [
-            change for section, values in wanted.items() for change in _changes(section, stored[section], values)
+            printable(f"{key}: {stored.settings.get(key)} there, {value} now")
+            for key, value in settings.items()
+            if key not in stored.settings or stored.settings[key] != value
         ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{manifest} is damaged, or of another program; choose a new folder") from error
+        refuse_changes(out, "other settings", changes)
+
+
+def check_source_there(out: Path, stored: Manifest | None, wanted: Manifest) -> None:
+    """Refuse to go on if the source has changed since a folder was begun.
+
+    Raises:
+        DataError: saying what differs.
+    """
+    if stored is not None:
+        changes = stored.source.differences(wanted.source)
+        if not changes and stored.shards != wanted.shards:
+            changes = [f"shards: {stored.shards} there, {wanted.shards} now"]
+        refuse_changes(out, "another source, or the source has changed", changes)
+
+
+def refuse_changes(out: Path, what: str, changes: Sequence[str]) -> None:
+    """Refuse to go on with a folder if there are changes; `what` it was begun with."""
     if changes:
         raise DataError(
-            f"{out} was begun with other settings, or the source has changed:\n  "
+            f"{out} was begun with {what}:\n  "
             + "\n  ".join(changes)
             + f"\nRun the command that began it, choose another folder, or delete {out} to begin anew."
         )
 
 
-def _changes(section: str, stored: Any, wanted: Any) -> list[str]:
-    """Lines that say what differs in a section of the manifest; its version may."""
-    if stored == wanted or section == "itarflow":
-        return []
-    if isinstance(wanted, list):
-        old, new = next(pair for pair in itertools.zip_longest(stored, wanted) if pair[0] != pair[1])
-        return [f"{section}: {len(stored)} there, {len(wanted)} now; the first to differ is {old} there, {new} now"]
-    if not isinstance(wanted, dict):
-        return [f"{section}: {stored} there, {wanted} now"]
-    title = "" if section == "settings" else f"{section} in "
-    return [f"{title}{key}: {stored[key]} there, {value} now" for key, value in wanted.items() if stored[key] != value]
+def clear_leftovers(out: Path) -> None:
+    """Remove what killed calls have left of files that they were writing, or of their trial whether they may."""
+    remove_partial(out)
+    for left in out.glob(f"{TRIAL}*"):
+        with suppress(OSError):  # a folder with something in it is somebody's
+            left.rmdir() if left.is_dir() else left.unlink()

@@ -3,13 +3,19 @@
 OUT/NAME.json   train-00000-of-00012.parquet ...   broken.json (if images could not be read)
 
 Rows are dealt to files before any is read, so that a broken image makes its file shorter and moves no other. A file
-has a hidden name (.train-00000-of-00012.parquet) until all are there, so that training never uses a part of them.
-NAME.json is the `manifest`: what the files depend on.
+has a hidden name until all are there, so that training never uses a part of them. That name holds the SHA-256 of its
+bytes (.train-00000-of-00012.SHA.parquet), and its end says which rows of what it has: a damaged file, a copy of
+another one, or one of another set is not taken for it. NAME.json is the `Manifest`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,38 +25,36 @@ import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itarflow.data.dataset import ImageDataset
 from itarflow.data.loader import ignore_interrupts, watched, without_alarm
+from itarflow.data.made import Footer, StoredFile, read_footer
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import atomically, write_json
-from itarflow.runtime.text import without_folders
+from itarflow.runtime.files import PARTIAL, atomically, write_json
+from itarflow.runtime.progress import image_progress
+from itarflow.runtime.text import listed, printable, without_folders
 
 ROW_GROUP = 128
 """Rows that are read at a time by those who stream."""
 
-_BROKEN, _NOTES = b"itarflow.broken", b"itarflow.notes"
+_DIGITS = 64  # of a SHA-256
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file: its final path, and the rows of the source that it is for."""
+    """One file: its final path, the source's rows that it is for, and a SHA-256 of all that the set depends on."""
 
     path: Path
     split: str
     rows: range
+    made_by: str
 
-    @property
-    def hidden(self) -> Path:
-        """Its hidden path until all are there."""
-        return self.path.with_name(f".{self.path.name}")
-
-    @property
-    def found(self) -> Path | None:
-        """Where it is, once it is whole."""
-        return next((path for path in (self.path, self.hidden) if path.exists()), None)
+    def hidden(self, sha256: str) -> Path:
+        """Its path until all are there."""
+        return self.path.with_name(f".{self.path.stem}.{sha256}.parquet")
 
 
 @dataclass(frozen=True)
@@ -58,26 +62,37 @@ class Content:
     """What is in a file that is whole.
 
     Attributes:
+        path: where it is.
         images: its rows.
         broken: "name: reason" of each image that was left out.
         notes: what its writer had to say besides.
         num_bytes: its size.
+        sha256: of its bytes, as its name or the manifest says.
     """
 
+    path: Path
     images: int
     broken: tuple[str, ...]
     notes: Mapping[str, Any]
     num_bytes: int
+    sha256: str
 
 
-def plan_shards(out: Path, sizes: Mapping[str, int], shard_size: int) -> list[Shard]:
-    """The files of some splits, of `shard_size` images each; sizes = number of images by split."""
-    shards = []
+def plan_shards(out: Path, sizes: Mapping[str, int], shard_size: int, depends: Mapping[str, Any]) -> list[Shard]:
+    """The files of some splits.
+
+    Args:
+        out: the folder.
+        sizes: number of images by split.
+        shard_size: images a file.
+        depends: all that the files depend on, as JSON has it.
+    """
+    shards, made_by = [], hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     for split, size in sizes.items():
         count = -(-size // shard_size)
         for index in range(count):
             rows = range(index * shard_size, min((index + 1) * shard_size, size))
-            shards.append(Shard(out / f"{split}-{index:05}-of-{count:05}.parquet", split, rows))
+            shards.append(Shard(out / f"{split}-{index:05}-of-{count:05}.parquet", split, rows, made_by))
     return shards
 
 
@@ -100,7 +115,9 @@ class Reader(Dataset[Tensor | str]):
     def __getitem__(self, place: tuple[str, int]) -> Tensor | str:
         split, row = place
         image = self._sets[split].read(row)
-        return without_folders(image, self._source) if isinstance(image, str) else image
+        if isinstance(image, Tensor):
+            return image
+        return printable(without_folders(image, self._source)).replace("\n", "\\n")  # on one line, whatever the name
 
 
 def read_ahead(
@@ -131,12 +148,28 @@ def read_ahead(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         collate_fn=collate,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # else the loader would advance torch's global one
     )
     return watched(
         without_alarm(loader), "whole files are kept, and the same command goes on: run it with fewer num_workers"
     )
+
+
+def _start_worker(worker: int) -> None:
+    """Ignore Ctrl-C, and end with the process that has started this one, however that ends.
+
+    PyTorch's workers look for it too, but then wait for ever to hand over their last batch, if it is large.
+    """
+    ignore_interrupts(worker)
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        while parent is not None and parent.is_alive() and os.getppid() == parent.pid:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _places(shards: Sequence[Shard], batch_size: int) -> Iterator[list[tuple[str, int]]]:
@@ -163,15 +196,21 @@ def write_shard(
     Raises:
         OSError: it can't be written; the message says how to go on.
     """
-    broken: list[str] = []
+    # A name of the partial files, so that it is removed if this process is killed before the last rename.
+    broken, whole = list[str](), shard.path.with_name(f"{PARTIAL}{shard.path.name}")
     group: list[Mapping[str, Any]] = []
     schema = features.arrow_schema
     try:
         with (
-            atomically(shard.hidden) as partial,
+            atomically(whole) as partial,
             # Images and codes do not compress further, and their minima are of no use.
             pq.ParquetWriter(
-                partial, schema, compression="none", use_dictionary=["label"], write_statistics=["label"]
+                partial,
+                schema,
+                compression="none",
+                use_dictionary=["label"],
+                write_statistics=["label"],
+                write_page_checksum=True,
             ) as writer,
         ):
             for result in results:
@@ -184,42 +223,125 @@ def write_shard(
                     group = []
             if group:
                 writer.write_table(pa.Table.from_pylist(group, schema), row_group_size=ROW_GROUP)
-            writer.add_key_value_metadata({_BROKEN: json.dumps(broken), _NOTES: json.dumps(notes())})
+            footer = Footer(
+                shard.made_by, shard.split, shard.rows.start, shard.rows.stop, tuple(broken), dict(notes())
+            )
+            writer.add_key_value_metadata(footer.to_metadata())
+        sha256 = file_sha256(whole)
+        whole.replace(shard.hidden(sha256))
     except OSError as error:
         raise OSError(
             f"{shard.path.parent} can't be written: {error}. Whole files are kept; the same command goes on."
         ) from error
-    return read_content(shard.hidden)
+    return read_content(shard, shard.hidden(sha256), sha256)
 
 
-def read_content(path: Path) -> Content:
-    """What is in a file that is whole.
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_content(shard: Shard, path: Path, sha256: str) -> Content:
+    """What is in a file that is whole, by what it says at its end.
+
+    Args:
+        shard: that it should be.
+        path: where it is.
+        sha256: of its bytes, as its name or the manifest says; see `check_bytes`.
 
     Raises:
-        DataError: it is damaged, or `write_shard` has not made it.
+        DataError: it is damaged, or the file of another shard, set, or command.
     """
-    try:
-        footer = pq.read_metadata(path)
-        broken, notes = json.loads(footer.metadata[_BROKEN]), json.loads(footer.metadata.get(_NOTES, b"{}"))
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path} is damaged, or not of this command; delete it, and run the command again") from error
-    return Content(footer.num_rows, tuple(broken), notes, path.stat().st_size)
+    footer, images = read_footer(path)
+    if (footer.made_by, footer.split, range(footer.first, footer.stop)) != (shard.made_by, shard.split, shard.rows):
+        raise DataError(
+            f"{path} is damaged, or not of this command: it holds rows {footer.first:,} to {footer.stop:,} of "
+            f"{printable(footer.split)}"
+            + ("" if footer.made_by == shard.made_by else ", of another source or made with other settings")
+            + f", expected {shard.rows.start:,} to {shard.rows.stop:,} of {shard.split}; delete it, and run the "
+            "command again"
+        )
+    return Content(path, images, footer.broken, footer.notes, path.stat().st_size, sha256)
 
 
-def read_contents(shards: Sequence[Shard], known: Mapping[Shard, Content]) -> dict[Shard, Content]:
-    """What is in all shards that are whole by now, in their order; errors as `read_content`.
+def read_contents(
+    shards: Sequence[Shard], known: Mapping[Shard, Content], recorded: Sequence[StoredFile] = ()
+) -> dict[Shard, Content]:
+    """What is in all shards that are whole by now, in their order.
 
     Args:
         shards: all that are planned.
         known: read before, and not read again.
+        recorded: the files of the manifest; those that have their final names are there.
+
+    Raises:
+        DataError: one is damaged, or not of this command.
     """
-    contents = {}
+    contents, sums = {}, {file.name: file.sha256 for file in recorded}
+    hidden = _hidden_files(shards[0].path.parent) if shards else {}
     for shard in shards:
         if shard in known:
             contents[shard] = known[shard]
-        elif path := shard.found:
-            contents[shard] = read_content(path)
+        elif shard.path.exists():
+            if shard.path.name not in sums:
+                raise DataError(
+                    f"{shard.path} is not of this command, whose manifest does not list it; delete it, and run the "
+                    "command again"
+                )
+            contents[shard] = read_content(shard, shard.path, sums[shard.path.name])
+        elif found := hidden.get(shard.path.stem):
+            contents[shard] = read_content(shard, found, found.stem[-_DIGITS:])
     return contents
+
+
+def check_bytes(contents: Mapping[Shard, Content], console: Console | None) -> None:
+    """Refuse files whose bytes are not those that were written; all of them are read.
+
+    Args:
+        contents: of the files.
+        console: where to draw a bar; None = nowhere.
+
+    Raises:
+        DataError: naming those that are damaged.
+    """
+    damaged = []
+    total = sum(len(shard.rows) for shard in contents)
+    with image_progress(console if contents else None, "checking", total, 0) as show:
+        for shard, content in contents.items():
+            if file_sha256(content.path) != content.sha256:
+                damaged.append(str(content.path))
+            show(len(shard.rows))
+    if damaged:
+        raise DataError(
+            f"{listed(damaged)} {'is' if len(damaged) == 1 else 'are'} damaged: the SHA-256 is another one; delete "
+            f"{'it' if len(damaged) == 1 else 'them'}, and run the command again"
+        )
+
+
+def stored_files(contents: Mapping[Shard, Content]) -> tuple[StoredFile, ...]:
+    """What the manifest lists, once all are there."""
+    return tuple(
+        StoredFile(
+            shard.path.name,
+            shard.split,
+            shard.rows.start,
+            shard.rows.stop,
+            content.images,
+            content.num_bytes,
+            content.sha256,
+        )
+        for shard, content in contents.items()
+    )
+
+
+def _hidden_files(out: Path) -> dict[str, Path]:
+    """Files with hidden names, by the stem of their final name."""
+    return {
+        file.stem[1 : -_DIGITS - 1]: file
+        for file in out.glob(".*.parquet")
+        if not file.name.startswith(PARTIAL) and len(file.stem) > _DIGITS + 2
+    }
 
 
 def broken_by_split(shards: Sequence[Shard], contents: Mapping[Shard, Content]) -> dict[str, tuple[str, ...]]:
@@ -250,8 +372,27 @@ def check_broken(out: Path, shards: Sequence[Shard], contents: Mapping[Shard, Co
         )
 
 
-def show_shards(shards: Sequence[Shard]) -> None:
-    """Give all their final names."""
+def count_images(shards: Sequence[Shard], contents: Mapping[Shard, Content], source: str) -> dict[str, int]:
+    """Images in all files, by split.
+
+    Raises:
+        DataError: a split has none.
+    """
+    images: dict[str, int] = {}
     for shard in shards:
-        if not shard.path.exists():
-            shard.hidden.rename(shard.path)
+        images[shard.split] = images.get(shard.split, 0) + contents[shard].images
+    for split, count in images.items():
+        if count == 0:
+            reports = [report for shard in shards if shard.split == split for report in contents[shard].broken]
+            raise DataError(
+                f"none of the images in {source}, split {split}, could be read; expected pictures: look at the first "
+                f"ones, and delete {shards[0].path.parent} before you try again:\n  " + "\n  ".join(reports[:5])
+            )
+    return images
+
+
+def show_shards(contents: Mapping[Shard, Content]) -> None:
+    """Give all their final names."""
+    for shard, content in contents.items():
+        if content.path != shard.path:
+            content.path.rename(shard.path)

@@ -42,7 +42,7 @@ from itarflow.evaluation.diagnosis.rates import (
 from itarflow.evaluation.metrics.extractors import Extractor
 from itarflow.evaluation.samples.files import Samples
 from itarflow.runtime.files import check_writable, write_json
-from itarflow.runtime.pictures import blank_figure, captioned_grid
+from itarflow.runtime.pictures import blank_figure, captioned_grid, save_picture
 from itarflow.runtime.progress import image_progress
 
 Thresholds = Mapping[str, float | None]
@@ -346,4 +346,4 @@ def _save_sheet(
     images = [image for number in numbers for image in to_pil(to_pixels(pictures.read(number, number + 1)))]
     captions = [f"#{number}\n{value:.3g}" for number, value in zip(numbers, values, strict=True)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    captioned_grid(images, captions, SHEET_COLUMNS).save(path)
+    save_picture(captioned_grid(images, captions, SHEET_COLUMNS), path)

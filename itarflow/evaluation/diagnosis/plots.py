@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from itarflow.evaluation.diagnosis.failures import Onset, quartiles
-from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.pictures import blank_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +61,7 @@ def draw_detail(real: Tensor, sets: Mapping[str, Detail], path: Path) -> None:
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7)
     panels[0].set_ylabel("energy of fine structure (median, quartiles),\nreal images = 1", fontsize=8)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, 130)
 
 
 def _draw_curve(axis: Axes, relative: Tensor, name: str, colour: str) -> None:

@@ -55,7 +55,7 @@ class BpdConfig:
     crop: Crop = "center"
     """How images of another size become square: as --data.crop in training. The figures depend on it."""
     image_column: str | None = None
-    """Column with the images. None = the first one."""
+    """Column with the images. None = it is found."""
     label_column: str | None = None
     """Column with the class labels. None = it is found."""
     unlabelled: bool = False

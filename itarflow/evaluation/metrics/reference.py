@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,9 +27,13 @@ from itarflow.data.dataset import too_many_broken
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
 from itarflow.data.loader import in_order
+from itarflow.evaluation.conversion import Protocol, as_scripts_see
 from itarflow.evaluation.metrics.extractors import INCEPTION, POOL_FEATURES, SPATIAL_FEATURES, Extractor
 from itarflow.evaluation.metrics.features import Extracted, Moments, extract
+from itarflow.evaluation.samples.npz import array_headers, read_array
+from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import atomically, check_writable, weights_digest
+from itarflow.runtime.json_file import parse_json
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.progress import image_progress
 from itarflow.runtime.text import display_name, without_folders
@@ -38,6 +42,7 @@ KEPT_IMAGES = 10_000
 """Real images whose features are kept, for kernel distances, precision and recall: as many as ADM's files hold."""
 
 _KEY = "itarflow_reference"  # of the metadata in a file of statistics
+_CHECKSUM = "sha256"
 _VERSION = 1
 
 
@@ -106,6 +111,7 @@ def reference_of(
     batch_size: int = 50,
     cache: Path | None = None,
     console: Console | None = None,
+    protocol: Protocol = "rounded",
 ) -> Reference:
     """Statistics of all images of `data.split`, unmirrored; from the cache if they have been computed before.
 
@@ -124,6 +130,7 @@ def reference_of(
         batch_size: images at a time in each process.
         cache: folder for statistics; None = `statistics_folder()`.
         console: for a line of progress; None = none.
+        protocol: how pixels become 8-bit; "official" also flips images at random.
 
     Raises:
         RunError: the data cannot be used, a kept file is damaged, or the cache cannot be written.
@@ -132,7 +139,8 @@ def reference_of(
     whole = replace(data, held_out_split=None, held_out_images=0, horizontal_flip=False, in_memory=False)
     images = main_first(accelerator, lambda: load_data(whole, image_size=image_size, in_channels=in_channels).train)
     origin = Origin(
-        f"{display_name(str(data.path))}, split {data.split}",
+        f"{display_name(str(data.path))}, split {data.split}"
+        + ("" if protocol == "rounded" else ", flipped, truncated"),
         extractor.name,
         extractor.identity,
         image_size,
@@ -144,11 +152,13 @@ def reference_of(
     broken: list[str] = []
 
     def batches() -> Iterator[Tensor]:
-        for batch in in_order(images, batch_size, data.num_workers, **share):
+        dealt = in_order(images, batch_size, data.num_workers, **share)
+        for number, batch in enumerate(dealt):
             broken.extend(batch.broken)
             if len(broken) > data.max_broken:
                 raise too_many_broken(broken, data.max_broken)
-            yield batch.images
+            first = (number * accelerator.num_processes + accelerator.process_index) * batch_size
+            yield as_scripts_see(batch.images, first) if protocol == "official" else batch.images
 
     def compute() -> Reference:
         found = _extract(extractor, batches(), len(images), keep, batch_size, accelerator, console)
@@ -175,6 +185,7 @@ def read_reference(
     batch_size: int = 50,
     cache: Path | None = None,
     console: Console | None = None,
+    protocol: Protocol = "rounded",
 ) -> Reference:
     """Statistics from a file: one that `reference_of` has kept, or an .npz file such as ADM's.
 
@@ -192,19 +203,25 @@ def read_reference(
         batch_size: images at a time in each process.
         cache: folder for the features of arr_0; None = `statistics_folder()`.
         console: for a line of progress; None = none.
+        protocol: how pixels of the samples become 8-bit; those of the file are what they are.
 
     Raises:
         OSError: there is no such file.
         RunError: a kept file is damaged, or the cache cannot be written.
         ValueError: the file is damaged, or of another size, crop or extractor; both are named.
     """
+    if protocol == "official" and path.suffix != ".safetensors":
+        raise ValueError(
+            f"the protocol 'official' flips real images at random, but {path} is of images as they are; give the "
+            "images by --data, or take the protocol 'rounded'."
+        )
     if not path.is_file():
         raise OSError(f"{path} is no file; expected statistics of real images (.safetensors, or ADM's .npz).")
     if path.suffix == ".safetensors":
         reference = _read(path)
         _check(path, reference.origin, extractor, image_size, crop)
         return reference
-    arrays = _arrays(path)
+    arrays = array_headers(path)
     shape, dtype = arrays.get("arr_0", ((0, image_size, image_size, 3), np.dtype(np.uint8)))
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
         raise ValueError(f"{path} holds arr_0 of {dtype} {shape}; expected uint8 images (N, H, W, 3).")
@@ -223,7 +240,7 @@ def read_reference(
     origin = Origin(path.name, extractor.name, extractor.identity, known, None, None if has_moments else shape[0])
 
     def compute() -> Reference:
-        images = _load_array(path, "arr_0")
+        images = read_array(path, "arr_0")
         starts = range(accelerator.process_index * batch_size, len(images), accelerator.num_processes * batch_size)
         share = (torch.from_numpy(images[at : at + batch_size]).permute(0, 3, 1, 2) for at in starts)
         found = _extract(extractor, share, len(images), keep, batch_size, accelerator, console)
@@ -283,7 +300,14 @@ def _cached(folder: Path, fingerprint: str, accelerator: Accelerator, compute: C
         return found
     on_main(accelerator, lambda: check_writable(folder))  # raises now, not after the work
     reference = compute()
-    on_main(accelerator, lambda: _write(reference, path))
+
+    def keep() -> None:
+        try:
+            _write(reference, path)
+        except (OSError, RunError, SafetensorError) as error:  # the work is done, and serves this call
+            warnings.warn(f"statistics of {reference.origin.source} could not be kept: {error}", stacklevel=2)
+
+    on_main(accelerator, keep)
     return reference
 
 
@@ -309,24 +333,37 @@ def _write(reference: Reference, path: Path) -> None:
     if reference.features is not None:
         tensors["features"] = reference.features
     path.parent.mkdir(parents=True, exist_ok=True)
+    facts = {_KEY: json.dumps(asdict(reference.origin)), _CHECKSUM: _checksum(tensors)}
     with atomically(path) as partial:
-        save_file(tensors, partial, {_KEY: json.dumps(asdict(reference.origin))})
+        save_file(tensors, partial, facts)
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """As they are, in float64."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _read(path: Path) -> Reference:
     try:
         with safe_open(path, "pt") as file:
-            origin = json.loads(file.metadata()[_KEY])
+            facts = file.metadata()
+            origin = parse_json(facts[_KEY], Origin, str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        if facts.get(_CHECKSUM, "") not in ("", _checksum(tensors)):  # files of older versions have none
+            raise ValueError("its checksum is that of other numbers")
         return Reference(
-            Origin(**origin | {"broken": tuple(origin["broken"])}),
+            origin,
             Moments(tensors["mean"], tensors["covariance"]),
             Moments(tensors["spatial_mean"], tensors["spatial_covariance"]) if "spatial_mean" in tensors else None,
             tensors.get("features"),
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} holds no statistics of real images, or is damaged ({error!r}); delete it, and they are computed "
+            f"{path} holds no statistics of real images, or is damaged ({error}); delete it, and they are computed "
             "anew."
         ) from error
 
@@ -338,28 +375,7 @@ def _moments_of(path: Path, shapes: Mapping[str, Any], origin: Origin) -> Refere
         for name, wanted in ((mean, (count,)), (covariance, (count, count))):
             if shapes[name][0] != wanted:
                 raise ValueError(f"{path} holds {name} of shape {shapes[name][0]}; expected {wanted}.")
-        return Moments(*(torch.from_numpy(_load_array(path, name).astype(np.float64)) for name in (mean, covariance)))
+        return Moments(*(torch.from_numpy(read_array(path, name).astype(np.float64)) for name in (mean, covariance)))
 
     spatial = read("mu_s", "sigma_s", SPATIAL_FEATURES) if {"mu_s", "sigma_s"} <= shapes.keys() else None
     return Reference(origin, read("mu", "sigma", POOL_FEATURES), spatial)
-
-
-def _arrays(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and type of each array of an .npz file; the images, gigabytes perhaps, are not read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            found = {}
-            for name in archive.namelist():
-                with archive.open(name) as file:
-                    first = np.lib.format.read_magic(file) == (1, 0)
-                    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-                    shape, _, dtype = read(file)
-                found[name.removesuffix(".npy")] = (shape, dtype)
-            return found
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{path} is no readable .npz file: {error}; download it again.") from error
-
-
-def _load_array(path: Path, name: str) -> np.ndarray:
-    with np.load(path, allow_pickle=False) as file:
-        return file[name]

@@ -6,9 +6,11 @@ of ADM's evaluation suite (arr_0: uint8 (N, H, W, C)). All are uint8 tensors (n,
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import re
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from itarflow.data.images import to_array
+from itarflow.data.picture_file import open_picture
+from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest, read_manifest
+from itarflow.evaluation.samples.npz import array_headers, read_array
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import atomically
+from itarflow.runtime.json_file import parse_json
+from itarflow.runtime.text import listed, printable
 
 SUFFIX = ".safetensors"
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_KEY = "itarflow_samples"  # of the metadata in a file
 _NONE = torch.zeros(0, dtype=torch.int64)
 
 
@@ -96,19 +104,75 @@ def shard_name(start: int, stop: int) -> str:
     return f"{start:08d}-{stop:08d}{SUFFIX}"
 
 
-def write_shard(path: Path, images: Tensor, labels: Tensor, broken: Tensor) -> None:
-    """Write a file of images, whole or not at all.
+def write_shard(path: Path, images: Tensor, labels: Tensor, broken: Tensor, origin: str = "") -> None:
+    """Write a file of images, whole or not at all, with its range, checksum and origin.
 
     Args:
         path: by `shard_name`.
         images: uint8 (n, C, H, W).
         labels: int64 (n,), -1 = none.
         broken: bool (n,), whether values were not finite.
+        origin: `origin_digest` of the samples.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"images": images, "labels": labels, "broken": broken}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    facts = {"range": path.stem, "origin": origin, "sha256": _checksum(tensors)}
     with atomically(path) as partial:
-        tensors = {"images": images, "labels": labels, "broken": broken}
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial)
+        save_file(tensors, partial, {_KEY: json.dumps(facts)})  # one entry: their order is not kept
+
+
+def read_shard(path: Path, origin: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file of images, which are what was written under its name.
+
+    Args:
+        path: by `shard_name`.
+        origin: of the samples that it has to be of; None = any.
+
+    Raises:
+        DataError: it is damaged, was written under another name, or is of other samples.
+    """
+    with _opened(path) as file:
+        facts = parse_json((file.metadata() or {}).get(_KEY, "{}"), dict[str, str], str(path))
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    start, stop = _range(path)
+    if {*tensors} != {"images", "labels", "broken"} or "sha256" not in facts:
+        reason = "it has no checksum, and so is of an older version or of other software"
+    elif facts["sha256"] != _checksum(tensors):
+        reason = "its checksum is that of other images"
+    elif facts.get("range") != path.stem or {len(one) for one in tensors.values()} != {stop - start}:
+        reason = f"it holds images {facts.get('range', 'unknown')}, {len(tensors['images'])} of them"
+    elif origin is not None and facts.get("origin") != origin:
+        reason = f"its images were made otherwise than {MANIFEST} says"
+    elif tensors["images"].dtype != torch.uint8 or tensors["images"].ndim != 4:
+        reason = f"its images are {tensors['images'].dtype} of shape {tuple(tensors['images'].shape)}"
+    else:
+        return tensors
+    raise DataError(
+        f"{path} is not what its name says: {printable(reason)}. The command that began the folder, `itarflow "
+        "evaluate` or `sweep`, makes such files again."
+    )
+
+
+def strange_files(folder: Path, expected: Sequence[str]) -> list[Path]:
+    """Files of images in a folder whose names are not among the expected ones."""
+    return [path for path in _whole(folder) if path.name not in expected]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _range(path: Path) -> tuple[int, int]:
+    """First image of a file, and one past its last, by its name; raises DataError if that names none."""
+    ends = re.fullmatch(rf"(\d+)-(\d+){re.escape(SUFFIX)}", path.name)
+    if ends is None or int(ends[1]) >= int(ends[2]):
+        raise DataError(f"{path} is no file of samples by its name; expected {shard_name(0, 64)}: move it away.")
+    return int(ends[1]), int(ends[2])
 
 
 @dataclass(frozen=True)
@@ -125,24 +189,31 @@ class StoredSamples:
 
     @classmethod
     def open(cls, folder: Path, files: Sequence[Path]) -> StoredSamples:
-        """All files must be there, from 0 on without a gap."""
+        """All files must be there, from 0 on without a gap, as many images as samples.json says, each one whole."""
         starts, labels, broken = [0], list[Tensor](), list[Tensor]()
         shape: tuple[int, ...] | None = None
+        manifest = read_manifest(folder.parent)
+        origin = None if manifest is None else origin_digest(manifest, folder.name)
         for path in files:
-            ends = re.fullmatch(rf"(\d+)-(\d+){re.escape(SUFFIX)}", path.name)
-            if ends is None or int(ends[1]) != starts[-1]:
+            start, stop = _range(path)
+            if start != starts[-1]:
                 raise DataError(
                     f"{path} does not go on where the images before it end, at {starts[-1]}; let `itarflow "
                     "evaluate` make what is missing, by the same command."
                 )
-            with _opened(path) as file:
-                labels.append(file.get_tensor("labels"))
-                broken.append(file.get_tensor("broken").nonzero().flatten() + starts[-1])
-                found = tuple(file.get_slice("images").get_shape()[1:])
+            tensors = read_shard(path, origin)
+            labels.append(tensors["labels"])
+            broken.append(tensors["broken"].nonzero().flatten() + start)
+            found = tuple(tensors["images"].shape[1:])
             if shape not in (None, found):
                 raise DataError(f"{path} holds images of shape {found}, files before it {shape}; expected one size.")
             shape = found
-            starts.append(int(ends[2]))
+            starts.append(stop)
+        if manifest is not None and starts[-1] != manifest["num_samples"]:
+            raise DataError(
+                f"{folder} holds {starts[-1]} images, but {manifest['num_samples']} by its {MANIFEST}; let `itarflow "
+                "evaluate` make what is missing, by the same command, or move away what is too much."
+            )
         assert shape is not None
         name = "/".join(folder.absolute().parts[-2:])
         image_shape = (shape[0], shape[1], shape[2])
@@ -183,16 +254,21 @@ class ArraySamples:
     @classmethod
     def open(cls, path: Path) -> ArraySamples:
         """arr_0 holds the images, arr_1 their labels if it is there, as in ADM's files."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                array = file["arr_0"] if "arr_0" in file.files else None
-                labels = file["arr_1"] if "arr_1" in file.files else None
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path} can't be read: {error}. Copy or download it again.") from error
-        if array is None or array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
-            found = "no arr_0" if array is None else f"arr_0 of {array.dtype}, shape {array.shape}"
+        headers = array_headers(path)
+        shape, dtype = headers.get("arr_0", ((), None))
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+            found = "no arr_0" if dtype is None else f"arr_0 of {dtype}, shape {shape}"
             raise DataError(f"{path} has {found}; expected arr_0 of uint8, shape (N, H, W, 3).")
-        given = None if labels is None else torch.from_numpy(labels.astype(np.int64))
+        given = None
+        if "arr_1" in headers:
+            labels = headers["arr_1"]
+            if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+                raise DataError(
+                    f"{path} has arr_1 of {labels.dtype}, shape {labels.shape}; expected a label, a whole number, for "
+                    f"each of the {shape[0]:,} images of arr_0, or no arr_1: write the file again."
+                )
+            given = torch.from_numpy(read_array(path, "arr_1").astype(np.int64))
+        array = read_array(path, "arr_0")
         return cls(path.name, array, given)
 
     @property
@@ -234,13 +310,7 @@ class ImageFileSamples:
                 f"{folder} has no images ({', '.join(_IMAGE_SUFFIXES)}) and no samples of `itarflow evaluate`; "
                 "expected a folder with some."
             )
-        try:
-            with Image.open(files[0]) as first:
-                channels = 1 if first.mode in ("1", "L") else 3
-                shape = (channels, first.height, first.width)
-        except OSError as error:
-            raise DataError(f"{files[0]} can't be read: {error}.") from error
-        return cls(folder.name, shape, files)
+        return cls(folder.name, _picture(files[0]).shape, files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -248,20 +318,31 @@ class ImageFileSamples:
     def read(self, start: int, stop: int) -> Tensor:
         """See `Samples`."""
         channels, height, width = self.image_shape
-        images = torch.zeros((0, *self.image_shape), dtype=torch.uint8)
-        for path in self.files[start:stop]:
-            try:
-                with Image.open(path) as image:
-                    if image.size != (width, height):
-                        raise DataError(
-                            f"{path} has {image.width} x {image.height} pixels, others {width} x {height}; "
-                            "samples are compared as they are, so crop or resize them alike first."
-                        )
-                    array = to_array(image.convert("L" if channels == 1 else "RGB"), channels)
-            except OSError as error:
-                raise DataError(f"{path} can't be read: {error}. Make or copy it again.") from error
-            images = torch.cat([images, torch.from_numpy(array)[None]])
+        files = self.files[start:stop]
+        images = torch.zeros((len(files), *self.image_shape), dtype=torch.uint8)
+        for place, path in enumerate(files):
+            array = _picture(path, channels)
+            if array.shape != self.image_shape:
+                raise DataError(
+                    f"{printable(str(path))} has {array.shape[2]} x {array.shape[1]} pixels, others {width} x "
+                    f"{height}; samples are compared as they are, so crop or resize them alike first."
+                )
+            images[place] = torch.from_numpy(array)
         return images
+
+
+def _picture(path: Path, channels: int | None = None) -> np.ndarray:
+    """uint8 (channels, H, W), of 8 bits by the rules of training data; None = 1 of a grey picture, 3 of others."""
+    try:
+        with open_picture(path) as image:
+            grey = image.mode in ("1", "L") or image.mode.startswith("I")
+            return to_array(image, channels or (1 if grey else 3))
+    except MemoryError:
+        raise
+    except Exception as error:  # nearly anything, by damaged pictures
+        raise DataError(
+            f"{printable(str(path))} can't be read: {printable(str(error))}. Make or copy it again."
+        ) from error
 
 
 # -- for other software -----------------------------------------------------------------------------------------
@@ -282,12 +363,32 @@ def write_npz(samples: Samples, path: Path) -> None:
 
 
 def write_png(samples: Samples, folder: Path) -> None:
-    """Write 00000000.png, ...; images that are already there are left as they are."""
+    """Write 00000000.png, ...; images that are already there, and are these, are left as they are.
+
+    Raises:
+        DataError: the folder holds other things.
+    """
+    names = [f"{index:08d}.png" for index in range(len(samples))]
     folder.mkdir(parents=True, exist_ok=True)
-    for index in range(len(samples)):
-        path = folder / f"{index:08d}.png"
-        if not path.exists():
-            (image,) = samples.read(index, index + 1)
-            array = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
+    known = set(names)
+    if strange := sorted(path.name for path in folder.iterdir() if path.name not in known and path.name[0] != "."):
+        raise DataError(
+            f"{folder} holds other things than these {len(samples):,} samples: {printable(listed(strange))}; move "
+            "them away, or they would be taken for samples."
+        )
+    for index, name in enumerate(names):
+        image = samples.read(index, index + 1)[0].numpy()
+        path = folder / name
+        if not path.exists() or not _shows(path, image):
+            encoded = io.BytesIO()
+            Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(encoded, format="png")
             with atomically(path) as partial:
-                Image.fromarray(array).save(partial, format="png")
+                partial.write_bytes(encoded.getvalue())
+
+
+def _shows(path: Path, image: np.ndarray) -> bool:
+    """Whether a picture is this one."""
+    try:
+        return bool(np.array_equal(_picture(path, len(image)), image))
+    except DataError:
+        return False

@@ -9,6 +9,7 @@ of processes gives the same files.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,22 +21,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itarflow.codec import to_uint8, vae_identity
+from itarflow.codec import vae_identity
 from itarflow.denoisers.score import check_level
+from itarflow.evaluation.conversion import CONVERSIONS, Protocol, to_levels
 from itarflow.evaluation.samples.denoising import Denoising, identity_of, settings_of
-from itarflow.evaluation.samples.files import shard_name, write_shard
+from itarflow.evaluation.samples.files import read_shard, shard_name, strange_files, write_shard
+from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest, read_manifest
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import weights_digest, write_json
-from itarflow.runtime.seeds import image_seeds
-from itarflow.runtime.text import flat
+from itarflow.runtime.seeds import image_seeds, seeded_images
+from itarflow.runtime.text import flat, listed, printable
 
 LabelRule = Literal["balanced", "random", "none"]
-CONVERSION = "round((clip(x, -1, 1) + 1) * 127.5) to uint8; values that are not finite become 128, mid-grey"
-MANIFEST = "samples.json"
 
 
 def labels_by(rule: LabelRule, count: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -76,6 +77,7 @@ class Generation:
         solver: as in a call of the pipeline; None = the checkpoint's plan, else exact.
         inverse_dtype: as in a call of the pipeline.
         batch_size: images that are made together, and lie in a file.
+        protocol: how pixels become 8-bit.
     """
 
     pipe: ITARFlowPipeline
@@ -87,6 +89,7 @@ class Generation:
     solver: Solver | Sequence[Solver] | None = None
     inverse_dtype: torch.dtype | None = None
     batch_size: int = 64
+    protocol: Protocol = "rounded"
 
     @property
     def batches(self) -> list[tuple[int, int]]:
@@ -151,7 +154,7 @@ class Generation:
             "solver": [getattr(one, "__name__", None) or repr(one) for one in by_block],
             "inverse_dtype": str(self.inverse_dtype or self.pipe.flow.dtype),
             "cleaning": self._denoising(),
-            "conversion": CONVERSION,
+            "conversion": CONVERSIONS[self.protocol],
             "file_size": self.batch_size,
         }
         return json.loads(json.dumps(values))
@@ -227,7 +230,7 @@ def generate(
         given = given_labels(labels)
         if given is None and guidance is not None and guidance.temperature == 1:
             guidance = replace(guidance, weight=0.0)  # none of this batch has a label to guide by
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start:stop]]
+        generators = seeded_images(seeds[start:stop])
         noisy = pipe(
             class_labels=[None if label < 0 else label for label in labels.tolist()],
             guidance=guidance,
@@ -258,42 +261,68 @@ def manifest_of(generation: Generation, folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the folder holds images that were made otherwise, or other things.
     """
-    wanted, manifest = generation.described(), folder / MANIFEST
-    if not manifest.exists():
-        if any(folder.glob("*/*.safetensors")):
-            raise DataError(f"{folder} holds files of unknown origin: {MANIFEST} is missing; choose another folder.")
+    wanted, stored = generation.described(), read_manifest(folder)
+    if stored is None:
+        if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if path.name[0] != ".")):
+            raise DataError(
+                f"{folder} holds other things, of unknown origin, such as {printable(listed(others))}, and no "
+                f"{MANIFEST}; choose another folder (--output), or empty this one."
+            )
         return wanted
-    stored = _stored(manifest)
     there, now = _by_name(stored), _by_name(wanted)
     shared = [key for key in now if key in there or not key.startswith("cleaning ")]
-    changed = [f"{key}: {there.get(key)} there, {now[key]} now" for key in shared if there.get(key) != now[key]]
+    changed = [_change(key, there.get(key), now[key]) for key in shared if there.get(key) != now[key]]
     if changed:
         raise DataError(
-            f"{folder} holds images that were made otherwise:\n  "
-            + "\n  ".join(changed)
-            + "\nChoose another folder (--output), "
+            f"{folder} holds images that were made otherwise: {'; '.join(changed)}. Choose another folder (--output), "
             "run the command that began it, or delete it."
         )
     return {**wanted, "cleaning": {**stored["cleaning"], **wanted["cleaning"]}}
 
 
-def begin_generation(generation: Generation, folder: Path, manifest: Mapping[str, Any] | None = None) -> int:
+def begin_generation(
+    generation: Generation,
+    folder: Path,
+    manifest: Mapping[str, Any] | None = None,
+    report: Callable[[str], object] = str,
+) -> int:
     """Prepare a folder for the files of a generation, new or begun before. For the main process only.
+
+    Files that are there are read. Those that are damaged, or hold other images than their names say, are removed.
 
     Args:
         generation: checked.
         folder: made if needed.
         manifest: from `manifest_of`; None = call it.
+        report: called with a sentence if files were removed.
 
     Returns:
         How many images are still to be made, counting each variant.
 
     Raises:
-        DataError: as `manifest_of`.
+        DataError: as `manifest_of`, or files of images that are not of this generation.
     """
     wanted = manifest_of(generation, folder) if manifest is None else dict(manifest)
+    names = [shard_name(start, stop) for start, stop in generation.batches]
+    damaged = list[DataError]()
+    for variant in generation.variants:
+        if strange := strange_files(folder / variant, names):
+            raise DataError(
+                f"{printable(str(strange[0]))} is not of these {len(generation.labels):,} images, which are in files "
+                f"of {generation.batch_size}; it would be scored with them: move it away."
+            )
+        origin = origin_digest(wanted, variant)
+        for path in (folder / variant / name for name in names):
+            try:
+                if path.exists():
+                    read_shard(path, origin)
+            except DataError as error:
+                damaged.append(error)
+                path.unlink()
+    if damaged:
+        report(f"{len(damaged)} files of samples are made again; the first: {damaged[0]}")
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / MANIFEST).exists() or _stored(folder / MANIFEST) != wanted:
+    if read_manifest(folder) != wanted:
         write_json(folder / MANIFEST, wanted)
     return sum((stop - start) * len(_missing(generation, folder, start, stop)) for start, stop in generation.batches)
 
@@ -315,11 +344,14 @@ def save(
         num_processes: see above.
         count: called with the number of images made, counting each variant.
     """
-    missing = partial(_missing, generation, folder)
+    missing, manifest = partial(_missing, generation, folder), read_manifest(folder) or generation.described()
+    origins = {name: origin_digest(manifest, name) for name in generation.variants}
     for batch in generate(generation, missing, process_index=process_index, num_processes=num_processes):
         stop = batch.start + len(batch.images)
-        finite = torch.where(batch.images.isfinite(), batch.images, 0)
-        write_shard(_file(folder, batch.variant, batch.start, stop), to_uint8(finite), batch.labels, batch.broken)
+        levels = to_levels(generation.protocol)(torch.where(batch.images.isfinite(), batch.images, 0))
+        pixels = torch.where(batch.images.isfinite(), levels, 128)
+        path = _file(folder, batch.variant, batch.start, stop)
+        write_shard(path, pixels, batch.labels, batch.broken, origins[batch.variant])
         count(len(batch.images))
 
 
@@ -328,14 +360,16 @@ def _missing(generation: Generation, folder: Path, start: int, stop: int) -> lis
     return [name for name in generation.variants if not _file(folder, name, start, stop).exists()]
 
 
-def _stored(manifest: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(manifest.read_text())
-        if isinstance(stored["cleaning"], dict):
-            return stored
-        raise TypeError("cleaning is no table")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{manifest} is damaged: {error!r}. Choose another folder, or delete this one.") from error
+def _change(key: str, there: Any, now: Any) -> str:
+    """In words: the values of a setting, but of checksums only that they differ."""
+    if isinstance(there, dict) and isinstance(now, dict):  # of a variant
+        one, other = flat(there), flat(now)
+        parts = (_change(part, one.get(part), other.get(part)) for part in one | other)
+        changed = (text for text, part in zip(parts, one | other, strict=True) if one.get(part) != other.get(part))
+        return f"{key.removeprefix('cleaning ')} samples: {', '.join(changed)}"
+    if any(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (there, now)):
+        return f"other {key}"
+    return f"{key}: {there} there, {now} now"
 
 
 def _by_name(described: Mapping[str, Any]) -> dict[str, Any]:

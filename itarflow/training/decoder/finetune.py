@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
 from itarflow.data.load import ImageData, load_data
 from itarflow.data.loader import Batch
-from itarflow.pipeline.storage import finish_vae
+from itarflow.pipeline.folder import finish_vae
 from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.files import atomically, replace_folder, write_json
+from itarflow.runtime.json_file import as_type
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.decoder.config import (
@@ -49,7 +50,8 @@ from itarflow.training.finished import Finished
 from itarflow.training.loop import Loop
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.settings import learning_rate_factor
-from itarflow.training.sharding import averaged_weights, clip_grad_norm, load_tensors, make_accelerator, save_tensors
+from itarflow.training.sharding import averaged_weights, clip_grad_norm, make_accelerator
+from itarflow.training.tensors import load_tensors, save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def fine_tune(
         data = data.decoded()
     with claimed(run, config, accelerator, start, allow_changes) as stop:
         tuning = _Tuning(config, run, data, accelerator, stop, vae=vae, perceptual=perceptual)
-        return tuning.run_to(max_steps, resume=start == "resume")
+        return tuning.run_to(max_steps, resume=start == "resume", allow_changes=allow_changes)
 
 
 class _DecoderStep(NamedTuple):
@@ -281,7 +283,8 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
 
     def end_of_step(self, last_step: int) -> None:
         """See `Loop.end_of_step`."""
-        if self.due(self.config.train.evaluate_every) and self.state.step < last_step:
+        step = self.state.step
+        if self.due(self.config.train.evaluate_every) and step < last_step and self.measured_at != step:
             self.evaluate()
 
     def evaluate(self) -> None:
@@ -296,6 +299,7 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
 
     def load_state(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """See `Loop.load_state`."""
+        as_type(self.own.get("before"), dict[str, float], f"before in the newest state of {self.run.path}")
         for line in lines:
             if "psnr" in line:
                 self.after, self.measured_at = line["psnr"], line["step"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,18 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
+from rich.markup import escape
 
 from itarflow.evaluation.metrics.extractors import Extractor
 from itarflow.evaluation.metrics.features import extract
 from itarflow.evaluation.metrics.reference import Reference
-from itarflow.evaluation.metrics.scores import Figure, Scores, score
+from itarflow.evaluation.metrics.scores import Scores, score
 from itarflow.evaluation.samples.files import Samples, open_samples
-from itarflow.evaluation.samples.generate import MANIFEST, Generation, begin_generation, manifest_of, save
+from itarflow.evaluation.samples.generate import Generation, begin_generation, manifest_of, save
+from itarflow.evaluation.samples.manifest import MANIFEST, origin_of, read_manifest
+from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, folder_lock, remove_partial, write_json
+from itarflow.runtime.json_file import read_json
 from itarflow.runtime.processes import on_main, shared_images
 from itarflow.runtime.progress import image_progress
 
@@ -46,6 +50,11 @@ def save_samples(generations: Mapping[Path, Generation], state: PartialState, co
         RunError: a folder holds something else, or can't be written; another process has stopped.
     """
     missing = 0
+
+    def report(text: str) -> None:
+        if console is not None:
+            console.print(f"[yellow]Note:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
     with ExitStack() as locks:
 
         def first() -> None:
@@ -57,7 +66,7 @@ def save_samples(generations: Mapping[Path, Generation], state: PartialState, co
             for folder, generation in generations.items():
                 for name in generation.variants:
                     remove_partial(folder / name)
-                missing += begin_generation(generation, folder, manifests[folder])
+                missing += begin_generation(generation, folder, manifests[folder], report)
 
         on_main(state, first)
         total = sum(len(one.labels) * len(one.variants) for one in generations.values())
@@ -155,19 +164,25 @@ def scores_of(
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """All that the samples in a variant's folder depend on, other variants left out."""
-    made = json.loads((folder.parent / MANIFEST).read_text())
-    return {**made, "cleaning": made["cleaning"][folder.name]}
+    """All that the samples in a variant's folder depend on."""
+    manifest = read_manifest(folder.parent)
+    if manifest is None:
+        raise DataError(f"{folder.parent} has no {MANIFEST}: its samples are of unknown origin; make them again.")
+    return origin_of(manifest, folder.name)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The content of scores.json."""
+
+    of: dict[str, Any]
+    scores: Scores
 
 
 def _kept(path: Path, key: Mapping[str, Any]) -> Scores | None:
     """The scores in a file, if they are of the same samples, reference and extractor."""
     try:
-        stored = json.loads(path.read_text())
-        if stored["of"] != key:
-            return None
-        values = dict(stored["scores"])
-        figures = {name: Figure(**figure) for name, figure in values.pop("figures").items()}
-        return Scores(figures=figures, **values | {"warnings": tuple(values["warnings"])})
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # what can't be read is computed anew
+        kept = read_json(path, _Kept)
+    except (FileNotFoundError, DataError):  # what can't be read is computed anew
         return None
+    return kept.scores if kept.of == key else None

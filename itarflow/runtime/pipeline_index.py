@@ -1,0 +1,178 @@
+"""What the folder of a pipeline says of itself in model_index.json: checked, whoever wrote it.
+
+Its parts are made by this package, or are a VAE of diffusers. Nothing else is looked up by name, so that a folder
+can't ask for other code, whatever the version of diffusers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+from diffusers.utils import logging
+
+from itarflow.runtime.errors import DataError
+from itarflow.runtime.hub import INDEX, read_index
+from itarflow.runtime.json_file import as_type
+from itarflow.runtime.model_folder import sha256_of, weight_files
+from itarflow.runtime.text import printable
+
+logger = logging.get_logger(__name__)
+T = TypeVar("T")
+
+CHECKSUMS = "_sha256"
+"""Entry of model_index.json: the SHA-256 of each file of weights, by its path. diffusers leaves out what begins so."""
+SHARED = "_shared"
+"""Entry of model_index.json: the id of the repository on the Hub and the license, for the card; None where unknown."""
+VAE_KINDS = ("AutoencoderKL", "AutoencoderTiny")
+IN_REPOSITORY = {
+    "_class_name": ["pipeline", "ITARFlowPipeline"],
+    "flow": ["modeling_flow", "TARFlow"],
+    "scheduler": ["scheduling_denoise", "DenoiseScheduler"],
+}
+"""The classes as they are written: in modules of the repository, for diffusers' generic loader."""
+
+
+class _Recipe(TypedDict, total=False):
+    data: dict[str, Any]
+
+
+class _Training(TypedDict, total=False):
+    name: str
+    data: str | None
+    metrics: dict[str, float | None]
+    recipe: _Recipe
+
+
+class _Index(TypedDict, total=False):
+    class_names: list[str] | None
+    training: _Training | None
+    guidance: dict[str, Any] | None
+    plans: list[dict[str, Any]] | None
+    evaluations: dict[str, str] | None
+    _sha256: dict[str, str]
+    _shared: dict[str, str | None]
+
+
+_DEEPEST = 32  # a recipe has 4 levels
+SETTINGS = ("guidance", "class_names", "training", "plans", "evaluations")
+"""What an index holds besides the parts: arguments of the pipeline."""
+
+
+def pipeline_index(folder: Path) -> dict[str, Any]:
+    """The model_index.json of an itarflow pipeline.
+
+    Raises:
+        OSError: there is none, or it is of another kind of pipeline, or its weights are pickles.
+        DataError: it is damaged, or names a class that is none of a pipeline's parts.
+    """
+    index, place = read_index(folder), printable(str(folder / INDEX))
+    if not {"flow", "scheduler"} <= index.keys():
+        raise OSError(
+            f"{folder} holds a pipeline of another kind ({printable(str(index.get('_class_name', 'unknown')))}); "
+            "expected an ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or choose another "
+            "checkpoint."
+        )
+    for part, (_, kind) in IN_REPOSITORY.items():
+        _check_class(place, part, index.get(part), kind)
+    if vae_kind(index) is not None and index["vae"] not in [["diffusers", kind] for kind in VAE_KINDS]:
+        raise DataError(
+            f"{place} names {printable(str(index['vae']))} as vae; expected one of {', '.join(VAE_KINDS)} of "
+            "diffusers. Other classes are not looked for; take another checkpoint."
+        )
+    if _depth(index) > _DEEPEST:
+        raise DataError(f"{place} is damaged: it is nested deeper than {_DEEPEST} levels; copy or download it again")
+    as_type(index, _Index, place)
+    check_no_pickle(folder / "flow")
+    return index
+
+
+def vae_kind(index: Mapping[str, Any]) -> Any:
+    """What an index names as the VAE's class; None = the flow models pixels."""
+    return None if index.get("vae") in (None, [None, None]) else index["vae"]
+
+
+def check_no_pickle(folder: Path) -> None:
+    """Refuse weights that are pickles alone; raises OSError."""
+    weights = [path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin", ".pth")]
+    if weights and not any(name.endswith(".safetensors") for name in weights):
+        raise OSError(
+            f"The weights in {folder} are a pickle ({printable(weights[0])}), which could run code and is never read. "
+            "Ask for a safetensors version; an official .pth file is turned into one by `itarflow convert`."
+        )
+
+
+def checked_files(folder: Path, part: str, index: Mapping[str, Any], variant: str | None = None) -> list[Path]:
+    """The files of a part's weights, compared with the checksums that the index holds; older indices hold none.
+
+    Args:
+        folder: of the pipeline.
+        part: "flow" or "vae".
+        index: of the pipeline.
+        variant: of the weights.
+
+    Raises:
+        OSError: there are none of that variant.
+        DataError: a file is not the one that the index tells of.
+    """
+    files = weight_files(folder / part, variant)
+    for file in files:
+        expected = index.get(CHECKSUMS, {}).get(f"{part}/{file.name}")
+        if expected is not None and sha256_of(file) != expected:
+            raise DataError(
+                f"{file} is not the file that {INDEX} tells of: its SHA-256 is another, so it is damaged or was "
+                "exchanged. Copy or download the folder again."
+            )
+    return files
+
+
+def with_known_words(build: type[T], arguments: dict[str, Any], where: str) -> T:
+    """`build` called with the arguments, without those texts that it does not know, of which a warning tells.
+
+    A name may be that of somebody's own solver or rule: the weights are as good without it.
+
+    Raises:
+        ValueError: it refuses them for another reason.
+    """
+    try:
+        return build(**arguments)
+    except ValueError as error:
+        refusal = error
+    words = [name for name, value in arguments.items() if isinstance(value, str)]
+    for count in range(1, len(words) + 1):
+        for left_out in combinations(words, count):
+            try:
+                built = build(**{name: value for name, value in arguments.items() if name not in left_out})
+            except ValueError:
+                continue
+            found: Any = getattr(built, "config", built)
+            for name in left_out:
+                logger.warning(
+                    f"{where}: {name} {printable(arguments[name])!r} is not known here; {getattr(found, name)!r} is "
+                    "used instead. If it is of a plug-in, import that first."
+                )
+            return built
+    raise DataError(f"{where} is damaged: {printable(str(refusal))}") from refusal
+
+
+def _depth(value: Any) -> int:
+    """How deeply lists and dicts are nested in a value; without recursion, which has a limit."""
+    depth, level = 0, [value]
+    while level := [entry for one in level if isinstance(one, list | dict)
+                    for entry in (one.values() if isinstance(one, dict) else one)]:  # fmt: skip
+        depth += 1
+    return depth
+
+
+def _check_class(place: str, part: str, named: Any, kind: str) -> None:
+    """Refuse a class that is not the package's, by whatever module it is named."""
+    module, name = named if isinstance(named, list) and len(named) == 2 else (None, named)
+    ours = module in (None, IN_REPOSITORY[part][0]) or re.fullmatch(r"itarflow(\.\w+)*", str(module)) is not None
+    if name != kind or not ours:
+        raise DataError(
+            f"{place} names {printable(str(named))} as {part}; expected {kind} of itarflow. Other classes are not "
+            "looked for, and no code of a checkpoint is run; take another checkpoint."
+        )
