@@ -13,7 +13,7 @@ import tyro
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 
-from itarflow.commands.console import joined, print_table, resumable, say
+from itarflow.commands.console import joined, parsed, print_table, resumable, say
 from itarflow.data.prepare.codes_card import training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
@@ -43,7 +43,7 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
     """
     disable_progress_bar()  # diffusers' own, for the loading of files
     joined()
-    config = tyro.cli(Command, description=description, args=args)
+    config = parsed(Command, description=description, args=args)
     try:
         with resumable(config.out):
             done = encode(config, console=Console(stderr=True))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.commands.console import reporting
+from itarflow.commands.console import parsed, reporting
 from itarflow.commands.train import RunOptions
 from itarflow.data.load import DataConfig
 from itarflow.training.decoder.config import DecoderConfig
@@ -63,7 +63,7 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
         "--crop-size."
     )
     with reporting(console, advice):
-        tuned = tyro.cli(Options, description=description, args=args).run()
+        tuned = parsed(Options, description=description, args=args).run()
         if PartialState().is_main_process:
             _print_tuned(tuned, console)
 

@@ -126,10 +126,6 @@ class SamplingConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= largest:
                 raise ValueError(f"sampling.{name} is {value}; expected a number >= 1, at most {largest:,}.")
-        for name, low in (("weight", 0.0), ("temperature", 1e-6)):
-            value = getattr(self.guidance, name)
-            if not low <= value <= 1e6:
-                raise ValueError(f"sampling.guidance.{name} is {value}; expected a number from {low:g} to 1e6.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +226,7 @@ class Recipe:
         self._check_flow()
 
     def _check_ranges(self) -> None:
-        """Refuse numbers that would end in an overflow, in a level of 0, or in a thousand processes."""
-        for name, value in (("t_min", self.noise.t_min), ("t_max", self.noise.t_max)):
-            if not 1e-6 <= value <= 1e6:  # their squares and ratios are float32 numbers, too
-                raise ValueError(f"noise.{name} is {value}; expected a noise level from 1e-6 to 1e6.")
+        """Refuse numbers of images that no set has, and thousands of processes."""
         for name, most in (("num_workers", 1024), ("held_out_images", LARGEST), ("shuffle_buffer", LARGEST),
                            ("max_broken", LARGEST)):  # fmt: skip
             if getattr(self.data, name) > most:

@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from itarflow.codec import Vae
+from itarflow.data.identity import described
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, check_workers
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance
@@ -198,9 +199,9 @@ class _Training(Loop[_FlowStep, Summary]):
         spread = nothing if alone else ", the model sharded over them" if self.sharded else ", each a whole model"
         short = self.max_steps is not None and self.max_steps < self.total_steps
         part = f", of which --max-steps takes the first {self.max_steps:,}" if short else ""
+        data = "\n".join(described(self.data.identity))
         return (
-            f"{len(self.data.train):,} training images, {len(self.data.held_out):,} held out. An epoch has "
-            f"{self.recipe.steps_per_epoch(len(self.data.train)):.4g} steps, the whole training "
+            f"{data}\nAn epoch has {self.recipe.steps_per_epoch(len(self.data.train)):.4g} steps, the whole training "
             f"{self.total_steps:,}{part}. "
             f"Held-out likelihood every {evaluate_every:,} steps, samples every {sample_every:,}, a saved state every "
             f"{train.save_every:,}.\n{self.shares(spread)}"
