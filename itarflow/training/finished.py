@@ -1,10 +1,28 @@
-"""The result of a training, whatever was trained."""
+"""The result of a step and of a training, whatever was trained."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from torch import Tensor
 
 from itarflow.training.run_folder import RunDir
+
+
+class StepOutput(Protocol):
+    """What `Loop.step` returns; a subclass of `Loop` adds its own fields."""
+
+    @property
+    def loss(self) -> Tensor:
+        """(), of this process's images."""
+
+    @property
+    def grad_norm(self) -> float:
+        """Of all processes; not finite if the step was skipped."""
+
+
+StepOutputT = TypeVar("StepOutputT", bound=StepOutput)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from torch import nn
 
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, batches
@@ -29,27 +29,13 @@ from itarflow.runtime.processes import agreed, on_main
 from itarflow.runtime.progress import training_progress
 from itarflow.runtime.signals import Interrupted, StopSignal
 from itarflow.runtime.text import listed
-from itarflow.training.finished import Finished
+from itarflow.training.finished import Finished, StepOutputT
 from itarflow.training.metrics import Monitor
 from itarflow.training.run_folder import RunDir, step_of
 from itarflow.training.settings import Settings
-from itarflow.training.states import State, agreed_state, check_same_data, read_progress, reading, save_state
+from itarflow.training.states import State, check_stateless, open_state, reading, save_state
 from itarflow.training.tensors import load_tensors, save_tensors
 
-
-class StepOutput(Protocol):
-    """What `Loop.step` returns; a subclass of `Loop` adds its own fields."""
-
-    @property
-    def loss(self) -> Tensor:
-        """(), of this process's images."""
-
-    @property
-    def grad_norm(self) -> float:
-        """Of all processes; not finite if the step was skipped."""
-
-
-StepOutputT = TypeVar("StepOutputT", bound=StepOutput)
 Result = TypeVar("Result")
 
 
@@ -387,14 +373,12 @@ class Loop(ABC, Generic[StepOutputT, Result]):
     def _resume(self, allow_changes: bool) -> None:
         """Go on from the newest whole state, or from the beginning, if none has been saved yet."""
         if not self.run.states():
-            self.accelerator.wait_for_everyone()  # all have looked before one writes
+            on_main(self.accelerator, lambda: check_stateless(self.run))
             on_main(self.accelerator, lambda: self.run.rewrite_metrics([]))
             self.monitor.say(f"{self.run.path} was stopped before its first saved state: beginning anew.")
             return
-        folder = agreed_state(self.run, self.accelerator, self.monitor.say)
-        progress, self.own = read_progress(folder)
-        for change in check_same_data(folder, progress.data, self.data.identity, allow_changes):
-            self.monitor.say(f"Going on with other images: {change}", "yellow")
+        say = self.monitor.say
+        folder, progress, self.own = open_state(self.run, self.accelerator, self.data.identity, allow_changes, say)
         with reading(folder, self.task):
             self.load_tensors(folder)
         self.monitor.broken = frozenset(progress.broken)
@@ -406,9 +390,8 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         lines, damaged = self.run.read_log()
         kept = [line for line in lines if line["step"] <= self.state.step]
         self.load_state(kept)
-        # All have read before one writes.
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # all have read before one writes
         on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
         if damaged:
-            self.monitor.say(f"{damaged} damaged lines of {self.run.metrics} are left out.", "yellow")
-        self.monitor.say(f"Resuming from {folder} at step {self.state.step} of {self.total_steps}.")
+            say(f"{damaged} damaged lines of {self.run.metrics} are left out.", "yellow")
+        say(f"Resuming from {folder} at step {self.state.step} of {self.total_steps}.")

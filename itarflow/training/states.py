@@ -29,7 +29,7 @@ from itarflow.runtime.errors import DataError, RunError
 from itarflow.runtime.files import flush, flush_folder, open_regular, remove
 from itarflow.runtime.json_file import as_type, read_json
 from itarflow.runtime.processes import on_main
-from itarflow.runtime.text import printable
+from itarflow.runtime.text import listed, printable
 from itarflow.training.run_folder import RunDir, step_of
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
@@ -271,6 +271,8 @@ def agreed_state(run: RunDir, accelerator: Accelerator, say: Callable[[str], Non
                 f"{run.path} has no whole state to resume from:\n  " + "\n  ".join(passed_over) + "\nBegin anew by "
                 "--restart, or bring the files back."
             )
+        for link in (path for path in (run.path / "state").glob("step-*") if path.is_symlink()):
+            say(f"Passed over {link.name}: it is a link. To go on from it, put the folder itself there.")
         for reason in passed_over:
             say(f"Passed over {reason}. It is set aside as torn-{reason.split(':')[0]}, to be deleted.")
         set_aside_newer(run, state)
@@ -278,6 +280,21 @@ def agreed_state(run: RunDir, accelerator: Accelerator, say: Callable[[str], Non
 
     on_main(accelerator, look)
     return Path(broadcast_object_list(found)[0])
+
+
+def check_stateless(run: RunDir) -> None:
+    """Refuse to begin a run anew that has no states, if it once had some: its metrics and export would be lost.
+
+    Raises:
+        RunError: naming what there is in their place.
+    """
+    others = [f"state/{path.name}" for path in (run.path / "state").glob("[!.]*")]
+    exported = [path.name for path in (run.pipeline, run.path / "vae") if path.exists()]
+    if others or exported:
+        raise RunError(
+            f"{run.path} holds no saved state to go on from, but {listed(others + exported)}. Put folders called "
+            "step-NNNNNNNN, no links and no archives, back into state/, or begin anew by --restart."
+        )
 
 
 def check_same_data(state: Path, stored: DataIdentity | None, now: DataIdentity, allowed: bool) -> list[str]:
@@ -295,6 +312,31 @@ def check_same_data(state: Path, stored: DataIdentity | None, now: DataIdentity,
             "then be held out), or begin anew by --restart."
         )
     return changed
+
+
+def open_state(
+    run: RunDir, accelerator: Accelerator, data: DataIdentity, allow_changes: bool, say: Callable[..., None]
+) -> tuple[Path, Progress, dict[str, Any]]:
+    """The newest whole state, as `agreed_state` finds it, and what `read_progress` reads of it.
+
+    Args:
+        run: has states.
+        accelerator: of the launch.
+        data: the images now.
+        allow_changes: the state may be of other images; they are named then.
+        say: prints a line, in a colour.
+
+    Raises:
+        RunError: there is none, or it is of other images.
+        DataError: its `PROGRESS` is damaged.
+    """
+    folder = agreed_state(run, accelerator, say)
+    progress, own = read_progress(folder)
+    if progress.data is None:
+        say(f"{folder} does not say which images it was trained on; they are not compared.", "yellow")
+    for change in check_same_data(folder, progress.data, data, allow_changes):
+        say(f"Going on with other images: {change}", "yellow")
+    return folder, progress, own
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from itarflow.training.run_folder import prepare
 from itarflow.training.states import (
     MANIFEST,
     check_same_data,
+    check_stateless,
     fault,
     newest_whole,
     read_progress,
@@ -81,6 +82,19 @@ def test_what_is_no_state_neither_counts_nor_is_touched(tmp_path):
     assert (tmp_path / "disk" / "weights").exists()
     set_aside_newer(run, folder / "step-00000001")
     assert run.states() == []
+
+
+def test_a_run_whose_states_are_gone_is_not_begun_anew_over_what_is_left(tmp_path):
+    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    (run.path / "state" / ".partial-00000001").mkdir()
+    check_stateless(run)  # killed before its first state
+    (run.path / "pipeline").mkdir()
+    with pytest.raises(RunError, match=r"no saved state to go on from, but pipeline\. .*--restart"):
+        check_stateless(run)
+    (tmp_path / "disk").mkdir()
+    (run.path / "state" / "step-00000004").symlink_to(tmp_path / "disk")
+    with pytest.raises(RunError, match=r"but state/step-00000004, pipeline\. .*no links"):
+        check_stateless(run)
 
 
 def test_a_link_where_a_state_is_saved_is_put_aside_and_what_it_leads_to_is_not_touched(tmp_path):
