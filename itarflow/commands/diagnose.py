@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import say
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
@@ -75,6 +76,7 @@ class Diagnose:
 
     def run(self) -> None:
         """Carry the command out."""
+        check_seed(self.seed)
         check_writable(self.output)
         if not self.samples:
             raise ValueError("no samples are named; expected folders such as runs/NAME/evaluation/iterative.")
