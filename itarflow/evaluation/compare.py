@@ -173,7 +173,8 @@ def compare(
         seed: image i depends on it, on i and on its label alone; it is image i of a call of the pipeline, and of
             `itarflow evaluate`, with the same settings.
         guidance_weight: of all generators; None = each pipeline's own.
-        guidance: other fields of `Guidance` that all have in place of each pipeline's own, such as {"blocks": 1}.
+        guidance: other fields of `Guidance` that all generators have in place of each pipeline's own, such as
+            {"rule": "scale"}.
         num_denoise_steps: evaluations in each iterative column; None = as the pipeline says that denoises, 10 for a
             diffusion model.
         batch_size: images that are generated, and denoised, at a time; a pipeline's plan goes by it.
