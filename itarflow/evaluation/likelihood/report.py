@@ -30,6 +30,10 @@ Rows: TypeAlias = dict[int, dict[str, Any]]
 """What is known of an image, by its number: "label" and "values", or why it is "broken"."""
 
 
+_Number = Annotated[str, Meta(pattern="^[0-9]{1,18}$")]
+"""Of an image."""
+
+
 class _Summary(TypedDict):
     """What is read of bpd.json."""
 
@@ -100,12 +104,11 @@ def open_report(folder: Path, settings: Mapping[str, Any]) -> Rows:
         *whole, torn = path.read_bytes().split(b"\n")
         for place, line in enumerate(whole, 1):
             try:
-                read = parse_json(line, dict[str, _Row], f"line {place} of {path}")
+                read = parse_json(line, dict[_Number, _Row], f"line {place} of {path}")
                 rows |= {int(number): dict(row) for number, row in read.items()}
-            except ValueError as error:
+            except DataError as error:
                 raise RunError(
-                    f"line {place} of {path} is damaged: {error}. Delete that line, and its images are measured "
-                    "again, or choose another folder."
+                    f"{error}; delete that line, and its images are measured again, or choose another folder."
                 ) from error
         if torn:  # else the next line would be appended to it
             write_text(path, "".join(f"{line.decode()}\n" for line in whole))
