@@ -1,6 +1,6 @@
 """Where along the tokens blur begins, with an interval and few false alarms: what `itarflow diagnose` leaves out.
 
-    python experiments/blur_onset.py evaluation/iterative --reference cifar10 --patch-size 4
+    python experiments/blur_onset.py runs/cifar10/evaluation/iterative --reference cifar10 --patch-size 4
 
 `itarflow diagnose` splits the median curve of detail in two, and leaves it to the reader whether chance did. Here the
 curves of all images are compared with what chance does to groups of real ones, and the images are resampled.

@@ -1,4 +1,4 @@
-"""Labels of images, as options of the commands that make them."""
+"""Labels and seeds of images, as options of the commands that make them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from itarflow.commands.console import say
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.text import printable
+
+MOST_IMAGES = 10**6
+"""That `itarflow sample` makes; `itarflow evaluate` is for more."""
 
 
 def chosen_labels(
@@ -34,9 +37,15 @@ def chosen_labels(
     else:
         given = list(range(num_classes)) if num_classes else [None]
     count = num_images if num_images is not None else len(given) if num_classes else 16
-    if count < 1:
-        raise ValueError(f"--num-images is {count}; expected a number >= 1.")
+    if not 1 <= count <= MOST_IMAGES:
+        raise ValueError(f"--num-images is {count}; expected a number >= 1, and at most {MOST_IMAGES:,}.")
     return [given[index % len(given)] for index in range(count)]
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that a generator does not take; raises ValueError."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed is {seed}; expected a number >= 0, and below 2^63.")
 
 
 def class_name(pipe: ITARFlowPipeline, label: int | None) -> str:

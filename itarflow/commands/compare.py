@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from itarflow.codec import CodecConfig, load_vae
-from itarflow.commands.class_labels import chosen_labels
+from itarflow.commands.class_labels import check_seed, chosen_labels
 from itarflow.commands.console import say
 from itarflow.commands.guidance import OneGuidance
 from itarflow.denoisers.diffusion import DiffusionDenoiser
@@ -65,6 +65,7 @@ class Compare(OneGuidance):
 
     def run(self) -> None:
         """Carry the command out."""
+        check_seed(self.seed)
         check_writable(self.output)
         device = usable_device(self.device)
         pipelines = {

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import say
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig, load_data
@@ -29,7 +30,7 @@ from itarflow.runtime.files import check_writable
 class Diagnose:
     """Find collapsed backgrounds and blur in samples, by measures that are compared with real images.
 
-    Example: itarflow diagnose evaluation/iterative --reference cifar10 --output diagnosis
+    Example: itarflow diagnose runs/cifar10/evaluation/iterative --reference cifar10 --output diagnosis
 
     An image fails if it has a darker background, less contrast in it, or somewhere less fine detail than nearly all
     real images have: 99 of 100, unless --nominal-rate says otherwise. Blur is found if it fills a window of half the
@@ -75,9 +76,10 @@ class Diagnose:
 
     def run(self) -> None:
         """Carry the command out."""
+        check_seed(self.seed)
         check_writable(self.output)
         if not self.samples:
-            raise ValueError("no samples are named; expected folders such as evaluation/iterative.")
+            raise ValueError("no samples are named; expected folders such as runs/NAME/evaluation/iterative.")
         if self.reference_images < 1:
             raise ValueError(f"--reference-images is {self.reference_images}; expected a number >= 1.")
         names = telling_names(self.samples)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from itarflow.inverse.guidance import Guidance
+
+if TYPE_CHECKING:
+    Rule = str
+    Schedule = str
+else:  # those that `Guidance` knows
+    Rule, Schedule = (get_type_hints(Guidance, include_extras=True)[name] for name in ("rule", "schedule"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceOptions:
     """What `Guidance` has beside its weight and temperature, which a sweep takes several of."""
 
-    guidance_rule: Literal["log_scale", "scale", "gaussian"] | None = None
+    guidance_rule: Rule | None = None
     """What is extrapolated: shift and log-scale (TARFlow), shift and scale (iTARFlow's code), or the product of
     Gaussians (STARFlow). None = the checkpoint's."""
-    guidance_schedule: Literal["constant", "linear"] | None = None
+    guidance_schedule: Schedule | None = None
     """The weight over the tokens of a block; linear: it grows from 0. None = the checkpoint's."""
     guidance_blocks: Literal["all"] | int | tuple[int, ...] | None = None
     """Which blocks are guided: all, the first so many from the noise side (a number), or those with these indices

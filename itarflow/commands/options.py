@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itarflow import __version__
+from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import joined, resumable, say
 from itarflow.commands.guidance import GuidanceOptions
 from itarflow.data.images import Crop
@@ -41,6 +42,9 @@ from itarflow.runtime.files import check_writable
 from itarflow.runtime.json_file import as_type
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.text import display_name, printable, short_names
+
+MOST_SAMPLES = 10**8
+"""More could not be listed in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +144,9 @@ class Scoring(GuidanceOptions):
             raise ValueError(
                 f"--num-samples is {self.num_samples}; expected 2 or more, since there is no covariance of one."
             )
-        if self.seed < 0:
-            raise ValueError(f"--seed is {self.seed}; expected a number >= 0.")
+        if self.num_samples > MOST_SAMPLES:
+            raise ValueError(f"--num-samples is {self.num_samples}; expected at most {MOST_SAMPLES:,}.")
+        check_seed(self.seed)
         for name in ("batch_size", "decode_batch_size", "denoise_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

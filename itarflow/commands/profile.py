@@ -18,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itarflow.codec import codec_of, to_pixels
-from itarflow.commands.class_labels import chosen_labels
+from itarflow.commands.class_labels import check_seed, chosen_labels
 from itarflow.commands.console import say
 from itarflow.data.images import spread_over
 from itarflow.data.load import DataConfig, load_data
@@ -110,6 +110,7 @@ class Profile:
             raise ValueError(f"--num-images is {self.num_images}; expected a number >= 1.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             raise ValueError(f"--batch-sizes is {list(self.batch_sizes)}; expected numbers >= 1.")
+        check_seed(self.seed)
         check_search(self.largest_difference, self.windows, self.repeats)
         check_writable(self.output)
         if self.write:

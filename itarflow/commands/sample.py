@@ -12,7 +12,7 @@ import tyro
 from PIL import Image
 
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
-from itarflow.commands.class_labels import chosen_labels, class_name
+from itarflow.commands.class_labels import check_seed, chosen_labels, class_name
 from itarflow.commands.console import say
 from itarflow.commands.guidance import OneGuidance
 from itarflow.denoisers.load import load_denoiser
@@ -92,8 +92,7 @@ class Sample(OneGuidance):
         """Carry the command out."""
         if self.batch_size < 1:
             raise ValueError(f"--batch-size is {self.batch_size}; expected a number >= 1.")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed is {self.seed}; expected a number from 0 to 2^63 - 1.")
+        check_seed(self.seed)
         _check_output(self.output)
         device = usable_device(self.device)
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)

@@ -224,8 +224,10 @@ def draw_comparison(
                 axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             else:
                 axis.set_frame_on(False)
+                if index == 0:
+                    axis.text(0.5, 0.5, "does not\napply", ha="center", va="center", fontsize=7, color="0.5")
     for column, axis in zip(columns, axes[0], strict=True):
         axis.set_title(column.replace(": ", ":\n"), fontsize=8)
-    for (generator, _), line in zip(rows, axes, strict=True):
-        line[0].set_ylabel(generator, fontsize=8)
+    for (generator, index), line in zip(rows, axes, strict=True):
+        line[0].set_ylabel(generator if index == 0 else "", fontsize=8)  # once for all of its rows
     save_figure(figure, path, 150)

@@ -353,6 +353,12 @@ def test_notes_in_a_pipelines_folder_are_not_overwritten(run, refused):
         (("--class-labels", "3"), "class label 3 is out of range; expected 0 .. 2"),
         (("--num-images", "0"), "--num-images is 0; expected a number >= 1"),
         (("--batch-size", "0"), "--batch-size is 0"),
+        (("--seed", str(2**64)), "--seed is 18446744073709551616; expected a number >= 0, and below 2^63"),
+        (("--num-images", str(10**30)), "expected a number >= 1, and at most 1,000,000"),
+        (
+            ("--class-labels", "-2"),
+            "class label -2 is out of range; expected 0 .. 2, or -1 for images without a label",
+        ),
         (("--num-denoise-steps", "0"), "num_denoise_steps is 0"),
         (("--guidance-weight", "-1"), "expected a finite number >= 0"),
         (("--output", "images.doc"), "images.doc has an unknown image format; use .png"),

@@ -227,7 +227,7 @@ def test_a_damaged_row_is_named(measured, refused, checkpoint, data, line):
     assert measured()["images"] == 7
 
 
-@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"settings": [1]}', "[" * 100_000], ids=range(5))
 def test_a_damaged_report_is_named(measured, refused, checkpoint, data, content):
     measured()
     Path("out/bpd.json").write_text(content)

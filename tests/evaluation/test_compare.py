@@ -269,6 +269,7 @@ def test_checkpoints_that_do_not_agree_are_refused(make_pipe, tmp_path):
         ({"denoise_batch_size": 0}, "denoise_batch_size is 0"),
         ({"num_denoise_steps": 0}, "num_denoise_steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"guidance": {"temperature": 0}}, "temperature is 0"),
         ({"class_labels": [None], "guidance_weight": 2.0}, r"guidance_weight is 2\.0, but there are no labels"),
         ({"pipelines": {}}, "no checkpoint is named"),
         ({"decoders": {"robust": None}}, "decoder robust is for codes, but the checkpoints make pixels"),

@@ -112,6 +112,9 @@ def test_figures_are_those_of_the_pictures_that_are_written(evaluate: Run, tmp_p
         (("--method", "skip", "--ways", "self"), "knows raw"),
         (("--labels", "none", "--guidance-weight", 2), "no labels to guide by"),
         (("--guidance-weight", -1), "Guidance weight is -1"),
+        (("--ways",), "no denoising variant is named; expected some of raw, self, iterative"),
+        (("--num-samples", 10**30), "expected at most 100,000,000"),
+        (("--seed", 2**64), "--seed is 18446744073709551616; expected a number >= 0, and below 2^63"),
     ],
 )
 def test_evaluate_refuses_with_a_message(refused: Run, words: tuple[object, ...], message: str) -> None:

@@ -8,16 +8,18 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
+from msgspec import Meta
 
 from itarflow import __version__
 from itarflow.evaluation.likelihood.bounds import Mean, Noise
-from itarflow.runtime.errors import RunError
+from itarflow.runtime.errors import DataError, RunError
 from itarflow.runtime.files import atomically, write_json, write_text
-from itarflow.runtime.pictures import blank_figure
+from itarflow.runtime.json_file import parse_json, read_json
+from itarflow.runtime.pictures import blank_figure, save_figure
 
 SUMMARY, TABLE, CURVE = "bpd.json", "images.csv", "nll.png"
 """What a folder of figures holds."""
@@ -26,6 +28,24 @@ PROGRESS = ".rows-*.jsonl"
 
 Rows: TypeAlias = dict[int, dict[str, Any]]
 """What is known of an image, by its number: "label" and "values", or why it is "broken"."""
+
+
+_Number = Annotated[str, Meta(pattern="^[0-9]{1,18}$")]
+"""Of an image."""
+
+
+class _Summary(TypedDict):
+    """What is read of bpd.json."""
+
+    settings: dict[str, Any]
+
+
+class _Row(TypedDict, total=False):
+    """What is known of an image."""
+
+    label: int
+    values: Annotated[list[list[float] | None], Meta(min_length=3, max_length=3)]
+    broken: str
 
 
 @dataclass(frozen=True)
@@ -70,12 +90,9 @@ def open_report(folder: Path, settings: Mapping[str, Any]) -> Rows:
         write_json(summary, {"settings": dict(settings)})
         return {}
     try:
-        stored = dict(json.loads(summary.read_text())["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(
-            f"{summary} is damaged ({error!r}); expected the settings of the figures beside it. Bring it back, or "
-            "choose another folder."
-        ) from error
+        stored = read_json(summary, _Summary)["settings"]
+    except DataError as error:
+        raise RunError(f"{error}, or choose another folder.") from error
     wanted = json.loads(json.dumps(settings))  # as they are stored: tuples are lists
     changed = [f"{name}: {stored.get(name)} -> {value}" for name, value in wanted.items() if stored.get(name) != value]
     if changed:
@@ -87,11 +104,11 @@ def open_report(folder: Path, settings: Mapping[str, Any]) -> Rows:
         *whole, torn = path.read_bytes().split(b"\n")
         for place, line in enumerate(whole, 1):
             try:
-                rows |= {int(number): row for number, row in json.loads(line).items()}
-            except (ValueError, AttributeError) as error:
+                read = parse_json(line, dict[_Number, _Row], f"line {place} of {path}")
+                rows |= {int(number): dict(row) for number, row in read.items()}
+            except DataError as error:
                 raise RunError(
-                    f"line {place} of {path} is damaged ({error!r}); delete that line, and its images are measured "
-                    "again, or choose another folder."
+                    f"{error}; delete that line, and its images are measured again, or choose another folder."
                 ) from error
         if torn:  # else the next line would be appended to it
             write_text(path, "".join(f"{line.decode()}\n" for line in whole))
@@ -156,4 +173,4 @@ def _draw(figures: Sequence[Figures], report: Report, path: Path) -> None:
     )
     axis.grid(linewidth=0.3)
     axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)

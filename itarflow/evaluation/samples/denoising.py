@@ -109,6 +109,8 @@ def variants_of(
         several = pipe.flow.config.noise_conditioned and config.num_denoise_steps > 1
         if denoiser is not None or several:
             variants["iterative"] = Denoising("iterative", codec, denoiser or own, schedule)
+    if wanted is not None and not wanted:
+        raise ValueError(f"no denoising variant is named; expected some of {', '.join(variants)}, or leave it out.")
     for name in wanted or ():
         if name not in variants:
             raise ValueError(
