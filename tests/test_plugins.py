@@ -263,6 +263,7 @@ def test_a_checkpoint_with_unknown_names_opens_with_a_warning(save):
         assert any(words in one and "takes its place" in one and "--plugins" in one for one in messages), words
     assert (pipe.scheduler.config.method, pipe.scheduler.config.spacing) == ("euler", "even")
     assert pipe.default_guidance == Guidance(weight=1.5)
+    assert json.loads((folder / "model_index.json").read_text())["guidance"]["rule"] == "shift_only"
     pipe.set_progress_bar_config(disable=True)
     assert len(pipe(class_labels=[0]).images) == 1
 

@@ -97,13 +97,15 @@ def _flow(name: str, vae: Vae | None) -> TARFlow:
     folder = folder_of(name, ["*.json", "*.safetensors"], expected=_EXPECTED)
     try:
         index = pipeline_index(folder)
-        if vae is not None and vae_kind(index) is not None:
-            check_same_codes(name, load_vae(CodecConfig(vae=str(folder / "vae"))), vae)
-        return stored_flow(folder, index)
+        own = None if vae is None or vae_kind(index) is None else load_vae(CodecConfig(vae=str(folder / "vae")))
+        flow = stored_flow(folder, index)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of diffusers and safetensors
         raise _damaged("flow", name, error) from error
+    if vae is not None and own is not None:
+        check_same_codes(name, own, vae)
+    return flow
 
 
 def stored_flow(folder: Path, index: Mapping[str, Any], variant: str | None = None) -> TARFlow:

@@ -167,10 +167,7 @@ class AutoregressiveBlock(nn.Module):
         """Raise RuntimeError unless `conditioner` gives what `affine_at` does, up to rounding, for two tokens, or one.
 
         Both hold the mathematics of a layer, which so lives twice: a change of one must not spoil samples in silence.
-
-        Args:
-            tokens: (B, N >= 2, D); the first ones of the first image are used.
-            condition: from `condition`.
+        Of the `tokens` (B, N >= 2, D) the first ones of the first image are used; `condition` is that of the method.
         """
         tokens, first = tokens[:1, : min(2, self.num_tokens - 1)], Condition(condition.embedding[:1], None)
         conditioner = self.conditioner(first, None, Guidance())

@@ -52,7 +52,6 @@ from itarflow.runtime.pipeline_index import (
     checked_files,
     pipeline_index,
     vae_kind,
-    with_known_words,
 )
 from itarflow.runtime.text import listed, printable
 
@@ -227,7 +226,10 @@ def _parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], var
     if "scheduler" not in parts:
         path = folder / "scheduler" / DenoiseScheduler.config_name
         arguments = read_arguments(path, DenoiseScheduler.__init__)
-        parts["scheduler"] = with_known_words(DenoiseScheduler, arguments, printable(str(path)))
+        try:
+            parts["scheduler"] = DenoiseScheduler.from_config(arguments)
+        except ValueError as error:
+            raise DataError(f"{printable(str(path))} is damaged: {printable(str(error))}") from error
     if "flow" not in parts:
         parts["flow"] = stored_flow(folder, index, variant)
     if "vae" not in parts:
@@ -279,8 +281,10 @@ def _guidance(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The guidance of an index, as arguments of `Guidance` that it knows."""
     where = f"{printable(str(folder / INDEX))}: guidance"
     check_arguments(values, Guidance.__init__, where)
-    arguments = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    known = with_known_words(Guidance, arguments, where)
+    try:
+        known = Guidance.from_json(values)
+    except ValueError as error:
+        raise DataError(f"{where} is damaged: {printable(str(error))}") from error
     return {name: getattr(known, name) for name in values}
 
 

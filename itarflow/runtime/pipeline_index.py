@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import combinations
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
-
-from diffusers.utils import logging
+from typing import Any, TypedDict
 
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.hub import INDEX, read_index
 from itarflow.runtime.json_file import as_type
 from itarflow.runtime.model_folder import sha256_of, weight_files
 from itarflow.runtime.text import printable
-
-logger = logging.get_logger(__name__)
-T = TypeVar("T")
 
 CHECKSUMS = "_sha256"
 """Entry of model_index.json: the SHA-256 of each file of weights, by its path. diffusers leaves out what begins so."""
@@ -127,35 +121,6 @@ def checked_files(folder: Path, part: str, index: Mapping[str, Any], variant: st
                 "exchanged. Copy or download the folder again."
             )
     return files
-
-
-def with_known_words(build: type[T], arguments: dict[str, Any], where: str) -> T:
-    """`build` called with the arguments, without those texts that it does not know, of which a warning tells.
-
-    A name may be that of somebody's own solver or rule: the weights are as good without it.
-
-    Raises:
-        ValueError: it refuses them for another reason.
-    """
-    try:
-        return build(**arguments)
-    except ValueError as error:
-        refusal = error
-    words = [name for name, value in arguments.items() if isinstance(value, str)]
-    for count in range(1, len(words) + 1):
-        for left_out in combinations(words, count):
-            try:
-                built = build(**{name: value for name, value in arguments.items() if name not in left_out})
-            except ValueError:
-                continue
-            found: Any = getattr(built, "config", built)
-            for name in left_out:
-                logger.warning(
-                    f"{where}: {name} {printable(arguments[name])!r} is not known here; {getattr(found, name)!r} is "
-                    "used instead. If it is of a plug-in, import that first."
-                )
-            return built
-    raise DataError(f"{where} is damaged: {printable(str(refusal))}") from refusal
 
 
 def _depth(value: Any) -> int:

@@ -261,7 +261,7 @@ def test_large_sets_cost_nothing_until_asked() -> None:
 def test_what_a_file_states_of_its_columns_may_be_anything(tmp_path: Path, stated: str) -> None:
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"label": [0, 1]}).replace_schema_metadata({"huggingface": stated}), file)
-    with pytest.raises(DataError, match=r"a\.parquet' states columns that can't be understood"):
+    with pytest.raises(DataError, match=r"a\.parquet: what it states of its columns"):
         open_parquet([str(file)])
 
 

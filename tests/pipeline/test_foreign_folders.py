@@ -318,20 +318,6 @@ def test_an_index_of_shards_names_no_file_elsewhere(folder, tmp_path):
         ITARFlowPipeline.from_pretrained(folder)
 
 
-# -- names that are not known here ------------------------------------------------------------------------------
-
-
-def test_a_solver_of_somebody_else_is_replaced_with_a_warning(folder, caplog):
-    edit(folder / "scheduler" / "scheduler_config.json", method="midpoint", spacing="golden")
-    edit(folder / "model_index.json", guidance={"weight": 2.0, "rule": "shift_only"})
-    pipe = ITARFlowPipeline.from_pretrained(folder)
-    assert (pipe.scheduler.config.method, pipe.scheduler.config.spacing) == ("euler", "even")
-    assert (pipe.default_guidance.rule, pipe.default_guidance.weight) == ("scale", 2.0)
-    assert "method 'midpoint' is not known here; 'euler' is used instead" in caplog.text
-    assert "rule 'shift_only' is not known here; 'scale' is used instead" in caplog.text
-    assert json.loads((folder / "model_index.json").read_text())["guidance"]["rule"] == "shift_only"
-
-
 # -- writing ----------------------------------------------------------------------------------------------------
 
 

@@ -17,10 +17,11 @@ from itarflow.runtime.signals import StopSignal
 
 @pytest.fixture(autouse=True)
 def _as_in_a_terminal() -> Iterator[None]:
-    """Shells start commands in the background with SIGINT ignored, and then it stays so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Shells start commands in the background with SIGINT ignored, nohup with SIGHUP, and then it stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, before[0])
+    signal.signal(signal.SIGHUP, before[1])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -61,9 +62,11 @@ def test_under_nohup_a_closed_terminal_does_not_stop():
 def test_a_terminal_that_is_gone_does_not_keep_the_step_from_ending():
     """What is printed after the hang-up would fail, and end the training before its state is saved."""
     code = (
-        "import os, signal, sys; from itarflow.runtime.signals import StopSignal\n"
+        "import os, sys, time; from itarflow.runtime.signals import StopSignal\n"
         "with StopSignal() as stop:\n"
-        "    print('ready', flush=True); signal.pause(); print('after', flush=True)\n"
+        "    print('ready', flush=True)\n"
+        "    while not stop.requested: time.sleep(0.01)\n"
+        "    print('after', flush=True)\n"
         "    print(stop.signal_number, file=sys.stderr, flush=True)\n"
         "open(sys.argv[1], 'w').write('ended')"
     )

@@ -265,9 +265,9 @@ def test_settings_are_refused_before_data_are_read_or_a_run_is_begun(refused, mo
     ("words", "message"),
     [
         (("--train.epochs", "-1"), "train.epochs is -1.0; expected a number > 0"),
-        (("--noise.t-min", "0.9"), "t_min=0.9, t_max=0.5; expected t_min <= t_max"),
+        (("--noise.t-min", "0.9"), "t_min=0.9, t_max=0.5; expected 0 < t_min <= t_max"),
         (("--sampling.num-images", "0"), "sampling.num_images is 0; expected a number >= 1"),
-        (("--sampling.guidance.weight", "-1"), "Guidance weight is -1.0; expected a finite number from 0"),
+        (("--sampling.guidance.weight", "-1"), "Guidance weight is -1.0; expected a finite number >= 0"),
         (("--train.mixed-precision", "fp16"), "fp16"),
         (("--train.learning-rat", "1"), "--train.learning-rat"),
     ],
