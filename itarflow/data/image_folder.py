@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 
+from itarflow.data.columns import LABEL_NAMES
 from itarflow.data.folders import LABELS, METADATA, Listing, Parts, check_text, counted, homes_below, without_pictures
-from itarflow.data.metadata import LABEL_NAMES, class_folder, describe, descriptions_of, edm_labels
+from itarflow.data.metadata import class_folder, describe, descriptions_of, edm_labels
 from itarflow.data.splits import is_split, match_splits, several
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import listed, printable

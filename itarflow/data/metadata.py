@@ -23,8 +23,6 @@ from itarflow.runtime.files import open_regular
 from itarflow.runtime.json_file import as_type, parse_json, read_bytes, read_json
 from itarflow.runtime.text import listed, printable
 
-LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")
-"""Columns that are taken for labels."""
 _Label = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 _LARGEST = 2**30  # bytes of a description
 _NAME = "file_name"

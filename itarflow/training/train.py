@@ -346,6 +346,7 @@ class _Training(Loop[_FlowStep, Summary]):
         return {
             "train_images": len(self.data.train),
             "held_out_images": len(self.data.held_out),
+            "data_content": self.data.identity.content,
             "steps": self.state.step,
             "total_steps": self.total_steps,
             "seconds": round(self.state.seconds, 1),
