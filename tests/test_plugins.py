@@ -284,6 +284,7 @@ def test_a_name_that_is_asked_for_is_refused_and_not_replaced(save):
         pipe(class_labels=[0], method="midpoint")
 
 
+@pytest.mark.slow
 def test_training_sampling_and_sharing_with_a_plug_in(tmp_path):
     def call(*words: object) -> str:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}

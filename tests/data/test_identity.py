@@ -77,6 +77,7 @@ def test_it_is_that_of_the_set_not_of_how_it_is_read(
     assert identity(tmp_path, image_size=16, in_channels=1, crop="edm", max_broken=3, **options) == first
 
 
+@pytest.mark.slow
 def test_it_is_the_same_in_another_process(tmp_path: Path) -> None:
     script = (
         "import sys; from itarflow.data import DataConfig, load_data\n"
