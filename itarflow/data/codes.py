@@ -135,11 +135,13 @@ def find_card(path: str) -> CodesCard | None:
     """The card of the data set that `DataConfig.path` names: a folder, parquet files, or a name on the Hub.
 
     Returns:
-        None if there is none: then it is no data set of codes.
+        None if there is none: then it is no data set of codes. "digits" are none, even beside a folder of that name.
 
     Raises:
         DataError: the card is damaged.
     """
+    if path == "digits":
+        return None
     place = Path(path).expanduser()
     try:
         files = glob.has_magic(path) or place.suffix == ".parquet"

@@ -30,19 +30,21 @@ _THREADS, _CHUNK = 16, 1000  # that ask for sizes, each of so many files: elsewh
 
 
 def content_of(rows: datasets.Dataset | ParquetRows, columns: Sequence[str], place: OwnPlace | None = None) -> str:
-    """SHA-256 of what these columns of a table hold; no image is decoded. Parquet files that are read in place have
-    another one than the same files in the cache of `datasets`.
+    """SHA-256 of what these columns of a table hold, after what it is of, "rows:0a1b..."; no image is decoded.
+
+    It is of the rows; or, if parquet files are read in place, of the "files"; or, if these are elsewhere, of what
+    their server says of them, "remote". The same images have others of another kind.
     """
     digest = hashlib.sha256()
     if isinstance(rows, ParquetRows):
         for part in rows.contents():
             digest.update(part)
-        return digest.hexdigest()
+        return f"{'remote' if rows.remote else 'files'}:{digest.hexdigest()}"
     table = rows.select_columns(list(columns)).with_format("arrow")[:]
     for name in columns:
         for part in _parts_of(table[name], place):
             digest.update(part)
-    return digest.hexdigest()
+    return f"rows:{digest.hexdigest()}"
 
 
 def paths_of(values: pa.ChunkedArray) -> Iterator[str]:

@@ -202,7 +202,7 @@ class ImageDataset(Dataset[Example]):
         return None if value.get("bytes") is not None else value.get("path")
 
     def content(self) -> str:
-        """SHA-256 of what the images of the whole table are, wherever it lies; see `content.content_of`.
+        """What the images of the whole table are, wherever it lies, as a hash with its kind: see `content.content_of`.
 
         It depends neither on the decoder nor on which rows make up the set. No image is decoded.
         """

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from itarflow.runtime.json_file import as_type
 from itarflow.runtime.text import listed, printable
 
 
@@ -15,7 +14,8 @@ class DataIdentity:
     """What was understood of a data set when it was opened. It is stored with all that is made of the set.
 
     Attributes:
-        content: SHA-256 of which images and labels these are; see `content.content_of`.
+        content: SHA-256 of which images and labels these are, after its kind, such as "rows:0a1b..."; see
+            `content.content_of`.
         images: number of images by split or part, such as {"train": 50000, "held out": 1000}.
         class_names: in the order of the labels; () = unlabelled.
         class_counts: images of each class, in that order, of the first part: those to train on.
@@ -36,15 +36,15 @@ class DataIdentity:
         return {**asdict(self), "class_names": list(self.class_names), "class_counts": list(self.class_counts),
                 "left_out": list(self.left_out)}  # fmt: skip
 
-    @staticmethod
-    def from_json(values: Any, name: str) -> DataIdentity:
-        """What `to_json` gave; raises DataError, naming the file `name`, where it is not that."""
-        return as_type(values, DataIdentity, name)
+    @property
+    def content_kind(self) -> str:
+        """How `content` was found, as only hashes of one kind can be compared; "" where no kind is stored."""
+        return self.content.rpartition(":")[0]
 
     def differences(self, now: DataIdentity) -> list[str]:
         """What distinguishes the set `now` from this one, a line each; empty = the same set.
 
-        Where the files lie, and when they were written, does not count.
+        Where the files lie, and when they were written, does not count, nor a `content` of another kind.
         """
         found: list[str] = []
         if self.class_names != now.class_names:
@@ -59,7 +59,7 @@ class DataIdentity:
         found += _changed("columns", self.columns, now.columns)
         if not found and self.class_counts != now.class_counts:
             found.append(f"images by class: {list(self.class_counts)} there, {list(now.class_counts)} now")
-        if not found and self.content != now.content:
+        if not found and self.content_kind == now.content_kind and self.content != now.content:
             found.append("images: as many, but other ones now (by names, sizes, labels or first bytes)")
         return [printable(line) for line in found]
 

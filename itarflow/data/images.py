@@ -18,28 +18,30 @@ LARGEST = 32768
 """Pixels of the largest side that images may be asked to have."""
 
 _SCALED = ("PPM", "JPEG2000")  # formats that Pillow brings to all of 16 bits, whatever depth they say
-_RANGES = (255, 4095, 65535)  # of 8, 12 and 16 bits
+_12_BITS, _16_BITS = 4095, 65535
 
 
 def convert_image(image: Image.Image, in_channels: int) -> Image.Image:
     """Upright 8-bit RGB (in_channels 3) or L (1) version of an image of any usual mode.
 
-    EXIF orientation is applied, unless the EXIF block is damaged, and transparency laid on white. Grey of 16 or 32
-    bits is scaled to 0..255 from the smallest of the ranges 0..255, 0..4095 and 0..65535 that holds all pixels: files
-    say how pixels are stored, but not that a scanner used 12 bits of 16. Colour of 16 bits is scaled from 0..65535.
+    EXIF orientation is applied, unless the EXIF block is damaged, and transparency laid on white. Grey and colour of
+    more than 8 bits are scaled to 0..255 from the range that their file states, else from 0..65535. Most files state
+    how pixels are stored, but not that a scanner used 12 bits of 16: whether such an image is dark can't be told.
 
     Raises:
-        DataError: in_channels is neither 1 nor 3, the range of the pixels is unknown (floats, 32-bit), or colour of 16
-            bits uses at most 12 of them, of which Pillow leaves 4.
+        DataError: in_channels is neither 1 nor 3, the range of the pixels is unknown (floats, 32-bit), or an image of
+            16 bits, of a file that states no other range, uses at most 12 of them and is not all black.
         OSError: the image is damaged; Pillow may raise nearly anything else.
     """
     mode = pillow_mode(in_channels)
     file_format = image.format
-    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))  # known until the pixels are read
+    tiles = [str(tile) for tile in getattr(image, "tile", ())]  # known until the pixels are read
+    deep, packed = any(";16" in tile for tile in tiles), any(";12" in tile for tile in tiles)
     image.load()
     image = _upright(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray(_to_eight_bit(np.asarray(image), full=file_format in _SCALED))
+        top, stated = _12_BITS if packed else _16_BITS, packed or file_format in _SCALED
+        image = Image.fromarray(_to_eight_bit(np.asarray(image), top, stated))
     elif deep and image.mode in ("LA", "RGB", "RGBA") and 0 < _brightest(image) < 16:
         raise DataError(
             f"colour of 16 bits reaches only to {_brightest(image)} of 255: the pixels seem to have 12 bits or fewer; "
@@ -140,12 +142,17 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_eight_bit(array: np.ndarray, full: bool) -> np.ndarray:
-    """Pixels scaled to 0..255 from 0..65535 if `full`, else from the smallest usual range that holds them."""
+def _to_eight_bit(array: np.ndarray, top: int, stated: bool) -> np.ndarray:
+    """Pixels scaled to 0..255 from 0..top, which the file has `stated`, or not."""
     low, high = int(array.min()), int(array.max())
-    if low < 0 or high > _RANGES[-1]:
-        raise DataError(f"integer pixels reach from {low} to {high}; expected 0..65535: convert the image")
-    top = _RANGES[-1] if full else next(top for top in _RANGES if high <= top)
+    if low < 0 or high > top:
+        raise DataError(f"integer pixels reach from {low} to {high}; expected 0..{top}: convert the image")
+    if 0 < high <= _12_BITS and not stated:
+        bits = 8 if high <= 255 else 12
+        raise DataError(
+            f"its values reach {high:,} of {top:,}: {bits} bits in a file of more, or nearly black; "
+            "convert it to 8 bits"
+        )
     return np.round(array / (top / 255)).astype(np.uint8)
 
 

@@ -76,7 +76,8 @@ class DataConfig:
     row groups they are in memory, still encoded: up to eight processes that decode hold about twice as many in all,
     further ones a quarter as many each."""
     max_broken: int = 100
-    """Unreadable images are replaced by their neighbours and named; stop at more than this many."""
+    """Unreadable images are replaced by their neighbours and named; stop at more than this many. Images of 16 bits
+    that use at most 12 of them are such, unless their file says so: convert them to 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -278,16 +279,17 @@ def _identity(
     shared: bool = False,
 ) -> DataIdentity:
     """What was understood of the data set at `path`; `shared`: its parts are of one table."""
-    digest = hashlib.sha256()
+    digest, kind = hashlib.sha256(), "rows"
     for number, (name, images) in enumerate(parts.items()):
         digest.update(f"{name} {len(images)}\n".encode())
         digest.update(images.indices.numpy().tobytes() + images.labels.numpy().tobytes())
         # The digits are encoded anew at each start: their bytes depend on the version of Pillow.
         if path != "digits" and not (shared and number):
-            digest.update(images.content().encode())
+            kind, _, content = images.content().partition(":")
+            digest.update(content.encode())
     trained = next(iter(parts.values())).labels
     return DataIdentity(
-        content=digest.hexdigest(),
+        content=f"{kind}:{digest.hexdigest()}",
         images={name: len(images) for name, images in parts.items()},
         class_names=labels.names,
         class_counts=tuple(trained[trained >= 0].bincount(minlength=len(labels.names)).tolist()),

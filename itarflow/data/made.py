@@ -21,6 +21,7 @@ from msgspec import Meta
 from itarflow.data.codes import CARD, CodesCard
 from itarflow.data.identity import DataIdentity
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import open_regular
 from itarflow.runtime.json_file import parse_json, read_json
 from itarflow.runtime.text import listed, printable
 
@@ -118,7 +119,8 @@ def read_footer(path: Path) -> tuple[Footer, int]:
         DataError: it is damaged, or no file of a made set.
     """
     try:
-        metadata = pq.read_metadata(path)
+        with open_regular(path) as file:
+            metadata = pq.read_metadata(file)
         text = (metadata.metadata or {})[_KEY]
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DataError(
@@ -132,12 +134,14 @@ def check_made(path: str) -> None:
 
     Args:
         path: as of `DataConfig.path`: a folder, a parquet file, or a glob, which stands for all files of the manifest
-            that it matches.
+            that it matches. The digits and data sets on the Hub are no files.
 
     Raises:
         DataError: the set is unfinished; a file is missing, foreign, or another one; or the manifest is damaged.
     """
     place = Path(path).expanduser()
+    if path == "digits" or not (place.exists() or glob.has_magic(path) or place.suffix == ".parquet"):
+        return
     folder = place if place.is_dir() else place.parent
     manifest = next((folder / name for name in (PREPARED, CARD) if (folder / name).is_file()), None)
     if manifest is None:

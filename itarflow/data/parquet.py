@@ -102,6 +102,11 @@ class ParquetRows:
         return self._features
 
     @property
+    def remote(self) -> bool:
+        """Whether files are elsewhere, at addresses."""
+        return any("://" in file for file in self._files)
+
+    @property
     def group_starts(self) -> np.ndarray:
         """(G + 1,) int64: the row at which each row group begins, and the number of all rows."""
         return np.concatenate([[0], self._ends])

@@ -123,12 +123,18 @@ def own_place(path: str) -> OwnPlace:
     """Where the pictures of a data set may lie, by what `DataConfig.path` names: beside it, or in the Hub's caches."""
     place = os.path.expanduser(path)
     if os.path.isdir(place):
-        return OwnPlace((os.path.abspath(place), os.path.realpath(place)))
+        return _below(place)
     if glob.has_magic(place):
         parts = place.split(os.sep)
         fixed = parts[: next(number for number, part in enumerate(parts) if glob.has_magic(part))]
-        return OwnPlace((os.path.abspath(os.sep.join(fixed) or (os.sep if place.startswith(os.sep) else ".")),))
+        return _below(os.sep.join(fixed) or (os.sep if place.startswith(os.sep) else "."))
     if os.path.exists(place) or place.endswith(".parquet"):
-        return OwnPlace((os.path.dirname(os.path.abspath(place)),))
+        return _below(os.path.dirname(os.path.abspath(place)))
     caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
-    return OwnPlace(tuple(os.path.abspath(os.path.expanduser(folder)) for folder in caches))
+    return _below(*(os.path.expanduser(folder) for folder in caches))
+
+
+def _below(*folders: str | Path) -> OwnPlace:
+    """Below these folders, by the names that they were given, or where they are linked to."""
+    found = [str(absolute(folder)) for absolute in (os.path.abspath, os.path.realpath) for folder in folders]
+    return OwnPlace(tuple(dict.fromkeys(found)))

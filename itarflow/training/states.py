@@ -334,6 +334,12 @@ def open_state(
     progress, own = read_progress(folder)
     if progress.data is None:
         say(f"{folder} does not say which images it was trained on; they are not compared.", "yellow")
+    elif progress.data.content_kind != data.content_kind:
+        say(
+            f"The images of {folder} were read in another way (with or without data.streaming, here or on the Hub): "
+            "their numbers, classes and columns are compared, but not their bytes.",
+            "yellow",
+        )
     for change in check_same_data(folder, progress.data, data, allow_changes):
         say(f"Going on with other images: {change}", "yellow")
     return folder, progress, own

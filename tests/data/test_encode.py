@@ -271,6 +271,18 @@ def test_files_that_others_have_not_written_are_missed(source: Path, tmp_path: P
         finish(plan)
 
 
+def test_a_machine_that_does_not_see_the_new_manifest_yet_encodes_its_share(
+    source: Path, tmp_path: Path, vaes: dict[str, Path]
+) -> None:
+    plan = plan_encoding(settings(source, tmp_path / "out", vaes["tiny"], shard_size=4))
+    begin(plan)
+    (tmp_path / "out" / "codes.json").rename(tmp_path / "codes.json")
+    encode_share(plan, device="cpu", process_index=1, num_processes=2, count=int)
+    (tmp_path / "codes.json").rename(tmp_path / "out" / "codes.json")
+    encode_share(plan, device="cpu", process_index=0, num_processes=2, count=int)
+    assert finish(plan).shards == 2
+
+
 def test_full_disk(source: Path, tmp_path: Path, vaes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")

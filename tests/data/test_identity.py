@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import fsspec  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 from image_files import (
@@ -25,9 +28,12 @@ from image_files import (
 from PIL import Image
 
 from itarflow.data import DataConfig
+from itarflow.data.content import content_of
 from itarflow.data.identity import DataIdentity, described
 from itarflow.data.load import load_splits
+from itarflow.data.parquet import open_parquet
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.json_file import as_type
 
 
 @pytest.fixture(autouse=True)
@@ -224,10 +230,30 @@ def test_splits_that_are_opened_whole_have_one_too(tmp_path: Path) -> None:
 
 def test_json_gives_the_same_back_and_other_json_is_refused() -> None:
     found = identity("digits", in_channels=1)
-    assert DataIdentity.from_json(found.to_json(), "x.json") == found
+    assert as_type(json.loads(json.dumps(found.to_json())), DataIdentity, "x.json") == found
     for wrong in (None, [], {"content": 1}, found.to_json() | {"images": 3}):
         with pytest.raises(DataError, match=r"x\.json"):
-            DataIdentity.from_json(wrong, "x.json")
+            as_type(wrong, DataIdentity, "x.json")
+
+
+def test_a_hash_is_compared_with_those_of_its_kind_only(tmp_path: Path) -> None:
+    copied, in_place = identity(parquet(tmp_path)), identity(tmp_path, streaming=True)
+    assert (copied.content_kind, in_place.content_kind) == ("rows", "files")
+    assert copied.differences(in_place) == in_place.differences(copied) == []
+    for one, other in ((copied, in_place), (in_place, copied), (in_place, in_place)):
+        less = dataclasses.replace(other, images={"train": 9, "held out": 0})
+        assert one.differences(less) == ["images, train: 10 there, 9 now"]
+        assert one.differences(dataclasses.replace(other, class_names=("x", "y")))
+    assert in_place.differences(dataclasses.replace(in_place, content="files:0"))
+    before_kinds = dataclasses.replace(copied, content="0")
+    assert before_kinds.differences(copied) == []
+
+
+def test_files_elsewhere_have_a_kind_of_their_own(tmp_path: Path) -> None:
+    file = next(parquet(tmp_path).glob("*.parquet"))
+    fsspec.filesystem("memory").pipe("/set/a.parquet", file.read_bytes())
+    here, there = (content_of(open_parquet([place]), ["image"]) for place in (str(file), "memory://set/a.parquet"))
+    assert (here.partition(":")[0], there.partition(":")[0]) == ("files", "remote")
 
 
 def test_a_flipped_byte_of_a_small_parquet_file_read_in_place_is_noticed(tmp_path: Path) -> None:

@@ -126,12 +126,40 @@ def test_damaged_pixels_are_still_told() -> None:
         to_array(Image.open(io.BytesIO(buffer.getvalue()[:2000])), 1)
 
 
-@pytest.mark.parametrize(("bits", "kind"), [(12, "PNG"), (16, "PNG"), (8, "TIFF"), (12, "TIFF"), (16, "TIFF")])
-def test_deep_grey_is_read_by_its_range(bits: int, kind: str) -> None:
-    top = 2**bits - 1
-    array = np.array([[0, top // 2, top]], dtype=np.uint16 if kind == "PNG" else np.int32)
-    assert to_array(through_file(Image.fromarray(array), kind), 1)[0].tolist() == [[0, 127, 255]]
-    assert to_array(through_file(Image.fromarray(array), kind), 3)[0].tolist() == [[0, 127, 255]]
+DEEP = pytest.mark.parametrize(("kind", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32)])
+
+
+@DEEP
+def test_deep_grey_is_scaled_from_all_of_16_bits_whatever_it_uses(kind: str, dtype: type) -> None:
+    for top in (4096, 4100, 16383, 65535):
+        array = np.array([[0, top // 2, top]], dtype=dtype)
+        expected = [round(value / 257) for value in (0, top // 2, top)]
+        assert to_array(through_file(Image.fromarray(array), kind), 1)[0].tolist() == [expected]
+        assert to_array(through_file(Image.fromarray(array), kind), 3)[0].tolist() == [expected]
+
+
+@DEEP
+def test_deep_grey_that_may_have_fewer_bits_is_refused_with_the_reason(kind: str, dtype: type) -> None:
+    for top, words in (
+        (3900, "reach 3,900 of 65,535: 12 bits"),
+        (4095, "12 bits"),
+        (255, ": 8 bits"),
+        (1, ": 8 bits"),
+    ):
+        array = np.array([[0, top // 2, top]], dtype=dtype)
+        with pytest.raises(DataError, match=f"{words}.* nearly black; convert it to 8 bits"):
+            to_array(through_file(Image.fromarray(array), kind), 1)
+    assert not to_array(through_file(Image.fromarray(np.zeros((1, 3), dtype)), kind), 1).any()
+
+
+def test_a_tiff_that_states_12_bits_is_scaled_from_them() -> None:
+    pixels = bytes([0x00, 0x0F, 0xFF, 0x02, 0x00, 0x00])  # 0, 4095, 32, and four bits of filling
+    fields = [(256, 4, 3), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (278, 4, 1), (279, 4, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in fields)
+    tiff = b"II*\0" + struct.pack("<I", 14) + pixels + struct.pack("<H", len(fields)) + entries + bytes(4)
+    assert to_array(Image.open(io.BytesIO(tiff)), 1)[0].tolist() == [[0, 255, 2]]
+    dark = tiff.replace(pixels, bytes([0x00, 0x00, 0x08, 0x01, 0x00, 0x00]))  # 0, 8, 16
+    assert to_array(Image.open(io.BytesIO(dark)), 1)[0].tolist() == [[0, 0, 1]]
 
 
 def test_a_dark_picture_of_a_format_that_tells_its_depth_stays_dark() -> None:

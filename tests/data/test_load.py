@@ -233,6 +233,20 @@ def test_set_of_broken_images_is_refused_at_once(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_a_set_of_12_bits_in_16_is_refused_with_the_reason_and_a_single_one_counted(tmp_path: Path) -> None:
+    pixels = np.full((8, 8), 3900, np.uint16)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(pixels).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"none of 2 images (.|\n)*a\.png: .*3,900 of 65,535: 12 bits.*convert it"):
+        load(tmp_path)
+    Image.fromarray(pixels * 16).save(tmp_path / "c.png")
+    train = load(tmp_path, in_memory=True).train
+    assert values(train) == [round(3900 * 16 / 257)] * 3
+    assert [reason.partition(": ")[0] for reason in train.broken] == [
+        f"{tmp_path / name}" for name in ("a.png", "b.png")
+    ]
+
+
 def test_image_bomb_missing_bytes_and_missing_file_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [encoded(1, 64), None, encoded(3)]
     columns = {"image": pa.array(rows, pa.binary())}

@@ -278,6 +278,53 @@ def test_names_of_broken_files_are_told_on_one_line(made: Made, name: str) -> No
     assert report.isprintable()
 
 
+# What is no made set
+
+
+@pytest.mark.parametrize("name", list(MANIFESTS.values()))
+def test_what_is_no_file_is_not_taken_for_a_set_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text('{"finished": false, "card": {}}')
+    (tmp_path / "digits").mkdir()
+    (tmp_path / "digits" / name).write_text("{")
+    assert len(load_data(DataConfig(path="digits", held_out_images=0), image_size=8, in_channels=1).train) == 1797
+    for path in ("digits", "mnist", "owner/name"):
+        check_made(path)
+    for path in (".", "*.parquet", "gone.parquet", name, "./digits"):
+        with pytest.raises(DataError):
+            check_made(path)
+
+
+@KINDS
+def test_a_pipe_among_the_files_is_not_waited_for(made: Made, kind: str) -> None:
+    file, manifest = made.folder / kind / FIRST, made.folder / kind / MANIFESTS[kind]
+    stored = json.loads(manifest.read_text())["files"]
+    change_manifest(manifest, files=[one | {"num_bytes": 0} if one["name"] == FIRST else one for one in stored])
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DataError, match="is damaged"):
+        check_made(str(file.parent))
+    with pytest.raises(DataError, match="is damaged"):
+        made.make(kind)
+
+
+# Manifests of before
+
+
+@KINDS
+def test_a_set_of_before_is_not_gone_on_with_but_trains(made: Made, kind: str) -> None:
+    manifest = made.folder / kind / MANIFESTS[kind]
+    values = json.loads(manifest.read_text())
+    for new in ("source", "files"):
+        del values[new]
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(DataError, match=r"made by an earlier version.*train on it as it is.*another folder"):
+        made.make(kind)
+    assert len(made.open(manifest.parent, kind).train) == 10
+
+
 # Manifests of strangers
 
 ODD: list[Any] = [None, True, -1, 0, 1.5, 1e308, float("nan"), float("inf"), 10**30, "", "x", "../../etc", [], {}]

@@ -166,6 +166,20 @@ def test_archives_of_the_hub_are_read_where_they_were_downloaded(
         place.read(str(tmp_path / "private.png"))
 
 
+def test_pictures_of_a_cache_behind_a_link_are_read_by_either_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(tmp_path / "disk" / "a.png")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    for cache in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, cache, tmp_path / "link")
+    place = own_place("owner/name")
+    for folder in ("link", "disk"):
+        assert place.file(str(tmp_path / folder / "a.png"))
+    with pytest.raises(DataError, match="not in the folder"):
+        place.file(str(tmp_path / "private.png"))
+
+
 def test_names_of_files_are_taken_as_they_are(tmp_path: Path) -> None:
     for number, name in enumerate(["x::y.png", "zip:x.png", "a b%20.png", "#.png"]):
         write_image(tmp_path / "set" / "c" / name, 10 + number)

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from itarflow.codec import VaeCodec, to_pixels
 from itarflow.data.codes import CARD, CodesCard, to_bytes
-from itarflow.data.made import Manifest
+from itarflow.data.made import Manifest, StoredFile
 from itarflow.data.prepare.codes_card import codes_card, training_command
 from itarflow.data.prepare.encode_plan import Plan
 from itarflow.data.prepare.manifest import clear_leftovers, stored_manifest
@@ -137,7 +138,7 @@ def encode_share(
         OSError: the folder cannot be written; files that are whole stay.
     """
     config = plan.config
-    recorded = read_json(config.out / CARD, Manifest).files
+    recorded = _recorded(config.out / CARD)
     contents = read_contents(plan.shards, {}, recorded)
     check_broken(config.out, plan.shards, contents, config.max_broken)
     missing = [shard for shard in plan.shards[process_index::num_processes] if shard not in contents]
@@ -212,6 +213,14 @@ def finish(plan: Plan) -> Encoded:
         num_bytes=sum(sizes),
         shard_bytes=max(sizes),
     )
+
+
+def _recorded(manifest: Path) -> tuple[StoredFile, ...]:
+    """The files of the manifest. Another machine may not see yet that it has been begun: it records none then."""
+    try:
+        return read_json(manifest, Manifest).files
+    except FileNotFoundError:
+        return ()
 
 
 def _collate(images: list[Tensor | str]) -> tuple[Tensor, list[str | None]]:

@@ -22,7 +22,7 @@ from itarflow.data.load import DataConfig, load_splits
 from itarflow.data.made import Manifest
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import LOCK, PARTIAL, remove_partial
-from itarflow.runtime.json_file import read_json
+from itarflow.runtime.json_file import as_type, read_json
 from itarflow.runtime.text import display_name, printable
 
 TRIAL = ".itarflow-"
@@ -116,7 +116,7 @@ def stored_manifest(config: SourceConfig, name: str) -> Manifest | None:
         name: of the file with the manifest.
 
     Raises:
-        DataError: the folder has other things in it, or the manifest is damaged.
+        DataError: the folder has other things in it, or the manifest is damaged, or of an earlier version.
     """
     out, source = config.out, config.source
     place = Path(source).expanduser()
@@ -125,7 +125,13 @@ def stored_manifest(config: SourceConfig, name: str) -> Manifest | None:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a new folder: choose another name")
     if (out / name).exists():
-        return read_json(out / name, Manifest)
+        values = read_json(out / name, dict[str, Any])
+        if "source" not in values and {"itarflow", "settings"} <= values.keys():
+            raise DataError(
+                f"{out} was made by an earlier version, which this one can't go on with: if it is finished, train on "
+                "it as it is, or choose another folder"
+            )
+        return as_type(values, Manifest, str(out / name))
     if out.exists() and any(not file.name.startswith((LOCK, PARTIAL, TRIAL)) for file in out.iterdir()):
         raise DataError(f"{out} is a folder with other things in it; choose a new or empty one")
     return None
