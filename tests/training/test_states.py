@@ -162,6 +162,24 @@ def test_other_images_are_refused_unless_that_is_allowed(tmp_path):
     assert check_same_data(tmp_path, None, now, allowed=False) == []  # a state of before it was stored
 
 
+def test_images_that_are_read_in_another_way_are_said_and_the_rest_is_compared(tmp_path, monkeypatch):
+    run, said = prepare(tmp_path / "run", tiny_recipe(), "fresh"), []
+    save(run, 5, data=DataIdentity(content="rows:a", images={"train": 3}).to_json())
+    monkeypatch.setattr(states, "agreed_state", lambda run, *_: run.states()[0])
+
+    def resume(content, count):
+        now = DataIdentity(content=content, images={"train": count})
+        states.open_state(run, None, now, False, lambda text, colour: said.append(text))
+
+    resume("rows:a", 3)
+    assert said == []
+    resume("files:b", 3)
+    assert "read in another way" in said.pop()
+    for content, count in (("rows:b", 3), ("files:b", 4)):
+        with pytest.raises(RunError, match="images"):
+            resume(content, count)
+
+
 def test_a_disk_that_fills_up_leaves_the_older_state_whole(tmp_path):
     def fails_half_way(folder):
         (folder / "weights").write_text("ha")
