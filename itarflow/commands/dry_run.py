@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from itarflow.data.identity import described
 from itarflow.presets import SIZES
 from itarflow.runtime.devices import PEAK_TFLOPS
 from itarflow.runtime.errors import DataError
@@ -139,10 +140,8 @@ def _data_row(recipe: Recipe) -> tuple[str, int | None]:
             raise
         return f"[yellow]not checked: {escape(str(error))}", None
     steps = recipe.num_steps(len(data.train))
-    return (
-        f"{escape(path)}: {len(data.train):,} training and {len(data.held_out):,} held-out images, "
-        f"{len(data.class_names) or 'no'} classes; {steps:,} steps in {recipe.train.epochs:g} epochs"
-    ), len(data.train)
+    lines = [f"{path}: {steps:,} steps in {recipe.train.epochs:g} epochs", *described(data.identity)]
+    return escape("\n".join(lines)), len(data.train)
 
 
 def _on_hub(name: str) -> bool:

@@ -110,7 +110,8 @@ def _run(options: Options, written: Recipe, console: Console) -> None:
         if main_process:
             dry_run(recipe, console, options.devices or 1, options.memory)
         return
-    if options.check_memory and not options.find_micro_batch:
+    # A run that goes on has had the memory.
+    if options.check_memory and not options.find_micro_batch and start != "resume":
         _check_memory(recipe)
     run_dir = options.run_dir or Path("runs") / recipe.name
     summary = train(

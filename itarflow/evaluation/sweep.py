@@ -137,11 +137,12 @@ def grid_of(
         if values is not None and not values:
             raise ValueError(f"{name} has no values; expected one or more, or leave it out.")
     several_methods: Sequence[Method | None] = methods if methods is not None and len(methods) > 1 else [None]
+    taus: Sequence[float | None] = sorted({*temperatures}) if temperatures else [None]
     grid = [
         Setting(level, weight, number, temperature, None if number == 0 else solver)
         for level in sorted({*levels})
         for weight in sorted({*weights})
-        for temperature in (sorted({*temperatures}) if temperatures else [None])
+        for temperature in (taus if weight else taus[:1])  # at weight 0 all of them give the same
         for number in sorted({*steps})
         for solver in dict.fromkeys(several_methods)
     ]

@@ -157,6 +157,6 @@ def draw_images(settings: Sequence[Setting], folder: Path, path: Path, count: in
 def _title(setting: Setting) -> str:
     steps = setting.num_denoise_steps
     by = "" if setting.method is None else f" {setting.method}"
-    tau = "" if setting.temperature is None else f", tau {plain(setting.temperature)}"
+    tau = "" if setting.temperature is None else f"tau {plain(setting.temperature)}\n"
     steps_text = "noisy" if not steps else f"1 step{by}" if steps == 1 else f"{steps} steps{by}"
-    return f"guidance {plain(setting.guidance_weight)}{tau}\nt_max {plain(setting.t_max)}\n{steps_text}"
+    return f"guidance {plain(setting.guidance_weight)}\n{tau}t_max {plain(setting.t_max)}\n{steps_text}"

@@ -89,8 +89,10 @@ def read_index(folder: Path) -> dict[str, Any]:
         OSError: there is none, or it is damaged.
     """
     if not (folder / INDEX).is_file():
+        inner = folder / "pipeline"
+        near = f"did you mean {inner}? " if (inner / INDEX).is_file() else ""
         raise OSError(
-            f"{folder} holds no pipeline: {INDEX} is missing. Expected a folder written by save_pretrained, "
+            f"{folder} holds no pipeline: {INDEX} is missing; {near}expected a folder written by save_pretrained, "
             "such as runs/NAME/pipeline. An official .pth file is turned into one by `itarflow convert`."
         )
     try:

@@ -16,7 +16,9 @@ class Interrupted(Exception):  # noqa: N818 - it is not an error
     """Training was asked to stop, and its state has been saved."""
 
     def __init__(self, signal_number: int, run_path: Path, step: int) -> None:
-        super().__init__(f"Stopped at step {step}; the state is saved in {run_path}. Go on with --resume.")
+        super().__init__(
+            f"Stopped at step {step}; the state is saved in {run_path}. Go on by the same command with --resume."
+        )
         self.exit_code = 128 + signal_number
 
 

@@ -127,7 +127,9 @@ def test_a_dry_run_prints_the_costs_and_leaves_nothing_behind(run, tmp_path):
     assert f"({sum(parameter.numel() for parameter in flow.parameters()):,})" in printed
     for words in ("FLOP an image", "32 sequential token steps, 10 scores", "gradient checkpointing", "MiB"):
         assert words in printed
-    assert "1,618 training and 179 held-out images, 10 classes; 33 steps in 2 epochs" in printed
+    assert (
+        "33 steps in 2 epochs images: 1,618 to train on, 179 held out, of column image labels: 10 classes" in printed
+    )
     assert "Dry run: nothing was trained or written" in printed
     assert not (tmp_path / "runs").exists()
 
@@ -420,4 +422,7 @@ def test_an_interrupted_training_says_how_to_go_on_and_exits_with_the_signal(run
     with pytest.raises(SystemExit) as exit_:
         run()
     assert exit_.value.code == 128 + 15
-    assert "Stopped at step 12; the state is saved in runs/tiny. Go on with --resume." in capsys.readouterr().out
+    assert (
+        "Stopped at step 12; the state is saved in runs/tiny. Go on by the same command with --resume."
+        in capsys.readouterr().out
+    )

@@ -121,7 +121,8 @@ def stored_manifest(config: SourceConfig, name: str) -> Manifest | None:
     out, source = config.out, config.source
     place = Path(source).expanduser()
     if place.is_dir() and source != "digits" and out.resolve().is_relative_to(place.resolve()):
-        raise DataError(f"{out} lies in {source}, and would be taken for a part of it; choose another folder")
+        what = "is" if out.resolve() == place.resolve() else "lies in"
+        raise DataError(f"{out} {what} {source}, and would be taken for a part of it; choose another folder")
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; expected a new folder: choose another name")
     if (out / name).exists():
