@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import ExitStack
 
 from safetensors.torch import load_file
 
@@ -10,6 +11,7 @@ from itarflow.flow import NoiseConfig
 from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig
 from itarflow.training import Recipe, SamplingConfig, TrainConfig
+from itarflow.training.run_folder import RunDir, claim
 
 
 def tiny_recipe(**changes):
@@ -39,6 +41,13 @@ def tiny_recipe(**changes):
     return dataclasses.replace(
         recipe, **{s: dataclasses.replace(getattr(recipe, s), **values) for s, values in sections.items()}
     )
+
+
+def claimed_run(path, recipe, start):
+    """A run's folder as a training finds it that was killed just after it had claimed it."""
+    with ExitStack() as locks:
+        claim(RunDir(path), recipe, start, False, locks)
+    return RunDir(path)
 
 
 def losses(run_dir):

@@ -129,6 +129,8 @@ def _failed_write(error: Exception, partial: Path) -> str | None:
 
 def flush(path: Path) -> None:
     """Flush a file, or a folder's entries, to the disk."""
+    if os.name == "nt":  # which opens no folders, and flushes no file that was opened for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

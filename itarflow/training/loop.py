@@ -374,7 +374,7 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         """Go on from the newest whole state, or from the beginning, if none has been saved yet."""
         if not self.run.states():
             on_main(self.accelerator, lambda: check_stateless(self.run))
-            on_main(self.accelerator, lambda: self.run.rewrite_metrics([]))
+            on_main(self.accelerator, lambda: self.run.resume(self.settings, []))
             self.monitor.say(f"{self.run.path} was stopped before its first saved state: beginning anew.")
             return
         say = self.monitor.say
@@ -391,7 +391,7 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         kept = [line for line in lines if line["step"] <= self.state.step]
         self.load_state(kept)
         self.accelerator.wait_for_everyone()  # all have read before one writes
-        on_main(self.accelerator, lambda: self.run.rewrite_metrics(kept))
+        on_main(self.accelerator, lambda: self.run.resume(self.settings, kept))
         if damaged:
             say(f"{damaged} damaged lines of {self.run.metrics} are left out.", "yellow")
         say(f"Resuming from {folder} at step {self.state.step} of {self.total_steps}.")

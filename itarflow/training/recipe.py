@@ -241,12 +241,12 @@ class Recipe:
             reason = str(error).split("\n", maxsplit=1)[0]
             raise ValueError(f"the model can't be built: {reason}. Lower its sizes in model.*.") from error
         model, number = self.model, len(flow.blocks)
-        alone = [patch for patch in flow.patch_sizes if patch == model.image_size]
-        if alone and not model.learned_first_token:
+        # A flow may have such a block, but its transformer reads nothing and gets no gradient, with which DDP gives up
+        # after the first step, and no state that could be read again.
+        if model.image_size in flow.patch_sizes:
             raise ValueError(
-                f"model.patch_size is {model.patch_size} and model.image_size {model.image_size}: a block of one "
-                "token changes nothing, since the first token stays as it is, and can't learn. Choose a smaller "
-                "patch, or set model.learned_first_token."
+                f"model.patch_size is {model.patch_size} and model.image_size {model.image_size}: the transformer of "
+                "a block of one token has no token to read, and can't be trained. Choose a smaller patch."
             )
         guided = self.sampling.guidance.blocks
         if isinstance(guided, int) and guided > number:

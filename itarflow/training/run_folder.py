@@ -19,8 +19,8 @@ from filelock import FileLock
 from msgspec import Meta
 
 from itarflow.runtime.errors import DataError, RunError
-from itarflow.runtime.files import LOCK, check_writable, locked, open_regular, remove_partial, write_text
-from itarflow.runtime.json_file import as_type, parse_json, read_json
+from itarflow.runtime.files import LOCK, check_writable, locked, remove_partial, write_text
+from itarflow.runtime.json_file import as_type, parse_json, read_bytes, read_json
 from itarflow.runtime.processes import on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.runtime.text import listed, printable
@@ -37,6 +37,8 @@ _WRITTEN = (
 """What a training writes in its folder."""
 _WAIT = 1.0
 """Seconds to wait for a lock, which others also take for an instant, to see whether the run is free."""
+_LARGEST_LOG = 2**30
+"""Bytes of metrics.jsonl, whose lines have some 750: a million of them fit."""
 
 
 class _HeldOut(TypedDict):
@@ -133,18 +135,24 @@ class RunDir:
         """The lines of metrics.jsonl, objects that have a step; and the number of others, but for a last one cut off.
 
         Raises:
-            DataError: it is no regular file.
+            DataError: it is no regular file, or too large.
         """
         if not self.metrics.exists():
             return [], 0
-        with open_regular(self.metrics) as file:
-            texts = file.read().decode(errors="replace").splitlines(keepends=True)
+        texts = read_bytes(self.metrics, _LARGEST_LOG).decode(errors="replace").splitlines(keepends=True)
         lines = [_line_or_none(text) for text in texts]
         damaged = sum(line is None and text.endswith("\n") for line, text in zip(lines, texts, strict=True))
         return [line for line in lines if line is not None], damaged
 
-    def rewrite_metrics(self, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the lines of metrics.jsonl, atomically."""
+    def resume(self, recipe: Settings, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Replace recipe.json and the lines of metrics.jsonl, each atomically, once nothing can refuse to go on.
+
+        Raises:
+            RunError: as `check_held`.
+            OSError: they can't be written.
+        """
+        self.check_held()
+        write_recipe(recipe, self.recipe)
         write_text(self.metrics, "".join(json.dumps(dict(line)) + "\n" for line in lines))
 
 
@@ -253,16 +261,6 @@ def _check_resumable(run: RunDir, recipe: Settings, allow_changes: bool) -> None
         )
 
 
-def prepare(
-    path: Path, recipe: Settings, start: Start, allow_changes: bool = False, option: str = RunDir.option
-) -> RunDir:
-    """As `claim`, but without keeping the lock."""
-    run = RunDir(path, option)
-    with ExitStack() as locks:
-        claim(run, recipe, start, allow_changes, locks)
-    return run
-
-
 def hold(run: RunDir) -> FileLock:
     """Lock a run against other trainings, of a requeued job for instance, until the lock is released.
 
@@ -275,7 +273,9 @@ def hold(run: RunDir) -> FileLock:
 
 
 def claim(run: RunDir, recipe: Settings, start: Start, allow_changes: bool, locks: ExitStack) -> None:
-    """Lock a run's folder, so that no other training writes into it or moves it, and store the recipe in it.
+    """Lock a run's folder, so that no other training writes into it or moves it.
+
+    A new run's recipe is stored in it; one that goes on keeps the one it has until `RunDir.resume`.
 
     Args:
         run: the run.
@@ -298,11 +298,13 @@ def claim(run: RunDir, recipe: Settings, start: Start, allow_changes: bool, lock
         locks.enter_context(hold(run))
     for folder in (run.path, run.path / "samples"):
         remove_partial(folder)
-    # Kept open, since another folder could get the inode of one that is removed; see `RunDir.held`.
-    locks.callback(os.close, os.open(run.path, os.O_RDONLY))
+    if os.name != "nt":  # which opens no folders
+        # Kept open, since another folder could get the inode of one that is removed; see `RunDir.held`.
+        locks.callback(os.close, os.open(run.path, os.O_RDONLY))
     try:
         (run.path / "state").mkdir(exist_ok=True)
-        write_recipe(recipe, run.recipe)
+        if start != "resume":
+            write_recipe(recipe, run.recipe)
     except OSError as error:
         raise RunError(f"{run.path} can't be written: {error}. Choose another folder by {run.option}.") from error
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple
 
@@ -72,6 +72,20 @@ class Progress:
     """A name of the run that no other has; "" in states of before there were such names."""
     data: DataIdentity | None = None
     """The images it was trained on; None in states of before this was stored."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    train_images: int
+    held_out_images: int
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What a pipeline's model_index.json says of the images that its flow was trained on."""
+
+    class_names: tuple[str, ...] | None = None
+    training: _Record | None = None
 
 
 def read_progress(state: Path) -> tuple[Progress, dict[str, Any]]:
@@ -297,6 +311,21 @@ def check_stateless(run: RunDir) -> None:
         )
 
 
+def exported_data(run: RunDir, now: DataIdentity) -> DataIdentity | None:
+    """What the run's pipeline says of the images that it was trained on, and for all else what holds `now`.
+
+    None = it says nothing, or there is none that can be read.
+    """
+    try:
+        index = read_json(run.pipeline / "model_index.json", _Index)
+    except (OSError, DataError):
+        return None
+    if index.training is None:
+        return None
+    images = {"train": index.training.train_images, "held out": index.training.held_out_images}
+    return replace(now, images=images, class_names=index.class_names or now.class_names)
+
+
 def check_same_data(state: Path, stored: DataIdentity | None, now: DataIdentity, allowed: bool) -> list[str]:
     """What distinguishes the images now from those that a state was trained on, a line each.
 
@@ -332,15 +361,17 @@ def open_state(
     """
     folder = agreed_state(run, accelerator, say)
     progress, own = read_progress(folder)
+    stored = progress.data or exported_data(run, data)
     if progress.data is None:
-        say(f"{folder} does not say which images it was trained on; they are not compared.", "yellow")
+        compared = "only classes and numbers of images are compared" if stored else "they are not compared"
+        say(f"{folder} does not say which images it was trained on; {compared}.", "yellow")
     elif progress.data.content_kind != data.content_kind:
         say(
             f"The images of {folder} were read in another way (with or without data.streaming, here or on the Hub): "
             "their numbers, classes and columns are compared, but not their bytes.",
             "yellow",
         )
-    for change in check_same_data(folder, progress.data, data, allow_changes):
+    for change in check_same_data(folder, stored, data, allow_changes):
         say(f"Going on with other images: {change}", "yellow")
     return folder, progress, own
 

@@ -34,9 +34,12 @@ from torch.distributed.checkpoint.state_dict import (
 
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import open_regular
+from itarflow.runtime.json_file import read_bytes
 from itarflow.runtime.text import printable
 
 _FOLDER = "tensors"
+_LARGEST = 2**30
+"""Bytes of a description. It has some 300 for each process's part of a tensor, so three million of those fit."""
 
 
 def save_tensors(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> None:
@@ -118,11 +121,11 @@ class _Reader(FileSystemReader):
     """torch's reader, which runs nothing and opens no file but those beside the description."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        """The description; raises DataError where it is something else."""
+        """The description; raises DataError where it is something else, or too large."""
         folder = Path(self.path)
+        description = read_bytes(folder / ".metadata", _LARGEST)
         try:
-            with open_regular(folder / ".metadata") as file:
-                found = _Description(file).load()
+            found = _Description(io.BytesIO(description)).load()
             if not isinstance(found, Metadata) or any(i.transform_descriptors for i in found.storage_data.values()):
                 raise DataError("it describes something else than tensors")
             for name in {info.relative_path for info in found.storage_data.values()}:

@@ -28,12 +28,13 @@ from itarflow.runtime.devices import peak_tflops, tf32_products
 from itarflow.runtime.files import replace_folder
 from itarflow.runtime.processes import agreed, main_first, on_main
 from itarflow.runtime.signals import StopSignal
-from itarflow.training.estimate import estimate, find_accumulation
+from itarflow.training.estimate import estimate
 from itarflow.training.export import is_exported, make_pipeline, open_denoiser, sample_grid, training_record
 from itarflow.training.finished import Finished
 from itarflow.training.held_out import Evaluation, evaluate_held_out
 from itarflow.training.loop import Loop
 from itarflow.training.metrics import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
+from itarflow.training.micro_batch import find_accumulation
 from itarflow.training.objective import Losses, draw, training_losses
 from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
@@ -90,7 +91,7 @@ def train(
     Args:
         recipe: resolved settings.
         run_path: folder of the run.
-        start: "fresh", "resume" or "restart", see `run_folder.prepare`.
+        start: "fresh", "resume" or "restart", see `run_folder.claim`.
         max_steps: stop after so many optimiser steps; the learning-rate schedule is still the whole training's, so
             that a resumed run continues it.
         allow_changes: resume although settings differ from the stored ones.

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_training import tiny_recipe
+from tiny_training import claimed_run, tiny_recipe
 
 from itarflow.runtime.errors import RunError
 from itarflow.training.curves import PANELS, _names, _smoothed, plot_runs
 from itarflow.training.decoder.losses import LossConfig, reconstruction_terms
-from itarflow.training.run_folder import prepare
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def make_run(tmp_path):
     """make_run(name, steps): a run with metrics as a training writes them; without a noise range if likelihood."""
 
     def make(name, steps=120, likelihood=False):
-        run = prepare(tmp_path / name, tiny_recipe(), "fresh")
+        run = claimed_run(tmp_path / name, tiny_recipe(), "fresh")
         for step in range(1, steps + 1):
             values = {"step": step, "loss": 1 / step, "grad_norm": 2.0, "learning_rate": 1e-3, "memory_gib": None}
             if not likelihood:
@@ -101,7 +100,7 @@ def test_smoothing_keeps_length_and_constants():
 def test_what_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"recipe\.json is missing"):
         plot_runs([tmp_path], tmp_path / "x.png")
-    prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     with pytest.raises(RunError, match="has no metrics yet"):
         plot_runs([tmp_path / "run"], tmp_path / "x.png")
 

@@ -5,8 +5,8 @@ import torch
 from accelerate import Accelerator
 from tiny_training import losses, tiny_recipe
 
-from itarflow.training import estimate as microbatch
-from itarflow.training.estimate import find_accumulation
+from itarflow.training import micro_batch as microbatch
+from itarflow.training.micro_batch import find_accumulation
 from itarflow.training.train import train
 
 

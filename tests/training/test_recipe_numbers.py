@@ -119,5 +119,8 @@ def test_what_can_not_be_trained_or_sampled_is_refused_by_its_name_before_any_wo
         changed(TINY, name.split("."), value).check()
 
 
-def test_a_single_token_can_learn_if_it_is_transformed() -> None:
-    changed(changed(TINY, ["model", "patch_size"], 8), ["model", "learned_first_token"], True).check()
+@pytest.mark.parametrize("patch_size", [8, (8, 2), (2, 8)])
+def test_a_transformer_without_a_token_to_read_is_refused_even_if_the_first_token_is_learned(patch_size: Any) -> None:
+    learned = changed(changed(TINY, ["model", "patch_size"], patch_size), ["model", "learned_first_token"], True)
+    with pytest.raises(ValueError, match=r"model\.patch_size is .*block of one token.*smaller patch"):
+        learned.check()

@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from tiny_training import tiny_recipe
+from tiny_training import claimed_run, tiny_recipe
 
 from itarflow.runtime.errors import DataError, RunError
 from itarflow.runtime.files import replace_folder
 from itarflow.training import run_folder as runs
-from itarflow.training.run_folder import RunDir, check, claim, prepare
+from itarflow.training.run_folder import RunDir, check, claim
 from itarflow.training.states import save_state
 
 
@@ -55,7 +55,7 @@ def test_an_export_replaces_the_older_pipeline(tmp_path):
 
 def test_restart_keeps_the_old_run_beside_the_new_one(tmp_path):
     for _ in range(3):
-        prepare(tmp_path / "run", tiny_recipe(), "restart").log({"step": 1})
+        claimed_run(tmp_path / "run", tiny_recipe(), "restart").log({"step": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1", "run.2"]
     assert (tmp_path / "run.1" / "metrics.jsonl").exists()
 
@@ -77,9 +77,9 @@ def test_a_folder_that_can_not_be_written_is_found_out_by_trying():
 
 
 def test_settings_that_do_not_matter_may_change_on_resuming(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     save_state(run, 1, keep=1, write=write_step)
-    resumed = prepare(run.path, tiny_recipe(num_workers=7, save_every=3, log_every=2), "resume")
+    resumed = claimed_run(run.path, tiny_recipe(num_workers=7, save_every=3, log_every=2), "resume")
     assert [state.name for state in resumed.states()] == ["step-00000001"]
     with pytest.raises(RunError, match=r"batch_size: 128 -> 64"):
         check(run.path, tiny_recipe(batch_size=64), "resume")
@@ -110,6 +110,16 @@ def test_metrics_that_are_no_file_are_not_waited_for(tmp_path):
         RunDir(tmp_path).logged()
 
 
+def test_metrics_of_any_size_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_LARGEST_LOG", 100)
+    run = RunDir(tmp_path)
+    run.log({"step": 1})
+    assert run.logged() == [{"step": 1}]
+    run.metrics.write_text(run.metrics.read_text() * 20)
+    with pytest.raises(DataError, match=r"metrics\.jsonl is too large; expected at most 100 bytes"):
+        run.logged()
+
+
 def test_neither_a_run_in_the_folder_of_the_images_nor_the_images_in_a_run(tmp_path):
     images = tmp_path / "images"
     images.mkdir()
@@ -122,13 +132,13 @@ def test_neither_a_run_in_the_folder_of_the_images_nor_the_images_in_a_run(tmp_p
 
 
 def test_states_without_a_recipe_are_not_taken_for_a_new_run(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     save_state(run, 6, keep=1, write=write_step)
     run.recipe.unlink()
     for start in ("fresh", "resume"):
         with pytest.raises(RunError, match=r"state/step-00000006 of a run, but no recipe\.json.*--restart"):
-            prepare(run.path, tiny_recipe(), start)
-    prepare(run.path, tiny_recipe(), "restart")
+            claimed_run(run.path, tiny_recipe(), start)
+    claimed_run(run.path, tiny_recipe(), "restart")
     assert run.states() == []
     assert (tmp_path / "run.1" / "state" / "step-00000006" / "weights").read_text() == "whole"
 
@@ -137,18 +147,18 @@ def test_a_folder_that_is_no_run_is_not_moved_away(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_text("a picture")
     with pytest.raises(RunError, match="holds no run"):
-        prepare(tmp_path / "photos", tiny_recipe(), "restart")
+        claimed_run(tmp_path / "photos", tiny_recipe(), "restart")
     assert os.listdir(tmp_path / "photos") == ["a.png"]
     (tmp_path / "empty").mkdir()
     for place in ("empty", "none"):
-        prepare(tmp_path / place, tiny_recipe(), "restart")
+        claimed_run(tmp_path / place, tiny_recipe(), "restart")
     assert sorted(os.listdir(tmp_path)) == ["empty", "none", "photos"]
 
 
 @pytest.mark.parametrize("name", runs._WRITTEN)
 @pytest.mark.parametrize("there", [True, False])
 def test_links_in_a_run_lead_no_write_elsewhere(tmp_path, name, there):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     kept = (run.path / name).exists()
     if kept:
         (run.path / name).rename(tmp_path / "elsewhere")
@@ -158,16 +168,16 @@ def test_links_in_a_run_lead_no_write_elsewhere(tmp_path, name, there):
     (run.path / name).symlink_to(tmp_path / "elsewhere")
     for start in ("fresh", "resume", "restart"):
         with pytest.raises(RunError, match=rf"{name} is a link.*elsewhere.*remove it"):
-            prepare(run.path, tiny_recipe(), start)
+            claimed_run(run.path, tiny_recipe(), start)
     assert ((tmp_path / "elsewhere").lstat() if kept or there else None) == before
     assert (tmp_path / "elsewhere").exists() == (before is not None)
 
 
 def test_a_run_may_be_a_link_to_another_disk(tmp_path):
     (tmp_path / "run").symlink_to(tmp_path / "disk")
-    prepare(tmp_path / "run", tiny_recipe(), "fresh").log({"step": 1})
-    prepare(tmp_path / "run", tiny_recipe(), "resume")
-    prepare(tmp_path / "run", tiny_recipe(), "restart")
+    claimed_run(tmp_path / "run", tiny_recipe(), "fresh").log({"step": 1})
+    claimed_run(tmp_path / "run", tiny_recipe(), "resume")
+    claimed_run(tmp_path / "run", tiny_recipe(), "restart")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "disk.1", "run"]
     assert (tmp_path / "disk.1" / "metrics.jsonl").exists()
 
@@ -194,20 +204,20 @@ def test_nothing_is_written_in_the_place_of_a_run_that_was_moved_or_removed(tmp_
 
 
 def test_what_killed_calls_left_goes_when_a_run_goes_on(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     (tmp_path / "precious").write_text("precious")
     (run.path / "samples").mkdir()
     (run.path / ".partial-0123abcdpipeline").mkdir()
     (run.path / ".partial-0123abcdmetrics.jsonl").symlink_to(tmp_path / "precious")
     (run.path / "samples" / ".partial-0123abcdstep-00000001.png").write_text("half")
-    prepare(run.path, tiny_recipe(), "resume")
+    claimed_run(run.path, tiny_recipe(), "resume")
     assert sorted(path.name for path in run.path.rglob("*")) == [".lock", "recipe.json", "samples", "state"]
     assert (tmp_path / "precious").read_text() == "precious"
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "{", "[" * 100_000, ""])
 def test_a_recipe_of_another_shape_is_a_message(tmp_path, content):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     run.recipe.write_text(content)
     with pytest.raises(DataError, match=r"recipe\.json is damaged"):
         check(run.path, tiny_recipe(), "resume")

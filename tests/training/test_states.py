@@ -6,16 +6,17 @@ import shutil
 import tarfile
 
 import pytest
-from tiny_training import tiny_recipe
+from tiny_training import claimed_run, tiny_recipe
 
 from itarflow.data.identity import DataIdentity
 from itarflow.runtime.errors import DataError, RunError
 from itarflow.training import states
-from itarflow.training.run_folder import prepare
+from itarflow.training.run_folder import RunDir
 from itarflow.training.states import (
     MANIFEST,
     check_same_data,
     check_stateless,
+    exported_data,
     fault,
     newest_whole,
     read_progress,
@@ -38,19 +39,19 @@ def save(run_dir, *steps, keep=2, **more):
 
 
 def test_only_the_newest_states_are_kept(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     save(run, 10, 200, 3000)
     assert [state.name for state in run.states()] == ["step-00000200", "step-00003000"]
 
 
 def test_a_step_of_more_digits_is_newer(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     save(run, 99_999_998, 99_999_999, 100_000_000)
     assert [state.name for state in run.states()] == ["step-99999999", "step-100000000"]
 
 
 def test_states_of_another_run_are_never_removed(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     save(run, 1, 6, 7, run="another", keep=3)
     save(run, 2, 3, 4, keep=1)
     save(run, 8, keep=1, run="another")
@@ -58,14 +59,14 @@ def test_states_of_another_run_are_never_removed(tmp_path):
 
 
 def test_states_of_before_runs_had_names_are_pruned_as_ever(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     for step in (1, 2, 3):
         save_state(run, step, 2, write_step, {key: value for key, value in progress(step).items() if key != "run"})
     assert [state.name[-1] for state in run.states()] == ["2", "3"]
 
 
 def test_what_is_no_state_neither_counts_nor_is_touched(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     save(run, 4)
     folder = run.path / "state"
     shutil.copytree(folder / "step-00000004", folder / "step-00000004-best")
@@ -85,7 +86,7 @@ def test_what_is_no_state_neither_counts_nor_is_touched(tmp_path):
 
 
 def test_a_run_whose_states_are_gone_is_not_begun_anew_over_what_is_left(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     (run.path / "state" / ".partial-00000001").mkdir()
     check_stateless(run)  # killed before its first state
     (run.path / "pipeline").mkdir()
@@ -98,7 +99,7 @@ def test_a_run_whose_states_are_gone_is_not_begun_anew_over_what_is_left(tmp_pat
 
 
 def test_a_link_where_a_state_is_saved_is_put_aside_and_what_it_leads_to_is_not_touched(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     (tmp_path / "disk").mkdir()
     (run.path / "state" / "step-00000004").symlink_to(tmp_path / "disk")
     (run.path / "state" / ".partial-00000004").symlink_to(tmp_path / "disk")
@@ -109,7 +110,7 @@ def test_a_link_where_a_state_is_saved_is_put_aside_and_what_it_leads_to_is_not_
 
 
 def test_a_state_that_can_not_be_removed_is_named_and_nothing_is_lost(tmp_path, monkeypatch):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     save(run, 1)
     real = os.replace
 
@@ -145,7 +146,7 @@ def test_progress_of_another_shape_is_a_message(state, values, message):
 
 
 def test_progress_comes_back_with_what_a_training_adds(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     identity = DataIdentity(content="a", images={"train": 3}, class_names=("a", "b"), class_counts=(1, 2))
     save(run, 5, data=identity.to_json(), before={"0.1": 20.0})
     found, own = read_progress(run.states()[0])
@@ -163,7 +164,7 @@ def test_other_images_are_refused_unless_that_is_allowed(tmp_path):
 
 
 def test_images_that_are_read_in_another_way_are_said_and_the_rest_is_compared(tmp_path, monkeypatch):
-    run, said = prepare(tmp_path / "run", tiny_recipe(), "fresh"), []
+    run, said = claimed_run(tmp_path / "run", tiny_recipe(), "fresh"), []
     save(run, 5, data=DataIdentity(content="rows:a", images={"train": 3}).to_json())
     monkeypatch.setattr(states, "agreed_state", lambda run, *_: run.states()[0])
 
@@ -180,12 +181,35 @@ def test_images_that_are_read_in_another_way_are_said_and_the_rest_is_compared(t
             resume(content, count)
 
 
+@pytest.mark.parametrize(
+    "content", [None, "{", "[]", "{}", '{"training": null}', '{"training": {"train_images": "x"}}']
+)
+def test_without_a_record_in_the_pipeline_older_states_are_not_compared(tmp_path, content):
+    now = DataIdentity(content="b", images={"train": 6, "held out": 2}, class_names=("1", "2"), class_counts=(3, 3))
+    (tmp_path / "pipeline").mkdir()
+    if content is not None:
+        (tmp_path / "pipeline" / "model_index.json").write_text(content)
+    assert exported_data(RunDir(tmp_path), now) is None
+
+
+def test_older_states_are_of_the_classes_and_numbers_of_images_that_the_pipeline_has(tmp_path):
+    now = DataIdentity(content="b", images={"train": 6, "held out": 2}, class_names=("1", "2"), class_counts=(3, 3))
+    (tmp_path / "pipeline").mkdir()
+    for names, images, found in (
+        (["1", "2"], (6, 2), 0), (None, (6, 2), 0), (["2", "1"], (6, 2), 1), (["1", "2"], (7, 1), 2), (None, (6, 0), 1)
+    ):  # fmt: skip
+        record = {"train_images": images[0], "held_out_images": images[1], "name": "tiny"}
+        index = {"class_names": names, "training": record, "flow": ["itarflow", "TARFlow"]}
+        (tmp_path / "pipeline" / "model_index.json").write_text(json.dumps(index))
+        assert len(exported_data(RunDir(tmp_path), now).differences(now)) == found
+
+
 def test_a_disk_that_fills_up_leaves_the_older_state_whole(tmp_path):
     def fails_half_way(folder):
         (folder / "weights").write_text("ha")
         raise OSError(28, "No space left on device")
 
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     older = save_state(run, 1, keep=1, write=write_step)
     with pytest.raises(RunError, match=r"step 2 .*No space left"):
         save_state(run, 2, keep=1, write=fails_half_way)
@@ -195,7 +219,7 @@ def test_a_disk_that_fills_up_leaves_the_older_state_whole(tmp_path):
 
 
 def test_a_state_that_was_being_written_is_no_state(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     (tmp_path / "run" / "state" / ".partial-00000005").mkdir()
     assert run.states() == []
 
@@ -209,7 +233,7 @@ def state(tmp_path):
         (folder / "inner" / "weights").write_bytes(b"0123456789")
         (folder / "progress.json").write_text("{}")
 
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     return save_state(run, 5, keep=1, write=write)
 
 
@@ -259,7 +283,7 @@ def test_every_kind_of_damage_is_found(state, harm, reason):
 
 
 def test_the_newest_whole_state_is_found_and_the_others_are_named(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     save(run, 1, 2, 3, keep=3)
     for step in (2, 3):
         (run.path / "state" / f"step-0000000{step}" / "weights").write_text("")
@@ -273,7 +297,7 @@ def test_the_newest_whole_state_is_found_and_the_others_are_named(tmp_path):
 
 
 def test_a_state_can_be_found_torn_more_than_once(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     older = save_state(run, 1, keep=3, write=write_step)
     for _ in range(2):
         save_state(run, 2, keep=3, write=write_step)
@@ -290,7 +314,7 @@ def test_a_read_error_is_a_fault_and_not_the_end(state, monkeypatch):
 
 
 def test_saving_a_step_again_replaces_it_whole(state, tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "resume")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "resume")
     save_state(run, 5, keep=1, write=write_step, progress=progress(5))
     assert fault(state) is None
     assert json.loads((state / "progress.json").read_text()) == progress(5)
@@ -299,13 +323,13 @@ def test_saving_a_step_again_replaces_it_whole(state, tmp_path):
 
 def test_without_a_whole_state_there_is_none(state, tmp_path):
     os.remove(state / MANIFEST)
-    found, passed_over = newest_whole(prepare(tmp_path / "run", tiny_recipe(), "resume"))
+    found, passed_over = newest_whole(claimed_run(tmp_path / "run", tiny_recipe(), "resume"))
     assert found is None
     assert passed_over == ["step-00000005: it has no manifest.json"]
 
 
 def test_processes_that_are_not_the_main_one_leave_the_folder_to_it(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     (run.path / "state" / ".partial-00000001").mkdir()
     save_state(run, 1, keep=1, write=write_step, on_main=lambda action: None)
     assert run.states() == []

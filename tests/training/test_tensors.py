@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from itarflow.training import tensors
 from itarflow.training.tensors import load_tensors, save_tensors
 
 
@@ -126,4 +127,14 @@ def test_a_description_of_something_else_is_refused(tmp_path: Path, content: byt
     save_tensors(tmp_path, *parts(), None)
     (tmp_path / "tensors" / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match=r"\.metadata is damaged: "):
+        load_tensors(tmp_path, *parts(), None)
+
+
+def test_a_description_of_any_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tensors(tmp_path, *parts(), None)
+    size = (tmp_path / "tensors" / ".metadata").stat().st_size
+    monkeypatch.setattr(tensors, "_LARGEST", size)
+    load_tensors(tmp_path, *parts(), None)
+    monkeypatch.setattr(tensors, "_LARGEST", size - 1)
+    with pytest.raises(ValueError, match=rf"\.metadata is too large; expected at most {size - 1:,} bytes"):
         load_tensors(tmp_path, *parts(), None)

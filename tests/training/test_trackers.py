@@ -4,17 +4,16 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_training import tiny_recipe
+from tiny_training import claimed_run, tiny_recipe
 
 from itarflow.runtime.errors import DataError
 from itarflow.training.metrics import Monitor
-from itarflow.training.run_folder import prepare
 from itarflow.training.sharding import make_accelerator
 
 
 @pytest.fixture
 def monitor(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(max_broken=2), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(max_broken=2), "fresh")
     return Monitor(tiny_recipe(max_broken=2), run, Accelerator(cpu=True))
 
 
@@ -42,7 +41,7 @@ def test_what_another_process_says_is_only_counted(monitor, capsys):
 
 
 def test_a_sample_grid_reaches_tensorboard(tmp_path):
-    run = prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     monitor = Monitor(tiny_recipe(), run, make_accelerator(run.path, accumulation=1, trackers=("tensorboard",)))
     Image.new("L", (30, 20), 200).save(tmp_path / "grid.png")
     monitor.log_picture(7, tmp_path / "grid.png")

@@ -1,6 +1,7 @@
 """The training loop: what it leaves behind, exact resumption, interruption, and what it refuses."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_training import losses, shared_weights, tiny_recipe
+from tiny_training import claimed_run, losses, shared_weights, tiny_recipe
 
 from itarflow import ITARFlowPipeline
 from itarflow.data import load as data
@@ -23,9 +24,9 @@ from itarflow.inverse import Guidance
 from itarflow.runtime.errors import DataError, RunError, TrainingError
 from itarflow.runtime.signals import Interrupted
 from itarflow.training import objective
-from itarflow.training import run_folder as runs
 from itarflow.training import train as training
 from itarflow.training.run_folder import RunDir, hold
+from itarflow.training.states import MANIFEST
 from itarflow.training.train import train
 
 
@@ -202,7 +203,7 @@ def test_the_states_before_a_divergence_stay(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_before_its_first_state_begins_anew(finished, tmp_path, capsys):
     whole, _ = finished
-    run = runs.prepare(tmp_path / "run", tiny_recipe(), "fresh")
+    run = claimed_run(tmp_path / "run", tiny_recipe(), "fresh")
     run.log({"step": 1, "loss": 123.0})
     train(tiny_recipe(), tmp_path / "run", start="resume", max_steps=4)
     assert "beginning anew" in capsys.readouterr().out
@@ -380,6 +381,48 @@ def picture(seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8))
 
 
+def test_a_state_that_names_no_images_is_compared_with_the_pipeline(tmp_path, capsys):
+    images, run = tmp_path / "images", tmp_path / "run"
+    for seed in range(24):
+        (images / ("1", "2", "10")[seed % 3]).mkdir(parents=True, exist_ok=True)
+        picture(seed).save(images / ("1", "2", "10")[seed % 3] / f"{seed}.png")
+    recipe = tiny_recipe(
+        path=str(images), num_classes=3, in_memory=False, num_workers=0, held_out_images=3, batch_size=4
+    )
+    train(recipe, run, max_steps=1)
+    index = run / "pipeline" / "model_index.json"
+    as_now = index.read_text()
+
+    def forget(state):  # as version 0.1, which sorted the names of classes as texts
+        (state / "progress.json").write_text(
+            json.dumps({k: v for k, v in json.loads((state / "progress.json").read_text()).items() if k != "data"})
+        )
+        names = [path for path in state.rglob("*") if path.is_file() and path.name != MANIFEST]
+        files = {
+            str(f.relative_to(state)): {
+                "bytes": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()
+            } for f in names
+        }  # fmt: skip
+        (state / MANIFEST).write_text(json.dumps({"files": files}))
+
+    forget(RunDir(run).states()[-1])
+    index.write_text(json.dumps(json.loads(as_now) | {"class_names": ["1", "10", "2"]}))
+    recipe_before = (run / "recipe.json").read_bytes()
+    workers = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, log_every=2))
+    with pytest.raises(RunError, match=r"(?s)\[1, 10, 2\] there, \[1, 2, 10\] now.*--allow-changes"):
+        train(workers, run, start="resume", max_steps=2)
+    assert (run / "recipe.json").read_bytes() == recipe_before
+    capsys.readouterr()
+    index.write_text(as_now)
+    train(workers, run, start="resume", max_steps=2)
+    assert "only classes and numbers of images are compared" in capsys.readouterr().out.replace("\n", " ")
+    assert json.loads((run / "recipe.json").read_text())["train"]["log_every"] == 2
+    forget(RunDir(run).states()[-1])
+    index.write_text(json.dumps(json.loads(as_now) | {"class_names": ["1", "10", "2"]}))
+    assert train(recipe, run, start="resume", max_steps=3, allow_changes=True).steps == 3
+    assert "Going on with other images: classes: " in capsys.readouterr().out
+
+
 def test_other_images_are_not_gone_on_with_unless_that_is_allowed(tmp_path, capsys):
     images = tmp_path / "images"
     for seed in range(24):
@@ -396,6 +439,7 @@ def test_other_images_are_not_gone_on_with_unless_that_is_allowed(tmp_path, caps
     with pytest.raises(RunError, match=r"(?s)\[a, b, c\] there, \[a, c, zz\] now.*label 1 was b, is c now"):
         train(recipe, tmp_path / "run", start="resume", max_steps=3)
     (images / "zz").rename(images / "b")
+    assert "elsewhere" in (tmp_path / "run" / "recipe.json").read_text()  # which the refused one did not replace
     picture(99).save(images / "b" / "99.png")
     with pytest.raises(RunError, match=r"(?s)images, train.*22 there, 23 now.*--allow-changes"):
         train(recipe, tmp_path / "run", start="resume", max_steps=3)
@@ -404,6 +448,7 @@ def test_other_images_are_not_gone_on_with_unless_that_is_allowed(tmp_path, caps
     assert "Going on with other images: images, " in capsys.readouterr().out
     train(recipe, tmp_path / "run", start="resume", max_steps=4)  # from now on these are its images
     assert [line["step"] for line in RunDir(tmp_path / "run").logged() if "loss" in line] == [1, 2, 3, 4]
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["data"]["path"] == str(images)
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def fine_tune(
     Args:
         config: all settings.
         out: the folder.
-        start: "fresh", "resume" or "restart", see `run_folder.prepare`.
+        start: "fresh", "resume" or "restart", see `run_folder.claim`.
         max_steps: stop after so many optimiser steps; the schedule is still that of the whole fine-tuning.
         allow_changes: resume although settings differ from the stored ones.
 
