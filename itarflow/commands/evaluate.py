@@ -11,17 +11,18 @@ import tyro
 
 from itarflow.commands.console import say
 from itarflow.commands.guidance import OneGuidance
-from itarflow.commands.options import Scoring, figure_text, noted_evaluations, print_scores, score_table
+from itarflow.commands.options import Scoring, noted_evaluations
+from itarflow.commands.score_table import figure_text, print_scores, score_table
 from itarflow.denoisers.ode import Method
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
-from itarflow.evaluation.samples.denoising import VariantName, variants_of
+from itarflow.evaluation.samples.denoising import VARIANTS, VariantName, variants_of
 from itarflow.evaluation.samples.files import open_samples, write_npz, write_png
 from itarflow.evaluation.samples.generate import Generation
 from itarflow.evaluation.samples.manifest import read_manifest
 from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.runtime.files import check_writable, write_json
+from itarflow.runtime.files import check_no_link, check_writable, write_json
 from itarflow.runtime.text import display_name
 
 
@@ -55,6 +56,8 @@ class Evaluate(Scoring, OneGuidance):
     def check(self) -> None:
         """See `Scoring`."""
         super().check()
+        for name in VARIANTS if self.png else ():
+            check_no_link(self.folder / f"{name}-png")
         if self.record and Path(self.checkpoint).is_dir():
             check_writable(Path(self.checkpoint))
 

@@ -1,4 +1,4 @@
-"""What `evaluate` and `sweep` share: options, how what they need is opened, how it is carried out, and tables."""
+"""What `evaluate` and `sweep` share: options, how what they need is opened, and how it is carried out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
 from accelerate import PartialState
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from itarflow import __version__
@@ -24,24 +22,24 @@ from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import joined, resumable, say
 from itarflow.commands.guidance import GuidanceOptions
 from itarflow.data.images import Crop
-from itarflow.data.load import DataConfig, load_data
+from itarflow.data.load import DataConfig
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Spacing
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.conversion import CONVERSIONS, PROTOCOLS, Protocol
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor, load_extractor
-from itarflow.evaluation.metrics.reference import Reference, read_reference, reference_of
-from itarflow.evaluation.metrics.scores import Figure, Scores
+from itarflow.evaluation.metrics.reference import Reference, read_reference
+from itarflow.evaluation.metrics.scores import Scores
+from itarflow.evaluation.real_images import crop_for, reference_for
 from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_by, manifest_of
 from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
-from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import check_writable
+from itarflow.runtime.files import check_no_link, check_writable
 from itarflow.runtime.json_file import as_type
 from itarflow.runtime.processes import main_first, on_main
-from itarflow.runtime.text import display_name, printable, short_names
+from itarflow.runtime.text import display_name, short_names
 
 MOST_SAMPLES = 10**8
 """More could not be listed in memory."""
@@ -151,6 +149,8 @@ class Scoring(GuidanceOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; expected 1 or more.")
+        if self.output is None:  # a folder that is named may be a link
+            check_no_link(self.folder)
         check_writable(self.folder)
 
     def run(self) -> None:
@@ -166,8 +166,7 @@ class Scoring(GuidanceOptions):
         for generation in generations.values():
             generation.check()
         folders = {self.folder / name: generation for name, generation in generations.items()}
-        # Refused now, not after the reference.
-        on_main(state, lambda: [manifest_of(generation, folder) for folder, generation in folders.items()])
+        on_main(state, lambda: self._look_at(folders))  # refused now, not after the reference
         if state.is_main_process:
             say(_plan(generations, self.num_samples))
         console = Console(stderr=True)
@@ -223,6 +222,13 @@ class Scoring(GuidanceOptions):
     def _denoise_dtype(self) -> torch.dtype | None:
         return torch.bfloat16 if self.denoise_dtype == "bf16" else None
 
+    def _look_at(self, folders: Mapping[Path, Generation]) -> None:
+        """Refuse folders that hold other things, or are links in the folder of the results."""
+        for folder, generation in folders.items():
+            if folder != self.folder:
+                check_no_link(folder)
+            manifest_of(generation, folder)
+
     def _open_pipe(self, state: PartialState) -> tuple[ITARFlowPipeline, str]:
         """The checkpoint on this process's device, and that device.
 
@@ -237,7 +243,7 @@ class Scoring(GuidanceOptions):
         device = str(state.device) if state.num_processes > 1 else usable_device(self.device)
         pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(self.checkpoint)).to(device)
         pipe.set_progress_bar_config(disable=True)
-        self._crop(pipe), noted_evaluations(pipe.config.evaluations)  # refused now, if it is damaged
+        crop_for(pipe, self.crop), noted_evaluations(pipe.config.evaluations)  # refused now
         return pipe, device
 
     def _open_denoiser(self, pipe: ITARFlowPipeline, device: str) -> Denoiser | None:
@@ -248,20 +254,6 @@ class Scoring(GuidanceOptions):
             self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, dtype=self._denoise_dtype, device=device
         )
 
-    def _crop(self, pipe: ITARFlowPipeline) -> Crop:
-        """How real images become square: by --crop, else as in the checkpoint's training, if that is known.
-
-        Raises:
-            ValueError: --crop differs from that of the checkpoint's training.
-        """
-        trained = _trained_crop(pipe)
-        if self.crop is not None and trained is not None and self.crop != trained:
-            raise ValueError(
-                f"--crop is {self.crop}, but the checkpoint was trained on images with crop {trained}; the figures "
-                "would compare the crops, not the images. Leave --crop out."
-            )
-        return self.crop or trained or "center"
-
     def _open_reference(
         self, pipe: ITARFlowPipeline, extractor: Extractor, state: PartialState, console: Console
     ) -> Reference:
@@ -270,8 +262,7 @@ class Scoring(GuidanceOptions):
         Raises:
             DataError: the images have another number of classes than the checkpoint.
         """
-        channels, size, _ = pipe.picture_shape
-        crop = self._crop(pipe)
+        crop = crop_for(pipe, self.crop)
         shared: dict[str, Any] = {
             "extractor": extractor,
             "accelerator": state,
@@ -280,7 +271,7 @@ class Scoring(GuidanceOptions):
             "protocol": self.protocol,
         }
         if self.reference is not None:
-            return read_reference(self.reference, image_size=size, crop=crop, **shared)
+            return read_reference(self.reference, image_size=pipe.picture_shape[1], crop=crop, **shared)
         config = DataConfig(
             path=self.data,
             split=self.split,
@@ -289,14 +280,7 @@ class Scoring(GuidanceOptions):
             held_out_images=0,
             num_workers=self.num_workers,
         )
-        data = main_first(state, lambda: load_data(config, image_size=size, in_channels=channels))
-        ours, theirs = pipe.flow.config.num_classes, len(data.class_names)
-        if ours and theirs and ours != theirs:
-            raise DataError(
-                f"the images in {self.data} have {theirs} classes, but the checkpoint knows {ours}; expected images "
-                "like those that it was trained on. Statistics of other images are given by --reference."
-            )
-        return reference_of(config, image_size=size, in_channels=channels, **shared)
+        return reference_for(pipe, config, **shared)
 
 
 def default_folder(checkpoint: str | Path, kind: str) -> Path:
@@ -312,25 +296,6 @@ def noted_evaluations(values: Any) -> dict[str, str]:
     return as_type(values or {}, dict[str, str], "evaluations, in the checkpoint's model_index.json,")
 
 
-class _Data(TypedDict, total=False):
-    crop: Crop | None
-
-
-class _Recipe(TypedDict, total=False):
-    data: _Data | None
-
-
-class _Training(TypedDict, total=False):
-    recipe: _Recipe | None
-
-
-def _trained_crop(pipe: ITARFlowPipeline) -> Crop | None:
-    """How the images of a checkpoint's training became square; raises DataError if its record is damaged."""
-    training = as_type(pipe.config.training or {}, _Training, "training, in the checkpoint's model_index.json,")
-    data = (training.get("recipe") or {}).get("data") or {}
-    return data.get("crop")
-
-
 def _plan(generations: Mapping[str, Generation], count: int) -> str:
     """A summary of the work ahead."""
     variants = [variant for generation in generations.values() for variant in generation.variants.values()]
@@ -341,67 +306,9 @@ def _plan(generations: Mapping[str, Generation], count: int) -> str:
     )
 
 
-def score_table(
-    heads: tuple[str, ...],
-    scores: Mapping[tuple[str, ...], Scores],
-    best: Mapping[str, tuple[str, ...]] | None = None,
-    *,
-    alike: bool = True,
-) -> Table:
-    """A row for each set of samples, a column for each figure.
-
-    Args:
-        heads: of the first columns.
-        scores: by the texts of these columns; where all but the last change, a line is drawn.
-        best: by the short name of a figure the row that gets a star. None = no stars, but spreads.
-        alike: whether all are of as many samples against the same real images, which the title then names.
-    """
-    first = next(iter(scores.values()))
-    title = f"{first.samples:,} samples against {first.reference}, by {first.extractor}"
-    title = escape(title) if alike else "figures that do not compare: see below"
-    table = Table(title=title + ("" if best is None else "; * = best"), title_justify="left")
-    for head in heads:
-        table.add_column(head, justify="left" if best is None else "right")
-    titles = {name: figure.title for one in scores.values() for name, figure in one.figures.items()}
-    for title in titles.values():
-        table.add_column(escape(title.removesuffix(f" ({first.extractor})")), justify="right")
-    broken = any(one.broken for one in scores.values())
-    if broken:
-        table.add_column("not finite", justify="right")
-    before: tuple[str, ...] | None = None
-    for row, one in scores.items():
-        if before is not None and row[:-1] != before[:-1]:
-            table.add_section()
-        texts = {name: figure_text(figure, spread=best is None) for name, figure in one.figures.items()}
-        if best is not None:
-            stars = {name for name, starred in best.items() if starred == row}
-            texts = {key: f"[bold green]{text} *[/]" if key in stars else f"{text}  " for key, text in texts.items()}
-        table.add_row(*row, *(texts.get(name, "-") for name in titles), *([f"{one.broken:,}"] if broken else []))
-        before = row
-    return table
-
-
-def print_scores(table: Table, scores: Mapping[Any, Scores]) -> None:
-    """Print a table of scores, and the warnings about comparing them."""
-    console = Console()
-    console.print(table)
-    for warning in dict.fromkeys(warning for one in scores.values() for warning in one.warnings):
-        print_note(warning)
-
-
-def print_note(text: str) -> None:
-    """Print what to keep in mind."""
-    Console().print(f"[yellow]Note:[/] {escape(printable(text))}.", soft_wrap=True, highlight=False)
-
-
 def device_name(pipe: ITARFlowPipeline) -> str:
     """The name of a pipeline's device."""
     return torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else str(pipe.device)
-
-
-def figure_text(figure: Figure, spread: bool = True) -> str:
-    """A figure to four digits, with its spread if it has one and `spread` is set."""
-    return f"{figure.value:.4g}" + (f" ± {figure.std:.2g}" if spread and figure.std is not None else "")
 
 
 def versions() -> dict[str, str]:

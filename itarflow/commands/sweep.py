@@ -10,7 +10,8 @@ from typing import Any
 from rich.table import Table
 
 from itarflow.commands.console import say
-from itarflow.commands.options import Scoring, print_scores, score_table
+from itarflow.commands.options import Scoring
+from itarflow.commands.score_table import print_scores, score_table
 from itarflow.denoisers.ode import Method
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores

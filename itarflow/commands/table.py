@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypedDict
 
 import tyro
 
-from itarflow.commands.options import print_note, print_scores, score_table
+from itarflow.commands.score_table import print_note, print_scores, score_table
 from itarflow.evaluation.metrics.scores import Scores
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.json_file import as_type, read_json

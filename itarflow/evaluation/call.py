@@ -15,8 +15,8 @@ from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.conversion import Protocol
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor, load_extractor
-from itarflow.evaluation.metrics.reference import reference_of
 from itarflow.evaluation.metrics.scores import Scores
+from itarflow.evaluation.real_images import crop_for, reference_for
 from itarflow.evaluation.samples.denoising import VariantName, variants_of
 from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_by
 from itarflow.evaluation.scoring import save_samples, scores_of
@@ -51,7 +51,8 @@ def evaluate(
 
     Args:
         pipe: on its device.
-        data: real images: anything that `DataConfig.path` takes, whose split "train" is used; or a `DataConfig`.
+        data: real images: anything that `DataConfig.path` takes, whose split "train" is used, cropped as in the
+            checkpoint's training; or a `DataConfig`.
         num_samples: how many; 50,000 in papers. With fewer, FID is higher.
         guidance: None = the checkpoint's; without labels its weight plays no part.
         t_max: noise level of the flow's samples; None = the checkpoint's.
@@ -74,7 +75,9 @@ def evaluate(
         The scores by variant: raw, self, iterative. `found["iterative"].figures["fid"].value` is a number.
 
     Raises:
-        ValueError: settings out of range; raised before anything is made.
+        ValueError: settings out of range, or a crop other than that of the checkpoint's training; raised before
+            anything is made.
+        DataError: the images have another number of classes than the checkpoint.
         RunError: the data can't be used, or the folder holds other things.
 
     Example:
@@ -99,17 +102,13 @@ def evaluate(
         protocol=protocol,
     )
     generation.check()
+    images = (
+        data if isinstance(data, DataConfig) else DataConfig(path=str(data), crop=crop_for(pipe), held_out_images=0)
+    )
+    crop_for(pipe, images.crop)  # refused now, not after a download
     network = load_extractor(extractor, device=pipe.device) if isinstance(extractor, str) else extractor
-    channels, size, _ = pipe.picture_shape
-    reference = reference_of(
-        data if isinstance(data, DataConfig) else DataConfig(path=str(data)),
-        image_size=size,
-        in_channels=channels,
-        extractor=network,
-        accelerator=state,
-        cache=cache,
-        console=console,
-        protocol=protocol,
+    reference = reference_for(
+        pipe, images, extractor=network, accelerator=state, cache=cache, console=console, protocol=protocol
     )
     with ExitStack() as kept:
         folder = output or Path(kept.enter_context(TemporaryDirectory(prefix="itarflow-")), "evaluation")

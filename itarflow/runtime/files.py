@@ -159,6 +159,19 @@ def open_regular(path: Path) -> BinaryIO:
     return open(descriptor, "rb")
 
 
+def check_no_link(folder: Path) -> None:
+    """Refuse a folder that is a link: in a folder from elsewhere it would lead what is written away from there.
+
+    Raises:
+        DataError: naming it.
+    """
+    if folder.is_symlink():
+        raise DataError(
+            f"{printable(str(folder))} is a link to another folder ({printable(os.readlink(folder))}), which is not "
+            "written through; remove it, or choose another folder."
+        )
+
+
 def check_writable(folder: Path) -> None:
     """Refuse a folder that can't be written or made, by trying; nothing is left behind.
 

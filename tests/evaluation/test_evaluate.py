@@ -32,6 +32,7 @@ from itarflow.evaluation.samples.denoising import variants_of
 from itarflow.evaluation.samples.files import open_samples
 from itarflow.evaluation.samples.generate import Generation
 from itarflow.inverse import Guidance
+from itarflow.runtime.errors import DataError
 
 FIGURES = ["frechet_distance", "kernel_distance", "precision", "recall"]
 
@@ -155,6 +156,23 @@ def test_the_crop_is_that_of_the_training(evaluate: Run, refused: Run, tmp_path:
     assert "the checkpoint was trained on images with crop adm" in refused("--crop", "edm")
     evaluate()
     assert report()["reference"]["crop"] == "adm"
+
+
+def test_the_function_takes_the_crop_and_the_classes_of_the_training(evaluate: Run, tmp_path: Path) -> None:
+    pipe = ITARFlowPipeline.from_pretrained("pipeline")
+    pipe.record(tmp_path / "pipeline", "training", lambda _: {"name": "tiny", "recipe": {"data": {"crop": "adm"}}})
+    pipe = ITARFlowPipeline.from_pretrained("pipeline")
+    options: dict[str, Any] = {"num_samples": 4, "extractor": TinyExtractor(), "cache": tmp_path / "kept"}
+    for path in (tmp_path / "photos").rglob("*.png"):
+        Image.fromarray(np.tile(np.asarray(Image.open(path)), (3, 5))).save(path)  # crops differ
+    found = evaluate_it(pipe, "photos", ways=["raw"], **options)
+    adm = evaluate_it(pipe, DataConfig(path="photos", crop="adm"), ways=["raw"], **options)
+    assert found == adm
+    with pytest.raises(ValueError, match="crop is center, but the checkpoint was trained on images with crop adm"):
+        evaluate_it(pipe, DataConfig(path="photos"), ways=["raw"], **options)
+    others = write_photos(tmp_path / "others", ("a", "b", "c"))
+    with pytest.raises(DataError, match="have 3 classes, but the checkpoint knows 2"):
+        evaluate_it(pipe, others, ways=["raw"], **options)
 
 
 def test_what_others_have_noted_meanwhile_stays(
@@ -306,6 +324,28 @@ def test_results_lie_beside_the_pipeline_of_a_run_or_are_named_after_the_checkpo
     (tmp_path / "run" / "recipe.json").write_text("{}")
     assert default_folder(tmp_path / "run" / "pipeline", "sweep") == tmp_path / "run" / "sweep"
     assert default_folder("somebody/digits", "evaluation") == Path("digits-evaluation")
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [("evaluate", "evaluation"), ("evaluate", "evaluation/self"), ("evaluate", "evaluation/raw-png"),
+     ("sweep", "sweep"), ("sweep", "sweep/guidance-1_t-0.5"), ("sweep", "sweep/guidance-1_t-0.5/steps-03")],
+)  # fmt: skip
+def test_links_in_a_run_from_elsewhere_are_not_written_through(
+    evaluate: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, command: str, place: str
+) -> None:
+    save_checkpoint(tmp_path / "run" / "pipeline")
+    (tmp_path / "run" / "recipe.json").write_text("{}")
+    link, elsewhere = tmp_path / "run" / place, tmp_path / "elsewhere"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    elsewhere.mkdir()
+    words = f"{command} run/pipeline --data photos --num-samples 4 --num-workers 0 --device cpu --cache kept".split()
+    link.symlink_to(elsewhere)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*words, "--png"] if command == "evaluate" else words)
+    assert exit_.value.code == 1
+    assert f"run/{place} is a link to another folder" in " ".join(capsys.readouterr().err.split())
+    assert not list(elsewhere.iterdir())
 
 
 def test_evaluations_are_shown_in_one_table(evaluate: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -150,23 +152,104 @@ def _others(folder: Path) -> None:
     write_shard(path, 255 - tensors["images"], tensors["labels"], tensors["broken"], "another seed's")
 
 
-def _without_a_checksum(folder: Path) -> None:
-    path = folder / shard_name(4, 8)
-    save_file(load_file(path), path)
-
-
-@pytest.mark.parametrize("spoil", [_swapped, _flipped, _fewer, _others, _without_a_checksum])
+@pytest.mark.parametrize("spoil", [_swapped, _flipped, _fewer, _others])
 def test_files_that_are_not_what_they_were_are_refused_and_made_again(tmp_path: Path, spoil: Any) -> None:
     wanted = generation()
     whole = make(wanted, tmp_path)["self"]
     spoil(tmp_path / "self")
+    spoilt = (tmp_path / "self" / shard_name(4, 8)).read_bytes()
     with pytest.raises(DataError, match=r"00000004-00000008\.safetensors is not what its name says"):
         open_samples(tmp_path / "self")
     reports = list[str]()
     assert begin_generation(wanted, tmp_path, report=reports.append) == 4
     assert reports[0].startswith("1 files of samples are made again")
+    assert (tmp_path / "self" / f".damaged-{shard_name(4, 8)}").read_bytes() == spoilt
     save(wanted, tmp_path)
     assert torch.equal(open_samples(tmp_path / "self").read(0, 10), whole)
+
+
+def _as_of_version_0_1(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        save_file(load_file(path), path)  # without metadata
+
+
+def test_samples_of_version_0_1_are_gone_on_with(tmp_path: Path) -> None:
+    wanted = generation()
+    whole = make(wanted, tmp_path)
+    _as_of_version_0_1(tmp_path)
+    for name, images in whole.items():
+        assert torch.equal(open_samples(tmp_path / name).read(0, 10), images)
+    (tmp_path / "raw" / shard_name(8, 10)).unlink()
+    reports = list[str]()
+    assert begin_generation(wanted, tmp_path, report=reports.append) == 2
+    assert len(reports) == 1
+    assert reports[0].startswith("8 files of samples had no checksum")
+    assert torch.equal(open_samples(tmp_path / "self").read(0, 10), whole["self"])
+    _flipped(tmp_path / "self")  # is noticed from now on
+    with pytest.raises(DataError, match="its checksum"):
+        open_samples(tmp_path / "self")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one: {**one, "labels": one["labels"].flip(0)},
+        lambda one: {**one, "labels": one["labels"].float()},
+        lambda one: {**one, "broken": one["broken"].long()},
+        lambda one: {**one, "images": one["images"].float()},
+        lambda one: {**one, "images": one["images"][..., :3].contiguous()},
+        lambda one: {name: tensor[:3] for name, tensor in one.items()},
+        lambda one: {"images": one["images"]},
+    ],
+)
+def test_files_without_a_checksum_that_do_not_fit_are_made_again(tmp_path: Path, change: Any) -> None:
+    wanted = generation()
+    whole = make(wanted, tmp_path)["self"]
+    _as_of_version_0_1(tmp_path)
+    path = tmp_path / "self" / shard_name(4, 8)
+    save_file(change(load_file(path)), path)
+    reports = list[str]()
+    assert begin_generation(wanted, tmp_path, report=reports.append) == 4
+    assert reports[0].startswith("1 files of samples are made again")
+    save(wanted, tmp_path)
+    assert torch.equal(open_samples(tmp_path / "self").read(0, 10), whole)
+
+
+def test_what_can_not_be_read_just_now_is_left_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    make(generation(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.setattr("itarflow.evaluation.samples.files.safe_open", fails)
+    with pytest.raises(OSError, match="Input/output error"):
+        begin_generation(generation(), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_pipe_among_the_files_is_not_waited_for(tmp_path: Path) -> None:
+    wanted = generation()
+    whole = make(wanted, tmp_path)["self"]
+    pipe = tmp_path / "self" / shard_name(4, 8)
+    pipe.unlink()
+    os.mkfifo(pipe)
+    with pytest.raises(DataError, match="no regular file"):
+        open_samples(tmp_path / "self")
+    assert begin_generation(wanted, tmp_path) == 4
+    save(wanted, tmp_path)
+    assert torch.equal(open_samples(tmp_path / "self").read(0, 10), whole)
+
+
+def test_a_link_in_place_of_a_variants_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "named").symlink_to("real")  # a folder that is named may be a link
+    (tmp_path / "real").mkdir()
+    make(generation(), tmp_path / "named")
+    shutil.rmtree(tmp_path / "real" / "self")
+    (tmp_path / "real" / "self").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"named/self is a link to another folder"):
+        begin_generation(generation(), tmp_path / "named")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_files_more_or_fewer_than_asked_for_are_refused(tmp_path: Path) -> None:

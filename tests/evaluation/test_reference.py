@@ -242,3 +242,12 @@ def test_an_npz_that_claims_more_than_it_holds_is_refused(tmp_path, options):
         archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
     with pytest.raises(ValueError, match="more than the file holds"):
         read(tmp_path / "a.npz", options)
+
+
+def test_a_pipe_among_kept_statistics_is_not_waited_for(folder, options):
+    compute(folder, options)
+    (path,) = kept(options)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(RunError, match="no regular file"):
+        compute(folder, options)

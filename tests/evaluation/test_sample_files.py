@@ -201,3 +201,12 @@ def test_pngs_of_others_are_not_counted_as_samples(tmp_path: Path) -> None:
     Image.new("RGB", (6, 6)).save(tmp_path / "png" / "00000003.png")
     with pytest.raises(DataError, match=r"other things than these 3 samples: 00000003.png"):
         write_png(samples, tmp_path / "png")
+
+
+def test_png_files_are_not_written_through_a_link(tmp_path: Path) -> None:
+    samples = stored(tmp_path / "raw", pictures(2), 2)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "raw-png").symlink_to("elsewhere")
+    with pytest.raises(DataError, match="raw-png is a link to another folder"):
+        write_png(samples, tmp_path / "raw-png")
+    assert not list((tmp_path / "elsewhere").iterdir())

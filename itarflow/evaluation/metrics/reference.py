@@ -32,7 +32,7 @@ from itarflow.evaluation.metrics.extractors import INCEPTION, POOL_FEATURES, SPA
 from itarflow.evaluation.metrics.features import Extracted, Moments, extract
 from itarflow.evaluation.samples.npz import array_headers, read_array
 from itarflow.runtime.errors import RunError
-from itarflow.runtime.files import atomically, check_writable, weights_digest
+from itarflow.runtime.files import atomically, check_writable, open_regular, weights_digest
 from itarflow.runtime.json_file import parse_json
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.progress import image_progress
@@ -349,6 +349,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 
 def _read(path: Path) -> Reference:
     try:
+        open_regular(path).close()  # a pipe would be waited for
         with safe_open(path, "pt") as file:
             facts = file.metadata()
             origin = parse_json(facts[_KEY], Origin, str(path))

@@ -26,9 +26,9 @@ from torch import Tensor
 from itarflow.data.images import to_array
 from itarflow.data.picture_file import open_picture
 from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest, read_manifest
-from itarflow.evaluation.samples.npz import array_headers, read_array
+from itarflow.evaluation.samples.npz import ArraySamples
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import atomically
+from itarflow.runtime.files import atomically, check_no_link, open_regular
 from itarflow.runtime.json_file import parse_json
 from itarflow.runtime.text import listed, printable
 
@@ -36,6 +36,7 @@ SUFFIX = ".safetensors"
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _KEY = "itarflow_samples"  # of the metadata in a file
 _NONE = torch.zeros(0, dtype=torch.int64)
+_AGAIN = "The command that began the folder, `itarflow evaluate` or `sweep`, makes such files again."
 
 
 class Samples(Protocol):
@@ -64,6 +65,7 @@ class Samples(Protocol):
 
         Raises:
             DataError: a file is damaged.
+            OSError: it can't be read.
         """
 
 
@@ -125,33 +127,68 @@ def write_shard(path: Path, images: Tensor, labels: Tensor, broken: Tensor, orig
 def read_shard(path: Path, origin: str | None = None) -> dict[str, Tensor]:
     """The tensors of a file of images, which are what was written under its name.
 
+    Files of version 0.1 carry no facts: they are taken if number, shapes and types of their tensors fit.
+
     Args:
         path: by `shard_name`.
         origin: of the samples that it has to be of; None = any.
 
     Raises:
         DataError: it is damaged, was written under another name, or is of other samples.
+        OSError: it can't be read just now, which says nothing about what it holds.
     """
+    return _read(path, origin)[0]
+
+
+def renew_shard(path: Path, origin: str, labels: Tensor, image_shape: tuple[int, int, int]) -> bool:
+    """Check a file of images, and give it a checksum if it has none, as files of version 0.1; whether it had none.
+
+    Args:
+        path: by `shard_name`.
+        origin: of the samples that it has to be of.
+        labels: (n,) that its images were to get; of a file with a checksum they are a part of the origin.
+        image_shape: (C, H, W), likewise.
+
+    Raises:
+        DataError, OSError: as `read_shard`.
+    """
+    tensors, facts = _read(path, origin)
+    if facts is not None:
+        return False
+    if tuple(tensors["images"].shape[1:]) != image_shape or not torch.equal(tensors["labels"], labels):
+        raise _strange(path, f"its labels are others, or its images not of shape {image_shape}")
+    write_shard(path, **tensors, origin=origin)
+    return True
+
+
+def _read(path: Path, origin: str | None) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """See `read_shard`; also what the file says of itself, None in version 0.1."""
     with _opened(path) as file:
-        facts = parse_json((file.metadata() or {}).get(_KEY, "{}"), dict[str, str], str(path))
+        metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    facts = parse_json(metadata[_KEY], dict[str, str], str(path)) if _KEY in metadata else None
     start, stop = _range(path)
-    if {*tensors} != {"images", "labels", "broken"} or "sha256" not in facts:
-        reason = "it has no checksum, and so is of an older version or of other software"
-    elif facts["sha256"] != _checksum(tensors):
-        reason = "its checksum is that of other images"
-    elif facts.get("range") != path.stem or {len(one) for one in tensors.values()} != {stop - start}:
-        reason = f"it holds images {facts.get('range', 'unknown')}, {len(tensors['images'])} of them"
-    elif origin is not None and facts.get("origin") != origin:
-        reason = f"its images were made otherwise than {MANIFEST} says"
-    elif tensors["images"].dtype != torch.uint8 or tensors["images"].ndim != 4:
-        reason = f"its images are {tensors['images'].dtype} of shape {tuple(tensors['images'].shape)}"
-    else:
-        return tensors
-    raise DataError(
-        f"{path} is not what its name says: {printable(reason)}. The command that began the folder, `itarflow "
-        "evaluate` or `sweep`, makes such files again."
-    )
+    found = {name: (one.dtype, one.ndim, *one.shape[:1]) for name, one in tensors.items()}
+    kinds = {"images": (torch.uint8, 4), "labels": (torch.int64, 1), "broken": (torch.bool, 1)}
+    if found != {name: (*kind, stop - start) for name, kind in kinds.items()}:
+        held = ", ".join(f"{name} of {one.dtype}, shape {tuple(one.shape)}" for name, one in sorted(tensors.items()))
+        raise _strange(path, f"it holds {held}; expected {stop - start} uint8 images, int64 labels and bools (broken)")
+    if facts is not None and facts.get("sha256") != _checksum(tensors):
+        raise _strange(path, "its checksum is that of other images")
+    if facts is not None and facts.get("range") != path.stem:
+        raise _strange(path, f"it holds images {facts.get('range', 'unknown')}")
+    if facts is not None and origin is not None and facts.get("origin") != origin:
+        raise _strange(path, f"its images were made otherwise than {MANIFEST} says")
+    return tensors, facts
+
+
+def _strange(path: Path, reason: str) -> DataError:
+    return DataError(f"{path} is not what its name says: {printable(reason)}. {_AGAIN}")
+
+
+def set_aside(path: Path) -> None:
+    """Give a file of images that is not what its name says a hidden name, so that it can be made again."""
+    path.replace(path.with_name(f".damaged-{path.name}"))
 
 
 def strange_files(folder: Path, expected: Sequence[str]) -> list[Path]:
@@ -234,55 +271,15 @@ class StoredSamples:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """An open safetensors file whose damage is a DataError."""
+    """An open safetensors file whose damage is a DataError; a disk or network that fails stays an OSError."""
     try:
+        open_regular(path).close()  # a pipe would be waited for
         with safe_open(path, framework="pt") as file:
             yield file
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"{path} can't be read: {error}; delete it, and let it be made again.") from error
-
-
-@dataclass(frozen=True)
-class ArraySamples:
-    """Images in an array (N, H, W, C)."""
-
-    name: str
-    array: np.ndarray
-    labels: Tensor | None
-    broken: Tensor = _NONE
-
-    @classmethod
-    def open(cls, path: Path) -> ArraySamples:
-        """arr_0 holds the images, arr_1 their labels if it is there, as in ADM's files."""
-        headers = array_headers(path)
-        shape, dtype = headers.get("arr_0", ((), None))
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
-            found = "no arr_0" if dtype is None else f"arr_0 of {dtype}, shape {shape}"
-            raise DataError(f"{path} has {found}; expected arr_0 of uint8, shape (N, H, W, 3).")
-        given = None
-        if "arr_1" in headers:
-            labels = headers["arr_1"]
-            if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
-                raise DataError(
-                    f"{path} has arr_1 of {labels.dtype}, shape {labels.shape}; expected a label, a whole number, for "
-                    f"each of the {shape[0]:,} images of arr_0, or no arr_1: write the file again."
-                )
-            given = torch.from_numpy(read_array(path, "arr_1").astype(np.int64))
-        array = read_array(path, "arr_0")
-        return cls(path.name, array, given)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """See `Samples`."""
-        _, height, width, channels = self.array.shape
-        return channels, height, width
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """See `Samples`."""
-        return torch.from_numpy(np.ascontiguousarray(self.array[start:stop].transpose(0, 3, 1, 2)))
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged: {printable(str(error))}. {_AGAIN}") from error
+    except OSError as error:
+        raise OSError(f"{path} can't be read: {error}. It is left as it is; try again, or check the disk.") from error
 
 
 @dataclass(frozen=True)
@@ -366,8 +363,9 @@ def write_png(samples: Samples, folder: Path) -> None:
     """Write 00000000.png, ...; images that are already there, and are these, are left as they are.
 
     Raises:
-        DataError: the folder holds other things.
+        DataError: the folder holds other things, or is a link.
     """
+    check_no_link(folder)
     names = [f"{index:08d}.png" for index in range(len(samples))]
     folder.mkdir(parents=True, exist_ok=True)
     known = set(names)

@@ -25,14 +25,14 @@ from itarflow.codec import vae_identity
 from itarflow.denoisers.score import check_level
 from itarflow.evaluation.conversion import CONVERSIONS, Protocol, to_levels
 from itarflow.evaluation.samples.denoising import Denoising, identity_of, settings_of
-from itarflow.evaluation.samples.files import read_shard, shard_name, strange_files, write_shard
+from itarflow.evaluation.samples.files import renew_shard, set_aside, shard_name, strange_files, write_shard
 from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest, read_manifest
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import weights_digest, write_json
+from itarflow.runtime.files import check_no_link, weights_digest, write_json
 from itarflow.runtime.seeds import image_seeds, seeded_images
 from itarflow.runtime.text import flat, listed, printable
 
@@ -259,8 +259,11 @@ def manifest_of(generation: Generation, folder: Path) -> dict[str, Any]:
     Variants may be fewer or more than before: more are put beside those that are there.
 
     Raises:
-        DataError: the folder holds images that were made otherwise, or other things.
+        DataError: the folder holds images that were made otherwise, or other things, or has a link in the place of
+            a variant's folder.
     """
+    for name in generation.variants:
+        check_no_link(folder / name)
     wanted, stored = generation.described(), read_manifest(folder)
     if stored is None:
         if folder.is_dir() and (others := sorted(path.name for path in folder.iterdir() if path.name[0] != ".")):
@@ -288,23 +291,25 @@ def begin_generation(
 ) -> int:
     """Prepare a folder for the files of a generation, new or begun before. For the main process only.
 
-    Files that are there are read. Those that are damaged, or hold other images than their names say, are removed.
+    Files that are there are read. Those that are damaged, or hold other images than their names say, get hidden names,
+    and are made again; those of version 0.1, which are without a checksum, get one. Nothing is removed.
 
     Args:
         generation: checked.
         folder: made if needed.
         manifest: from `manifest_of`; None = call it.
-        report: called with a sentence if files were removed.
+        report: called with a sentence if files are made again, or had no checksum.
 
     Returns:
         How many images are still to be made, counting each variant.
 
     Raises:
         DataError: as `manifest_of`, or files of images that are not of this generation.
+        OSError: a file can't be read, which says nothing about what it holds.
     """
     wanted = manifest_of(generation, folder) if manifest is None else dict(manifest)
     names = [shard_name(start, stop) for start, stop in generation.batches]
-    damaged = list[DataError]()
+    damaged, unsigned = list[DataError](), 0
     for variant in generation.variants:
         if strange := strange_files(folder / variant, names):
             raise DataError(
@@ -312,15 +317,22 @@ def begin_generation(
                 f"of {generation.batch_size}; it would be scored with them: move it away."
             )
         origin = origin_digest(wanted, variant)
-        for path in (folder / variant / name for name in names):
+        for (start, stop), name in zip(generation.batches, names, strict=True):
+            path = folder / variant / name
+            if not path.exists():
+                continue
             try:
-                if path.exists():
-                    read_shard(path, origin)
+                unsigned += renew_shard(path, origin, generation.labels[start:stop], generation.pipe.picture_shape)
             except DataError as error:
                 damaged.append(error)
-                path.unlink()
+                set_aside(path)
     if damaged:
-        report(f"{len(damaged)} files of samples are made again; the first: {damaged[0]}")
+        report(
+            f"{len(damaged)} files of samples are made again, and what was there is kept as .damaged-*; the first: "
+            f"{damaged[0]}"
+        )
+    if unsigned:
+        report(f"{unsigned} files of samples had no checksum, as of version 0.1; they fit, and have one now.")
     folder.mkdir(parents=True, exist_ok=True)
     if read_manifest(folder) != wanted:
         write_json(folder / MANIFEST, wanted)

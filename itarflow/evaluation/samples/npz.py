@@ -1,14 +1,20 @@
-"""Arrays in .npz files that may be anybody's: nothing is allocated before the file is known to hold it."""
+"""Samples and other arrays in .npz files, which may be anybody's.
+
+Nothing is allocated before a file is known to hold it.
+"""
 
 from __future__ import annotations
 
 import math
 import zipfile
 import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import open_regular
@@ -16,6 +22,49 @@ from itarflow.runtime.text import printable
 
 _DEFLATE = 1032
 """Bytes that a compressed one may stand for, at most, by the format that .npz files are in."""
+
+
+@dataclass(frozen=True)
+class ArraySamples:
+    """Images in an array (N, H, W, C)."""
+
+    name: str
+    array: np.ndarray
+    labels: Tensor | None
+    broken: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
+    def open(cls, path: Path) -> ArraySamples:
+        """arr_0 holds the images, arr_1 their labels if it is there, as in ADM's files."""
+        headers = array_headers(path)
+        shape, dtype = headers.get("arr_0", ((), None))
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+            found = "no arr_0" if dtype is None else f"arr_0 of {dtype}, shape {shape}"
+            raise DataError(f"{path} has {found}; expected arr_0 of uint8, shape (N, H, W, 3).")
+        given = None
+        if "arr_1" in headers:
+            labels = headers["arr_1"]
+            if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+                raise DataError(
+                    f"{path} has arr_1 of {labels.dtype}, shape {labels.shape}; expected a label, a whole number, for "
+                    f"each of the {shape[0]:,} images of arr_0, or no arr_1: write the file again."
+                )
+            given = torch.from_numpy(read_array(path, "arr_1").astype(np.int64))
+        array = read_array(path, "arr_0")
+        return cls(path.name, array, given)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """See `files.Samples`."""
+        _, height, width, channels = self.array.shape
+        return channels, height, width
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """See `files.Samples`."""
+        return torch.from_numpy(np.ascontiguousarray(self.array[start:stop].transpose(0, 3, 1, 2)))
 
 
 class Header(NamedTuple):
@@ -44,7 +93,7 @@ def array_headers(path: Path) -> dict[str, Header]:
 def read_array(path: Path, name: str) -> np.ndarray:
     """An array whose header was read by `array_headers`; errors as there."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_regular(path) as opened, np.load(opened, allow_pickle=False) as file:
             array: np.ndarray = file[name]
             return array
     except _DAMAGE as error:
