@@ -25,7 +25,7 @@ from itarflow.runtime.model_folder import CONFIG, check_bounded, check_finite, r
 from itarflow.runtime.text import printable
 
 Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
-_LARGEST_SCALING = 1e6  # of the usual VAEs it is 0.1 to 2
+_LARGEST_SCALING = 1e9  # of the usual VAEs it is 0.1 to 2
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """Settings of a VAE that `_check_scaling` is for."""
 _KINDS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}

@@ -69,9 +69,9 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     index, place = read_index(folder), printable(str(folder / INDEX))
     if not {"flow", "scheduler"} <= index.keys():
         raise OSError(
-            f"{folder} holds a pipeline of another kind ({printable(str(index.get('_class_name', 'unknown')))}, as "
-            f"{INDEX} says); expected an ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or "
-            "choose another checkpoint."
+            f"{folder} holds a pipeline of another kind ({printable(str(index.get('_class_name', 'unknown')))}); "
+            f"expected an ITARFlowPipeline, with a flow and a scheduler in its {INDEX}. Load it with diffusers, or choose "
+            "another checkpoint."
         )
     for part, (_, kind) in IN_REPOSITORY.items():
         _check_class(place, part, index.get(part), kind)
