@@ -70,8 +70,8 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     if not {"flow", "scheduler"} <= index.keys():
         raise OSError(
             f"{folder} holds a pipeline of another kind ({printable(str(index.get('_class_name', 'unknown')))}); "
-            f"expected an ITARFlowPipeline, with a flow and a scheduler in its {INDEX}. Load it with diffusers, or choose "
-            "another checkpoint."
+            f"expected an ITARFlowPipeline, with a flow and a scheduler in its {INDEX}. Load it with diffusers, "
+            "or choose another checkpoint."
         )
     for part, (_, kind) in IN_REPOSITORY.items():
         _check_class(place, part, index.get(part), kind)
