@@ -10,7 +10,7 @@ import copy
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias
+from typing import Annotated, Any, NamedTuple, Protocol, TypeAlias, TypedDict
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -20,8 +20,14 @@ from torch import Tensor
 
 from itarflow.runtime.files import weights_digest
 from itarflow.runtime.hub import folder_of
+from itarflow.runtime.json_file import as_type, read_json
+from itarflow.runtime.model_folder import CONFIG, check_bounded, check_finite, read_heads, weight_files
+from itarflow.runtime.text import printable
 
 Vae: TypeAlias = AutoencoderKL | AutoencoderTiny
+_LARGEST_SCALING = 1e9  # of the usual VAEs it is 0.1 to 2
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""Settings of a VAE that `_check_scaling` is for."""
 _KINDS = {kind.__name__: kind for kind in (AutoencoderKL, AutoencoderTiny)}
 
 
@@ -285,22 +291,14 @@ def load_vae(config: CodecConfig, *, variant: str | None = None) -> Vae:
     if config.scaling_factor is not None and not 0 < config.scaling_factor < float("inf"):
         raise ValueError(f"codec.scaling_factor is {config.scaling_factor}; expected a number > 0, or None.")
     try:
-        folder = _folder_of(config.vae, config.revision)
-        kind = AutoencoderKL.load_config(folder).get("_class_name", "a model of unknown kind")
-        if kind not in _KINDS:
-            raise OSError(f"it is {kind}")
-        # Not filled in piece by piece, because parts of an AutoencoderKL have changed their names over the years.
-        vae, report = _KINDS[kind].from_pretrained(
-            folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
-        )
-        if missing := report["missing_keys"]:  # which diffusers leaves uninitialised
-            raise OSError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+        vae = _checked_vae(_folder_of(config.vae, config.revision), variant)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of diffusers, the Hub's client and safetensors
         raise OSError(
             f"the VAE {config.vae!r} can't be loaded: {error}\nExpected a folder or a Hub name (NAME/MODEL) of an "
-            f"{' or '.join(_KINDS)} in diffusers' format, with safetensors; check the name, the network and the files."
+            f"{' or '.join(_KINDS)} in diffusers' format, {CONFIG} and safetensors; check the name, the network and "
+            "the files."
         ) from error
     changes = {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
     vae.register_to_config(**{key: value for key, value in changes.items() if value is not None})
@@ -310,6 +308,46 @@ def load_vae(config: CodecConfig, *, variant: str | None = None) -> Vae:
         own.latent_channels, f"the VAE {config.vae!r} has a config.json whose ",
     )  # fmt: skip
     return vae.eval().requires_grad_(False)
+
+
+class _VaeConfig(TypedDict, total=False):
+    """What is read of a VAE's config besides its scaling, also by diffusers."""
+
+    in_channels: int
+    out_channels: int
+    latent_channels: int
+    block_out_channels: list[int]
+    encoder_block_out_channels: list[int]
+    layers_per_block: Annotated[int, Meta(ge=1)]
+    norm_num_groups: Annotated[int, Meta(ge=1)]
+    down_block_types: list[str]
+    up_block_types: list[str]
+    force_upcast: bool
+    mid_block_add_attention: bool
+    sample_size: int | list[int] | None
+
+
+def _checked_vae(folder: Path, variant: str | None) -> Vae:
+    """The VAE in a folder, which may be anybody's: nothing is built before config and heads of weights are checked."""
+    path = folder / CONFIG
+    values = read_json(path, dict[str, Any])
+    if (kind := str(values.get("_class_name", "a model of unknown kind"))) not in _KINDS:
+        raise OSError(f"it is {printable(kind)}, as {CONFIG} says")
+    as_type(values, _VaeConfig, str(path))
+    heads = read_heads(weight_files(folder, variant))
+    check_bounded({name: value for name, value in values.items() if name not in _SCALING}, heads, path)
+    # Not filled in piece by piece, because parts of an AutoencoderKL have changed their names over the years.
+    vae, report = _KINDS[kind].from_pretrained(
+        folder, variant=variant, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+    )
+    if missing := report["missing_keys"]:  # which diffusers leaves uninitialised
+        raise OSError(f"{len(missing)} tensors are missing, such as {missing[0]}")
+    held, stored = (sum(math.prod(one.shape) for one in some) for some in (vae.state_dict().values(), heads.values()))
+    if held != stored:  # counted, since names have changed
+        raise OSError(f"{path} is of a VAE of {held:,} numbers; its weights hold {stored:,}")
+    for name, tensor in vae.state_dict().items():
+        check_finite(name, tensor, str(folder))
+    return vae
 
 
 def _check_scaling(factor: Any, shift: Any, means: Any, stds: Any, channels: int, whose: str) -> None:
@@ -322,10 +360,10 @@ def _check_scaling(factor: Any, shift: Any, means: Any, stds: Any, channels: int
     def number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
-    if not number(factor) or factor <= 0:
-        raise ValueError(f"{whose}scaling_factor is {factor!r}; expected a number > 0.")
-    if shift is not None and not number(shift):
-        raise ValueError(f"{whose}shift_factor is {shift!r}; expected a number, or null for none.")
+    if not number(factor) or not 0 < factor <= _LARGEST_SCALING:
+        raise ValueError(f"{whose}scaling_factor is {factor!r}; expected a number > 0, at most {_LARGEST_SCALING:g}.")
+    if shift is not None and not (number(shift) and abs(shift) <= _LARGEST_SCALING):
+        raise ValueError(f"{whose}shift_factor is {shift!r}; expected a number of such a size, or null for none.")
     for name, values, positive in (("latents_mean", means, False), ("latents_std", stds, True)):
         if not values and values in (None, [], ()):
             continue

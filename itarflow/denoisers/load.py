@@ -97,7 +97,7 @@ def _flow(name: str, vae: Vae | None) -> TARFlow:
     folder = folder_of(name, ["*.json", "*.safetensors"], expected=_EXPECTED)
     try:
         index = pipeline_index(folder)
-        own = None if vae is None or vae_kind(index) is None else load_vae(CodecConfig(vae=str(folder / "vae")))
+        own = None if vae is None else stored_vae(folder, index)
         flow = stored_flow(folder, index)
     except torch.OutOfMemoryError:
         raise
@@ -122,6 +122,14 @@ def stored_flow(folder: Path, index: Mapping[str, Any], variant: str | None = No
     """
     checked_files(folder, "flow", index, variant)
     return TARFlow.from_pretrained(folder / "flow", variant=variant)
+
+
+def stored_vae(folder: Path, index: Mapping[str, Any], variant: str | None = None) -> Vae | None:
+    """The VAE in a pipeline's folder, None if its index names none; arguments and errors as of `stored_flow`."""
+    if vae_kind(index) is None:
+        return None
+    checked_files(folder, "vae", index, variant)
+    return load_vae(CodecConfig(vae=str(folder / "vae")), variant=variant)
 
 
 def _damaged(kind: str, name: str, error: Exception) -> OSError:

@@ -18,7 +18,7 @@ _RANGES = {
     "in_channels": (1, 2**16),
     "head_dim": (1, 2**20),
     "shared_layers": (0, _MOST_LAYERS),
-    "num_classes": (0, 10**9),
+    "num_classes": (0, 2**20),
     "mlp_ratio": (1, 2**16),
 }
 

@@ -14,10 +14,10 @@ from typing import Any, TypedDict
 from filelock import FileLock, Timeout
 
 from itarflow.pipeline.model_card import PICTURE, is_generated
-from itarflow.runtime.files import LOCK, PARTIAL, write_text
+from itarflow.runtime.files import LOCK, PARTIAL, file_sha256, write_text
 from itarflow.runtime.hub import INDEX, read_index, rewrite_json
 from itarflow.runtime.json_file import as_type, read_json
-from itarflow.runtime.model_folder import CONFIG, WEIGHTS, sha256_of
+from itarflow.runtime.model_folder import CONFIG, WEIGHTS
 from itarflow.runtime.pipeline_index import CHECKSUMS, IN_REPOSITORY, SHARED
 from itarflow.runtime.text import printable
 
@@ -39,7 +39,7 @@ def finish_folder(folder: Path, kept: Mapping[str, Any] | None = None) -> None:
     for name, source in _MODULES.items():
         write_text(folder / name, source)
     kept = kept or {}
-    found = {file.relative_to(folder).as_posix(): sha256_of(file) for file in sorted(folder.rglob("*.safetensors"))}
+    found = {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(folder.rglob("*.safetensors"))}
     rewrite_json(folder / INDEX, {**kept, **IN_REPOSITORY, CHECKSUMS: {**kept.get(CHECKSUMS, {}), **found}})
 
 

@@ -134,9 +134,44 @@ def signed(card: str) -> str:
 
 
 def is_generated(card: str) -> bool:
-    """Whether a card is one of `signed` as it was written: nobody has edited it since."""
+    """Whether a card is one of `signed` as it was written, or of version 0.1: nobody has edited it since."""
     text, _, signature = card.rstrip().rpartition("\n")
-    return signature == _SIGNATURE.format(_digest(text))
+    return signature == _SIGNATURE.format(_digest(text)) or _OF_0_1.fullmatch(card.strip()) is not None
+
+
+_TABLE_OF_0_1 = r"(?:Not recorded\.|\| setting \| value \|\n\| --- \| --- \|(?:\n\|.*\|)+)"
+_OF_0_1 = re.compile(rf"""---
+(?:(?:library_name|pipeline_tag|tags|datasets|metrics):.*\n|- .*\n)+---
+
+# .+
+
+A normalizing flow that generates images: (?:iTARFlow|TARFlow) \(.*\), trained with `itarflow`\.
+
+```python
+from itarflow import ITARFlowPipeline
+
+pipe = ITARFlowPipeline\.from_pretrained\(".*"\)  # this repository's id, or a local folder
+image = pipe\(.*\)\.images\[0\]
+```
+
+## What it is
+
+{_TABLE_OF_0_1}
+
+## How it samples
+
+{_TABLE_OF_0_1}
+
+## How it was trained
+
+{_TABLE_OF_0_1}
+
+## Results
+
+{_TABLE_OF_0_1}
+
+{re.escape(_TEMPLATE[_TEMPLATE.index("## References") :].strip())}""")
+"""The cards of version 0.1, which had no signature: with anything but its own sentences and tables it is no match."""
 
 
 def _digest(card: str) -> str:

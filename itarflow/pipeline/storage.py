@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypedDict, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from msgspec import Meta
 from PIL import Image
 from torch import nn
 
-from itarflow.codec import CodecConfig, Vae, load_vae
-from itarflow.denoisers.load import stored_flow
+from itarflow.denoisers.load import stored_flow, stored_vae
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.folder import (
@@ -36,22 +33,14 @@ from itarflow.pipeline.model_card import PICTURE, signed
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import write_json, write_text
 from itarflow.runtime.hub import INDEX, folder_of, read_index, rewrite_json, upload
-from itarflow.runtime.json_file import read_json
 from itarflow.runtime.model_folder import (
-    CONFIG,
     DOWNLOAD,
-    check_arguments,
-    check_bounded,
-    check_finite,
     read_arguments,
-    read_heads,
 )
 from itarflow.runtime.pipeline_index import (
     SETTINGS,
     SHARED,
-    checked_files,
     pipeline_index,
-    vae_kind,
 )
 from itarflow.runtime.text import listed, printable
 
@@ -171,7 +160,8 @@ class StoredPipeline(DiffusionPipeline):
         variant, device = kwargs.pop("variant", None), kwargs.pop("device_map", None)
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False would read a pickle, which can run code; leave it out.")
-        if kwargs.pop("low_cpu_mem_usage", None) is None and kwargs:  # the first is how it is loaded anyway
+        kwargs.pop("low_cpu_mem_usage", None)  # how it is loaded anyway
+        if kwargs:
             raise ValueError(f"{listed(kwargs)} is no option of {cls.__name__}.from_pretrained; leave it out.")
         name = str(pretrained_model_name_or_path)
         folder = folder_of(name, _FILES, expected=_EXPECTED, **options)
@@ -233,54 +223,13 @@ def _parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], var
     if "flow" not in parts:
         parts["flow"] = stored_flow(folder, index, variant)
     if "vae" not in parts:
-        parts["vae"] = None if vae_kind(index) is None else _vae(folder, index, variant)
+        parts["vae"] = stored_vae(folder, index, variant)
     return parts
-
-
-def _vae(folder: Path, index: Mapping[str, Any], variant: str | None) -> Vae:
-    """The VAE in a pipeline's folder; not by diffusers alone, which would fill missing tensors with random values."""
-    files, config = checked_files(folder, "vae", index, variant), folder / "vae" / CONFIG
-    heads = read_heads(files)
-    read_json(config, _VaeConfig)
-    check_bounded(read_json(config, dict[str, Any]), heads, config)
-    try:
-        vae = load_vae(CodecConfig(vae=str(folder / "vae")), variant=variant)
-    except (OSError, ValueError) as error:
-        raise OSError(f"{config} or its weights are damaged: {error}") from error
-    held, stored = (sum(map(math.prod, shapes)) for shapes in (
-        [tensor.shape for tensor in vae.state_dict().values()], [one.shape for one in heads.values()]))  # fmt: skip
-    if held != stored:  # names of tensors have changed over the years
-        raise DataError(f"{config} is of a VAE of {held:,} numbers; its weights hold {stored:,}: copy it again")
-    for name, tensor in vae.state_dict().items():
-        check_finite(name, tensor, str(folder / "vae"))
-    return vae
-
-
-class _VaeConfig(TypedDict, total=False):
-    """What is read of a VAE's config, besides by diffusers."""
-
-    in_channels: int
-    out_channels: int
-    latent_channels: int
-    scaling_factor: Annotated[float, Meta(gt=0, le=1e6)]
-    shift_factor: Annotated[float, Meta(ge=-1e6, le=1e6)] | None
-    latents_mean: Annotated[list[float], Meta(min_length=1)] | None
-    latents_std: Annotated[list[Annotated[float, Meta(gt=0)]], Meta(min_length=1)] | None
-    block_out_channels: list[int]
-    encoder_block_out_channels: list[int]
-    layers_per_block: Annotated[int, Meta(ge=1)]
-    norm_num_groups: Annotated[int, Meta(ge=1)]
-    down_block_types: list[str]
-    up_block_types: list[str]
-    force_upcast: bool
-    mid_block_add_attention: bool
-    sample_size: int | list[int] | None
 
 
 def _guidance(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The guidance of an index, as arguments of `Guidance` that it knows."""
     where = f"{printable(str(folder / INDEX))}: guidance"
-    check_arguments(values, Guidance.__init__, where)
     try:
         known = Guidance.from_json(values)
     except ValueError as error:

@@ -14,8 +14,9 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -144,7 +145,7 @@ def flush_folder(folder: Path) -> None:
         flush(path)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a file for reading that is one: a named pipe is waited for, a device gives bytes without end.
 
     Raises:
@@ -252,6 +253,12 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a regular file's bytes, in hexadecimal digits."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,6 @@ refused without one. Weights that are no floating point numbers, or not finite, 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import math
@@ -168,15 +167,6 @@ def check_finite(name: str, tensor: Tensor, where: str) -> None:
             f"{where} holds NaN or infinite values in {printable(name)}; the training diverged, or the file is "
             "damaged: take an earlier checkpoint, or copy it again"
         )
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with open_regular(path) as file:
-        digest = hashlib.sha256()
-        while part := file.read(2**22):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def read_arguments(path: Path, function: Callable[..., Any]) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.files import file_sha256
 from itarflow.runtime.hub import INDEX, read_index
 from itarflow.runtime.json_file import as_type
-from itarflow.runtime.model_folder import sha256_of, weight_files
+from itarflow.runtime.model_folder import weight_files
 from itarflow.runtime.text import printable
 
 CHECKSUMS = "_sha256"
@@ -52,7 +53,9 @@ class _Index(TypedDict, total=False):
 
 
 _DEEPEST = 32  # a recipe has 4 levels
-SETTINGS = ("guidance", "class_names", "training", "plans", "evaluations")
+MEASURED = ("plans", "evaluations")
+"""Entries that commands add to an index: what they found with its weights."""
+SETTINGS = ("guidance", "class_names", "training", *MEASURED)
 """What an index holds besides the parts: arguments of the pipeline."""
 
 
@@ -67,8 +70,8 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
     if not {"flow", "scheduler"} <= index.keys():
         raise OSError(
             f"{folder} holds a pipeline of another kind ({printable(str(index.get('_class_name', 'unknown')))}); "
-            "expected an ITARFlowPipeline, with a flow and a scheduler. Load it with diffusers, or choose another "
-            "checkpoint."
+            f"expected an ITARFlowPipeline, with a flow and a scheduler in its {INDEX}. Load it with diffusers, "
+            "or choose another checkpoint."
         )
     for part, (_, kind) in IN_REPOSITORY.items():
         _check_class(place, part, index.get(part), kind)
@@ -115,7 +118,7 @@ def checked_files(folder: Path, part: str, index: Mapping[str, Any], variant: st
     files = weight_files(folder / part, variant)
     for file in files:
         expected = index.get(CHECKSUMS, {}).get(f"{part}/{file.name}")
-        if expected is not None and sha256_of(file) != expected:
+        if expected is not None and file_sha256(file) != expected:
             raise DataError(
                 f"{file} is not the file that {INDEX} tells of: its SHA-256 is another, so it is damaged or was "
                 "exchanged. Copy or download the folder again."

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +20,19 @@ from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import lowest_level, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser
 from itarflow.flow.tarflow import TARFlow
+from itarflow.pipeline.folder import CARD, is_free
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import atomically, restore_folder
+from itarflow.runtime.files import atomically, file_sha256, replace_folder, restore_folder, write_json
+from itarflow.runtime.hub import INDEX
 from itarflow.runtime.json_file import read_json
 from itarflow.runtime.pictures import image_grid
+from itarflow.runtime.pipeline_index import CHECKSUMS, MEASURED, SHARED, pipeline_index
 from itarflow.runtime.seeds import image_generators
-from itarflow.runtime.text import display_name
+from itarflow.runtime.text import display_name, flat
 from itarflow.training.held_out import Evaluation
 from itarflow.training.recipe import Recipe
-from itarflow.training.settings import to_json
+from itarflow.training.settings import FREE, to_json
 
 
 def make_pipeline(
@@ -90,18 +95,60 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
     if accelerator.is_main_process:
         columns = num_classes if 2 <= num_classes <= 12 else 8
         path.parent.mkdir(exist_ok=True)
-        with atomically(path) as partial:
-            image_grid([made[index] for index in range(count)], columns).save(partial)
+        with atomically(path) as whole:
+            image_grid([made[index] for index in range(count)], columns).save(whole)
 
 
 def is_exported(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a pipeline with this record of its training is there; what a killed export left is put back first."""
+    """Whether a pipeline of this training is there; what a killed export left is put back first.
+
+    Its record may differ in settings that change neither weights nor samples, such as `train.log_every`.
+    """
     restore_folder(folder)
     try:
-        stored = read_json(folder / "model_index.json", dict[str, Any]).get("training")
+        stored = read_json(folder / INDEX, dict[str, Any]).get("training")
     except (OSError, DataError):
         return False
-    return bool(stored == json.loads(json.dumps(record)))
+    return isinstance(stored, dict) and _essence(stored) == _essence(json.loads(json.dumps(record)))
+
+
+def _essence(record: dict[str, Any]) -> dict[str, Any]:
+    free = {f"recipe.{name}" for name in FREE - {"codec.vae", "codec.revision"}}  # whose decoder is in the pipeline
+    return {name: value for name, value in flat(record).items() if name not in free | {"data", "data_content"}}
+
+
+def _index_of(folder: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline; {} if there is none, or a damaged one."""
+    try:
+        return pipeline_index(folder)
+    except (OSError, DataError):
+        return {}
+
+
+def export_pipeline(pipeline: ITARFlowPipeline, folder: Path) -> None:
+    """Write a pipeline in the place of an older one, whole or not at all.
+
+    A model card that was written by hand stays, and so does where the older one is shared; what was measured with it,
+    `evaluations` and `plans`, stays if the weights are the very same.
+
+    Raises:
+        RunError: it can't be written; the older one is whole.
+    """
+
+    def write(place: Path) -> None:
+        place.mkdir()
+        old, card = _index_of(folder), folder / CARD
+        if not is_free(card) and card.is_file() and not card.is_symlink():
+            shutil.copyfile(card, place / CARD)
+        write_json(place / INDEX, {name: old[name] for name in (SHARED,) if name in old})  # `save_pretrained` keeps it
+        pipeline.save_pretrained(place)
+        sums = _index_of(place)[CHECKSUMS]
+        if all((folder / name).is_file() and file_sha256(folder / name) == value for name, value in sums.items()):
+            for name in MEASURED:
+                if old.get(name):
+                    pipeline.record(place, name, partial(lambda value, _: value, old[name]))
+
+    replace_folder(folder, write)
 
 
 def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, Any]) -> dict[str, Any]:

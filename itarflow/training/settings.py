@@ -128,14 +128,14 @@ def write_recipe(recipe: Settings, path: Path) -> None:
     write_json(path, to_json(recipe))
 
 
-# Settings that change neither weights nor losses, so that a run may go on with other values.
-_FREE = {
+FREE = {
     "codec.vae", "codec.revision",  # another decoder, at most: see `with_identity`
     "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
     "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.shard",
     "train.compile", "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",
     "train.evaluate_every",
 }  # fmt: skip
+"""Settings that change neither weights nor losses, so that a run may go on with other values."""
 
 
 def differences(stored: dict[str, Any], recipe: Settings) -> list[str]:
@@ -144,7 +144,7 @@ def differences(stored: dict[str, Any], recipe: Settings) -> list[str]:
     A setting that did not exist yet when the run began counts as its default.
     """
     old, new = _defaults(recipe) | flat(stored), flat(to_json(recipe))
-    names = sorted((old.keys() | new.keys()) - _FREE)
+    names = sorted((old.keys() | new.keys()) - FREE)
     return [
         f"{name}: {old.get(name)} -> {new.get(name)}"
         for name in names

@@ -5,7 +5,6 @@ So a state is complete or absent, and the manifest detects one that was damaged 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -26,14 +25,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from itarflow.data.identity import DataIdentity
 from itarflow.runtime.errors import DataError, RunError
-from itarflow.runtime.files import flush, flush_folder, open_regular, remove
+from itarflow.runtime.files import file_sha256, flush, flush_folder, remove
 from itarflow.runtime.json_file import as_type, read_json
 from itarflow.runtime.processes import on_main
 from itarflow.runtime.text import listed, printable
 from itarflow.training.run_folder import RunDir, step_of
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
-_CHUNK = 2**22
 
 OnMain = Callable[[Callable[[], object]], None]
 """Runs an action on the main process alone, waits for it on all, and raises its error on all."""
@@ -259,15 +257,7 @@ def _name_of_run(state: Path) -> str | None:
 
 def _digests(folder: Path, names: list[str]) -> dict[str, str]:
     with ThreadPoolExecutor(8) as pool:  # hashing releases the GIL
-        return dict(zip(names, pool.map(lambda name: _digest(folder / name), names), strict=True))
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(file) as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return dict(zip(names, pool.map(lambda name: file_sha256(folder / name), names), strict=True))
 
 
 def agreed_state(run: RunDir, accelerator: Accelerator, say: Callable[[str], None]) -> Path:

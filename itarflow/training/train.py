@@ -25,11 +25,17 @@ from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, check_workers
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance
 from itarflow.runtime.devices import peak_tflops, tf32_products
-from itarflow.runtime.files import replace_folder
 from itarflow.runtime.processes import agreed, main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate
-from itarflow.training.export import is_exported, make_pipeline, open_denoiser, sample_grid, training_record
+from itarflow.training.export import (
+    export_pipeline,
+    is_exported,
+    make_pipeline,
+    open_denoiser,
+    sample_grid,
+    training_record,
+)
 from itarflow.training.finished import Finished
 from itarflow.training.held_out import Evaluation, evaluate_held_out
 from itarflow.training.loop import Loop
@@ -341,7 +347,7 @@ class _Training(Loop[_FlowStep, Summary]):
             return
         with whole_flow(self.model, self.recipe, self.ema, torch.device("cpu"), wanted=main) as flow:
             pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record, self.vae)
-            on_main(self.accelerator, lambda: replace_folder(self.run.pipeline, pipeline.save_pretrained))
+            on_main(self.accelerator, lambda: export_pipeline(pipeline, self.run.pipeline))
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import time
 
 import pytest
 import torch
@@ -239,6 +240,42 @@ def test_scalings_in_a_config_by_which_nothing_can_be_scaled_are_refused(tmp_pat
         load_vae(CodecConfig(vae=str(tmp_path)))
     if set(changes) == {"scaling_factor"}:  # one that is given counts
         assert load_vae(CodecConfig(vae=str(tmp_path), scaling_factor=0.5)).config.scaling_factor == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers_per_block": 100_000}, "layers_per_block is 100000, which does not go with its weights"),
+        ({"layers_per_block": "x"}, "layers_per_block"),
+        ({"block_out_channels": [8, 10**9]}, "block_out_channels"),
+        ({"_class_name": ["AutoencoderKL"]}, "it is "),
+        ({"layers_per_block": 1, "mid_block_add_attention": False}, "numbers; its weights hold"),
+    ],
+)
+def test_configs_that_do_not_go_with_the_weights_are_refused_before_anything_is_built(tmp_path, changes, words):
+    tiny_vae(layers_per_block=1).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    begun = time.monotonic()
+    with pytest.raises(OSError, match=words):
+        load_vae(CodecConfig(vae=str(tmp_path)))
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
+    vae = tiny_vae()
+    vae.decoder.conv_out.bias[0] = value
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"NaN or infinite values in decoder\.conv_out\.bias"):
+        load_vae(CodecConfig(vae=str(tmp_path)))
+
+
+def test_weights_that_are_a_pickle_alone_are_refused(tmp_path):
+    tiny_vae().save_pretrained(tmp_path, safe_serialization=False)
+    assert [path.suffix for path in tmp_path.glob("diffusion*")] == [".bin"]
+    with pytest.raises(OSError, match="can't be loaded"):
+        load_vae(CodecConfig(vae=str(tmp_path)))
 
 
 def test_names_of_weights_from_the_first_years_are_understood(tmp_path):

@@ -18,7 +18,6 @@ from itarflow.data.dataset import ImageDataset
 from itarflow.data.prepare.shards import (
     Reader,
     Shard,
-    file_sha256,
     plan_shards,
     read_ahead,
     read_contents,
@@ -27,7 +26,7 @@ from itarflow.data.prepare.shards import (
     write_shard,
 )
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import folder_lock
+from itarflow.runtime.files import file_sha256, folder_lock
 
 FEATURES = datasets.Features({"value": datasets.Value("int64")})
 

@@ -251,6 +251,29 @@ def as_integers(weights: dict[str, torch.Tensor]) -> None:
     weights |= {name: tensor.to(torch.int8) for name, tensor in weights.items()}
 
 
+def test_the_vae_of_a_denoiser_is_the_one_that_its_index_tells_of(latent):
+    assert load_denoiser(str(latent), vae=tiny_vae())
+    file = latent / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[0] += 1
+    save_file(weights, file)
+    with pytest.raises(OSError, match=r"vae/diffusion_pytorch_model\.safetensors .*SHA-256"):
+        load_denoiser(str(latent), vae=tiny_vae())
+
+
+def test_an_unknown_option_is_refused_beside_one_that_does_not_matter(folder):
+    ITARFlowPipeline.from_pretrained(folder, low_cpu_mem_usage=True)
+    with pytest.raises(ValueError, match="nonsense is no option"):
+        ITARFlowPipeline.from_pretrained(folder, low_cpu_mem_usage=True, nonsense=1)
+
+
+def test_as_many_classes_as_a_flow_may_have_can_be_stored(make_flow, tmp_path):
+    make_pipe(make_flow(num_classes=2**20), class_names=None).save_pretrained(tmp_path)
+    assert ITARFlowPipeline.from_pretrained(tmp_path).flow.config.num_classes == 2**20
+    with pytest.raises(ValueError, match=r"num_classes is 1048577; expected .* to 1,048,576"):
+        make_flow(num_classes=2**20 + 1)
+
+
 def with_nan(weights: dict[str, torch.Tensor]) -> None:
     next(iter(weights.values())).view(-1)[0] = float("nan")
 

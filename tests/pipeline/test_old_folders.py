@@ -1,5 +1,6 @@
 """Folders that earlier versions have written: one of 0.1, from before the package had wings."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +36,24 @@ def test_the_generic_loader_of_diffusers_runs_their_shims(tmp_path: Path, monkey
     pipe = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     torch.testing.assert_close(first_pixels(pipe), torch.tensor(PIXELS), rtol=0, atol=1e-4)
     assert callable(itarflow.denoise)
+
+
+def test_their_cards_are_brought_up_to_date_unless_somebody_edited_them(tmp_path: Path):
+    shutil.copytree(FOLDER, tmp_path / "old")
+    card = tmp_path / "old" / "README.md"
+    generated = card.read_text()
+    pipe = ITARFlowPipeline.from_pretrained(tmp_path / "old")
+    for edited in (
+        generated.replace("## What it is\n", "## What it is\n\nMine, of cats.\n"),
+        generated.replace("pipeline_tag", "license: mit\npipeline_tag"),
+        generated + "\nCall me.\n",
+    ):
+        card.write_text(edited)
+        assert not pipe.record(tmp_path / "old", "evaluations", lambda _: {"8 samples": "FID 3.5"})
+        assert card.read_text() == edited
+    card.write_text(generated)
+    assert pipe.record(tmp_path / "old", "evaluations", lambda _: {"8 samples": "FID 3.5"})
+    assert "| 8 samples | 3.5 |" in card.read_text()
 
 
 @pytest.mark.slow

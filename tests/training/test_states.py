@@ -309,7 +309,7 @@ def test_a_read_error_is_a_fault_and_not_the_end(state, monkeypatch):
     def fails(*args):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("itarflow.training.states._digest", fails)
+    monkeypatch.setattr("itarflow.training.states.file_sha256", fails)
     assert "Input/output error" in fault(state)
 
 

@@ -21,6 +21,8 @@ from itarflow.data import load as data
 from itarflow.data import load_data
 from itarflow.data.prepare.crop import PrepareConfig, prepare
 from itarflow.inverse import Guidance
+from itarflow.inverse.solvers import Jacobi
+from itarflow.pipeline.plan import InversePlan
 from itarflow.runtime.errors import DataError, RunError, TrainingError
 from itarflow.runtime.signals import Interrupted
 from itarflow.training import objective
@@ -120,6 +122,60 @@ def test_resuming_a_finished_run_adds_nothing(finished, tmp_path, capsys):
     assert "step 27 " in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
     assert (again.steps, again.held_out.nll) == (27, json.loads(before.splitlines()[-1])["held_out"]["nll"])
+
+
+def noted(run_dir, card="# Mine\n"):
+    """The pipeline of a run with what commands and people add to it: (index, card) as they are then."""
+    folder = run_dir / "pipeline"
+    pipe = ITARFlowPipeline.from_pretrained(folder)
+    pipe.record(folder, "evaluations", lambda _: {"8 samples": "FID 3.5"})
+    plan = InversePlan(solvers=(Jacobi(window=2),) * 2, num_tokens=(4, 4), device="cpu", batch_size=4)
+    pipe.record(folder, "plans", lambda _: [plan.to_json()])
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_shared": {"repo_id": "you/tiny", "license": "mit"}}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    if card is not None:
+        (folder / "README.md").write_text(card)
+    return index
+
+
+def test_a_resumed_finished_run_leaves_its_pipeline_alone_whatever_is_set_meanwhile(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    index, folder = noted(tmp_path / "run"), tmp_path / "run" / "pipeline"
+    del index["training"]["data_content"]  # as an earlier version wrote it
+    (folder / "model_index.json").write_text(json.dumps(index))
+    train(tiny_recipe(log_every=7, keep_states=3), tmp_path / "run", start="resume")
+    assert json.loads((folder / "model_index.json").read_text()) == index
+    assert (folder / "README.md").read_text() == "# Mine\n"
+
+
+def test_a_new_export_of_the_same_weights_keeps_what_was_measured_with_them(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    old = noted(tmp_path / "run", card=None)
+    train(tiny_recipe(guidance=Guidance(weight=2.5)), tmp_path / "run", start="resume")
+    folder = tmp_path / "run" / "pipeline"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["guidance"]["weight"] == 2.5
+    assert {name: index[name] for name in ("evaluations", "plans", "_shared")} == {
+        name: old[name] for name in ("evaluations", "plans", "_shared")
+    }
+    card = (folder / "README.md").read_text()
+    assert "| 8 samples | 3.5 |" in card
+    assert 'from_pretrained("you/tiny")' in card
+
+
+def test_an_export_of_other_weights_keeps_the_card_written_by_hand_but_no_figures(tmp_path):
+    train(tiny_recipe(), tmp_path / "run", max_steps=2)
+    noted(tmp_path / "run")
+    train(tiny_recipe(), tmp_path / "run", start="resume", max_steps=4)
+    folder = tmp_path / "run" / "pipeline"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["training"]["steps"] == 4
+    assert not index["evaluations"]
+    assert not index["plans"]
+    assert index["_shared"] == {"repo_id": "you/tiny", "license": "mit"}
+    assert (folder / "README.md").read_text() == "# Mine\n"
+    ITARFlowPipeline.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("undone", ["export", "evaluate", "_sample"])

@@ -33,7 +33,7 @@ from itarflow.data.dataset import ImageDataset
 from itarflow.data.loader import ignore_interrupts, watched, without_alarm
 from itarflow.data.made import Footer, StoredFile, read_footer
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import PARTIAL, atomically, write_json
+from itarflow.runtime.files import PARTIAL, atomically, file_sha256, write_json
 from itarflow.runtime.progress import image_progress
 from itarflow.runtime.text import listed, printable, without_folders
 
@@ -234,12 +234,6 @@ def write_shard(
             f"{shard.path.parent} can't be written: {error}. Whole files are kept; the same command goes on."
         ) from error
     return read_content(shard, shard.hidden(sha256), sha256)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_content(shard: Shard, path: Path, sha256: str) -> Content:

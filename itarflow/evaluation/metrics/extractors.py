@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itarflow.runtime.files import weights_digest
+from itarflow.runtime.files import file_sha256, weights_digest
 
 INCEPTION = "inception-v3-compat"
 """torch-fidelity's name of the Inception of 2015 that FID, sFID and the Inception Score are defined by."""
@@ -227,6 +227,5 @@ def _name(name: str, weights: Path | None, published: str) -> str:
     """The extractor's name, with the hash of weights that are not the published ones."""
     if weights is None:
         return name
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(weights)
     return name if found.startswith(published) else f"{name} of {found[:8]}"
