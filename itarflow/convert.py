@@ -105,11 +105,8 @@ def export_official(flow: TARFlow, path: str | os.PathLike[str]) -> Path:
     _check_exportable(flow)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomically(path) as partial, partial.open("wb") as file:  # torch would write the partial's name into it
-            torch.save(official_state(flow), file)
-    except (OSError, RuntimeError) as error:  # torch has its own for a full disk
-        raise OSError(f"{path} can't be written: {error}. What was there before is whole; make room.") from error
+    with atomically(path) as partial, partial.open("wb") as file:  # torch would write the partial's name into it
+        torch.save(official_state(flow), file)
     return path
 
 

@@ -257,7 +257,7 @@ def test_a_full_disk_is_told_in_torchs_words_too(monkeypatch, tmp_path):
         raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match=r"model\.pth can't be written: .*unexpected pos.* make room"):
+    with pytest.raises(OSError, match=r"model\.pth can't be written: .*unexpected pos.* Make room"):
         export_official(tiny(), tmp_path / "model.pth")
     assert not list(tmp_path.iterdir())
 

@@ -64,8 +64,8 @@ def save_samples(generations: Mapping[Path, Generation], state: PartialState, co
                 locks.enter_context(folder_lock(folder))
             manifests = {folder: manifest_of(generation, folder) for folder, generation in generations.items()}
             for folder, generation in generations.items():
-                for name in generation.variants:
-                    remove_partial(folder / name)
+                for place in (folder, *(folder / name for name in generation.variants)):
+                    remove_partial(place)
                 missing += begin_generation(generation, folder, manifests[folder], report)
 
         on_main(state, first)
