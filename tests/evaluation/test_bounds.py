@@ -22,7 +22,8 @@ UNIFORM = Noise("uniform", None)
 def normal_flow(make_flow: MakeFlow, scale: float = 1.0, size: int = 2) -> TARFlow:
     """The identity times `scale`: each pixel is normal with standard deviation 1 / scale, for itself."""
     plain = {"num_classes": 0, "noise_conditioned": False, "patch_size": 1, "in_channels": 1}
-    return make_flow(fresh=True, image_size=size, input_scale=scale, **plain)
+    single = size == 1  # a flow of one token has to learn it
+    return make_flow(fresh=True, image_size=size, input_scale=scale, learned_first_token=single, **plain)
 
 
 def grey(values: list[int], size: int = 2) -> Posterior:

@@ -169,7 +169,7 @@ def test_files_and_figures(pipelines, tmp_path):
     for result in written["results"]:
         if result["broken"] == 0:
             assert all(isinstance(result["values"][title], float) for title in written["metrics"]), result
-        assert Image.open(output / result["grid"]).size == (3 * 48 + 2 * 2, 2 * 48 + 2)
+        assert Image.open(output / result["grid"]).size == (5 * 48 + 4 * 2, 48)
     assert len({result["grid"] for result in written["results"]}) == 11
     assert written["settings"]["columns"]["tarflow"]["iterative: wide"]["t_max"] == 0.4
     values = {(r["generator"], r["method"]): r["values"]["nats/dim, wide"] for r in written["results"]}

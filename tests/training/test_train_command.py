@@ -140,7 +140,7 @@ def test_overrides_reach_the_recipe(run):
         "--dry-run", "--model.num-layers", 1, 2, 3, "--train.epochs", 7, "--train.no-compile", "--noise.t-max", 0.4,
         "--sampling.guidance.weight", 2.5, "--data.held-out-images", 20,
     )  # fmt: skip
-    for words in ("num_layers=1,2,3", "epochs=7", "t_max=0.4", "weight=2.5", "20 held-out images", "in 7 epochs"):
+    for words in ("num_layers=1,2,3", "epochs=7", "t_max=0.4", "weight=2.5", "20 held out", "in 7 epochs"):
         assert words in printed
 
 
