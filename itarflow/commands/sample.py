@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -23,13 +23,10 @@ from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.pictures import (
+    Grid,
     balanced_columns,
-    captioned_grid,
     check_picture,
-    grid_size,
-    image_grid,
     save_picture,
-    titled_grid,
 )
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import display_name, listed, printable
@@ -121,7 +118,7 @@ class Sample(OneGuidance):
             save_picture(plan.drawn(list(images)), self.output, {**facts, **named})
         say(f"{len(labels)} {'image' if len(labels) == 1 else 'images'} in {self.output}")
 
-    def _plan(self, pipe: ITARFlowPipeline, labels: list[int | None]) -> _Grid | None:
+    def _plan(self, pipe: ITARFlowPipeline, labels: list[int | None]) -> Grid | None:
         """How the grid is laid out, checked; None = there is none.
 
         Raises:
@@ -132,7 +129,7 @@ class Sample(OneGuidance):
         kinds = len(set(labels))
         columns = kinds if 2 <= kinds <= 12 else balanced_columns(len(labels))
         names = [class_name(pipe, label) for label in labels]
-        grid = _Grid(columns, names if self.captions and len(labels) > 1 and any(names) else None)
+        grid = Grid(columns, names if self.captions and len(labels) > 1 and any(names) else None)
         channels, height, width = pipe.picture_shape
         check_picture(self.output, grid.size(width, height, len(labels)), "L" if channels == 1 else "RGB")
         return grid
@@ -186,30 +183,3 @@ def _check_output(output: Path) -> None:
             "told from old ones. Name another folder, or empty this one."
         )
     check_writable(output.parent if output.suffix else output)
-
-
-class _Grid(NamedTuple):
-    """The layout of a grid of images."""
-
-    columns: int
-    names: Sequence[str] | None
-    """One an image; None = no captions."""
-
-    @property
-    def one_a_column(self) -> bool:
-        """Whether a name holds for all of its column."""
-        names = self.names or ()
-        return all(name == names[index % self.columns] for index, name in enumerate(names))
-
-    def size(self, width: int, height: int, count: int) -> tuple[int, int]:
-        """(width, height) in pixels of so many images of a size."""
-        lines = {} if self.names is None else {"titles": 1} if self.one_a_column else {"captions": 1}
-        return grid_size(width, height, count, self.columns, **lines)
-
-    def drawn(self, images: Sequence[Image.Image]) -> Image.Image:
-        """The grid."""
-        if self.names is None:
-            return image_grid(images, self.columns)
-        if self.one_a_column:
-            return titled_grid(images, self.names[: self.columns])
-        return captioned_grid(images, self.names, self.columns)

@@ -6,7 +6,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
@@ -179,6 +179,37 @@ def captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], colum
     for number, part in enumerate(rows):
         page.paste(part, (0, sum(above.height for above in rows[:number])))
     return page
+
+
+class Grid(NamedTuple):
+    """The layout of a grid of images.
+
+    Attributes:
+        columns: images a row.
+        names: a caption for each image; None = no captions.
+    """
+
+    columns: int
+    names: Sequence[str] | None
+
+    @property
+    def one_a_column(self) -> bool:
+        """Whether a name holds for all of its column."""
+        names = self.names or ()
+        return all(name == names[index % self.columns] for index, name in enumerate(names))
+
+    def size(self, width: int, height: int, count: int) -> tuple[int, int]:
+        """(width, height) in pixels of so many images of a size."""
+        lines = {} if self.names is None else {"titles": 1} if self.one_a_column else {"captions": 1}
+        return grid_size(width, height, count, self.columns, **lines)
+
+    def drawn(self, images: Sequence[Image.Image]) -> Image.Image:
+        """The grid."""
+        if self.names is None:
+            return image_grid(images, self.columns)
+        if self.one_a_column:
+            return titled_grid(images, self.names[: self.columns])
+        return captioned_grid(images, self.names, self.columns)
 
 
 def blank_figure(width: float, height: float) -> Figure:

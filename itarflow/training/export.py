@@ -23,13 +23,13 @@ from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.folder import CARD, is_free
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import atomically, file_sha256, replace_folder, restore_folder, write_json
+from itarflow.runtime.files import file_sha256, replace_folder, restore_folder, write_json
 from itarflow.runtime.hub import INDEX
 from itarflow.runtime.json_file import read_json
-from itarflow.runtime.pictures import image_grid
+from itarflow.runtime.pictures import Grid, save_picture
 from itarflow.runtime.pipeline_index import CHECKSUMS, MEASURED, SHARED, pipeline_index
 from itarflow.runtime.seeds import image_generators
-from itarflow.runtime.text import display_name, flat
+from itarflow.runtime.text import display_name, flat, printable
 from itarflow.training.held_out import Evaluation
 from itarflow.training.recipe import Recipe
 from itarflow.training.settings import FREE, to_json
@@ -94,9 +94,10 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
     made = dict(gather_object(list(zip(mine, images, strict=True))))
     if accelerator.is_main_process:
         columns = num_classes if 2 <= num_classes <= 12 else 8
+        classes = [printable(name) for name in pipeline.class_names]
+        names = [classes[index % len(classes)] for index in range(count)] if classes else None
         path.parent.mkdir(exist_ok=True)
-        with atomically(path) as whole:
-            image_grid([made[index] for index in range(count)], columns).save(whole)
+        save_picture(Grid(columns, names).drawn([made[index] for index in range(count)]), path)
 
 
 def is_exported(folder: Path, record: Mapping[str, Any]) -> bool:

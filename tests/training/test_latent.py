@@ -95,7 +95,7 @@ def test_a_run_resumed_with_another_decoder_is_the_uninterrupted_one(finished, r
 def test_the_grid_shows_images_and_the_pipeline_carries_the_vae(finished, vae_folder):
     run_dir, summary = finished
     grid = Image.open(summary.grid)
-    assert grid.size == (10 * 50 - 2, 48)  # ten images of eight pixels, six times as large
+    assert grid.size == (10 * 98 - 2, 96 + 21)  # ten images of eight pixels, twelve times as large, below their names
     weights = "diffusion_pytorch_model.safetensors"
     shared = load_file(run_dir / "pipeline" / "vae" / weights)
     assert all(torch.equal(value, shared[name]) for name, value in load_file(vae_folder / weights).items())
