@@ -214,12 +214,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             ValueError: wrong shapes, labels or noise levels.
         """
         images = self._checked_images(images)
-        labels = checks.checked_labels(labels, len(images), self.config.num_classes, self.device)
-        noise_level = (
-            checks.checked_noise_level(noise_level, len(images), self.device)
-            if self.config.noise_conditioned
-            else None
-        )
+        labels, noise_level = self._checked_condition(len(images), labels, noise_level)
         image_size, patch = self.config.image_size, self.patch_sizes[0]
         x = patchify(images, patch) * self.config.input_scale
         log_det = images.new_full((len(images),), images[0].numel() * math.log(self.config.input_scale))
@@ -292,10 +287,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
         self.check_noise_range(noise_level)
-        labels = checks.checked_labels(labels, len(z), self.config.num_classes, self.device)
-        noise_level = (
-            checks.checked_noise_level(noise_level, len(z), self.device) if self.config.noise_conditioned else None
-        )
+        labels, noise_level = self._checked_condition(len(z), labels, noise_level)
         guidance = guidance or Guidance()
         if not isinstance(guidance.blocks, int | None) and max(guidance.blocks, default=0) >= len(self.blocks):
             raise ValueError(

@@ -261,6 +261,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of named tensors on the CPU, of their types, shapes and bytes, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     """The SHA-256 of named tensors as float32, in order of their names."""
     digest = hashlib.sha256()

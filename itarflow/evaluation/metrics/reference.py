@@ -32,7 +32,7 @@ from itarflow.evaluation.metrics.extractors import INCEPTION, POOL_FEATURES, SPA
 from itarflow.evaluation.metrics.features import Extracted, Moments, extract
 from itarflow.evaluation.samples.npz import array_headers, read_array
 from itarflow.runtime.errors import RunError
-from itarflow.runtime.files import atomically, check_writable, open_regular, weights_digest
+from itarflow.runtime.files import atomically, check_writable, open_regular, tensors_sha256, weights_digest
 from itarflow.runtime.json_file import parse_json
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.progress import image_progress
@@ -333,18 +333,9 @@ def _write(reference: Reference, path: Path) -> None:
     if reference.features is not None:
         tensors["features"] = reference.features
     path.parent.mkdir(parents=True, exist_ok=True)
-    facts = {_KEY: json.dumps(asdict(reference.origin)), _CHECKSUM: _checksum(tensors)}
+    facts = {_KEY: json.dumps(asdict(reference.origin)), _CHECKSUM: tensors_sha256(tensors)}
     with atomically(path) as partial:
         save_file(tensors, partial, facts)
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """As they are, in float64."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> Reference:
@@ -354,7 +345,7 @@ def _read(path: Path) -> Reference:
             facts = file.metadata()
             origin = parse_json(facts[_KEY], Origin, str(path))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-        if facts.get(_CHECKSUM, "") not in ("", _checksum(tensors)):  # files of older versions have none
+        if facts.get(_CHECKSUM, "") not in ("", tensors_sha256(tensors)):  # files of older versions have none
             raise ValueError("its checksum is that of other numbers")
         return Reference(
             origin,

@@ -6,11 +6,10 @@ of ADM's evaluation suite (arr_0: uint8 (N, H, W, C)). All are uint8 tensors (n,
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from itarflow.data.picture_file import open_picture
 from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest, read_manifest
 from itarflow.evaluation.samples.npz import ArraySamples
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.files import atomically, check_no_link, open_regular
+from itarflow.runtime.files import atomically, check_no_link, open_regular, tensors_sha256
 from itarflow.runtime.json_file import parse_json
 from itarflow.runtime.text import listed, printable
 
@@ -119,7 +118,7 @@ def write_shard(path: Path, images: Tensor, labels: Tensor, broken: Tensor, orig
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"images": images, "labels": labels, "broken": broken}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    facts = {"range": path.stem, "origin": origin, "sha256": _checksum(tensors)}
+    facts = {"range": path.stem, "origin": origin, "sha256": tensors_sha256(tensors)}
     with atomically(path) as partial:
         save_file(tensors, partial, {_KEY: json.dumps(facts)})  # one entry: their order is not kept
 
@@ -173,7 +172,7 @@ def _read(path: Path, origin: str | None) -> tuple[dict[str, Tensor], dict[str, 
     if found != {name: (*kind, stop - start) for name, kind in kinds.items()}:
         held = ", ".join(f"{name} of {one.dtype}, shape {tuple(one.shape)}" for name, one in sorted(tensors.items()))
         raise _strange(path, f"it holds {held}; expected {stop - start} uint8 images, int64 labels and bools (broken)")
-    if facts is not None and facts.get("sha256") != _checksum(tensors):
+    if facts is not None and facts.get("sha256") != tensors_sha256(tensors):
         raise _strange(path, "its checksum is that of other images")
     if facts is not None and facts.get("range") != path.stem:
         raise _strange(path, f"it holds images {facts.get('range', 'unknown')}")
@@ -194,14 +193,6 @@ def set_aside(path: Path) -> None:
 def strange_files(folder: Path, expected: Sequence[str]) -> list[Path]:
     """Files of images in a folder whose names are not among the expected ones."""
     return [path for path in _whole(folder) if path.name not in expected]
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _range(path: Path) -> tuple[int, int]:
