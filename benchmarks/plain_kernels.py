@@ -17,7 +17,7 @@ import tyro
 
 from itarflow import TARFlow
 from itarflow.flow import nll_per_dim
-from itarflow.runtime import kernels
+from itarflow.runtime.kernels import cpu as kernels
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ GUIDED = Guidance(weight=1.5, blocks=1)
 @pytest.fixture(autouse=True)
 def _products_of_pytorch(monkeypatch):
     """Those of oneDNN are the same, but nobody counts them."""
-    monkeypatch.setattr("itarflow.runtime.kernels.ONEDNN", False)
+    monkeypatch.setattr("itarflow.runtime.kernels.cpu.ONEDNN", False)
 
 
 def square(flow: TARFlow, batch_size: int) -> int:

@@ -9,11 +9,10 @@ from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from itarflow.inverse.decoding import Function, PackedLayer
+from itarflow.inverse.decoding import PackedLayer
 from itarflow.runtime.kernels import Linear, attention, pack
 
 
@@ -99,25 +98,10 @@ def pack_layers(layers: Iterable[Layer], dtype: torch.dtype) -> tuple[PackedLaye
     """The layers, with their products in that type, for `run_layers`, which is `Layer.forward` with a cache."""
     return tuple(
         PackedLayer(
-            _norm(layer.attention_norm),
-            pack(layer.attention.qkv, dtype),
+            pack(layer.attention.qkv, dtype, layer.attention_norm),
             pack(layer.attention.proj, dtype),
-            _norm(layer.mlp_norm),
-            _hidden(cast(nn.Linear, layer.mlp[0]), layer.mlp[1], dtype),
+            pack(cast(nn.Linear, layer.mlp[0]), dtype, layer.mlp_norm, layer.mlp[1]),
             pack(cast(nn.Linear, layer.mlp[2]), dtype),
         )
         for layer in layers
     )
-
-
-def _hidden(linear: nn.Linear, activation: nn.Module, dtype: torch.dtype) -> Function:
-    packed = pack(linear, dtype)
-    if isinstance(activation, nn.GELU) and activation.approximate == "none":
-        return packed.gelu  # in the same kernel
-    return lambda x: activation(packed(x))
-
-
-def _norm(module: nn.LayerNorm) -> Function:
-    shape = tuple(module.normalized_shape)
-    weight, bias, epsilon = module.weight, module.bias, module.eps
-    return lambda x: F.layer_norm(x, shape, weight, bias, epsilon)  # a module takes half as long again to be called

@@ -22,18 +22,15 @@ from torch import Tensor
 from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.kernels import PackedLinear, attention
 
-Function = Callable[[Tensor], Tensor]
-
 
 class PackedLayer(NamedTuple):
     """A transformer layer for use without gradients."""
 
-    attention_norm: Function
     qkv: PackedLinear
+    """With the norm before it."""
     proj: PackedLinear
-    mlp_norm: Function
-    hidden: Function
-    """The first layer of the MLP with its activation."""
+    hidden: PackedLinear
+    """The first layer of the MLP, with the norm before it and GELU after it."""
     down: PackedLinear
 
 
@@ -171,11 +168,9 @@ def run_layers(
     Returns:
         (B', n, C).
     """
-    dtype = cache.dtype
     for layer, part in zip(layers, cache, strict=True):
-        qkv = layer.qkv(layer.attention_norm(x).to(dtype))
-        x = layer.proj.plus(_attend(qkv, part, window, temperature), x)
-        x = layer.down.plus(layer.hidden(layer.mlp_norm(x).to(dtype)), x)
+        x = layer.proj.plus(_attend(layer.qkv(x), part, window, temperature), x)
+        x = layer.down.plus(layer.hidden(x), x)
     return x
 
 

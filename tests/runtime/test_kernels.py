@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itarflow.runtime import kernels
 from itarflow.runtime.kernels import Linear, attention, linear, pack
+from itarflow.runtime.kernels import cpu as kernels
 
 onednn = pytest.mark.skipif(not kernels.ONEDNN, reason="float32 products don't go through oneDNN here")
 
@@ -52,8 +52,10 @@ def test_without_the_private_parts_all_is_pytorchs_to_the_bit(why, monkeypatch):
     assert (plain["ONEDNN"], plain["BLOCKS"]) == (False, False)
     x, weight, bias = arrays(200)
     assert torch.equal(plain["linear"](x, weight, bias), F.linear(x, weight, bias))
-    packed = plain["pack"](layer_of(weight, bias), torch.float32)
-    assert torch.equal(packed.gelu(x), F.gelu(F.linear(x, weight, bias)))
+    assert not plain["packs"](weight)
+    monkeypatch.setattr(kernels, "ONEDNN", False)
+    packed = pack(layer_of(weight, bias), torch.float32, activation=torch.nn.GELU())
+    assert torch.equal(packed(x), F.gelu(F.linear(x, weight, bias)))
     (q, k, v), _ = heads(9)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.equal(plain["attention"](q, k, v, causal=True), expected)
@@ -150,11 +152,13 @@ def test_the_module_has_the_state_and_the_start_of_torchs():
 def test_packed_layers(dtype):
     x, weight, bias = arrays(5)
     packed, given, residual = pack(layer_of(weight, bias), dtype), x.to(dtype), torch.randn(5, 96)
+    norm = torch.nn.LayerNorm(64).requires_grad_(False)
+    whole = pack(layer_of(weight, bias), dtype, norm, activation=torch.nn.GELU())
     assert kernels.ONEDNN or not packed.onednn
     expected = F.linear(x, weight, bias)
     tolerance = {"rtol": 0.02, "atol": 0.2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-4}
     torch.testing.assert_close(packed(given).float(), expected, **tolerance)
-    torch.testing.assert_close(packed.gelu(given).float(), F.gelu(expected), **tolerance)
+    torch.testing.assert_close(whole(x).float(), F.gelu(F.linear(norm(x), weight, bias)), **tolerance)
     added = packed.plus(given, residual)
     assert added.dtype == torch.float32
     torch.testing.assert_close(added, expected + residual, **tolerance)

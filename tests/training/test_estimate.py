@@ -84,7 +84,7 @@ def test_forward_flops_are_those_counted_by_hand(noise_conditioned):
 
 
 def test_training_takes_the_flops_of_three_forward_passes_as_a_real_step_does(monkeypatch):
-    monkeypatch.setattr("itarflow.runtime.kernels.ONEDNN", False)  # whose products the counter does not know
+    monkeypatch.setattr("itarflow.runtime.kernels.cpu.ONEDNN", False)  # whose products the counter does not know
     tiny = recipe(image_size=16, channels=64, head_dim=32)
     # In float64, whose products are PyTorch's own: the counter does not know oneDNN's, nor the CPU's fused attention.
     flow = tiny.model.build().double()

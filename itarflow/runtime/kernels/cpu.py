@@ -18,7 +18,7 @@ The gain depends on the CPU: `python benchmarks/plain_kernels.py` measures it. O
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -138,46 +138,25 @@ class _OneDnn(torch.autograd.Function):
         return grad_x, grad_weight, rows.sum(dim=0) if ctx.wants_bias else None
 
 
-class PackedLinear(NamedTuple):
-    """A linear layer that is used many times without gradients: its weights are cast, and laid out for oneDNN, once.
-
-    Made by `pack`. It keeps the values that the weights had then.
-    """
-
-    weight: Tensor
-    """(out, in), in oneDNN's own layout if `onednn`."""
-    bias: Tensor
-    onednn: bool
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (..., in), of the weight's type, -> (..., out)."""
-        if self.onednn:
-            return _product(x, self.weight, self.bias, "none", [], "")
-        return F.linear(x, self.weight, self.bias)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        """GELU of the product, in the same kernel where there is one."""
-        if self.onednn:
-            return _product(x, self.weight, self.bias, "gelu", [], "none")
-        return F.gelu(F.linear(x, self.weight, self.bias))
-
-    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The product, added to the residual (..., out), whose type the result has."""
-        if self.onednn and residual.dtype == x.dtype:
-            return _sum(x, residual, self.weight, self.bias, "add")
-        return residual + self(x).to(residual.dtype)
+def packs(weight: Tensor) -> bool:
+    """Whether oneDNN takes this weight in a layout of its own."""
+    knows = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return ONEDNN and weight.device.type == "cpu" and (weight.dtype == torch.float32 or knows)
 
 
-def pack(layer: nn.Linear, dtype: torch.dtype) -> PackedLinear:
-    """The layer with its present weights in that type."""
-    weight, bias = layer.weight.detach().to(dtype), layer.bias.detach().to(dtype)
-    onednn = ONEDNN and weight.device.type == "cpu" and (dtype == torch.float32 or _knows(dtype))
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if onednn else weight
-    return PackedLinear(packed, bias, onednn)
+def packed_weight(weight: Tensor) -> Tensor:
+    """The weight (out, in) in oneDNN's layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
-def _knows(dtype: torch.dtype) -> bool:
-    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
+    """x (..., in) by a `packed_weight`, with GELU in the same kernel."""
+    return _product(x, weight, bias, "gelu", [], "none") if gelu else _product(x, weight, bias, "none", [], "")
+
+
+def packed_sum(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The product of x (..., in) by a `packed_weight`, added to the residual (..., out), in the same kernel."""
+    return _sum(x, residual, weight, bias, "add")
 
 
 # -- attention --------------------------------------------------------------------------------------------------
