@@ -1,41 +1,162 @@
-"""Functions of tensors, recorded as CUDA graphs."""
+"""Functions of tensors, recorded as CUDA graphs and kept for later calls.
+
+To launch a kernel takes the host about as long as a small kernel takes the device; a graph launches hundreds at once.
+It has fixed shapes and addresses: inputs are copied to where it reads them, and what it returns is overwritten by its
+next run.
+"""
 
 from __future__ import annotations
 
+import gc
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from itarflow.runtime.devices import is_out_of_memory
+
 T = TypeVar("T")
+Entry = TypeVar("Entry")
 _RECORDING = threading.Lock()
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
+"""One a device: libraries keep a workspace for each stream that they have met, for good."""
 
 
-def record(function: Callable[..., T], *inputs: Tensor) -> Callable[..., T]:
+def record(function: Callable[..., T], *inputs: Tensor, pool: Any = None) -> Callable[..., T]:
     """The same function of tensors of the same shapes, as a CUDA graph.
 
-    The tensors that a call returns are overwritten by the next call.
+    The function is called three times. It must not read tensors' values on the host. If it can't be recorded, it is
+    returned as it is, with a warning.
+
+    Args:
+        function: of tensors; what it returns is overwritten by the next call.
+        inputs: an example of what it will be given.
+        pool: `torch.cuda.graph_pool_handle()`, memory that graphs share which never run at the same time; None = its
+            own.
+
+    Raises:
+        RuntimeError: the device's memory has run out.
     """
     given = [tensor.clone() for tensor in inputs]
-    # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time.
-    with torch.cuda.device(given[0].device), _RECORDING:
-        stream = torch.cuda.Stream()
+    device = given[0].device
+    # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time. What
+    # the garbage collector frees, such as other graphs, would end the recording.
+    with torch.cuda.device(device), _RECORDING, _no_collection():
+        stream = _STREAMS.setdefault(device, torch.cuda.Stream(device))
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries allocate at their first use, which can't be recorded
                 function(*given)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            result = function(*given)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                result = function(*given)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            warnings.warn(
+                f"kernels are launched one by one, which is slower: a CUDA graph could not be recorded ({error}).",
+                stacklevel=2,
+            )
+            return function
 
     def replay(*inputs: Tensor) -> T:
-        with torch.cuda.device(given[0].device):
+        with torch.cuda.device(device):
             for own, tensor in zip(given, inputs, strict=True):
                 own.copy_(tensor)
             graph.replay()
         return result
 
     return replay
+
+
+class Recordings(Generic[Entry]):
+    """What one owner has recorded, by key, until it is released, or the owner is gone. Copies begin empty.
+
+    All of it shares memory, so it is used in `turn`s, also by several threads and streams.
+
+    Args:
+        room: how many entries are kept; the one that was used longest ago is dropped.
+    """
+
+    def __init__(self, room: int = 64) -> None:
+        self._room, self._lock = room, threading.RLock()
+        self._entries: dict[Hashable, Entry] = {}
+        self._pool: Any = None
+        self._ended: torch.cuda.Event | None = None
+        _ALIVE.add(self)
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """Within, no other thread or stream uses the recordings."""
+        on_gpu = device.type == "cuda"
+        with self._lock:
+            if on_gpu and self._ended is not None:
+                torch.cuda.current_stream(device).wait_event(self._ended)
+            try:
+                yield
+            finally:
+                if on_gpu:
+                    self._ended = torch.cuda.current_stream(device).record_event()
+
+    @property
+    def pool(self) -> Any:
+        """The memory that the recordings share, for `record`."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+    def get(self, key: Hashable, make: Callable[[], Entry]) -> Entry:
+        """What is kept under a key, made if it is not there. Within `turn`."""
+        entry = self._entries.pop(key) if key in self._entries else make()
+        self._entries[key] = entry  # the newest is the last
+        while len(self._entries) > self._room:
+            del self._entries[next(iter(self._entries))]
+        return entry
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def release(self) -> bool:
+        """Drop all recordings and their memory, unless another thread uses them; returns whether there were any."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            there_were = bool(self._entries)
+            self._entries.clear()
+            self._pool = None
+            return there_were
+        finally:
+            self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recordings[Entry]:
+        return Recordings(self._room)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Recordings, (self._room,)
+
+
+_ALIVE: WeakSet[Recordings[Any]] = WeakSet()
+
+
+def release_recordings() -> bool:
+    """Drop the recordings of all owners, to give their memory back; returns whether there were any."""
+    released = [recordings.release() for recordings in list(_ALIVE)]
+    return any(released)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
