@@ -57,7 +57,10 @@ class PackedLinear(NamedTuple):
             return thin_product(x, self.weight, self.bias, self.norm, self.gelu, residual)
         if self.onednn and residual.dtype == self.weight.dtype and self.activation is None:
             return cpu.packed_sum(self._normed(x), residual, self.weight, self.bias)
-        return residual + self(x).to(residual.dtype)
+        product = self(x)
+        if product.device.type == "cuda" and torch.promote_types(product.dtype, residual.dtype) == residual.dtype:
+            return residual + product  # which is one kernel there
+        return residual + product.to(residual.dtype)
 
     @property
     def gelu(self) -> bool:

@@ -83,8 +83,13 @@ def register(schema: str, fake: Callable[..., Tensor]) -> None:
         fake: gives an empty result of the right shape and dtype.
     """
     name = schema.split("(")[0]
+
+    def launch(*given: Any) -> Tensor:
+        with torch.cuda.device_of(given[0]):  # Triton launches on the current device
+            return getattr(triton_kernels(), name)(*given)
+
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, lambda *given: getattr(triton_kernels(), name)(*given), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, launch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"itarflow::{name}", fake, lib=_LIBRARY)
 
 

@@ -135,7 +135,7 @@ def decode_attention(qkv: Tensor, cache: Tensor, position: Tensor, temperature: 
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _thin(
     x,
     weight,
@@ -233,7 +233,8 @@ def thin_product(
     m = max(16, triton.next_power_of_2(rows))
     wide = weight.element_size() > 2
     block_n = 32 if outputs >= _MANY else 16
-    block_k = 64 if m > 16 or wide else 128
+    plain = norm_weight is None
+    block_k = 128 if m == 16 and plain and not wide else 64
     _thin[(triton.cdiv(outputs, block_n),)](
         x,
         weight,
@@ -249,11 +250,11 @@ def thin_product(
         m=m,
         block_n=block_n,
         block_k=block_k,
-        block_s=8192 // m,
+        block_s=4096 // m,
         normed=norm_weight is not None,
         gelu=gelu,
         added=residual is not None,
-        stages=2 if m == 64 else 3 if norm_weight is not None or wide else 4,
-        num_warps=4 if norm_weight is None else 8,
+        stages=2 if m == 64 else 4 if m == 16 and not wide else 3,
+        num_warps=4 if plain else 8,  # so that two programs fit the registers of a multiprocessor
     )
     return out
