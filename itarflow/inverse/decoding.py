@@ -137,41 +137,49 @@ class CachedConditioner:
         """Whether attention of a single token reads the cache up to its own position, which it looks up itself."""
         return has_decode_attention(self.cache.tensor[0])
 
-    def advance(self, x: Tensor, z: Tensor, position: Tensor, length: int) -> None:
-        """Solve one token on the device, in place: x_{i+1} from x_i, at position i, which then is the next.
+    def solve(self, x: Tensor, z: Tensor, start: Tensor, count: int, length: int) -> None:
+        """Solve `count` tokens, one after another on the device, which need not wait for the host.
 
             x_{i+1} = z_{i+1} exp(alpha_{i+1}(x_{<=i})) + mu_{i+1}(x_{<=i})         (TARFlow, eq. 4)
 
-        At the last position it stays where it is, and solves the last token again.
-
         Args:
-            x: (B, N, D), known up to i.
+            x: (B, N, D), known up to `start`; those that follow are written.
             z: (B, N, D).
-            position: (1,) int64, i, from 0 to N - 2.
-            length: positions of the cache that are read, more than i, unless `reads_exactly`.
+            start: (1,) int64, the same for all samples.
+            count: i = start .. start + count - 1.
+            length: positions of the cache that are read, at least start + count, unless `reads_exactly`.
         """
-        mask = None
+        positions = start + torch.arange(count, device=x.device)
+        token, noise, solved = x.index_select(1, start), z.index_select(1, positions + 1), []
+        added = self.position[positions][:, None, None] + self.embedding
+        weights, masks = self.weights[positions], [None] * count
         if not self.reads_exactly:
-            allowed = (torch.arange(length, device=x.device) <= position)[None]
-            mask = attention_bias(allowed, self.cache.tensor.dtype)
-        shift, scale = self.at(x.index_select(1, position), Window(position, length, mask, causal=False))
-        following = position + 1
-        x.index_copy_(1, following, z.index_select(1, following) * scale + shift)
-        position.copy_(following.clamp_(max=x.shape[1] - 2))
+            allowed = torch.arange(length, device=x.device) <= positions[:, None]
+            masks = attention_bias(allowed, self.cache.tensor.dtype).split(1)
+        for index, (position, mask) in enumerate(zip(positions.split(1), masks, strict=True)):
+            window = Window(position, length, mask, causal=False)
+            shift, scale = self._affine(token, added[index], window, weights[index])
+            token = torch.addcmul(shift, noise[:, index : index + 1], scale)
+            solved.append(token)
+        x.index_copy_(1, positions + 1, torch.cat(solved, dim=1))
 
     def at(self, tokens: Tensor, window: Window) -> Affine:
         """As a call: (shift, scale), each (B, n, D), of the tokens that follow those (B, n, D) of the window."""
+        positions = window.positions
+        weights = self.weights[positions if isinstance(positions, slice) else positions[: len(tokens)]]
+        return self._affine(tokens, self.position[positions] + self.embedding, window, weights)
+
+    def _affine(self, tokens: Tensor, added: Tensor, window: Window, weights: Tensor) -> Affine:
+        """`at`, with what is added to the embedded tokens, (B', n, C), and the weights of guidance."""
         tokens = tokens.to(self.position.dtype)
         tokens = tokens if self.guidance is None else torch.cat((tokens, tokens))
-        x = self.proj_in.plus(tokens, self.position[window.positions] + self.embedding)
-        x = run_layers(self.layers, x, self.cache.reaching(window.length), window, self.temperature)
+        x = run_layers(
+            self.layers, self.proj_in.plus(tokens, added), self.cache.reaching(window.length), window, self.temperature
+        )
         shift, log_scale = self.split(self.proj_out(x))
         if self.guidance is None:
             return shift, log_scale.exp()
         (shift, shift_u), (log_scale, log_scale_u) = shift.chunk(2), log_scale.chunk(2)
-        positions = window.positions
-        scattered = isinstance(positions, Tensor) and positions.ndim == 2
-        weights = self.weights[positions[: len(shift)] if scattered else positions]  # type: ignore[index]
         return guide((shift, log_scale), (shift_u, log_scale_u), weights, self.guidance)
 
     def select(self, samples: Tensor) -> CachedConditioner:

@@ -54,18 +54,18 @@ class CachedConditioner(Protocol):
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine: ...  # noqa: D102
     def at(self, tokens: Tensor, window: Any) -> Affine: ...  # noqa: D102
     def scattered(self, start: Tensor, count: int, length: int) -> Any: ...  # noqa: D102
-    def advance(self, x: Tensor, z: Tensor, position: Tensor, length: int) -> None: ...  # noqa: D102
+    def solve(self, x: Tensor, z: Tensor, start: Tensor, count: int, length: int) -> None: ...  # noqa: D102
     def select(self, samples: Tensor) -> Self: ...  # noqa: D102
     def over(self, memory: Tensor) -> Self: ...  # noqa: D102
     def tensors(self) -> list[Tensor]: ...  # noqa: D102
 
 
 class _Loop(NamedTuple):
-    """What the loop over tokens reads and writes, see `inverse.decoding.CachedConditioner.advance`."""
+    """What the loop over tokens reads and writes, see `inverse.decoding.CachedConditioner.solve`."""
 
     x: Tensor
     z: Tensor
-    position: Tensor
+    start: Tensor
 
 
 @dataclass(frozen=True)
@@ -154,36 +154,31 @@ class GraphedConditioner:
 
     def sequential(self, z: Tensor, first: Affine, progress: Callable[[int], None] | None) -> Tensor:
         """See `solvers.SequentialConditioner`."""
-        total, recorded = z.shape[1], self._fixed.recorded
-        if not self._fixed.loops:
+        fixed, total = self._fixed, z.shape[1]
+        if not fixed.loops:
             zero = torch.zeros(1, dtype=torch.int64, device=z.device)
-            self._fixed.loops.append(_Loop(torch.zeros_like(z), torch.empty_like(z), zero))
-        loop = self._fixed.loops[0]
+            fixed.loops.append(_Loop(torch.zeros_like(z), torch.empty_like(z), zero))
+        loop = fixed.loops[0]
         loop.z.copy_(z)
         loop.x[:, :1] = z[:, :1] * first[1] + first[0]
-        loop.position.zero_()
         _report(progress, 1)
-        together = max(1, min(_TOGETHER, total - 1))
-        for position in range(0, total - 1, together):
-            length = self._length(position + together)
-            if length not in recorded:
-                recorded[length] = self._record_loop(loop, together, length)
-                loop.position.fill_(position)
-            recorded[length]()
-            _report(progress, min(together, total - 1 - position))
+        for start in range(0, total - 1, _TOGETHER):
+            count = min(_TOGETHER, total - 1 - start)
+            loop.start.fill_(start)
+            self._tokens(loop, count, self._length(start + count))()
+            _report(progress, count)
         return loop.x.clone()
 
-    def _record_loop(self, loop: _Loop, together: int, length: int) -> Callable[[], None]:
-        """`together` tokens from the loop's position on. To record them may solve some already, which then recur."""
-
-        def advance() -> None:
-            self._fixed.conditioner.advance(*loop, length)
-
-        def tokens() -> None:
-            for _ in range(together):
-                advance()
-
-        return self._recordings.record(tokens, device=loop.x.device, warm_up=advance)
+    def _tokens(self, loop: _Loop, count: int, length: int) -> Callable[[], None]:
+        """What solves so many tokens from the loop's start on, recorded."""
+        key, solve = ("tokens", count, length), self._fixed.conditioner.solve
+        if key not in self._fixed.recorded:
+            self._fixed.recorded[key] = self._recordings.record(
+                lambda: solve(*loop, count, length),
+                device=loop.x.device,
+                warm_up=lambda: solve(*loop, 1, length),  # a token that is solved again
+            )
+        return self._fixed.recorded[key]
 
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
         """See `solvers.Conditioner`."""
