@@ -13,8 +13,7 @@ H heads, E head width (C = H * E), L layers.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -22,7 +21,14 @@ import torch
 from torch import Tensor
 
 from itarflow.inverse.guidance import Affine, Guidance, guide
-from itarflow.runtime.kernels import PackedLinear, attention, attention_bias, decode_attention, has_decode_attention
+from itarflow.runtime.kernels import (
+    Cache,
+    PackedLinear,
+    attention,
+    attention_bias,
+    decode_attention,
+    has_decode_attention,
+)
 
 
 class PackedLayer(NamedTuple):
@@ -34,49 +40,6 @@ class PackedLayer(NamedTuple):
     hidden: PackedLinear
     """The first layer of the MLP, with the norm before it and GELU after it."""
     down: PackedLinear
-
-
-class Cache:
-    """The keys and values of all layers. It grows with the positions in use, to at most twice as many.
-
-    It grows by copying, so that attention reads contiguous memory. Unwritten positions are zero, not uninitialised:
-    masked values must be finite, too.
-
-    Args:
-        shape: (L, 2, B', H, N, E).
-        like: gives its dtype and device.
-        room: positions allocated at first.
-    """
-
-    def __init__(self, shape: Sequence[int], like: Tensor, room: int = 64) -> None:
-        *outer, self.num_tokens, width = shape
-        self.tensor = like.new_zeros(*outer, min(room, self.num_tokens), width)
-        """(L, 2, B', H, room, E)."""
-
-    def reaching(self, stop: int) -> Tensor:
-        """The tensor, grown if needed to hold positions 0 .. stop - 1."""
-        *outer, room, width = self.tensor.shape
-        if stop > room:
-            grown = self.tensor.new_zeros(*outer, min(max(stop, 2 * room), self.num_tokens), width)
-            grown[..., :room, :] = self.tensor
-            self.tensor = grown
-        return self.tensor
-
-    def over(self, memory: Tensor) -> Cache:
-        """An empty cache for the whole sequence, in the first of these values (n,), which are zero."""
-        *outer, _, width = self.tensor.shape
-        shape = (*outer, self.num_tokens, width)
-        cache = Cache(shape, self.tensor, room=0)
-        cache.tensor = memory[: math.prod(shape)].view(shape)
-        return cache
-
-    def select(self, rows: Tensor) -> Cache:
-        """A copy of some of the B' rows."""
-        chosen = self.tensor.index_select(2, rows)
-        *outer, _, width = chosen.shape
-        cache = Cache((*outer, self.num_tokens, width), chosen[..., :0, :], room=0)
-        cache.tensor = chosen
-        return cache
 
 
 class Window(NamedTuple):
