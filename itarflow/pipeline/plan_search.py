@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -22,6 +22,7 @@ from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Affine
 from itarflow.inverse.solvers import Conditioner, Guess, Jacobi, Progress, sequential
 from itarflow.pipeline.plan import InversePlan, tokens_of_blocks
+from itarflow.runtime.graphed import DeviceConditioner
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
 """Of the solvers; tried in this order until the images are close enough."""
@@ -146,13 +147,39 @@ class _Counted:
     evaluations: list[int]
 
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
+        self.count()
+        return self.conditioner(tokens, start, stop)
+
+    def count(self) -> None:
         if time.perf_counter() > self.deadline:
             raise _StoppedError
         self.evaluations[0] += 1
-        return self.conditioner(tokens, start, stop)
 
     def select(self, samples: Tensor) -> _Counted:
-        return replace(self, conditioner=self.conditioner.select(samples))
+        return _counted(self.conditioner.select(samples), self.deadline, self.evaluations)
+
+
+@dataclass
+class _CountedOnDevice(_Counted):
+    """The same of a conditioner that runs loops itself."""
+
+    conditioner: DeviceConditioner
+
+    def sequential(self, z: Tensor, first: Affine, progress: Progress | None) -> Tensor:
+        self.evaluations[0] += z.shape[1] - 1
+        return self.conditioner.sequential(z, first, progress)
+
+    def iterate(
+        self, step: Callable[..., tuple[Tensor, ...]], key: Hashable, count: int, stop: int, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        self.count()
+        return self.conditioner.iterate(step, key, count, stop, *state)
+
+
+def _counted(conditioner: Conditioner, deadline: float, evaluations: list[int]) -> _Counted:
+    if isinstance(conditioner, DeviceConditioner):
+        return _CountedOnDevice(conditioner, deadline, evaluations)
+    return _Counted(conditioner, deadline, evaluations)
 
 
 @dataclass(frozen=True)
@@ -194,7 +221,7 @@ class _Trial:
 def _timed(
     solver: Jacobi, conditioner: Conditioner, z: Tensor, first: Affine, exact: Tensor, limit: float, repeats: int
 ) -> Timing:
-    exactly = solver.window == 1  # which a conditioner may do by itself
+    solve = sequential if solver.window == 1 else solver
     seconds, evaluations, difference = [], [0], math.nan
     warm_up = int(z.device.type == "cuda")  # when graphs are recorded; not timed
     for turn in range(warm_up + repeats):
@@ -202,15 +229,13 @@ def _timed(
         began, evaluations = time.perf_counter(), [0]
         deadline = began + (limit if turn >= warm_up else 3 * limit)
         try:
-            counted = _Counted(conditioner, deadline, evaluations)
-            x = sequential(conditioner, z, first) if exactly else solver(counted, z, first)
+            x = solve(_counted(conditioner, deadline, evaluations), z, first)
             _wait(z.device)
         except _StoppedError:
             return Timing(solver, math.inf, evaluations[0], math.nan)
         seconds.append(time.perf_counter() - began)
         difference = float((x - exact).abs().max())
-    number = z.shape[1] - 1 if exactly else evaluations[0]
-    return Timing(solver, statistics.median(seconds[warm_up:]), number, difference)
+    return Timing(solver, statistics.median(seconds[warm_up:]), evaluations[0], difference)
 
 
 def _wait(device: torch.device) -> None:
