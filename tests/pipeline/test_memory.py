@@ -124,7 +124,7 @@ def test_a_cache_that_can_not_fit_is_refused_before_work(pipe, monkeypatch, neve
     needed = cache_bytes(pipe, 2, 4)  # guided
     free(monkeypatch, needed - 1)
     message = (
-        r"one image needs at least 1 KiB for the flow's inverse.*cpu \(cpu\) has .* free.*bfloat16 for inverse_dty"
+        r"one image needs at least 1 KiB for the flow's inverse.*cpu \(cpu\) has .* free.*bfloat16 for inverse_dtype"
     )
     with pytest.raises(ValueError, match=message):
         images_of(pipe, method="skip")
