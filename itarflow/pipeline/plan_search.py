@@ -21,7 +21,7 @@ from itarflow.flow.block import AutoregressiveBlock, Condition
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Affine
 from itarflow.inverse.solvers import Conditioner, Guess, Jacobi, Progress, sequential
-from itarflow.pipeline.plan import InversePlan, tokens_of_blocks
+from itarflow.pipeline.plan import InversePlan, place_of, tokens_of_blocks
 from itarflow.runtime.graphed import DeviceConditioner
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
@@ -273,6 +273,7 @@ def find_plan(
     images: Callable[..., Iterable[Tensor]],
     *,
     batch_size: int,
+    dtype: torch.dtype | None = None,
     largest_difference: float,
     windows: Sequence[int] = (4, 8, 16, 32, 64, 128, 256),
     repeats: int = 3,
@@ -286,6 +287,7 @@ def find_plan(
         images: images(solver=..., progress=...), an iterator of images (n, C, H, W) in [0, 1] to compare: the more
             there are, the surer the result. It is consumed no further than needed.
         batch_size: images that `invert` inverts.
+        dtype: of the transformers' products in `invert` and `images`; None = the weights'.
         largest_difference: of a pixel of an image, >= 0, such as 1 / 255. Half of it is left as a margin for
             images that are not compared.
         windows: to try, besides the whole sequence; those longer than a block are left out.
@@ -296,7 +298,7 @@ def find_plan(
         ValueError: a number out of its range, or exact images that are not finite.
     """
     check_search(largest_difference, windows, repeats)
-    num_tokens = tokens_of_blocks(flow)
+    num_tokens, where = tokens_of_blocks(flow), place_of(flow.device, dtype or flow.dtype)
     expected = list(images(solver=sequential, progress=partial(progress, "exact images")))
     limit = largest_difference / 2
     if not all(part.isfinite().all() for part in expected):
@@ -312,8 +314,8 @@ def find_plan(
         plan = InversePlan(
             solvers=tuple(block.fastest.solver for block in blocks),
             num_tokens=num_tokens,
-            device=flow.device.type,
             batch_size=batch_size,
+            **where,
         )
         in_turns = {"exact": sequential, "planned": plan.solvers_of(flow)}
         seconds: dict[str, list[float]] = {name: [] for name in in_turns}
@@ -334,7 +336,6 @@ def find_plan(
         plan = replace(plan, solvers=(Jacobi(window=1),) * len(num_tokens))
         medians, difference = {**medians, "planned": medians["exact"]}, 0.0
     facts = {
-        "device": torch.cuda.get_device_name(flow.device) if plan.device == "cuda" else plan.device,
         "threads": torch.get_num_threads(),
         "tolerance": tolerance,
         "largest difference of a pixel": difference,
