@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,24 +22,33 @@ Guess = Literal["z", "zero"]
 """Where an iteration starts."""
 
 
+Progress = Callable[[int], None]
+"""Called with the number of tokens that have just been solved."""
+
+
 class Conditioner(Protocol):
     """Gives the affine maps of tokens from the tokens before them."""
 
-    def __call__(self, tokens: Tensor, start: int | Tensor) -> Affine:
+    def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
         """(shift, scale), each (B, n, D), of the tokens at positions start + 1 .. start + n.
 
         Args:
             tokens: (B, n, D), at positions start .. start + n - 1. Earlier calls must have given all tokens before
                 them; of a token given twice the last value counts.
             start: one position for all samples, or (B,) int64.
+            stop: the largest start + n, which a caller who knows it spares the host to wait for.
         """
 
     def select(self, samples: Tensor) -> Conditioner:
         """A conditioner for the samples of the batch with these indices (b,) only."""
 
 
-Progress = Callable[[int], None]
-"""Called with the number of tokens that have just been solved."""
+@runtime_checkable
+class SequentialConditioner(Conditioner, Protocol):
+    """A conditioner that runs the loop over tokens itself, as on a device that need not wait for the host."""
+
+    def sequential(self, z: Tensor, first: Affine, progress: Progress | None) -> Tensor:
+        """The result of the solver `sequential`, whose arguments these are."""
 
 
 class Solver(Protocol):
@@ -75,6 +84,8 @@ def sequential(
 
     x_0 = z_0,  x_i = z_i exp(alpha_i(x_{<i})) + mu_i(x_{<i})       (TARFlow, eq. 4)
     """
+    if isinstance(conditioner, SequentialConditioner):
+        return conditioner.sequential(z, first, progress)
     tokens: list[Tensor] = []
     shift, scale = first
     for position, token in enumerate(z.split(1, dim=1)):
@@ -164,8 +175,8 @@ class Jacobi:
             given = start[:, None] + torch.arange(count, device=z.device)
             window = given + 1
             # 2.
-            together = min(high - 1, total - 1 - count) == low - 1
-            shift, scale = conditioner(_take(x, given), low - 1 if together else start)
+            last = min(high - 1, total - 1 - count)
+            shift, scale = conditioner(_take(x, given), low - 1 if last == low - 1 else start, last + count)
             before = _take(x, window)
             final = window < known[:, None]
             after = torch.where(final[..., None], before, _take(z, window) * scale + shift)

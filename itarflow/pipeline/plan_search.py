@@ -145,11 +145,11 @@ class _Counted:
     deadline: float
     evaluations: list[int]
 
-    def __call__(self, tokens: Tensor, start: int | Tensor) -> Affine:
+    def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
         if time.perf_counter() > self.deadline:
             raise _StoppedError
         self.evaluations[0] += 1
-        return self.conditioner(tokens, start)
+        return self.conditioner(tokens, start, stop)
 
     def select(self, samples: Tensor) -> _Counted:
         return replace(self, conditioner=self.conditioner.select(samples))
@@ -194,7 +194,7 @@ class _Trial:
 def _timed(
     solver: Jacobi, conditioner: Conditioner, z: Tensor, first: Affine, exact: Tensor, limit: float, repeats: int
 ) -> Timing:
-    solve = sequential if solver.window == 1 else solver
+    exactly = solver.window == 1  # which a conditioner may do by itself
     seconds, evaluations, difference = [], [0], math.nan
     warm_up = int(z.device.type == "cuda")  # when graphs are recorded; not timed
     for turn in range(warm_up + repeats):
@@ -202,13 +202,15 @@ def _timed(
         began, evaluations = time.perf_counter(), [0]
         deadline = began + (limit if turn >= warm_up else 3 * limit)
         try:
-            x = solve(_Counted(conditioner, deadline, evaluations), z, first)
+            counted = _Counted(conditioner, deadline, evaluations)
+            x = sequential(conditioner, z, first) if exactly else solver(counted, z, first)
             _wait(z.device)
         except _StoppedError:
             return Timing(solver, math.inf, evaluations[0], math.nan)
         seconds.append(time.perf_counter() - began)
         difference = float((x - exact).abs().max())
-    return Timing(solver, statistics.median(seconds[warm_up:]), evaluations[0], difference)
+    number = z.shape[1] - 1 if exactly else evaluations[0]
+    return Timing(solver, statistics.median(seconds[warm_up:]), number, difference)
 
 
 def _wait(device: torch.device) -> None:
