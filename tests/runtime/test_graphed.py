@@ -205,7 +205,7 @@ def test_threads_take_turns(make_flow, make_inputs):
         torch.testing.assert_close(images, expected(z=z))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("solver", [sequential, Jacobi(window=5, tolerance=0.0)], ids=["sequential", "5"])
 def test_cuda_graphs_give_the_result_of_the_cpu(make_flow, make_inputs, solver):
     flow = make_flow(image_size=16, patch_size=1, channels=32, head_dim=16, num_layers=(2, 2))
