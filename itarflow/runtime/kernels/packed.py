@@ -62,6 +62,10 @@ class PackedLinear(NamedTuple):
             return residual + product  # which is one kernel there
         return residual + product.to(residual.dtype)
 
+    def tensors(self) -> list[Tensor]:
+        """All that it reads."""
+        return [self.weight, self.bias, *(() if self.norm is None else self.norm[:2])]
+
     @property
     def gelu(self) -> bool:
         """Whether GELU follows, as `torch.nn.functional.gelu` computes it by default."""
