@@ -161,6 +161,7 @@ def test_packed_layers_take_the_kernel_where_it_is(kernels, monkeypatch):
         torch.testing.assert_close(bare.plus(x, residual), residual + expected)
         assert len(taken) == 2
         bare(torch.randn(MOST_ROWS + 1, 64))
+        bare.plus(x, residual[:1])  # which is broadcast
         pack(layer, torch.float32, activation=torch.nn.SiLU())(x)
     bare(x.requires_grad_()).sum().backward()
     assert len(taken) == 2
@@ -230,6 +231,29 @@ def test_a_slower_kernel_and_one_without_memory_are_left_out_in_silence(kernels,
 
     spoil(kernels, monkeypatch, full)
     assert not has_it()
+
+
+def test_the_time_of_a_call_is_the_median_of_the_device(monkeypatch):
+    pauses, calls, events = [], [], iter([900, 7, 5, 600, 3, 4])  # the first turn warms up
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            calls.append("event")
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return 20.0 * next(events)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", pauses.append, raising=False)
+    assert proof._milliseconds(calls.append) == 5
+    assert calls == ["event", *range(20), "event"] * 6
+    assert len(pauses) == 6
 
 
 def test_it_is_tried_once_by_all_threads(kernels, monkeypatch):

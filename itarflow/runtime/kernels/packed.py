@@ -73,8 +73,9 @@ class PackedLinear(NamedTuple):
 
     def _is_thin(self, x: Tensor, residual: Tensor | None) -> bool:
         """Whether a GPU's kernel for few rows takes all of it."""
-        known = self.activation is None or self.gelu
-        return known and has_thin_product(x, self.weight, self.norm is not None, self.gelu, residual)
+        if self.onednn or not (self.activation is None or self.gelu):
+            return False
+        return has_thin_product(x, self.weight, self.norm is not None, self.gelu, residual)
 
     def _normed(self, x: Tensor) -> Tensor:
         if self.norm is None:

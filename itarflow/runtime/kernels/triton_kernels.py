@@ -49,6 +49,11 @@ def _decode(
     if tempered:
         q = q / tl.load(temperature + row).to(tl.float32)
     keys = cache + row.to(tl.int64) * cache_row + head.to(tl.int64) * cache_head
+    k_new, v_new = tl.load(new + channels), tl.load(new + 2 * channels)
+    if split == 0:  # nobody reads them there before the next token
+        place_new = keys + last * width + e
+        tl.store(place_new, k_new)
+        tl.store(place_new + cache_kv, v_new)
     per_split = tl.cdiv(tl.cdiv(last, block), splits) * block
     start = split * per_split
     stop = tl.minimum(start + per_split, last)
@@ -72,10 +77,6 @@ def _decode(
     total_all = tl.sum(total * share, axis=0)
     mixed_all = tl.sum(mixed * share[:, None], axis=0)
     if split == 0:  # which adds the new token, too
-        k_new, v_new = tl.load(new + channels), tl.load(new + 2 * channels)
-        place_new = keys + last * width + e
-        tl.store(place_new, k_new)
-        tl.store(place_new + cache_kv, v_new)
         logit = tl.sum(k_new.to(tl.float32) * q, axis=0)
         higher_all = tl.maximum(top, logit)
         fade_all, weight_new = tl.exp2(top - higher_all), tl.exp2(logit - higher_all)
@@ -161,6 +162,11 @@ def _thin(
     r, n = tl.arange(0, m), tl.program_id(0) * block_n + tl.arange(0, block_n)
     is_row, is_output = r < rows, n < outputs
     element = weight.dtype.element_ty
+    # What is added at the end is under way meanwhile.
+    shift = tl.load(bias + n, mask=is_output, other=0.0).to(tl.float32)
+    place_out, kept = r[:, None] * outputs + n[None, :], is_row[:, None] & is_output[None, :]
+    if added:
+        given = tl.load(residual + place_out, mask=kept, other=0.0).to(tl.float32)
     mean, deviation = tl.zeros((m,), tl.float32), tl.zeros((m,), tl.float32)
     if normed:
         # Parts are merged by Chan's formula: no difference of large sums.
@@ -172,10 +178,10 @@ def _thin(
             count = tl.minimum(inputs - first, block_s).to(tl.float32)
             part_mean = tl.sum(part, axis=1) / count
             centred = tl.where(inside, part - part_mean[:, None], 0.0)
-            shift = part_mean - mean
-            squares += tl.sum(centred * centred, axis=1) + shift * shift * (seen * count / (seen + count))
+            change = part_mean - mean
+            squares += tl.sum(centred * centred, axis=1) + change * change * (seen * count / (seen + count))
             seen += count
-            mean += shift * (count / seen)
+            mean += change * (count / seen)
         deviation = 1.0 / tl.sqrt(squares / inputs + epsilon)
     k = tl.arange(0, block_k)
     product = tl.zeros((m, block_n), tl.float32)
@@ -206,14 +212,11 @@ def _thin(
             a_other = (a_other.to(tl.float32) - mean[:, None]) * deviation[:, None] * g[None, :] + b[None, :]
         product = tl.dot(a.to(element), w, product, input_precision="ieee")
         other = tl.dot(a_other.to(element), w_other, other, input_precision="ieee")
-    product += other
-    product += tl.load(bias + n, mask=is_output, other=0.0).to(tl.float32)[None, :]
+    product += other + shift[None, :]
     if gelu:
         product = 0.5 * product * (1.0 + tl.math.erf(product * 0.7071067811865476))
-    kept = is_row[:, None] & is_output[None, :]
-    place_out = r[:, None] * outputs + n[None, :]
     if added:
-        product += tl.load(residual + place_out, mask=kept, other=0.0).to(tl.float32)
+        product += given
     tl.store(out + place_out, product.to(out.dtype.element_ty), mask=kept)
 
 
@@ -250,11 +253,11 @@ def thin_product(
         m=m,
         block_n=block_n,
         block_k=block_k,
-        block_s=4096 // m,
+        block_s=max(128, 4096 // m),
         normed=norm_weight is not None,
         gelu=gelu,
         added=residual is not None,
-        stages=2 if m == 64 else 4 if m == 16 and not wide else 3,
+        stages=2 if m == 64 else 3 if m == 32 or wide else 5 if plain else 4,
         num_warps=4 if plain else 8,  # so that two programs fit the registers of a multiprocessor
     )
     return out
