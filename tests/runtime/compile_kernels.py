@@ -2,7 +2,8 @@
 
 python tests/runtime/compile_kernels.py
 
-A variant whose registers spill to memory, or that needs more shared memory than that GPU has, ends it with an error.
+A variant of which more than a few registers spill to memory, or that needs more shared memory than that GPU has, ends
+it with an error.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from itarflow.runtime.kernels import triton_kernels
 
 SHARED = {80: 163, 86: 99, 90: 227}
 """KiB that a program may have, by compute capability."""
+FEW = 64
+"""Bytes of registers that may be spilled, as happens around loops."""
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
@@ -76,9 +79,10 @@ class Launcher:
             built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
             used = usage(built.asm["cubin"])
             shared = built.metadata.shared / 1024
-            print(f"{self.name} {what} sm_{capability}: {used['REG']} registers, {shared:.0f} KiB", flush=True)  # noqa: T201
-            if used["STACK"] or shared > available:
-                raise SystemExit(f"{used['STACK']} bytes spilled, {shared:.0f} of {available} KiB of shared memory")
+            said = f"{used['REG']} registers, {used['STACK']} bytes spilled, {shared:.0f} KiB"
+            print(f"{self.name} {what} sm_{capability}: {said}", flush=True)  # noqa: T201
+            if used["STACK"] > FEW or shared > available:
+                raise SystemExit("too much is spilled, or shared")
 
 
 def usage(binary: bytes) -> dict[str, int]:
