@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 import traceback
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,20 +24,33 @@ class Everything(Options):
 
     out: Path = Path("figures")
     """Folder for the JSON files; --json plays no part."""
+    minutes: float | None = None
+    """Time for all of it, split between the paths: repetitions, then cases are left out. None = as long as it takes,
+    which with a peer is more than twenty for a model of the papers' sizes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.minutes is not None and not self.minutes > 0:
+            raise ValueError(f"--minutes is {self.minutes}; expected a number > 0, or None.")
 
     def run(self, command: str, console: Console) -> None:
         """Measure all; raises ValueError in the end if something failed."""
         shared = {field.name: getattr(self, field.name) for field in fields(Options)}
         benches: list[Bench] = [Inverse(**shared), Score(**shared), Sample(**shared, steps=30), Train(**shared)]
+        end = math.inf if self.minutes is None else time.monotonic() + 60 * self.minutes
         failed = []
-        for bench in benches:
+        for done, bench in enumerate(benches):
             dtype = "bf16" if isinstance(bench, Train) else self.dtype
+            now = time.monotonic()
+            until = now + max(0.0, end - now) / (len(benches) - done)
             try:
-                measure(replace(bench, dtype=dtype, json=self.out / f"{bench.name}.json"), command, console)
-            except (RuntimeError, ValueError):
+                measure(replace(bench, dtype=dtype, json=self.out / f"{bench.name}.json"), command, console, until)
+            except Exception:  # whatever it is, the other paths' figures are worth having
                 failed.append(bench.name)
                 console.print(traceback.format_exc(), markup=False)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         if failed:
-            raise ValueError(f"{', '.join(failed)} could not be measured; see above. The others are in {self.out}/.")
+            raise ValueError(
+                f"of {', '.join(failed)} not all could be measured; see above. What could is in {self.out}/."
+            )

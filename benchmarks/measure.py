@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import multiprocessing
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,16 +20,23 @@ from report import Record, print_table, quartiles, write_json
 from resident import give_back_freed_tensors
 from rich.console import Console
 from subject import DTYPES, Subject, open_subject
-from timing import Case, Timing, Variant, timed_in_turns, working_memory
+from timing import Case, Failure, Timing, Variant, release, timed_in_turns, working_memory
 
 REFERENCE = "peer"
 
 
-def measure(bench: Bench, command: str, console: Console) -> list[Record]:
+def measure(bench: Bench, command: str, console: Console, until: float = math.inf) -> list[Record]:
     """Measure, print a table, and write JSON after each case, so that what is done is not lost.
 
+    Args:
+        bench: what is measured.
+        command: by which, for the records.
+        console: where it is told.
+        until: of `time.monotonic()`, after which no case begins, and no repetition that can be left out.
+
     Raises:
-        ValueError: settings that do not fit together, or no such variant.
+        ValueError: settings that do not fit together, or no such variant; after all else, if a variant failed or there
+            was no time for a case.
         OSError: model or peer can't be loaded.
     """
     device = bench.torch_device()
@@ -41,17 +49,28 @@ def measure(bench: Bench, command: str, console: Console) -> list[Record]:
         bench.json.parent.mkdir(parents=True, exist_ok=True)  # or refused before any work
     peaks = measured_peaks(device)
     records: list[Record] = []
+    missing: list[str] = []
     try:
         for size, case in chosen:
+            if time.monotonic() > until:
+                missing.append(f"{case.name} of {size} images: no time is left")
+                continue
             console.print(f"{case.name}, {size} images: {'; '.join(v.name for v in case.variants)}", style="dim")
             memory = [_memory(bench, size, case, variant) for variant in case.variants]
-            timings = timed_in_turns(case.variants, bench.repeats, bench.warm_up, device)
-            records += _records(bench, subject, size, case, timings, memory, peaks, command)
+            timings = timed_in_turns(case.variants, bench.repeats, bench.warm_up, device, until)
+            measured = {v.name: t for v, t in zip(case.variants, timings, strict=True) if isinstance(t, Timing)}
+            for variant, *found in zip(case.variants, timings, memory, strict=True):
+                reasons = {one.reason for one in found if isinstance(one, Failure)}
+                missing += [f"{case.name} of {size} images, {variant.name}: {reason}" for reason in sorted(reasons)]
+            used = {v.name: m for v, m in zip(case.variants, memory, strict=True) if not isinstance(m, Failure)}
+            records += _records(bench, subject, size, case, measured, used, peaks, command)
             if bench.json is not None:
                 write_json(records, bench.json)
     finally:  # also if memory runs out in a later case
         if records:
             print_table(records, console)
+    if missing:
+        raise ValueError("not measured: " + "; ".join(missing))
     return records
 
 
@@ -69,14 +88,19 @@ def _chosen(bench: Bench, case: Case) -> Case:
     return Case(case.name, [variant for variant in case.variants if not bench.only or variant.name in bench.only])
 
 
-def _memory(bench: Bench, batch_size: int, case: Case, variant: Variant) -> int | None:
+def _memory(bench: Bench, batch_size: int, case: Case, variant: Variant) -> int | Failure | None:
     if not bench.memory:
         return None
-    if bench.torch_device().type == "cuda":
-        return working_memory(variant, bench.torch_device())
-    give_back_freed_tensors()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_alone, bench, batch_size, case.name, variant.name, torch.get_num_threads()).result()
+    try:
+        if bench.torch_device().type == "cuda":
+            return working_memory(variant, bench.torch_device())
+        give_back_freed_tensors()
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(_alone, bench, batch_size, case.name, variant.name, torch.get_num_threads()).result()
+    except Exception as error:  # the others are measured all the same
+        return Failure.of(error)
+    finally:
+        release(bench.torch_device())
 
 
 def _alone(bench: Bench, batch_size: int, case_name: str, variant_name: str, threads: int) -> int | None:
@@ -93,18 +117,19 @@ def _records(
     subject: Subject,
     batch_size: int,
     case: Case,
-    timings: Sequence[Timing],
-    memory: Sequence[int | None],
+    timings: Mapping[str, Timing],
+    memory: Mapping[str, int | None],
     peaks: Peaks,
     command: str,
 ) -> list[Record]:
-    names = [variant.name for variant in case.variants]
-    reference = names.index(REFERENCE) if REFERENCE in names else 0
+    """Of the variants that did not fail, by name; compared with the peer, or without one with the first."""
+    reference = REFERENCE if REFERENCE in timings else next(iter(timings), None)
     records = []
-    for index, (variant, timing) in enumerate(zip(case.variants, timings, strict=True)):
+    for variant in (variant for variant in case.variants if variant.name in timings):
+        timing, compared = timings[variant.name], variant.name != reference
         low, middle, high = quartiles(timing.seconds)
         least, peak = variant.floor(peaks), peaks[DTYPES[variant.dtype]]
-        own, other, compared = memory[index], memory[reference], index != reference
+        own, other = memory.get(variant.name), memory.get(reference)
         finite = bool(timing.result.isfinite().all())
         differs = float((timing.result - timings[reference].result).abs().max())
         records.append(
@@ -120,13 +145,13 @@ def _records(
                 device=device_name(bench.torch_device()),
                 threads=torch.get_num_threads(),
                 torch_version=torch.__version__,
-                repeats=bench.repeats,
+                repeats=len(timing.seconds),
                 seconds=middle,
                 lower_quartile=low,
                 upper_quartile=high,
                 images_per_second=batch_size / middle,
                 peak_bytes=own,
-                reference=names[reference] if compared else None,
+                reference=reference if compared else None,
                 times_as_fast=statistics.median(timings[reference].seconds) / middle if compared else None,
                 times_the_memory=own / other if compared and own and other else None,
                 largest_difference=differs if compared and math.isfinite(differs) else None,

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import peer as official
@@ -22,7 +23,7 @@ from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.noise import loss_weight
 from itarflow.inverse import sequential
 from itarflow.inverse.solvers import Solver
-from itarflow.pipeline.plan import choose
+from itarflow.pipeline.plan import choose, place_of
 from itarflow.training.objective import draw, training_losses
 from itarflow.training.sharding import clip_grad_norm
 
@@ -183,26 +184,30 @@ class Score(Bench):
 
         ends, size = {"num_denoise_steps": steps, **_ends(subject, steps)}, self.slice_size
 
-        def variant(name: str, run: Run, dtype: str = self.dtype) -> Variant:
-            return _variant(
-                name, dtype, lambda: run, lambda dtype: [score_cost(subject.flow, batch_size, dtype)] * steps
-            )
+        def variant(name: str, prepare: Callable[[], Run], dtype: str = self.dtype) -> Variant:
+            return _variant(name, dtype, prepare, lambda dtype: [score_cost(subject.flow, batch_size, dtype)] * steps)
 
-        def ours(dtype: str = self.dtype, **options: Any) -> Run:
-            denoiser = FlowDenoiser(subject.flow, size, dtype=DTYPES[dtype], **options)
-            return lambda: denoise(denoiser, noisy, labels, DenoiseScheduler(**ends))
+        def ours(name: str, dtype: str = self.dtype, **options: Any) -> Variant:
+            def prepare() -> Run:
+                denoiser = FlowDenoiser(subject.flow, size, dtype=DTYPES[dtype], **options)
+                return lambda: denoise(denoiser, noisy, labels, DenoiseScheduler(**ends))
+
+            return variant(name, prepare, dtype)
 
         def theirs() -> Tensor:
             return official.denoise(peer, noisy, labels, slice_size=size, **ends)
 
-        variants = [variant("ours", ours()), variant("ours, checkpointed", ours(checkpointing=True))]
-        if subject.flow.device.type == "cuda":
-            variants.append(variant("ours, compiled", ours(compiled=True)))
+        on_gpu = subject.flow.device.type == "cuda"
+        variants = [ours("ours"), ours("ours, checkpointed", checkpointing=True)]
+        if on_gpu:
+            variants.append(ours("ours, compiled", compiled=True))
         if self.dtype == "float32":
-            variants.append(variant("ours, bf16", ours("bf16"), "bf16"))
-            variants.append(variant("ours, bf16, checkpointed", ours("bf16", checkpointing=True), "bf16"))
+            variants.append(ours("ours, bf16", "bf16"))
+            variants.append(ours("ours, bf16, checkpointed", "bf16", checkpointing=True))
+            if on_gpu:
+                variants.append(ours("ours, bf16, compiled", "bf16", compiled=True))
         if peer is not None:
-            variants.append(variant("peer", theirs, "float32"))
+            variants.append(variant("peer", lambda: theirs, "float32"))
         return Case("score" if steps == 1 else f"{steps} scores", variants)
 
 
@@ -226,23 +231,30 @@ class Sample(Guided):
         """See `Bench`."""
         noise, labels, level = subject.noise(batch_size, self.seed), subject.labels(batch_size), subject.levels[1]
         guidance, ends = self.guidance(subject), {"num_denoise_steps": self.steps, **_ends(subject, self.steps)}
-        z, denoiser = noise * subject.flow.prior_variance.sqrt(), FlowDenoiser(subject.flow, self.slice_size)
+        z = noise * subject.flow.prior_variance.sqrt()
+        denoiser = FlowDenoiser(subject.flow, self.slice_size, dtype=torch.float32)
 
-        def least(peaks: Peaks) -> float:
+        def least(peaks: Peaks, steps: int, scored: torch.dtype) -> float:
             inverse = inverse_costs(subject.flow, batch_size, DTYPES[self.dtype], guidance)
-            scores = [score_cost(subject.flow, batch_size, torch.float32)] * self.steps
-            return floor(inverse, peaks[DTYPES[self.dtype]]) + floor(scores, peaks[torch.float32])
+            scores = [score_cost(subject.flow, batch_size, scored)] * steps
+            return floor(inverse, peaks[DTYPES[self.dtype]]) + floor(scores, peaks[scored])
 
         fast_denoiser = FlowDenoiser(subject.flow, self.slice_size, dtype=torch.bfloat16)
         fast_ends = {"num_denoise_steps": self.fast_steps, **_ends(subject, self.fast_steps)}
 
-        def variant(name: str, inverse: Run, clean: Callable[[Tensor], Tensor]) -> Variant:
+        def variant(
+            name: str,
+            inverse: Run,
+            clean: Callable[[Tensor], Tensor],
+            steps: int = self.steps,
+            scored: torch.dtype = torch.float32,
+        ) -> Variant:
             def run() -> Tensor:
                 with _precision(subject, self.dtype):
                     noisy = inverse()
                 return clean(noisy)
 
-            return Variant(name, self.dtype, lambda: run, least)
+            return Variant(name, self.dtype, lambda: run, partial(least, steps=steps, scored=scored))
 
         variants = [
             variant(
@@ -261,6 +273,8 @@ class Sample(Guided):
                     labels,
                     DenoiseScheduler(method="predictor-corrector", spacing="quadratic", **fast_ends),
                 ),
+                self.fast_steps,
+                torch.bfloat16,
             ),
         ]
         if peer is not None:
@@ -284,7 +298,7 @@ def _variant(
 
 def _plan(subject: Subject, batch_size: int) -> list[Solver] | None:
     """The solvers of the pipeline's plan, if it has one for the device and some batch size."""
-    plan = choose(subject.plans, subject.flow.device.type, batch_size)
+    plan = choose(subject.plans, place_of(subject.flow.device, subject.flow.dtype), batch_size)
     return None if plan is None else plan.solvers_of(subject.flow)
 
 

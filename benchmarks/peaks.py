@@ -60,26 +60,43 @@ def measured_peaks(device: torch.device) -> Peaks:
     }
 
 
+def device_seconds(function: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """The least seconds of one call, among some; on a GPU as it counts them itself, while `calls` follow one another.
+
+    Of one short kernel the host would time its launch as well.
+    """
+    return min(_seconds(function, device, calls) for _ in range(ATTEMPTS)) / calls
+
+
+def _seconds(function: Callable[[], object], device: torch.device, calls: int) -> float:
+    synchronize(device)
+    if device.type == "cuda":
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
+            began.record()
+            for _ in range(calls):
+                function()
+            ended.record()
+        ended.synchronize()
+        return began.elapsed_time(ended) / 1e3
+    start = time.perf_counter()
+    for _ in range(calls):
+        function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
 def _flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
     size, seconds = 512, 0.0
     while seconds < LONG_ENOUGH:
         size *= 2
-        x = torch.ones(size, size, device=device, dtype=dtype)
-        seconds = _fastest(lambda x=x: linear(x, x), device)
+        # Random numbers: a GPU multiplies ones faster, since fewer bits change, and so takes less power.
+        x = torch.randn(size, size, device=device, dtype=dtype)
+        seconds = device_seconds(lambda x=x: linear(x, x), device)
     return 2 * size**3 / seconds
 
 
 def _bytes_per_second(device: torch.device) -> float:
+    """Of reading, on a GPU 8 GiB at a time."""
     x = torch.ones(2**26 if device.type == "cpu" else 2**28, device=device)
-    return x.numel() * x.element_size() / _fastest(x.sum, device)
-
-
-def _fastest(function: Callable[[], object], device: torch.device) -> float:
-    times = []
-    for _ in range(ATTEMPTS):
-        synchronize(device)
-        began = time.perf_counter()
-        function()
-        synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return x.numel() * x.element_size() / device_seconds(x.sum, device, calls=8 if device.type == "cuda" else 1)

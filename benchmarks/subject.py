@@ -148,10 +148,14 @@ def _random_flow(recipe: Recipe, seed: int) -> TARFlow:
     """Fresh, but no identity: its last layers are not zero, only so small that samples stay finite."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        flow = recipe.model.build(recipe.noise_range)
-        for block in flow.blocks:
-            torch.nn.init.normal_(block.proj_out.weight, std=0.25 / math.sqrt(block.proj_out.in_features))
-    return flow.eval()
+        return randomised(recipe.model.build(recipe.noise_range)).eval()
+
+
+def randomised(flow: TARFlow) -> TARFlow:
+    """A fresh flow whose last layers are made random in place, by the global generator."""
+    for block in flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.25 / math.sqrt(block.proj_out.in_features))
+    return flow
 
 
 def _sizes(flow: TARFlow) -> ModelConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
@@ -12,6 +14,8 @@ import torch
 from peaks import Peaks, synchronize
 from resident import STATUS, forget_peak, one_step_of_a_tiny_model, peak_resident
 from torch import Tensor
+
+from itarflow.runtime.devices import is_out_of_memory
 
 Run = Callable[[], Tensor]
 
@@ -47,22 +51,100 @@ class Timing:
     """Of the very first call: a training step changes what comes after it."""
 
 
-def timed_in_turns(variants: Sequence[Variant], repeats: int, warm_up: int, device: torch.device) -> list[Timing]:
-    """First a, b, ..., warm_up times and not timed; then a, b, a, b, ..., so that each has `repeats` times >= 1."""
-    runs = [variant.prepare() for variant in variants]
-    seconds: list[list[float]] = [[] for _ in runs]
-    results: list[Tensor] = []
+@dataclass(frozen=True)
+class Failure:
+    """In place of a timing, or of memory: why there is none."""
+
+    reason: str
+
+    @staticmethod
+    def of(error: Exception) -> Failure:
+        """Type and first line."""
+        return Failure(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
+
+class _Turns:
+    """One variant's calls, so far."""
+
+    def __init__(self, variant: Variant) -> None:
+        self.run = variant.prepare()
+        self.seconds: list[float] = []
+        self.result: Tensor | None = None
+
+    def take(self, device: torch.device, timed: bool) -> None:
+        """One more call."""
+        synchronize(device)
+        began = time.perf_counter()
+        result = self.run()
+        synchronize(device)
+        if timed:
+            self.seconds.append(time.perf_counter() - began)
+        if self.result is None:
+            self.result = result.detach().float().cpu()
+
+    def timing(self) -> Timing:
+        """What came of it."""
+        assert self.result is not None
+        return Timing(tuple(self.seconds), self.result)
+
+
+def timed_in_turns(
+    variants: Sequence[Variant], repeats: int, warm_up: int, device: torch.device, until: float = math.inf
+) -> list[Timing | Failure]:
+    """First a, b, ..., warm_up times and not timed; then a, b, a, b, ..., so that each has `repeats` times >= 1.
+
+    Where they don't fit into memory together, each has its turns alone. One that fails takes no other's figures.
+
+    Args:
+        variants: a, b, ...
+        repeats: see above.
+        warm_up: see above.
+        device: where they run.
+        until: of `time.monotonic()`, after which each has one time more at most: the one it must have.
+    """
+    try:
+        return _in_turns(variants, repeats, warm_up, device, until)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    release(device)  # outside the handler, which keeps what the models took
+    return [one for variant in variants for one in _in_turns([variant], repeats, warm_up, device, until)]
+
+
+def _in_turns(
+    variants: Sequence[Variant], repeats: int, warm_up: int, device: torch.device, until: float
+) -> list[Timing | Failure]:
+    """As above; raises if memory runs out while there are several."""
+    begun: dict[int, _Turns] = {}
+    failed: dict[int, Failure] = {}
+
+    @contextmanager
+    def alone(index: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if len(variants) > 1 and is_out_of_memory(error):
+                raise
+            failed[index] = Failure.of(error)
+            begun.pop(index, None)
+
+    for index, variant in enumerate(variants):
+        with alone(index):
+            begun[index] = _Turns(variant)
     for turn in range(warm_up + repeats):
-        for run, times in zip(runs, seconds, strict=True):
-            synchronize(device)
-            began = time.perf_counter()
-            result = run()
-            synchronize(device)
-            if turn >= warm_up:
-                times.append(time.perf_counter() - began)
-            if len(results) < len(runs):
-                results.append(result.detach().float().cpu())
-    return [Timing(tuple(times), result) for times, result in zip(seconds, results, strict=True)]
+        if turn > warm_up and time.monotonic() > until:
+            break
+        for index, turns in list(begun.items()):
+            with alone(index):
+                turns.take(device, timed=turn >= warm_up)
+    return [failed[index] if index in failed else begun[index].timing() for index in range(len(variants))]
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def working_memory(variant: Variant, device: torch.device) -> int | None:

@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from rich.console import Console
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.denoisers import DenoiseScheduler
 from itarflow.flow.embedding import NULL_LABEL
+from itarflow.pipeline.plan import place_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -27,9 +29,9 @@ import ood
 import peaks
 import run
 from costs import Peak
-from paths import Score
+from paths import Sample, Score
 from subject import Options, open_subject
-from timing import Variant, timed_in_turns, working_memory
+from timing import Failure, Timing, Variant, timed_in_turns, working_memory
 
 TINY = ("--width", "64", "--image-size", "8", "--patch-size", "4", "--layers", "1", "1", "--classes", "3")
 QUICK = ("--batch-sizes", "2", "3", "--repeats", "2", "--device", "cpu", "--no-memory")
@@ -110,7 +112,7 @@ def test_every_path_is_compared_with_a_peer_of_the_same_weights(words, tmp_path,
 
 @pytest.mark.slow
 def test_everything_is_measured_in_one_call_and_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(measure, "timed_in_turns", lambda variants, _repeats, _warm, device: timed_in_turns(
+    monkeypatch.setattr(measure, "timed_in_turns", lambda variants, _repeats, _warm, device, until: timed_in_turns(
         variants, 1, 0, device))  # fmt: skip
     words = ("--peer", str(clone(tmp_path)), "--out", str(tmp_path / "all"))
     run.main(["everything", *TINY, *QUICK, *words])
@@ -121,7 +123,7 @@ def test_everything_is_measured_in_one_call_and_goes_on_after_a_failure(tmp_path
     with pytest.raises(SystemExit):
         run.main(["everything", *TINY, *QUICK, *words[:2], "--out", str(tmp_path / "some")])
     assert {path.stem for path in (tmp_path / "some").iterdir()} == {"inverse", "sample", "train"}
-    assert "score could not be measured" in capsys.readouterr().err
+    assert "of score not all could be measured" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("guided", ["1", "all"])
@@ -256,7 +258,7 @@ def test_pipelines_keep_their_weights_and_noise_levels(tmp_path, make_flow):
 def test_a_pipelines_plan_is_one_more_variant(tmp_path, make_flow):
     flow = make_flow(noise_range=(0.05, 0.4), patch_size=1)
     solvers = [{"window": 4, "tolerance": 0.0, "guess": "z"}] * 2
-    plan = {"solvers": solvers, "num_tokens": [16, 16], "device": "cpu", "batch_size": 8}
+    plan = {"solvers": solvers, "num_tokens": [16, 16], "batch_size": 8, **place_of(flow.device, flow.dtype)}
     ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.4, t_min=0.05), plans=[plan]).save_pretrained(tmp_path / "pipe")
     run.main(["inverse", str(tmp_path / "pipe"), *QUICK, "--json", str(tmp_path / "figures.json")])
     found = {r["variant"]: r["largest_difference"] for r in json.loads((tmp_path / "figures.json").read_text())}
@@ -287,6 +289,73 @@ def test_variants_run_in_turns_and_the_first_result_is_kept():
     assert "".join(order) == "ababab"
     assert (float(a.result), float(b.result)) == (1, 2)
     assert len(a.seconds) == len(b.seconds) == 2
+
+
+def a_variant(name: str, prepare: Any) -> Variant:
+    return Variant(name, "float32", prepare, lambda peaks: 1.0)
+
+
+def test_a_variant_that_fails_takes_no_others_figures():
+    def no_compiler() -> Any:
+        raise KeyError("no C compiler")
+
+    def broken() -> Any:
+        def call() -> torch.Tensor:
+            raise ValueError("at its first call\nand more")
+
+        return call
+
+    one = a_variant("one", lambda: lambda: torch.ones(1))
+    found = timed_in_turns(
+        [a_variant("a", no_compiler), one, a_variant("b", broken)], 2, 1, device=torch.device("cpu")
+    )
+    assert found[0] == Failure("KeyError: 'no C compiler'")
+    assert isinstance(found[1], Timing)
+    assert len(found[1].seconds) == 2
+    assert found[2] == Failure("ValueError: at its first call")
+
+
+def test_variants_that_do_not_fit_together_are_timed_one_after_another():
+    living = WeakSet()
+
+    class Model:
+        def __init__(self) -> None:
+            if living:
+                raise torch.OutOfMemoryError("two models")
+            living.add(self)
+
+        def __call__(self) -> torch.Tensor:
+            return torch.ones(1)
+
+    huge = a_variant("huge", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("even alone")))
+    found = timed_in_turns([a_variant("a", Model), a_variant("b", Model), huge], 3, 1, device=torch.device("cpu"))
+    assert [len(one.seconds) for one in found[:2]] == [3, 3]
+    assert found[2] == Failure("OutOfMemoryError: even alone")
+    assert not living
+
+
+def test_after_its_end_each_variant_is_timed_once():
+    variants = [a_variant(name, lambda: lambda: torch.ones(1)) for name in "ab"]
+    found = timed_in_turns(variants, 5, 1, device=torch.device("cpu"), until=0.0)
+    assert [len(one.seconds) for one in found] == [1, 1]
+
+
+def test_cases_without_time_are_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "print_table", lambda *_: None)
+    bench = Score(width=64, image_size=8, layers=(1, 1), classes=3, device="cpu", memory=False, only=("ours",))
+    with pytest.raises(ValueError, match="10 scores of 16 images: no time is left"):
+        measure.measure(bench, "", Console(), until=0.0)
+
+
+def test_sampling_in_bf16_is_measured_by_what_bf16_takes_at_least(make_flow):
+    subject = open_subject(Options(width=64, image_size=8, layers=(1, 1), classes=3, device="cpu"))
+    peaks = {
+        torch.float32: Peak("a device", torch.float32, 1e3, 1e30),
+        torch.bfloat16: Peak("a device", torch.bfloat16, 1e6, 1e30),
+    }
+    (case,) = Sample(dtype="bf16", steps=1, fast_steps=1).cases(subject, 2, None)
+    ours, fast = case.variants
+    assert ours.floor(peaks) > 10 * fast.floor(peaks)  # its scores are float32
 
 
 @pytest.mark.slow

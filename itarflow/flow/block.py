@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from itarflow.flow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
 from itarflow.flow.transformer import Layer, Transformer, pack_layers
 from itarflow.inverse import solvers
-from itarflow.inverse.cuda_graph import GraphedConditioner
 from itarflow.inverse.decoding import Cache, CachedConditioner
 from itarflow.inverse.guidance import Affine, Guidance, guide
+from itarflow.runtime.graphed import Decoders
 from itarflow.runtime.kernels import pack
 
 
@@ -224,6 +224,7 @@ class AutoregressiveBlock(nn.Module):
         progress: solvers.Progress | None = None,
         dtype: torch.dtype | None = None,
         guess: Tensor | None = None,
+        decoders: Decoders | None = None,
     ) -> Tensor:
         """Noise side to image side, by default one token after another.
 
@@ -240,6 +241,7 @@ class AutoregressiveBlock(nn.Module):
             progress: called with the number of tokens that have just been solved.
             dtype: see `conditioner`.
             guess: (B, N, D) in raster order, near x, where an iterative solver starts.
+            decoders: of the flow, where the block's is kept.
 
         Returns:
             x (B, N, D) in raster order.
@@ -250,7 +252,9 @@ class AutoregressiveBlock(nn.Module):
             weights = guidance.weights(torch.zeros(1, device=z.device), self.num_tokens, shift.dtype)
             first = guide((shift, log_scale), self.first_affine(guiding), weights, guidance)
         conditioner = self.conditioner(condition, guiding, guidance, dtype)
-        fastest = GraphedConditioner(conditioner) if z.device.type == "cuda" else conditioner
+        parts = (self, *self.backbone)
+        read = [parameter for part in parts for parameter in part.parameters()]
+        fastest = conditioner if decoders is None else decoders.of((id(self), conditioner.kind), conditioner, read)
         known = None if guess is None else self._ordered(guess)
         return self._ordered(solver(fastest, self._ordered(z), first, progress, known))
 

@@ -23,7 +23,9 @@ from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.transformer import Transformer
 from itarflow.inverse import solvers
 from itarflow.inverse.guidance import Guidance
+from itarflow.runtime.graphed import CALLS, Decoders, decoders
 from itarflow.runtime.model_folder import load_model
+from itarflow.runtime.recording import Recordings, is_plain
 
 LOG_2PI = math.log(2 * math.pi)
 
@@ -139,6 +141,7 @@ class TARFlow(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self._decoding_checked = False
+        self._recordings: Recordings[Decoders] = Recordings(CALLS)
         sizes = checks.block_sizes(self.config)
         self.patch_sizes = tuple(size.patch_size for size in sizes)
         backbone = Transformer(sizes[0].channels, shared_layers, head_dim, mlp_ratio) if shared_layers else None
@@ -301,33 +304,48 @@ class TARFlow(ModelMixin, ConfigMixin):
         x = z.to(torch.promote_types(torch.promote_types(z.dtype, self.dtype), torch.float32))
         path = [unpatchify(x, patch, image_size)]
         unchecked = not self._decoding_checked and self._can_check_decoding()
-        for from_noise, (block, block_patch) in enumerate(reversed(self._blocks())):
-            if block_patch != patch:
-                x = patchify(unpatchify(x, patch, image_size), block_patch)
-                patch = block_patch
-            # `dtype` sets the precision, of affine maps too.
-            with torch.autocast(self.device.type, enabled=False):
-                guiding = None
-                # Without labels and at temperature 1 both passes are equal: guidance changes nothing.
-                differs = labels is not None or guidance.temperature != 1
-                if differs and guidance.guides(from_noise):
+        # Without labels and at temperature 1 both passes are equal: guidance changes nothing.
+        differs = labels is not None or guidance.temperature != 1
+        guided = [differs and guidance.guides(from_noise) for from_noise in range(len(self.blocks))]
+        cache = max(
+            math.prod(block.cache_shape(2 * len(z) if both else len(z)))
+            for (block, _), both in zip(reversed(self._blocks()), guided, strict=True)
+        )
+        # `dtype` sets the precision, of affine maps too.
+        precise = torch.autocast(self.device.type, enabled=False)
+        with precise, decoders(self._recordings, self.device, len(z), dtype or self.dtype, cache) as kept:
+            for from_noise, (block, block_patch) in enumerate(reversed(self._blocks())):
+                if block_patch != patch:
+                    x = patchify(unpatchify(x, patch, image_size), block_patch)
+                    patch = block_patch
+                condition, guiding = block.condition(len(x), labels, noise_level), None
+                if guided[from_noise]:
                     guiding = block.condition(len(x), None, noise_level, guidance.temperature)
-                condition = block.condition(len(x), labels, noise_level)
                 if unchecked and from_noise < 2 and block.num_tokens > 1:  # in both directions
                     block.check_decoding(x, condition)
                 known = None if guess is None else patchify(guess[from_noise + 1], patch) * self.config.input_scale
-                x = block.inverse(x, condition, guiding, guidance, by_block[from_noise], progress, dtype, known)
-            if return_trajectory:
-                path.append(unpatchify(x, patch, image_size))
+                solve = by_block[from_noise]
+                x = block.inverse(x, condition, guiding, guidance, solve, progress, dtype, known, kept)
+                if return_trajectory:
+                    path.append(unpatchify(x, patch, image_size))
         self._decoding_checked |= unchecked
         images = unpatchify(x, patch, image_size) / self.config.input_scale
         return torch.stack(path) / self.config.input_scale if return_trajectory else images
 
+    def release_recordings(self) -> None:
+        """Give back the memory, on a GPU, of CUDA graphs and caches that `inverse` keeps for its next call."""
+        self._recordings.release()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TARFlow:
+        self.release_recordings()  # of weights that move
+        return super()._apply(fn, recurse)
+
     def _can_check_decoding(self) -> bool:
         """Whether weights are precise enough for it, and nothing is compiled or recorded, which it would disturb."""
         recording = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        compiled = torch.compiler.is_compiling() or any(m._compiled_call_impl is not None for m in self.modules())
-        return self.dtype in (torch.float32, torch.float64) and not recording and not compiled
+        compiled = any(m._compiled_call_impl is not None for m in self.modules())
+        plain = is_plain(self.prior_variance) and not recording and not compiled
+        return plain and self.dtype in (torch.float32, torch.float64)
 
     def sample_prior(self, batch_size: int, generator: torch.Generator | list[torch.Generator] | None) -> Tensor:
         """Draw z (B, N, D) in float32 on the flow's device; a list of generators gives each sample its own."""

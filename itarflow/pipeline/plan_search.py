@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -21,7 +21,8 @@ from itarflow.flow.block import AutoregressiveBlock, Condition
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Affine
 from itarflow.inverse.solvers import Conditioner, Guess, Jacobi, Progress, sequential
-from itarflow.pipeline.plan import InversePlan, tokens_of_blocks
+from itarflow.pipeline.plan import InversePlan, place_of, tokens_of_blocks
+from itarflow.runtime.graphed import DeviceConditioner
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
 """Of the solvers; tried in this order until the images are close enough."""
@@ -145,14 +146,40 @@ class _Counted:
     deadline: float
     evaluations: list[int]
 
-    def __call__(self, tokens: Tensor, start: int | Tensor) -> Affine:
+    def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
+        self.count()
+        return self.conditioner(tokens, start, stop)
+
+    def count(self) -> None:
         if time.perf_counter() > self.deadline:
             raise _StoppedError
         self.evaluations[0] += 1
-        return self.conditioner(tokens, start)
 
     def select(self, samples: Tensor) -> _Counted:
-        return replace(self, conditioner=self.conditioner.select(samples))
+        return _counted(self.conditioner.select(samples), self.deadline, self.evaluations)
+
+
+@dataclass
+class _CountedOnDevice(_Counted):
+    """The same of a conditioner that runs loops itself."""
+
+    conditioner: DeviceConditioner
+
+    def sequential(self, z: Tensor, first: Affine, progress: Progress | None) -> Tensor:
+        self.evaluations[0] += z.shape[1] - 1
+        return self.conditioner.sequential(z, first, progress)
+
+    def iterate(
+        self, step: Callable[..., tuple[Tensor, ...]], key: Hashable, count: int, stop: int, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        self.count()
+        return self.conditioner.iterate(step, key, count, stop, *state)
+
+
+def _counted(conditioner: Conditioner, deadline: float, evaluations: list[int]) -> _Counted:
+    if isinstance(conditioner, DeviceConditioner):
+        return _CountedOnDevice(conditioner, deadline, evaluations)
+    return _Counted(conditioner, deadline, evaluations)
 
 
 @dataclass(frozen=True)
@@ -202,7 +229,7 @@ def _timed(
         began, evaluations = time.perf_counter(), [0]
         deadline = began + (limit if turn >= warm_up else 3 * limit)
         try:
-            x = solve(_Counted(conditioner, deadline, evaluations), z, first)
+            x = solve(_counted(conditioner, deadline, evaluations), z, first)
             _wait(z.device)
         except _StoppedError:
             return Timing(solver, math.inf, evaluations[0], math.nan)
@@ -246,6 +273,7 @@ def find_plan(
     images: Callable[..., Iterable[Tensor]],
     *,
     batch_size: int,
+    dtype: torch.dtype | None = None,
     largest_difference: float,
     windows: Sequence[int] = (4, 8, 16, 32, 64, 128, 256),
     repeats: int = 3,
@@ -259,6 +287,7 @@ def find_plan(
         images: images(solver=..., progress=...), an iterator of images (n, C, H, W) in [0, 1] to compare: the more
             there are, the surer the result. It is consumed no further than needed.
         batch_size: images that `invert` inverts.
+        dtype: of the transformers' products in `invert` and `images`; None = the weights'.
         largest_difference: of a pixel of an image, >= 0, such as 1 / 255. Half of it is left as a margin for
             images that are not compared.
         windows: to try, besides the whole sequence; those longer than a block are left out.
@@ -269,7 +298,7 @@ def find_plan(
         ValueError: a number out of its range, or exact images that are not finite.
     """
     check_search(largest_difference, windows, repeats)
-    num_tokens = tokens_of_blocks(flow)
+    num_tokens, where = tokens_of_blocks(flow), place_of(flow.device, dtype or flow.dtype)
     expected = list(images(solver=sequential, progress=partial(progress, "exact images")))
     limit = largest_difference / 2
     if not all(part.isfinite().all() for part in expected):
@@ -285,8 +314,8 @@ def find_plan(
         plan = InversePlan(
             solvers=tuple(block.fastest.solver for block in blocks),
             num_tokens=num_tokens,
-            device=flow.device.type,
             batch_size=batch_size,
+            **where,
         )
         in_turns = {"exact": sequential, "planned": plan.solvers_of(flow)}
         seconds: dict[str, list[float]] = {name: [] for name in in_turns}
@@ -307,7 +336,6 @@ def find_plan(
         plan = replace(plan, solvers=(Jacobi(window=1),) * len(num_tokens))
         medians, difference = {**medians, "planned": medians["exact"]}, 0.0
     facts = {
-        "device": torch.cuda.get_device_name(flow.device) if plan.device == "cuda" else plan.device,
         "threads": torch.get_num_threads(),
         "tolerance": tolerance,
         "largest difference of a pixel": difference,

@@ -27,15 +27,29 @@ _STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 """One a device: libraries keep a workspace for each stream that they have met, for good."""
 
 
-def record(function: Callable[..., T], *inputs: Tensor, pool: Any = None) -> Callable[..., T]:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has memory, and an address: none of torch's modes and compilers is at work."""
+    return type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not torch.compiler.is_compiling()
+
+
+def record(
+    function: Callable[..., T],
+    *inputs: Tensor,
+    device: torch.device | None = None,
+    warm_up: Callable[..., object] | None = None,
+    pool: Any = None,
+) -> Callable[..., T]:
     """The same function of tensors of the same shapes, as a CUDA graph.
 
-    The function is called three times. It must not read tensors' values on the host. If it can't be recorded, it is
-    returned as it is, with a warning.
+    The function must not read tensors' values on the host. If it can't be recorded, it is returned as it is, with a
+    warning.
 
     Args:
         function: of tensors; what it returns is overwritten by the next call.
         inputs: an example of what it will be given.
+        device: of the function; None = of the inputs.
+        warm_up: called twice before, with the inputs: it does all that libraries do once, such as to allocate, which
+            can't be recorded. None = the function.
         pool: `torch.cuda.graph_pool_handle()`, memory that graphs share which never run at the same time; None = its
             own.
 
@@ -43,15 +57,15 @@ def record(function: Callable[..., T], *inputs: Tensor, pool: Any = None) -> Cal
         RuntimeError: the device's memory has run out.
     """
     given = [tensor.clone() for tensor in inputs]
-    device = given[0].device
+    device = given[0].device if device is None else device
     # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time. What
     # the garbage collector frees, such as other graphs, would end the recording.
     with torch.cuda.device(device), _RECORDING, _no_collection():
         stream = _STREAMS.setdefault(device, torch.cuda.Stream(device))
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries allocate at their first use, which can't be recorded
-                function(*given)
+            for _ in range(2):
+                (warm_up or function)(*given)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -95,7 +109,7 @@ class Recordings(Generic[Entry]):
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
         """Within, no other thread or stream uses the recordings."""
-        on_gpu = device.type == "cuda"
+        on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
         with self._lock:
             if on_gpu and self._ended is not None:
                 torch.cuda.current_stream(device).wait_event(self._ended)
@@ -105,12 +119,20 @@ class Recordings(Generic[Entry]):
                 if on_gpu:
                     self._ended = torch.cuda.current_stream(device).record_event()
 
-    @property
-    def pool(self) -> Any:
-        """The memory that the recordings share, for `record`."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
+    def record(
+        self,
+        function: Callable[..., T],
+        *inputs: Tensor,
+        device: torch.device | None = None,
+        warm_up: Callable[..., object] | None = None,
+    ) -> Callable[..., T]:
+        """`record` into the shared memory. Where nothing can be recorded, as under a mode, the function itself."""
+        place = inputs[0].device if device is None else device
+        if place.type != "cuda" or not torch.cuda.is_initialized() or not all(map(is_plain, inputs)):
+            return function
+        with torch.cuda.device(place):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+        return record(function, *inputs, device=device, warm_up=warm_up, pool=self._pool)
 
     def get(self, key: Hashable, make: Callable[[], Entry]) -> Entry:
         """What is kept under a key, made if it is not there. Within `turn`."""

@@ -21,7 +21,7 @@ class KnownMap:
         self.given = torch.zeros(samples, dtype=torch.int64)
         self.calls = []
 
-    def __call__(self, tokens, start):
+    def __call__(self, tokens, start, stop=None):
         samples, count, _ = tokens.shape
         self.calls.append((samples, count))
         starts = torch.full((samples,), start) if isinstance(start, int) else start
@@ -173,7 +173,7 @@ def test_guesses_that_grow_too_large_are_given_up_before_they_are_infinite(z):
     seen = []
 
     class Watched(KnownMap):
-        def __call__(self, tokens, start):
+        def __call__(self, tokens, start, stop=None):
             seen.append(tokens.abs().max().item())
             return super().__call__(tokens, start)
 
@@ -269,7 +269,7 @@ def test_the_trajectory_of_a_near_noise_level_is_a_good_guess(make_flow, make_in
 
         def counted(conditioner, *args):
             class Counted:
-                def __call__(self, tokens, start):
+                def __call__(self, tokens, start, stop=None):
                     calls.append(tokens.shape[1])
                     return conditioner(tokens, start)
 

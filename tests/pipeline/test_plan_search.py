@@ -143,7 +143,7 @@ def test_a_solver_is_stopped_once_it_has_had_its_time(monkeypatch):
     class Doubling:
         """x_n = z_n + 2 x_(n - 1): no guess is right before its turn."""
 
-        def __call__(self, tokens, start):
+        def __call__(self, tokens, start, stop=None):
             clock[0] += tokens.shape[1]
             return 2 * tokens, torch.ones_like(tokens)
 

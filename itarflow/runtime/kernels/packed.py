@@ -54,6 +54,10 @@ class PackedLinear(NamedTuple):
             return cpu.packed_sum(self._normed(x), residual, self.weight, self.bias)
         return residual + self(x).to(residual.dtype)
 
+    def tensors(self) -> list[Tensor]:
+        """All that it reads."""
+        return [self.weight, self.bias, *(() if self.norm is None else self.norm[:2])]
+
     @property
     def gelu(self) -> bool:
         """Whether GELU follows, as `torch.nn.functional.gelu` computes it by default."""

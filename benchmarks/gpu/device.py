@@ -1,0 +1,220 @@
+"""Steps: what the machine is and does at most, and the kernels of the package, one by one."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from importlib import metadata
+
+import torch
+from peaks import device_name, device_seconds
+from plain_kernels import plain
+from torch import Tensor, nn
+
+from gpu.figures import Figure
+from gpu.hooks import Operators
+from gpu.setting import NAMES, Setting, distance, tried
+from itarflow.runtime import kernels as own
+from itarflow.runtime.devices import tf32_products
+from itarflow.runtime.kernels import attention, pack
+
+
+def env(setting: Setting) -> Iterator[Figure]:
+    """Versions, and peaks: products of random matrices, a copy and a sum."""
+    more = {name: metadata.version(name) for name in ("torch", "diffusers", "accelerate", "datasets")}
+    with suppress(metadata.PackageNotFoundError):
+        more["triton"] = metadata.version("triton")
+    more |= {"python": platform.python_version(), "name": device_name(setting.device)}
+    if setting.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(setting.device)
+        more |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()), "driver": _driver()}
+        more |= {"capability": f"{properties.major}.{properties.minor}"}
+        more |= {"memory, GiB": f"{properties.total_memory / 2**30:.1f}", "SMs": str(properties.multi_processor_count)}
+    yield Figure(what="machine", more=more)
+    size, values = (256, 2**20) if setting.dry else (8192, 2**30)
+    for name, dtype in (("bf16", torch.bfloat16), ("TF32", torch.float32), ("float32", torch.float32)):
+
+        def product(blank: Figure, name: str = name, dtype: torch.dtype = dtype) -> Figure:
+            x, y = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
+            with tf32_products(name == "TF32"):
+                return replace(blank, seconds=device_seconds(lambda: x @ y, setting.device))
+
+        yield tried(Figure(what="largest product", dtype=name, flops=2 * size**3), product)
+
+    def moved(blank: Figure) -> Figure:
+        x = torch.ones(values, device=setting.device)
+        y = torch.empty_like(x)
+        work = x.sum if blank.case == "read" else lambda: y.copy_(x)
+        return replace(blank, seconds=device_seconds(work, setting.device, calls=1 if setting.dry else 4))
+
+    for case, times in (("copied", 2), ("read", 1)):
+        yield tried(Figure(what="memory", case=case, moved_bytes=times * 4 * values), moved)
+
+
+def kernels(setting: Setting) -> Iterator[Figure]:
+    """Which attention is taken, and of each kernel its time, its error, and the time of PyTorch's own in its place."""
+    yield from _proofs()
+    yield from (tried(*case) for case in _attentions(setting))
+    yield from (tried(*case) for case in _decoding(setting))
+    yield from (tried(*case) for case in _products(setting))
+
+
+Case = tuple[Figure, Callable[[Figure], Figure]]
+
+
+def _proofs() -> Iterator[Figure]:
+    """What the kernels have found out about themselves on this device."""
+    try:
+        proof = importlib.import_module("itarflow.runtime.kernels.proof")
+    except ImportError:
+        yield Figure(what="proofs of kernels", more={"": "there are none"})
+        return
+    report = getattr(proof, "report", None)
+    if report is not None:
+        for name, found in report().items():
+            yield Figure(what="proof of a kernel", case=str(name), more={"": str(found)})
+
+
+def _attentions(setting: Setting) -> Iterator[Case]:
+    heads, width, longest = (2, 16, 32) if setting.dry else (20, 64, 1024)
+    cases = [("causal", 8, longest - 1, longest - 1)]
+    cases += [("one token", rows, 1, length) for rows in (2, 16, 128) for length in (longest // 4, longest)]
+    cases += [("window", rows, 16, longest // 2) for rows in (2, 16)]
+    for dtype in (torch.bfloat16, torch.float32):
+        for what, rows, n, length in cases:
+
+            def measure(
+                blank: Figure,
+                what: str = what,
+                dtype: torch.dtype = dtype,
+                rows: int = rows,
+                n: int = n,
+                length: int = length,
+            ) -> Figure:
+                q, k, v = (
+                    torch.randn(rows, heads, number, width, device=setting.device, dtype=dtype)
+                    for number in (n, length, length)
+                )
+                allowed = torch.ones(n, length, dtype=torch.bool, device=setting.device).tril(length - n)
+                mask = None
+                if what == "window":
+                    mask = own.attention_bias(allowed, dtype) if hasattr(own, "attention_bias") else allowed
+                with Operators() as called:
+                    found = attention(q, k, v, mask, what == "causal")
+                exact = _exact(q[:2].double(), k[:2].double(), v[:2].double(), allowed)
+                timed = setting.timed(blank, lambda: attention(q, k, v, mask, what == "causal"), 1)
+                return replace(
+                    timed,
+                    seconds=device_seconds(lambda: attention(q, k, v, mask, what == "causal"), setting.device, 10),
+                    moved_bytes=(2 * k.numel() + 2 * q.numel()) * dtype.itemsize,
+                    error=distance(found[:2], exact),
+                    tolerance=_tolerance(dtype),
+                    more={"by": ", ".join(called.names) or "products"},
+                )
+
+            name = f"{what}, {rows} rows, {n} of {length}"
+            yield Figure(what="attention", case=name, dtype=NAMES[dtype]), measure
+
+
+def _decoding(setting: Setting) -> Iterator[Case]:
+    """Attention of a token to a cache, at the end of a sequence and in its middle."""
+    if importlib.util.find_spec("itarflow.runtime.kernels.decode") is None:
+        return
+    decode = importlib.import_module("itarflow.runtime.kernels.decode")
+    heads, width, longest = (2, 16, 32) if setting.dry else (20, 64, 1024)
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows in (2, 16, 128, 512):
+            if setting.dry and rows > 16:
+                continue
+            for position in (longest // 2 - 1, longest - 1):
+
+                def measure(
+                    blank: Figure, dtype: torch.dtype = dtype, rows: int = rows, position: int = position
+                ) -> Figure:
+                    shape = 2, rows, heads, longest, width
+                    cache = torch.randn(shape, device=setting.device, dtype=dtype)
+                    if not decode.has_decode_attention(cache):
+                        return replace(blank, more={"": "no kernel here"})
+                    qkv = torch.randn(rows, 1, 3 * heads * width, device=setting.device, dtype=dtype)
+                    at = torch.tensor([position], device=setting.device)
+                    expected = _decoded(qkv[:2], cache[:, :2], position)
+                    found = decode.decode_attention(qkv, cache, at)[:2]
+                    seconds = device_seconds(lambda: decode.decode_attention(qkv, cache, at), setting.device, 10)
+                    return replace(
+                        blank,
+                        seconds=seconds,
+                        moved_bytes=cache[..., : position + 1, :].numel() * dtype.itemsize,
+                        error=distance(found, expected),
+                        tolerance=_tolerance(dtype),
+                    )
+
+                name = f"{rows} rows, position {position}"
+                yield Figure(what="attention of a token", case=name, dtype=NAMES[dtype]), measure
+
+
+def _decoded(qkv: Tensor, cache: Tensor, position: int) -> Tensor:
+    """What `decode_attention` should give, in float64."""
+    rows, heads, width = len(qkv), cache.shape[2], cache.shape[4]
+    q, k, v = qkv.double().view(rows, 3, heads, 1, width).unbind(1)
+    keys, values = cache[..., :position, :].double()
+    keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
+    return _exact(q, keys, values, None).reshape(rows, 1, heads * width)
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """Attention of q (B, H, n, E) to k and v (B, H, N, E), where it is allowed (n, N)."""
+    logits = q @ k.mT / q.shape[-1] ** 0.5
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return logits.softmax(-1) @ v
+
+
+def _products(setting: Setting) -> Iterator[Case]:
+    """The products of a layer with what stands before and after them, against the same without own kernels."""
+    width = 64 if setting.dry else 1280
+    for rows in (2, 16, 64) if not setting.dry else (2,):
+        for name, out, normed, active in (("norm, q k v", 3, True, False), ("norm, up, GELU", 4, True, True),
+                                          ("projection, residual", 1, False, False)):  # fmt: skip
+
+            def measure(
+                blank: Figure, rows: int = rows, out: int = out, normed: bool = normed, active: bool = active
+            ) -> Figure:
+                with setting.device:
+                    layer, norm = nn.Linear(width, out * width), nn.LayerNorm(width)
+                    x = torch.randn(rows, 1, width)
+                packed = pack(layer, torch.bfloat16, norm if normed else None, nn.GELU() if active else None)
+                given = x if normed else x.bfloat16()
+
+                @torch.no_grad()
+                def product() -> Tensor:
+                    return packed(given) if normed else packed.plus(given, x)
+
+                found, seconds = product(), device_seconds(product, setting.device, 10)
+                with plain():
+                    expected, other = product(), device_seconds(product, setting.device, 10)
+                return replace(
+                    blank,
+                    seconds=seconds,
+                    moved_bytes=2 * layer.weight.numel(),
+                    error=distance(found, expected),
+                    tolerance=_tolerance(torch.bfloat16),
+                    more={"without own kernels, us": 1e6 * other},
+                )
+
+            yield Figure(what="product", case=f"{name}, {rows} rows", dtype="bf16"), measure
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 2e-2 if dtype == torch.bfloat16 else 1e-5
+
+
+def _driver() -> str:
+    try:
+        words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "unknown"

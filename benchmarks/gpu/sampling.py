@@ -1,0 +1,254 @@
+"""Steps: the inverse of a flow, its tokens one by one and by windows, and from noise to pictures."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from costs import floor, inverse_costs, total
+from plain_kernels import plain
+from timing import release
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from gpu.figures import Figure
+from gpu.hooks import Counting, recordings_counted, without_recordings
+from gpu.setting import GUIDANCE, LEVELS, NAMES, Setting, distance, tried
+from itarflow.codec import to_pil
+from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
+from itarflow.flow import TARFlow
+from itarflow.inverse import Guidance, Jacobi
+from itarflow.pipeline import ITARFlowPipeline
+from itarflow.presets import TARFLOW, ModelConfig
+from itarflow.runtime.recording import release_recordings
+
+UNGUIDED = Guidance()
+
+
+def inverse(setting: Setting) -> Iterator[Figure]:
+    """Guided and exact, by number of images and dtype; then the same in other ways, which must come to the same."""
+    flow = setting.flow()
+    cases = [(torch.bfloat16, images) for images in ((1, 8, 64, 256) if not setting.dry else (1, 2))]
+    for dtype, images in (*cases, (torch.float32, 8 if not setting.dry else 2)):
+        blank = inverse_figure(flow, images, dtype, GUIDANCE, "inverse")
+        yield tried(blank, lambda blank: _inverted(setting, flow, blank))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        blank = Figure(what="flow of the inverse", dtype=NAMES[dtype], images=_few(setting), tolerance=tolerance)
+        yield tried(blank, lambda blank, dtype=dtype: _round_trip(setting, flow, blank, dtype))
+    for case in ("without recordings", "without own kernels"):
+        blank = Figure(what="inverse", case=case, dtype="bf16", images=_few(setting), tolerance=0.05)
+        yield tried(blank, lambda blank: _otherwise(setting, flow, blank))
+
+
+def inverse_figure(flow: TARFlow, images: int, dtype: torch.dtype, guidance: Guidance, what: str) -> Figure:
+    """With what is counted, but for the floor."""
+    cost = total(inverse_costs(flow, images, dtype, guidance))
+    rows = [2 * images if guidance.guides(index) else images for index in range(len(flow.blocks))]
+    caches = [block.cache_shape(row) for block, row in zip(reversed(list(flow.blocks)), rows, strict=True)]
+    cache = max(torch.Size(shape).numel() for shape in caches) * dtype.itemsize
+    packed = 0 if dtype == flow.dtype else dtype.itemsize * sum(parameter.numel() for parameter in flow.parameters())
+    return Figure(
+        what=what,
+        dtype=NAMES[dtype],
+        images=images,
+        flops=cost.flops,
+        moved_bytes=cost.moved_bytes,
+        estimated_bytes=cache + packed,
+    )
+
+
+def _inverted(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
+    dtype = torch.float32 if blank.dtype == "float32" else torch.bfloat16
+    z, labels = setting.noise(flow, blank.images), setting.labels(flow, blank.images)
+    with recordings_counted() as recorded:
+        measured = setting.timed(
+            blank, lambda: flow.inverse(z, labels, LEVELS[1], guidance=GUIDANCE, dtype=dtype), repeats=2
+        )
+    least = floor(inverse_costs(flow, blank.images, dtype, GUIDANCE), setting.peaks[dtype])
+    more = {**measured.more, "recordings": len(recorded), "seconds of recording": sum(recorded)}
+    return replace(measured, floor_seconds=least, more=more)
+
+
+def _round_trip(setting: Setting, flow: TARFlow, blank: Figure, dtype: torch.dtype) -> Figure:
+    z, labels = setting.noise(flow, blank.images), setting.labels(flow, blank.images)
+    images = flow.inverse(z, labels, LEVELS[1], dtype=dtype)
+    found = flow(images, labels, LEVELS[1]).z
+    return replace(blank, error=distance(found, z), more={"largest difference": float((found - z).abs().max())})
+
+
+def _otherwise(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
+    z, labels = setting.noise(flow, blank.images), setting.labels(flow, blank.images)
+
+    def inverted() -> Tensor:
+        return flow.inverse(z, labels, LEVELS[1], guidance=GUIDANCE, dtype=torch.bfloat16)
+
+    expected = inverted()
+    release_recordings()
+    found: list[Tensor] = []
+    with without_recordings() if blank.case == "without recordings" else plain(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is recorded
+        measured = setting.timed(blank, lambda: found.append(inverted()), repeats=1)
+    release_recordings()
+    return replace(measured, error=distance(found[0], expected))
+
+
+def token(setting: Setting) -> Iterator[Figure]:
+    """One block alone: microseconds of a token, on the device and of the host, and the kernels that take longest."""
+    depths = {"deep, guided": setting.model.num_layers[-1], "shallow": setting.model.num_layers[0]}
+    for name, layers in depths.items():
+        flow = setting.flow(replace(setting.model, num_layers=(layers,)))
+        for images in (1, 8, 64) if not setting.dry else (1,):
+            blank = Figure(what="token of a block", case=name, dtype="bf16", images=images)
+            yield tried(blank, lambda blank, flow=flow: _tokens(setting, flow, blank))
+
+
+def _tokens(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
+    guidance = GUIDANCE if "guided" in blank.case else UNGUIDED
+    steps = flow.num_solved_tokens - 1
+    z, labels = setting.noise(flow, blank.images), setting.labels(flow, blank.images)
+
+    def inverted() -> Tensor:
+        return flow.inverse(z, labels, LEVELS[1], guidance=guidance, dtype=torch.bfloat16)
+
+    whole = setting.timed(blank, inverted, repeats=2)
+    more: dict[str, Any] = {}
+    if setting.device.type == "cuda":
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            inverted()
+            torch.cuda.synchronize()
+        kernels = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+        used = sum(event.self_device_time_total for event in kernels)
+        more = {"us of kernels": used / steps, "kernels": sum(event.count for event in kernels) / steps}
+        more |= {event.key[:60]: event.self_device_time_total / steps for event in kernels[:8]}
+    cost = total(inverse_costs(flow, blank.images, torch.bfloat16, guidance))
+    least = floor(inverse_costs(flow, blank.images, torch.bfloat16, guidance), setting.peaks[torch.bfloat16])
+    return replace(
+        whole,
+        seconds=(whole.seconds or 0) / steps,
+        first_seconds=None,
+        floor_seconds=least / steps,
+        flops=cost.flops // steps,
+        moved_bytes=cost.moved_bytes // steps,
+        more=more,
+    )
+
+
+def jacobi(setting: Setting) -> Iterator[Figure]:
+    """The inverse by windows: how many evaluations it takes, and how long."""
+    flow = setting.flow()
+    shortest = min(block.num_tokens for block in flow.blocks)
+    cases = [(torch.bfloat16, 1, 16), (torch.bfloat16, 8, 16), (torch.bfloat16, 1, 64), (torch.float32, 1, None)]
+    for dtype, images, window in cases:
+        name = f"window {window or 'all'}"
+        blank = replace(inverse_figure(flow, images, dtype, GUIDANCE, "inverse by Jacobi"), case=name)
+        solver = Jacobi(window=None if window is None else min(window, shortest), tolerance=1e-3)
+
+        def measure(blank: Figure, dtype: torch.dtype = dtype, solver: Jacobi = solver) -> Figure:
+            z, labels = setting.noise(flow, blank.images), setting.labels(flow, blank.images)
+
+            def inverted(solver: Any) -> Tensor:
+                return flow.inverse(z, labels, LEVELS[1], guidance=GUIDANCE, dtype=dtype, solver=solver)
+
+            counting = Counting(solver)
+            inverted(counting)
+            measured = setting.timed(blank, lambda: inverted(solver), repeats=1)
+            # Its count is the exact inverse's, which does less at a time: there is no floor, and no rate.
+            return replace(measured, flops=None, moved_bytes=None, more={"evaluations": counting.evaluations})
+
+        yield tried(blank, measure)
+
+
+def imagenet64(setting: Setting) -> Iterator[Figure]:
+    """TARFlow's unconditional model of ImageNet at 64 pixels, of which the paper had 0.27 images a second."""
+    small = ModelConfig(image_size=8, channels=64, num_layers=(1, 1), noise_conditioned=False)
+    row = TARFLOW["imagenet64_uncond"]
+    flow, images = setting.flow(small if setting.dry else row.model()), 2 if setting.dry else 32
+    z = setting.noise(flow, images)
+
+    def measure(blank: Figure) -> Figure:
+        measured = setting.timed(blank, lambda: flow.inverse(z, dtype=torch.bfloat16), repeats=1)
+        least = floor(inverse_costs(flow, images, torch.bfloat16), setting.peaks[torch.bfloat16])
+        return replace(measured, floor_seconds=least, more={"images a second": images / (measured.seconds or 1)})
+
+    blank = inverse_figure(flow, images, torch.bfloat16, UNGUIDED, "TARFlow's ImageNet-64 inverse")
+    yield tried(blank, measure)
+    denoiser, noisy = FlowDenoiser(flow, dtype=torch.bfloat16), setting.images(flow, images)
+    blank = Figure(what="TARFlow's ImageNet-64 denoising", case="one step", dtype="bf16", images=images)
+    yield tried(blank, lambda blank: setting.timed(blank, lambda: denoiser(noisy, None, row.noise_std or 0.05)))
+
+
+def pipeline(setting: Setting) -> Iterator[Figure]:
+    """From noise to pictures: inverse, denoising and decoding apart; then together with too little memory."""
+    flow, images = setting.flow(), 2 if setting.dry else 64
+    schedule = DenoiseScheduler(t_max=LEVELS[1], t_min=LEVELS[0], num_denoise_steps=10)
+    z, labels = setting.noise(flow, images), setting.labels(flow, images)
+    noisy = flow.inverse(z, labels, LEVELS[1], guidance=GUIDANCE, dtype=torch.bfloat16)
+    denoiser = FlowDenoiser(flow, dtype=torch.bfloat16)
+    blank = Figure(what="ten scores", dtype="bf16", images=images)
+    yield tried(blank, lambda blank: setting.timed(blank, lambda: denoise(denoiser, noisy, labels, schedule), 1))
+    blank = Figure(what="pictures of pixels", images=images)
+    yield tried(blank, lambda blank: setting.timed(blank, lambda: to_pil(noisy.clamp(-1, 1))))
+    yield tried(
+        Figure(what="decoding of codes", dtype="float32", images=_few(setting)), lambda b: _decoded(setting, b)
+    )
+    pipe = ITARFlowPipeline(flow, schedule, guidance={"weight": GUIDANCE.weight, "blocks": GUIDANCE.blocks})
+    pipe.set_progress_bar_config(disable=True)
+    few = 2 if setting.dry else 16
+
+    def call() -> Tensor:
+        return pipe(
+            class_labels=[index % 10 for index in range(few)],
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+            inverse_dtype=torch.bfloat16,
+            denoise_dtype=torch.bfloat16,
+        ).images
+
+    release_recordings()
+    whole = tried(Figure(what="pipeline", dtype="bf16", images=few), lambda b: setting.timed(b, call, 1))
+    yield whole
+    if whole.peak_bytes is not None:
+        blank = Figure(what="pipeline", case="with half of that memory", dtype="bf16", images=few, tolerance=2 / 255)
+        yield tried(blank, lambda blank: _with_half(setting, call, blank, whole.peak_bytes or 0))
+
+
+def _decoded(setting: Setting, blank: Figure) -> Figure:
+    """By a VAE of Stable Diffusion's size, with random weights, to 256 pixels."""
+    from diffusers import AutoencoderKL
+
+    widths = (32, 32) if setting.dry else (128, 256, 512, 512)
+    with setting.device:
+        vae = AutoencoderKL(
+            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * len(widths),
+            up_block_types=("UpDecoderBlock2D",) * len(widths),
+            layers_per_block=1 if setting.dry else 2,
+        )
+        codes = torch.randn(blank.images, 4, 4 if setting.dry else 32, 4 if setting.dry else 32)
+    vae.eval().requires_grad_(False)
+    return setting.timed(blank, lambda: vae.decode(codes).sample)
+
+
+def _with_half(setting: Setting, call: Any, blank: Figure, peak: int) -> Figure:
+    expected = call()
+    release_recordings()
+    release(setting.device)
+    allowed = torch.cuda.memory_allocated(setting.device) + peak // 2
+    memory = torch.cuda.get_device_properties(setting.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(allowed / memory, setting.device)
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            found = call()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, setting.device)
+    halved = [str(warning.message)[:90] for warning in told if "fit" in str(warning.message)]
+    difference = float((found - expected).abs().max())
+    return replace(blank, error=difference, more={"halved": halved, "greatest difference of 255": 255 * difference})
+
+
+def _few(setting: Setting) -> int:
+    return 2 if setting.dry else 8

@@ -1,0 +1,129 @@
+"""Another process, in which steps run one after another: what breaks a GPU's context, or hangs, ends with it."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+from gpu.figures import Done, Figure, reason
+
+
+class Step(NamedTuple):
+    """What a worker is told."""
+
+    name: str
+    module: str
+    """Where the function of that name is."""
+    setting: dict[str, Any]
+    """Arguments of `Setting`."""
+
+
+@dataclass(frozen=True)
+class _Ended:
+    failed: str | None
+    healthy: bool
+    """Whether the process can go on with another step."""
+
+
+def run_here(step: Step, found: Callable[[Figure], None]) -> str | None:
+    """Run a step in this process; gives each figure to `found`, and returns why the step failed, or None."""
+    try:
+        module = importlib.import_module(step.module)
+        make: Callable[[Any], Iterator[Figure]] = getattr(module, step.name)
+        for figure in make(importlib.import_module("gpu.setting").Setting(**step.setting)):
+            found(figure)
+    except Exception as error:
+        return reason(error)
+    finally:
+        _cleaned(step)
+    return None
+
+
+class Worker:
+    """Runs steps in a process that is started when it is needed, and anew after one that left it broken."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def run(self, step: Step, done: Done, until: float, grace: float) -> None:
+        """Run a step, and add its figures to `done` as they come.
+
+        Args:
+            step: what to run.
+            done: gets figures, and why the step failed.
+            until: of `time.monotonic()`, when it should have ended.
+            grace: seconds after that in which it may still end by itself.
+        """
+        if self._process is None:
+            self._connection, other = multiprocessing.get_context("spawn").Pipe()
+            self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other,), daemon=False)
+            self._process.start()
+            other.close()
+        assert self._connection is not None
+        try:
+            self._connection.send(step)
+            while self._connection.poll(max(0.0, until + grace - time.monotonic())):
+                message = self._connection.recv()
+                if isinstance(message, Figure):
+                    done.figures.append(message)
+                    continue
+                done.failed = message.failed
+                if not message.healthy:
+                    self.stop()
+                return
+            done.failed = "its time was over, so its process was ended"
+        except (EOFError, OSError):
+            self._process.join(5)
+            done.failed = f"its process ended with exit status {self._process.exitcode}"
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            assert self._connection is not None
+            self._connection.close()
+        self._process = self._connection = None
+
+
+def _serve(connection: Connection) -> None:
+    """The process: run what comes, until nobody is there any more."""
+    os.environ["ITARFLOW_TEST_CUDA"] = "1"  # the tests' flows are used, and their module hides GPUs without it
+    while True:
+        try:
+            step: Step = connection.recv()
+        except EOFError:
+            return
+        failed = run_here(step, connection.send)
+        connection.send(_Ended(failed, _healthy(step)))
+
+
+def _cleaned(step: Step) -> None:
+    """Give memory back, as far as the device still answers."""
+    import torch
+    from timing import release
+
+    from itarflow.runtime.recording import release_recordings
+
+    try:
+        release_recordings()
+        release(torch.device("cpu" if step.setting["dry"] else "cuda"))
+    except Exception as error:  # the context is broken, which `_healthy` will find, too
+        print(f"after {step.name}: {reason(error)}")
+
+
+def _healthy(step: Step) -> bool:
+    import torch
+
+    try:
+        return bool(torch.ones(1, device="cpu" if step.setting["dry"] else "cuda").item() == 1)
+    except RuntimeError:
+        return False

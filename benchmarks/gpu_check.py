@@ -1,0 +1,174 @@
+"""One call on one GPU: is everything right there, and how fast is it? In eight and a half minutes at most.
+
+python benchmarks/gpu_check.py --out check --peer ../ml-itarflow
+python benchmarks/gpu_check.py --out check --only cifar10 study --data cifar10 --minutes 5 --seconds 580
+python benchmarks/gpu_check.py --out check --dry       # on a CPU, with tiny sizes: whether the script itself is right
+
+Each step is on its own: what fails is told, and the rest goes on. What has been found is in OUT/gpu_check.json after
+each step, and in OUT/gpu_check.md in the end: a section for RESULTS.md. It asks nothing of the network.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import tyro
+from gpu.figures import Check, Done, Figure, deviations, page
+from gpu.worker import Step, Worker, run_here
+
+
+class Budget(NamedTuple):
+    """Of a step."""
+
+    seconds: float
+    module: str
+    alone: bool = False
+    """Only if it is named: it is for a call of its own, whose time it takes."""
+
+
+STEPS: dict[str, Budget] = {
+    "env": Budget(20, "gpu.device"),
+    "kernels": Budget(40, "gpu.device"),
+    "right": Budget(45, "gpu.right"),
+    "inverse": Budget(85, "gpu.sampling"),
+    "score": Budget(45, "gpu.scores"),
+    "train": Budget(60, "gpu.training"),
+    "pipeline": Budget(40, "gpu.sampling"),
+    "peer": Budget(45, "gpu.scores"),
+    "imagenet64": Budget(25, "gpu.sampling"),
+    "token": Budget(25, "gpu.sampling"),
+    "jacobi": Budget(25, "gpu.sampling"),
+    "spread": Budget(25, "gpu.training"),
+    "recipe": Budget(45, "gpu.training"),
+    "cifar10": Budget(math.inf, "gpu.training", alone=True),
+    "study": Budget(math.inf, "gpu.training", alone=True),
+}
+"""In the order of what is needed most."""
+LEAST = 0.5
+"""Part of its budget without which a step does not begin."""
+GRACE = 4.0
+"""Seconds that a step has to end when its time is over, before its process is ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is checked."""
+
+    out: Path = Path("gpu_check")
+    """Folder for all that is written."""
+    only: tuple[str, ...] = ()
+    """Steps to run; () = all but cifar10 and study, which take what time there is."""
+    seconds: float = 505.0
+    """For all of it. Steps that no longer fit are left out, and named."""
+    peer: Path | None = None
+    """A clone of the official ml-itarflow, for its speed on the same weights."""
+    data: Path | None = None
+    """CIFAR-10 as parquet files, train-* and test-*, for the steps cifar10 and study."""
+    features: Path | None = None
+    """The Inception network's weights, for the study; None = distances of a small network, which are no FID."""
+    minutes: float = 6.0
+    """For the training of the step cifar10."""
+    dry: bool = False
+    """Run on the CPU with tiny sizes, each step to its end. Its figures mean nothing."""
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.only if name not in STEPS]
+        if unknown:
+            raise ValueError(f"--only names {unknown[0]!r}; expected some of {', '.join(STEPS)}.")
+        for name, value in (("--seconds", self.seconds), ("--minutes", self.minutes)):
+            if not value > 0:
+                raise ValueError(f"{name} is {value}; expected a number > 0.")
+        for name, folder in (("--peer", self.peer), ("--data", self.data), ("--features", self.features)):
+            if folder is not None and not folder.exists():
+                raise ValueError(f"{name} {folder} is not there; check the path, or leave it out.")
+
+
+def check(options: Options, command: str, began: float, say: Callable[[str], None] = print) -> Check:
+    """Run the steps, and write what they find.
+
+    Args:
+        options: what is checked.
+        command: by which.
+        began: when the time began, of `time.monotonic()`.
+        say: tells of each step.
+    """
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = _free(options.out, "gpu_check", ".json")
+    found = Check(command=command, device="", dry=options.dry, steps=[])
+    worker = Worker()
+    try:
+        for name in options.only or [name for name, budget in STEPS.items() if not budget.alone]:
+            done = Done(name=name)
+            found.steps.append(done)
+            left = options.seconds - (time.monotonic() - began)
+            _run(options, done, left, worker)
+            found = Check(command=command, device=_device(found), dry=options.dry, steps=found.steps)
+            file.write_text(json.dumps(found.to_json(), indent=1, default=str) + "\n")
+            end = "" if done.failed is None else f": {done.failed}"
+            say(f"{name}: {len(done.figures)} figures in {done.seconds:.1f} s{end}")
+    finally:
+        worker.stop()
+        file.with_suffix(".md").write_text(page(found))
+    return found
+
+
+def _run(options: Options, done: Done, left: float, worker: Worker) -> None:
+    budget = STEPS[done.name]
+    if (left < LEAST * budget.seconds and not budget.alone) or left <= 0:
+        done.failed = f"left out: {max(0, left):.0f} s were left, and it has {budget.seconds:.0f}"
+        return
+    began = time.monotonic()
+    until = began + (math.inf if options.dry else min(budget.seconds, left - GRACE))
+    setting = {"dry": options.dry, "out": options.out.resolve(), "peer": options.peer and options.peer.resolve(),
+               "data": options.data and options.data.resolve(), "minutes": options.minutes, "until": until,
+               "features": options.features and options.features.resolve()}  # fmt: skip
+    step = Step(done.name, budget.module, setting)
+    if options.dry:  # there is no device that a step could leave broken
+        done.failed = run_here(step, done.figures.append)
+    else:
+        worker.run(step, done, until, GRACE)
+    done.seconds = time.monotonic() - began
+
+
+def _device(found: Check) -> str:
+    machine = next((f for step in found.steps for f in step.figures if f.what == "machine"), Figure(what=""))
+    named = [f"{key} {machine.more[key]}" for key in ("torch", "CUDA", "driver", "triton") if key in machine.more]
+    return ", ".join([str(machine.more.get("name", "a GPU that the step env was not asked to name")), *named])
+
+
+def _free(folder: Path, stem: str, suffix: str) -> Path:
+    """A file that is not there yet: what an earlier call has found stays."""
+    number, path = 1, folder / f"{stem}{suffix}"
+    while path.exists():
+        number += 1
+        path = folder / f"{stem}-{number}{suffix}"
+    return path
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line; exits with 1 if anything deviated."""
+    began = time.monotonic()
+    words = sys.argv[1:] if args is None else list(args)
+    try:
+        options = tyro.cli(Options, description=__doc__, args=words)
+    except ValueError as error:
+        sys.exit(f"Error: {error}")
+    found = check(options, shlex.join(["python", "benchmarks/gpu_check.py", *words]), began)
+    print(f"\n{page(found)}")
+    if any(True for _ in deviations(found)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
