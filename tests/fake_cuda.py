@@ -1,8 +1,8 @@
 """Tensors of a GPU that is not there: they have shapes, dtypes and a device, but no values.
 
 To look at a value is an error, as it is a wait on a GPU, also after a copy to the CPU. So is an operation between
-devices or dtypes that don't mix. What is on the CPU alone is computed there. The gradient can't be computed: autograd's
-engine asks for the device.
+devices or dtypes that don't mix. What is on the CPU alone is computed there. Gradients can't be computed, since
+autograd's engine asks for the device.
 """
 
 from __future__ import annotations

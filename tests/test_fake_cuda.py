@@ -2,7 +2,6 @@
 
 from collections import Counter
 from contextlib import nullcontext
-from functools import partial
 
 import pytest
 import torch
@@ -13,18 +12,14 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from itarflow.codec import codec_of
 from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
 from itarflow.denoisers.ode import SOLVERS
-from itarflow.flow import block
 from itarflow.inverse import Guidance, Jacobi, sequential
-from itarflow.inverse.cuda_graph import GraphedConditioner
 from itarflow.pipeline.call import Call, generate
 
 GUIDANCE = Guidance(weight=1.5, temperature=1.2)
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch):
-    plain = partial(GraphedConditioner, record=lambda function, *_: function)  # nothing can be recorded
-    monkeypatch.setattr(block, "GraphedConditioner", plain)
+def gpu():
     with fake_cuda():
         yield
 
@@ -95,24 +90,16 @@ def test_a_sample_waits_for_nothing(inputs, precision):
 @pytest.mark.parametrize("precision", ["float32"])
 @pytest.mark.parametrize("solver", [Jacobi(), Jacobi(window=1), Jacobi(tolerance=0.0)], ids=str)
 def test_an_iteration_looks_at_its_flags_alone(inputs, solver, monkeypatch):
-    """Once, each time; in what it is told here a further token of each image has converged."""
+    """Once each time. It is told that all images know one token more, and one of them two, none of which overflows."""
     flow, images, labels, level = inputs
-    known, looks = {}, []
-
-    def flags(tensor):
-        """(the least known tokens, the most, whether guesses overflowed, finished images)."""
-        looks.append(tensor.shape)
-        known[None] = known.get(None, 1) + 1
-        return [known[None], known[None], 0, 0]
-
-    monkeypatch.setattr(FakeTensor, "tolist", flags)
-    for one in flow.blocks:
-        inverse = one.inverse
-        monkeypatch.setattr(one, "inverse", lambda *args, inverse=inverse: known.clear() or inverse(*args))
+    totals = [block.num_tokens for block in reversed(flow.blocks)]
+    told = [[low, min(low + 1, total), 0, 0] for total in totals for low in range(2, total + 1)]
+    looks = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda flags: looks.append(tuple(flags.shape)) or told[len(looks) - 1])
     assert_on_gpu(
         flow.inverse(flow.sample_prior(3, None), labels, level, guidance=GUIDANCE, solver=solver), images.shape
     )
-    assert looks == [(4,)] * sum(one.num_tokens - 1 for one in flow.blocks)
+    assert looks == [(4,)] * len(told)
 
 
 @pytest.fixture
@@ -163,37 +150,48 @@ def test_images_in_bf16_wait_for_nothing(make_flow, no_engine):
 
 
 def launches(make_flow, measured, **changes):
-    """What one layer more launches, and all others, in `measured(flow, images, labels, level)`."""
+    """What a further layer of the last block launches in `measured(flow, images, labels, level)`, and all else."""
     few, more = (
-        measured(*faked_inputs(make_flow, **LARGER | {"num_layers": (2, layers)} | changes)) for layers in (2, 3)
+        measured(*faked_inputs(make_flow, **LARGER | {"num_layers": (1, layers)} | changes)) for layers in (1, 2)
     )
-    layer = more - few
-    return layer.total(), (few - Counter({name: 2 * count for name, count in layer.items()})).total(), layer
+    return more - few, few - (more - few)
 
 
+# A layer: four products, two norms, GELU, attention, the cache is written, two sums over layers. In bfloat16 the norms'
+# results are cast to it, and both products that are added are cast back.
+# Besides: the embedding and the head, the affine maps of both passes, their guidance, and the token.
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "layer", "others"), [(torch.float32, 0, 0), (torch.bfloat16, 0, 0)], ids=str)
+@pytest.mark.parametrize(("dtype", "layer", "others"), [(torch.float32, 11, 13), (torch.bfloat16, 15, 13)], ids=str)
 def test_launches_of_a_token(make_flow, dtype, layer, others):
+    """Of a guided block, in the loop on the device, by PyTorch's kernels alone."""
+
     def token(flow, images, labels, level):
-        last = flow.blocks[-1]
-        passes = last.condition(3, labels, level), last.condition(3, None, level)
-        conditioner = block.GraphedConditioner(last.conditioner(*passes, Guidance(weight=1.5), dtype))
-        with Launches() as counted:
-            conditioner(torch.randn(3, 1, images.shape[1] * 4, device="cuda"), 5)
-        return counted.by_name
+        block, x = flow.blocks[-1], torch.zeros(3, *flow.z_shape, device="cuda")
+        passes = block.condition(3, labels, level), block.condition(3, None, level)
+        conditioner = block.conditioner(*passes, Guidance(weight=1.5), dtype)
+        counts = []
+        for tokens in (1, 2):
+            with Launches() as counted:
+                conditioner.solve(x, x, torch.zeros(1, dtype=torch.int64, device="cuda"), tokens, 8)
+            counts.append(counted.by_name)
+        return counts[1] - counts[0]
 
-    assert launches(make_flow, token) == (layer, others)
+    assert_at_most(launches(make_flow, token), layer, others)
 
 
+# A layer: four products, two norms, GELU, attention, two sums. Besides: twice the condition, 25, the embedding, the
+# head and the affine map.
 @torch.no_grad()
-@pytest.mark.parametrize(("precision", "layer", "others"), [("float32", 0, 0), ("bf16", 0, 0)])
-def test_launches_of_a_forward_pass(make_flow, precision, layer, others):
+@pytest.mark.parametrize(("dtype", "others"), [(torch.float32, 92), (torch.bfloat16, 96)], ids=str)
+def test_launches_of_a_forward_pass(make_flow, dtype, others):
     def forward(flow, images, labels, level):
         with Launches() as counted:
             flow(images, labels, level)
         return counted.by_name
 
-    assert launches(make_flow, forward, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) == (
-        layer,
-        others,
-    )
+    assert_at_most(launches(make_flow, forward, dtype=dtype), 10, others)
+
+
+def assert_at_most(found, layer, others):
+    """Fewer are welcome: then lower the numbers."""
+    assert all(have.total() <= most for have, most in zip(found, (layer, others), strict=True)), found
