@@ -1,6 +1,5 @@
 """What a GPU computes, on fake tensors: devices and dtypes fit, nothing waits for the device, launches are counted."""
 
-from collections import Counter
 from contextlib import nullcontext
 
 import pytest
@@ -157,8 +156,8 @@ def launches(make_flow, measured, **changes):
     return more - few, few - (more - few)
 
 
-# A layer: four products, two norms, GELU, attention, the cache is written, two sums over layers. In bfloat16 the norms'
-# results are cast to it, and both products that are added are cast back.
+# A layer: four products, two norms, GELU, attention, the cache is written, two sums over layers. In bfloat16 what the
+# norms give is cast to it, and both products that are added are cast back.
 # Besides: the embedding and the head, the affine maps of both passes, their guidance, and the token.
 @torch.no_grad()
 @pytest.mark.parametrize(("dtype", "layer", "others"), [(torch.float32, 11, 13), (torch.bfloat16, 15, 13)], ids=str)

@@ -265,14 +265,17 @@ def test_compiled_layers_are_those_of_the_view_alone(make_flow, make_inputs, mon
 # Memory that does not do
 
 
-def out_of_memory_beyond(denoiser, images, message="CUDA out of memory. Tried to allocate 1 GiB"):
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def out_of_memory_beyond(denoiser, images, error=NO_MEMORY):
     """From now on more images at a time are too many; returns the sizes that are tried."""
     tried = []
 
     def attempt(module, args):
         tried.append(len(args[0]))
         if len(args[0]) > images:
-            raise torch.OutOfMemoryError(message)
+            raise error
 
     denoiser.flow.register_forward_pre_hook(attempt)
     return tried
@@ -318,7 +321,7 @@ def test_a_single_image_that_does_not_fit_and_other_errors_are_raised(make_flow,
     with pytest.raises(torch.OutOfMemoryError, match="Tried"):
         denoiser.score(*make_inputs(flow))
     denoiser = FlowDenoiser(flow)
-    sizes = out_of_memory_beyond(denoiser, 0, "out of luck")
+    sizes = out_of_memory_beyond(denoiser, 0, RuntimeError("out of luck"))
     with pytest.raises(RuntimeError, match="out of luck"):
         denoiser.score(*make_inputs(flow))
     assert sizes == [3]
