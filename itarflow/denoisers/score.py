@@ -32,6 +32,9 @@ class FlowDenoiser:
     The flow is not changed, and its weights get no gradients. They are shared, so in-place updates of them take
     effect, except with a `dtype`, which copies them. A flow that is moved or cast afterwards needs a new denoiser.
 
+    On a GPU the score of a few images is recorded as a CUDA graph at its second evaluation. Recordings keep the memory
+    of their activations until the denoiser is gone, or memory runs out.
+
     Args:
         flow: any TARFlow. Without noise conditioning it has one noise level, and denoises well only there.
         slice_size: how many images are differentiated at a time, which bounds the memory; None = all. If
@@ -45,8 +48,9 @@ class FlowDenoiser:
             less than half of the memory for about one and a half times the time. For batches that do not fit
             otherwise, and are too slow in slices. A flow on which gradient checkpointing is enabled already does so
             anyway.
-        compiled: compile the layers by torch.compile, which takes a minute or so at the first evaluation of each
-            batch size. For many evaluations on a GPU; on CPUs it is slower than without.
+        compiled: compile the layers by torch.compile, which takes a minute or so at the first evaluation, and again
+            at the first of a single image. For many evaluations of many images on a GPU, with bfloat16; on CPUs it is
+            slower than without.
 
     Raises:
         ValueError: slice_size < 1, or a dtype that is too narrow for gradients.
@@ -80,7 +84,7 @@ class FlowDenoiser:
                 if dtype is not None:
                     layer.to(dtype)
                 if compiled:
-                    layer.compile()
+                    layer.compile(dynamic=True)  # one graph for all batch sizes, also that of the last slice
         self._weights = [*self.flow.parameters(), *self.flow.buffers()]
         self._recorded = not (compiled or self.flow.is_gradient_checkpointing)  # which are for large batches
 

@@ -262,6 +262,26 @@ def test_compiled_layers_are_those_of_the_view_alone(make_flow, make_inputs, mon
     assert len(calls) == sum(flow.config.num_layers)
 
 
+@pytest.mark.slow
+def test_layers_are_compiled_once_for_all_batch_sizes(make_flow, make_inputs, monkeypatch):
+    graphs, compiled = [], torch.compile
+
+    def note(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled(call, backend=note, **options))
+    torch._dynamo.reset()  # of what other tests compiled
+    flow = make_flow()
+    for dtype in (None, torch.bfloat16):
+        denoiser = FlowDenoiser(flow, dtype=dtype, compiled=True, slice_size=4)
+        for count in (6, 3, 4):
+            inputs = make_inputs(flow, count)
+            expected = FlowDenoiser(flow, dtype=dtype, slice_size=4).score(*inputs)
+            torch.testing.assert_close(denoiser.score(*inputs), expected)
+    assert len(graphs) == 2
+
+
 # Memory that does not do
 
 
