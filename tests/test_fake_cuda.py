@@ -5,11 +5,13 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import few_variants
+from diffusers import DDPMScheduler, UNet2DModel
 from fake_cuda import Launches, fake_autocast, fake_cuda, on_fake_cuda
+from tiny_diffusion import UNET
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
 from itarflow.codec import codec_of
-from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
+from itarflow.denoisers import DenoiseScheduler, DiffusionDenoiser, FlowDenoiser, denoise
 from itarflow.denoisers.ode import SOLVERS
 from itarflow.inverse import Guidance, Jacobi, sequential
 from itarflow.pipeline.call import Call, generate
@@ -120,6 +122,22 @@ def test_a_denoising_step_waits_for_nothing(make_flow, variant, method, no_engin
     flow, images, labels, _ = faked_inputs(make_flow, noise_range=(0.01, 0.5), **variant)
     schedule = DenoiseScheduler(t_max=0.3, t_min=0.1, num_denoise_steps=4, method=method, clip=True)
     assert_on_gpu(denoise(FlowDenoiser(flow), images, labels, schedule), images.shape)
+
+
+@pytest.mark.parametrize("given", ["labels", "no labels", "no classes"])
+def test_a_diffusion_models_steps_wait_for_nothing(given):
+    """Except for the labels, which are checked once."""
+    model = UNet2DModel(**UNET, num_class_embeds=None if given == "no classes" else 4)
+    denoiser = DiffusionDenoiser(model, DDPMScheduler(), null_label=None if given == "no classes" else 3)
+    on_fake_cuda(denoiser.model)
+    images = torch.randn(2, 2, 4, 4, device="cuda")
+    labels = None if given == "no labels" else torch.zeros(2, dtype=torch.int64, device="cuda")
+    schedule = DenoiseScheduler(t_max=0.5, t_min=0.01, num_denoise_steps=3)
+    if given == "labels":
+        with pytest.raises(DataDependentOutputException):
+            denoise(denoiser, images, labels, schedule)
+        denoiser._checked = labels
+    assert_on_gpu(denoise(denoiser, images, labels, schedule), images.shape)
 
 
 LARGER = {"image_size": 8, "channels": 16, "head_dim": 8, "num_layers": (2, 5)}
