@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.runtime.devices import is_out_of_memory, on_cpu
+from itarflow.runtime.devices import check_own_gpu, is_out_of_memory, on_cpu
 from itarflow.runtime.errors import DataError, RunError, TrainingError
 from itarflow.runtime.processes import after_main, crash, refuse, say_once
 from itarflow.runtime.signals import Interrupted
@@ -25,7 +25,9 @@ from itarflow.runtime.signals import Interrupted
 def joined() -> PartialState:
     """Initialise the processes of a launch."""
     # A long timeout, since a process that is done waits for the others.
-    return PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
+    state = PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
+    check_own_gpu(state)
+    return state
 
 
 Form = TypeVar("Form")
@@ -97,8 +99,9 @@ def reporting(console: Console, advice: str) -> Iterator[None]:
     """
     # A long timeout: processes wait while one downloads a model or samples its share of a grid. From here on they
     # share a store, by which a message is printed once.
-    PartialState(cpu=on_cpu(), timeout=timedelta(hours=2))
+    state = PartialState(cpu=on_cpu(), timeout=timedelta(hours=2))
     try:
+        check_own_gpu(state)
         yield
     except (DataError, ImportError, OSError, RunError, TrainingError, ValueError) as error:
         refuse(error)

@@ -12,6 +12,7 @@ from itarflow.flow.block import AutoregressiveBlock
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.call import Call
 from itarflow.runtime.devices import device_name, usable_memory
+from itarflow.runtime.recording import release_recordings
 from itarflow.runtime.text import human_bytes
 
 
@@ -27,11 +28,14 @@ class Fitted:
     """What a pipeline remembers from call to call, so that it does not run out of memory by the same again."""
 
     def __init__(self) -> None:
+        self.something = False
+        """Whether any call has succeeded."""
         self._batch: tuple[int, int] | None = None  # so many images did not fit, but so many did
         self._last: _Made | None = None
 
     def note(self, tried: int, fitted: int) -> None:
         """So many images were tried at a time, and so many could be made."""
+        self.something = True
         if fitted < tried:
             self._batch = tried, fitted
 
@@ -70,10 +74,16 @@ def check_memory(flow: TARFlow, call: Call, device: torch.device) -> None:
     if free is None:
         return
     blocks = [block for block in reversed(flow.blocks) if isinstance(block, AutoregressiveBlock)]
+    dtype = call.inverse_dtype or flow.dtype
     to_come = 0 if flow.device.type == device.type else _bytes(flow)
-    inverse = max(_inverse_bytes(block, from_noise, call, flow.dtype) for from_noise, block in enumerate(blocks))
+    casts = [0 if dtype == flow.dtype else _layer_bytes(block, dtype) for block in blocks]
+    # On GPUs the blocks' cast weights are kept from call to call, see `runtime.graphed`.
+    inverse = sum(casts) if device.type == "cuda" else max(casts)
+    inverse += max(_cache_bytes(block, from_noise, call, dtype) for from_noise, block in enumerate(blocks))
     scores = score_bytes(call.denoiser.flow) if call.evaluations and isinstance(call.denoiser, FlowDenoiser) else 0
     needed = to_come + max(inverse, scores)
+    if needed > free and release_recordings():  # of other calls
+        free = usable_memory(device) or 0
     if needed <= free:
         return
     part, option = ("the flow's inverse", "inverse_dtype") if inverse >= scores else ("a score", "denoise_dtype")
@@ -84,15 +94,16 @@ def check_memory(flow: TARFlow, call: Call, device: torch.device) -> None:
     )
 
 
-def _inverse_bytes(block: AutoregressiveBlock, from_noise: int, call: Call, stored: torch.dtype) -> int:
-    """At least so many of one image: keys and values, and the layers' weights, if they are cast."""
-    dtype = call.inverse_dtype or stored
+def _cache_bytes(block: AutoregressiveBlock, from_noise: int, call: Call, dtype: torch.dtype) -> int:
+    """Of the keys and values of one image."""
     guided = call.guidance.guides(from_noise) and (call.labels is not None or call.guidance.temperature != 1)
-    cache = math.prod(block.cache_shape(2 if guided else 1)) * dtype.itemsize
-    if dtype == stored:
-        return cache
+    return math.prod(block.cache_shape(2 if guided else 1)) * dtype.itemsize
+
+
+def _layer_bytes(block: AutoregressiveBlock, dtype: torch.dtype) -> int:
+    """Of the layers' weights, cast."""
     parts = (*block.backbone, block.transformer)
-    return cache + dtype.itemsize * sum(p.numel() for part in parts for p in part.parameters())
+    return dtype.itemsize * sum(p.numel() for part in parts for p in part.parameters())
 
 
 def score_bytes(flow: TARFlow) -> int:

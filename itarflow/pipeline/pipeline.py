@@ -190,7 +190,8 @@ class ITARFlowPipeline(StoredPipeline):
             schedule=schedule,
             codec=PixelCodec() if output_type == "codes" else codec,
         )
-        check_memory(self.flow, call, torch.device(self._execution_device))
+        if not self._fits.something:
+            check_memory(self.flow, call, torch.device(self._execution_device))
         images = converted(self._make(call, size), output_type)
         self.maybe_free_model_hooks()
         # The type is that of a call as most are.
