@@ -157,7 +157,8 @@ def decoders(
     if device.type not in DEVICES:
         yield None
         return
-    with recordings.turn(device):
+    # What is kept must be no tensors of inference mode, which nothing may write to outside of it.
+    with recordings.turn(device), torch.inference_mode(False), torch.no_grad():
 
         def make() -> Decoders:
             return Decoders(recordings, torch.zeros(values, dtype=dtype, device=device))

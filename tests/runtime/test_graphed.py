@@ -170,6 +170,16 @@ def test_two_batch_sizes_are_kept_until_they_are_released(make_flow, make_inputs
 
 
 @pytest.mark.usefixtures("_recorded_here")
+def test_inference_mode_may_come_and_go(make_flow, make_inputs):
+    _, inverse, expected = longer(make_flow, make_inputs)
+    with torch.inference_mode():
+        inverse()
+    torch.testing.assert_close(inverse(Jacobi(window=5, tolerance=0.0)), expected())
+    with torch.inference_mode():
+        torch.testing.assert_close(inverse(), expected())
+
+
+@pytest.mark.usefixtures("_recorded_here")
 def test_another_activation_is_another_block(make_flow, make_inputs):
     flow, inverse, expected = longer(make_flow, make_inputs)
     inverse()
