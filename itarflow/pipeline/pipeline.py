@@ -16,7 +16,7 @@ from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, lowest_lev
 from itarflow.denoisers.score import Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
-from itarflow.inverse.solvers import Solver
+from itarflow.inverse.solvers import Solver, sequential
 from itarflow.pipeline.call import Call, check_denoiser, check_output, converted, generate, in_our_words, positive
 from itarflow.pipeline.labels import Label, label_list, label_number, label_tensor
 from itarflow.pipeline.memory import Fitted, check_memory
@@ -242,11 +242,9 @@ class ITARFlowPipeline(StoredPipeline):
         return denoiser
 
     def flow_denoiser(self, slice_size: int | None = None, dtype: torch.dtype | None = None) -> FlowDenoiser:
-        """The flow as the denoiser of its own samples; the same object again while its weights stay as they are.
+        """The flow as the denoiser of its own samples, see `FlowDenoiser`; dtype None = that of `sampling_dtype`.
 
-        Args:
-            slice_size: see `FlowDenoiser`.
-            dtype: of the layers; None = that of `sampling_dtype`.
+        It is the same object again while its weights stay as they are.
         """
         return self._fits.denoiser(self.flow, slice_size, self.sampling_dtype(dtype))
 
@@ -288,8 +286,10 @@ class ITARFlowPipeline(StoredPipeline):
 
     def planned_solver(self, batch_size: int, dtype: torch.dtype | None = None) -> Solver | list[Solver]:
         """The default solver for batches of that size on the pipeline's device; with that `inverse_dtype`."""
+        if not (plans := self.inverse_plans):
+            return sequential
         place = place_of(torch.device(self._execution_device), self.sampling_dtype(dtype) or self.flow.dtype)
-        return planned(self.inverse_plans, self.flow, place, batch_size)
+        return planned(plans, self.flow, place, batch_size)
 
     def _labels(self, class_labels: Label | Sequence[Label], num_images: int | None) -> tuple[Tensor | None, int]:
         """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""

@@ -254,7 +254,10 @@ def usable_memory(device: torch.device) -> int | None:
     the limit of the container.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        try:
+            free, _ = torch.cuda.mem_get_info(device)
+        except (RuntimeError, AssertionError):  # some drivers can't say
+            return None
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type != "cpu":
         return None
