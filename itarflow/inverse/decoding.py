@@ -54,6 +54,8 @@ class Window(NamedTuple):
     causal, or up to its own."""
     causal: bool
     """Whether attention is causal from position 0, which kernels know without a mask."""
+    rows: Tensor | None = None
+    """(B', 1), 0 .. B' - 1, where positions are (B', n)."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class CachedConditioner:
         positions = start[:, None] + torch.arange(count, device=start.device)
         known = torch.arange(length, device=start.device)
         allowed = (known <= positions[..., None])[:, None]
-        return Window(positions, length, attention_bias(allowed, self.cache.tensor.dtype), causal=False)
+        rows = torch.arange(len(start), device=start.device)[:, None]
+        return Window(positions, length, attention_bias(allowed, self.cache.tensor.dtype), causal=False, rows=rows)
 
     @property
     def reads_exactly(self) -> bool:
@@ -220,8 +223,7 @@ def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | No
     elif on_device:
         cache.index_copy_(3, window.positions, qkv.narrow(2, 1, 2).permute(2, 0, 3, 1, 4))
     else:
-        rows = torch.arange(batch_size, device=qkv.device)[:, None]
-        cache[:, rows, :, window.positions] = qkv[:, :, 1:]
+        cache[:, window.rows, :, window.positions] = qkv[:, :, 1:]
     if temperature is not None:
         q = q / temperature.to(q.dtype)[:, None, None, None]
     k, v = cache.narrow(3, 0, window.length).unbind()
