@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.block import AutoregressiveBlock
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.call import Call
 from itarflow.runtime.devices import device_name, usable_memory
-from itarflow.runtime.recording import release_recordings
+from itarflow.runtime.recording import is_plain, release_recordings
 from itarflow.runtime.text import human_bytes
+
+_Asked = tuple[int | None, torch.dtype | None, bool]
+"""Slice size, dtype, and whether the flow checkpoints."""
 
 
 class _Made(NamedTuple):
     """A denoiser, and what it was made of."""
 
-    asked: tuple[int | None, torch.dtype | None, bool]
-    weights: tuple[tuple[int, int], ...]
+    asked: _Asked
+    weights: tuple[Hashable, ...]
     denoiser: FlowDenoiser
 
 
@@ -28,14 +33,19 @@ class Fitted:
     """What a pipeline remembers from call to call, so that it does not run out of memory by the same again."""
 
     def __init__(self) -> None:
-        self.something = False
-        """Whether any call has succeeded."""
+        self._something = False
         self._batch: tuple[int, int] | None = None  # so many images did not fit, but so many did
+        self._slices: dict[_Asked, int | None] = {}
         self._last: _Made | None = None
+
+    def check(self, flow: TARFlow, call: Call, device: torch.device) -> None:
+        """See `check_memory`; what a call that has succeeded keeps is there for the next one."""
+        if not self._something:
+            check_memory(flow, call, device)
 
     def note(self, tried: int, fitted: int) -> None:
         """So many images were tried at a time, and so many could be made."""
-        self.something = True
+        self._something = True
         if fitted < tried:
             self._batch = tried, fitted
 
@@ -50,13 +60,25 @@ class Fitted:
         While they stay as they are it is the same object for the same arguments, since it keeps what fitted.
         """
         asked = slice_size, dtype, flow.is_gradient_checkpointing
-        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in flow.parameters())
-        if self._last is not None and self._last.asked == asked:
-            if self._last.weights == weights:
-                return self._last.denoiser
-            slice_size = self._last.denoiser.slice_size
-        self._last = _Made(asked, weights, FlowDenoiser(flow, slice_size, dtype=dtype))
+        weights = tuple(map(_state, flow.parameters()))
+        if self._last is None or (self._last.asked, self._last.weights) != (asked, weights):
+            self.forget_weights()
+            slice_size = self._slices.get(asked, slice_size)
+            self._last = _Made(asked, weights, FlowDenoiser(flow, slice_size, dtype=dtype))
         return self._last.denoiser
+
+    def forget_weights(self) -> None:
+        """Keep no memory of a device that the flow is about to leave."""
+        if self._last is not None:
+            self._slices[self._last.asked] = self._last.denoiser.slice_size
+        self._last = None
+
+
+def _state(parameter: Tensor) -> Hashable:
+    """Another one where the parameter has moved, or changed."""
+    if parameter.is_inference():  # of which nobody counts the changes
+        return object()
+    return parameter.data_ptr() if is_plain(parameter) else id(parameter), parameter._version
 
 
 def check_memory(flow: TARFlow, call: Call, device: torch.device) -> None:

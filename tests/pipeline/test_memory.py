@@ -1,5 +1,9 @@
 """What a call needs of the memory, and what is remembered from call to call."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -100,6 +104,17 @@ def test_the_denoiser_is_kept_while_weights_and_settings_stay(pipe):
     after = images_of(pipe, denoise_dtype=torch.bfloat16)
     assert torch.equal(after, images_of(fresh, denoise_dtype=torch.bfloat16))
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("leave", [lambda pipe: pipe.to("cpu"), lambda pipe: images_of(pipe)])
+def test_no_weights_are_kept_where_the_flow_has_left(pipe, leave):
+    """By `to`, and by offloading, after each call."""
+    images_of(pipe)
+    kept = weakref.ref(pipe.flow_denoiser())
+    pipe.flow._hf_hook = SimpleNamespace(pre_forward=lambda flow: None)
+    leave(pipe)
+    gc.collect()
+    assert kept() is None
 
 
 # -- too little for one image -----------------------------------------------------------------------------------
