@@ -95,7 +95,7 @@ def check_own_gpu(state: PartialState) -> None:
         return
     if (reason := _refusal(str(state.device))) is not None:
         raise ValueError(f"the GPU can't be used: {reason}. With ACCELERATE_USE_CPU=true the CPU computes.")
-    if not dist.is_initialized() or "nccl" not in dist.get_backend():
+    if not dist.is_initialized() or dist.get_backend() == "gloo":
         return
     gpu, own = torch.cuda.get_device_properties(state.device).uuid, str(state.process_index)
     store = dist.distributed_c10d._get_default_store()
