@@ -254,16 +254,16 @@ class ITARFlowPipeline(StoredPipeline):
         return asked or sampling_dtype(torch.device(self._execution_device), self.flow.dtype)
 
     def __repr__(self) -> str:
-        flow, scheduler = self.flow.config, self.scheduler.config
+        flow, scheduler, flow_dtype = self.flow.config, self.scheduler.config, self.flow.dtype
         channels, height, width = self.picture_shape
         lines = {
             "images": f"{channels} x {height} x {width}" + ("" if self.vae is None else ", decoded by a VAE"),
             "classes": f"{flow.num_classes}"
             + (f" ({printable(listed(self.class_names))})" if self.class_names else ""),
-            "flow": f"{sum(p.numel() for p in self.flow.parameters()):,} parameters, {self.flow.dtype}, "
+            "flow": f"{sum(p.numel() for p in self.flow.parameters()):,} parameters, {flow_dtype}, "
             f"on {self.flow.device}",
             "sampling": f"t_max {scheduler.t_max:g}, {scheduler.num_denoise_steps} steps of {scheduler.method}, "
-            f"guidance {self.default_guidance.weight:g}",
+            f"guidance {self.default_guidance.weight:g}, in {self.sampling_dtype() or flow_dtype}",
         }
         return "\n".join([type(self).__name__, *(f"  {name}: {text}" for name, text in lines.items())])
 
