@@ -16,6 +16,7 @@ from itarflow.runtime.devices import device_name
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.json_file import as_type
 from itarflow.runtime.model_folder import check_arguments
+from itarflow.runtime.text import printable
 
 logger = logging.get_logger(__name__)
 
@@ -185,7 +186,7 @@ def planned(
 
 @cache
 def _warn_once(text: str) -> None:
-    logger.warning(text)
+    logger.warning(printable(text))  # names in a checkpoint may be anybody's
 
 
 def _in_words(device: str, device_name: str, dtype: str, torch: str) -> str:

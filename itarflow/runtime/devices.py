@@ -33,7 +33,7 @@ def usable_device(name: str | None) -> str:
     if torch.cuda.is_available():
         if (reason := _refusal("cuda")) is None:
             return "cuda"
-        if "memory" in reason:
+        if "out of memory" in reason:
             raise ValueError(f"the GPU can't be used: {reason}. Other programs may hold its memory; see nvidia-smi.")
         warnings.warn(f"no GPU can be used, so the CPU computes: {reason}.", stacklevel=2)
         return "cpu"

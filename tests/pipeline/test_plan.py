@@ -64,6 +64,12 @@ def test_a_plan_of_elsewhere_is_not_used_which_is_said_once(flow, caplog, where)
     assert "`itarflow profile CHECKPOINT` finds a plan" in said
 
 
+def test_names_of_foreign_plans_can_not_command_a_terminal(flow, caplog):
+    planned([plan(**GPU | {"device_name": "\x1b]0;title\x07"})], flow, lambda: GPU, 8)
+    assert caplog.messages[0].isprintable()
+    assert "title" in caplog.messages[0]
+
+
 def test_nothing_is_said_of_plans_for_other_batches_or_types_of_device(flow, caplog):
     assert planned([plan(**GPU)], flow, lambda: GPU, 9) is sequential
     assert planned([plan(**GPU)], flow, lambda: CPU, 1) is sequential
