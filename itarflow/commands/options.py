@@ -169,7 +169,8 @@ class Scoring(GuidanceOptions):
         folders = {self.folder / name: generation for name, generation in generations.items()}
         on_main(state, lambda: self._look_at(folders))  # refused now, not after the reference
         if state.is_main_process:
-            say(_plan(generations, self.num_samples))
+            dtype = _dtype_name(pipe, self.inverting()["inverse_dtype"]).removeprefix("torch.")
+            say(f"{_plan(generations, self.num_samples)}; on {device_name(pipe.device)} in {dtype}")
         console = Console(stderr=True)
         extractor = main_first(state, lambda: load_extractor(self.extractor, self.features, device))
         reference = self._open_reference(pipe, extractor, state, console)
