@@ -18,6 +18,7 @@ from itarflow.data.prepare.codes_card import training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.data.prepare.manifest import say_understood
+from itarflow.runtime.devices import tuned_convolutions
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import check_writable, folder_lock
 from itarflow.runtime.processes import crash, on_main, refuse, shared_images
@@ -101,7 +102,8 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
     on_main(state, first)  # it downloads what the others then find, and its refusal reaches them all
     plan = plan or plan_encoding(config)
     start = time.monotonic()
-    with shared_images(state, console, "encoding", plan.num_images, plan.num_images - missing) as count:
+    bar = shared_images(state, console, "encoding", plan.num_images, plan.num_images - missing)
+    with tuned_convolutions(), bar as count:
         encode_share(
             plan,
             device=state.device,

@@ -34,6 +34,13 @@ class Batch(NamedTuple):
     labels: Tensor
     broken: tuple[str, ...]
 
+    def on_its_way(self) -> Batch:
+        """In pinned memory if the process computes on a GPU, which can then copy it while the process goes on."""
+        # Not by the loader's own thread, which a worker that dies would end without a word.
+        if not torch.cuda.is_initialized():
+            return self
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken)
+
 
 def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int = 0) -> Iterator[Batch]:
     """A batch for every list of indices that the sampler yields, in its order.
@@ -52,7 +59,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
     """
     if dataset.images is not None:
         for indices in sampler:
-            yield Batch(dataset.images[indices], dataset.labels[indices], ())
+            yield Batch(dataset.images[indices], dataset.labels[indices], ()).on_its_way()
         return
     parts = 1
     if isinstance(sampler, StreamedBatchSampler):
@@ -75,7 +82,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
             raise batch
         found.append(batch)
         if len(found) == parts:
-            yield _joined(found)
+            yield _joined(found).on_its_way()
             found = []
 
 

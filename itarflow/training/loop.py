@@ -23,7 +23,7 @@ from torch import nn
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, batches
 from itarflow.data.order import training_sampler
-from itarflow.runtime.devices import memory_gib
+from itarflow.runtime.devices import memory_gib, tf32_products
 from itarflow.runtime.errors import DataError, TrainingError
 from itarflow.runtime.processes import agreed, on_main
 from itarflow.runtime.progress import training_progress
@@ -50,6 +50,8 @@ class Loop(ABC, Generic[StepOutputT, Result]):
     """What is trained, for messages: "model"."""
     advice: ClassVar[str]
     """How to go on after too many bad steps: a sentence."""
+    tf32 = True
+    """Whether float32 products of a step may be TF32 on a GPU. Evaluations, pictures and exports are float32."""
 
     model: nn.Module
     """As Accelerate or `sharding.distribute` has prepared it."""
@@ -205,7 +207,8 @@ class Loop(ABC, Generic[StepOutputT, Result]):
             while self.state.step < last_step:
                 began = time.perf_counter()
                 micro_batches = self._fetch(loader)
-                output = self.step(self.state.step, micro_batches)
+                with tf32_products(self.tf32):
+                    output = self.step(self.state.step, micro_batches)
                 bad = not math.isfinite(output.grad_norm)
                 self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
                 passed = time.perf_counter() - began

@@ -25,6 +25,7 @@ from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, check_workers
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance
 from itarflow.runtime.devices import peak_tflops, tf32_products
+from itarflow.runtime.modules import recomputed
 from itarflow.runtime.processes import agreed, main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate
@@ -46,12 +47,15 @@ from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.settings import learning_rate_factor
 from itarflow.training.sharding import (
+    clear_gradients,
     clip_grad_norm,
     compile_layers,
     distribute,
     launcher_asks_for_checkpointing,
     launcher_asks_for_sharding,
     make_accelerator,
+    sends_bf16,
+    update_average,
     whole_flow,
 )
 
@@ -111,7 +115,7 @@ def train(
     """
     recipe.check()
     accelerator = make_accelerator(run_path, accumulation=recipe.train.accumulation, trackers=recipe.train.trackers)
-    with tf32_products(recipe.noise.distribution != "dequantise"):
+    with tf32_products(False):  # likelihoods and samples are float32 on every device; `Loop` allows it for steps
         return _train(recipe, RunDir(run_path), accelerator, start, max_steps, allow_changes, find_micro_batch)
 
 
@@ -177,6 +181,7 @@ class _Training(Loop[_FlowStep, Summary]):
         total_steps = recipe.num_steps(len(data.train))
         super().__init__(recipe, run, data, accelerator, stop, name=recipe.name, total_steps=total_steps)
         self.recipe, self.sharded, self.max_steps = recipe, sharded, max_steps
+        self.tf32 = recipe.noise.distribution != "dequantise"  # a likelihood's objective is that of its evaluation
         self.vae = vae  # on the CPU; only sample grids and exports need it
         self.held_out = Evaluation({}, None)
         self.edges = bucket_edges(recipe)
@@ -184,8 +189,8 @@ class _Training(Loop[_FlowStep, Summary]):
         set_seed(recipe.train.seed)
         self.flow: TARFlow = recipe.model.build(recipe.noise_range)
         if recipe.train.gradient_checkpointing:
-            self.flow.enable_gradient_checkpointing()
-        self.model = distribute(self.flow, accelerator, sharded)
+            self.flow.enable_gradient_checkpointing(recomputed)
+        self.model = distribute(self.flow, accelerator, sharded, bf16=sends_bf16(recipe))
         if recipe.train.compile:
             compile_layers(self.flow)
         self.optimizer = torch.optim.AdamW(
@@ -249,7 +254,7 @@ class _Training(Loop[_FlowStep, Summary]):
                         grad_norm = clip_grad_norm(self.model, train.max_grad_norm or math.inf)
                         if math.isfinite(grad_norm):
                             self.optimizer.step()
-                        self.optimizer.zero_grad()
+                        clear_gradients(self.model, self.optimizer)
                 parts.append(losses)
                 levels.append(part.noise_level)
         output = _FlowStep(Losses.together(parts), torch.cat(levels), grad_norm, moments)
@@ -262,7 +267,7 @@ class _Training(Loop[_FlowStep, Summary]):
 
     def _after_update(self, losses: Losses) -> None:
         if self.ema is not None:
-            self.ema.step(self.model.parameters())
+            update_average(self.ema, self.model)
         if losses.mean_square is not None:
             mean_square = self.accelerator.reduce(losses.mean_square, "mean")
             self.flow.prior_variance.copy_(updated_prior_variance(self.flow.prior_variance, mean_square.sqrt()[None]))

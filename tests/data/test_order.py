@@ -354,3 +354,21 @@ def test_a_folder_for_temporary_files_that_is_too_long_is_refused(monkeypatch: p
 def test_what_a_worker_raises_is_no_death() -> None:
     with pytest.raises(RuntimeError, match="Caught"):
         list(watched(ending(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")), "take fewer"))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_batches_for_a_gpu_are_in_pinned_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    data = load(write_row_groups(tmp_path / "a.parquet", 12, 3)).train
+    (batch,) = in_order(data.decoded() if in_memory else data, 12)
+    assert [id(batch.images), id(batch.labels)] == [id(tensor) for tensor in pinned]
+    assert batch.broken == ()
