@@ -29,6 +29,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from itarflow.flow.tarflow import TARFlow
 from itarflow.flow.transformer import Layer
 from itarflow.runtime.devices import on_cpu
+from itarflow.runtime.launch import joined
 from itarflow.training.recipe import Recipe
 from itarflow.training.settings import check_trackers
 
@@ -208,6 +209,7 @@ def make_accelerator(run_path: Path, *, accumulation: int, trackers: Sequence[st
                 "recipes/launch/fsdp2.yaml or --train.shard, which split a model over devices as well."
             )
     check_trackers(trackers)
+    joined()
     with patch_environment(accelerate_use_fsdp="false"):
         return Accelerator(
             cpu=on_cpu(),
