@@ -48,7 +48,7 @@ def joined(timeout: timedelta = timedelta(days=7)) -> PartialState:
     if not has_joined():
         _check_gpus()
     state = PartialState(cpu=on_cpu(), timeout=timeout)
-    if state.num_processes > 1 and dist.is_initialized() and not (_WATCH and _WATCH[-1].is_alive()):
+    if state.num_processes > 1 and dist.is_initialized() and _watch() is None:
         watch = _Watch(state.process_index, state.num_processes)
         _WATCH.append(watch)
         watch.start()
@@ -88,9 +88,10 @@ def end(text: str, status: int = 1) -> NoReturn:
         text: what has happened, after "process 1 of 8 has ended: ", for the others to say. This process has said it.
         status: that it exits with.
     """
-    if not _WATCH or not _WATCH[-1].is_alive():
+    watch = _watch()
+    if watch is None:
         sys.exit(status)
-    _WATCH[-1].tell(f"has ended: {text}")
+    watch.tell(f"has ended: {text}")
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()
@@ -98,12 +99,18 @@ def end(text: str, status: int = 1) -> NoReturn:
     os._exit(status)
 
 
+def part() -> None:
+    """End the watch: the processes end in order, all of which have come here."""
+    for watch in _WATCH:
+        watch.over.set()
+
+
 def failure_elsewhere(error: BaseException) -> str | None:
     """What has happened to another process, if this error says no more than that it has gone; else None."""
     closed = isinstance(error, dist.DistNetworkError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
     if not _WATCH or not (closed or isinstance(error, dist.DistBackendError)):
         return None
-    if _WATCH[-1].heard.wait(_GRACE):
+    if _WATCH[-1].over.wait(_GRACE) and _WATCH[-1].text:
         return _WATCH[-1].text
     return f"another process is gone without a word ({str(error).strip()})" if closed else None
 
@@ -133,7 +140,7 @@ class _Watch(threading.Thread):
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(name="itarflow-watch", daemon=True)
-        self.heard, self.text = threading.Event(), ""
+        self.over, self.text = threading.Event(), ""
         self._rank, self._size, self._turns, self._ending = rank, size, 0, False
         store = dist.distributed_c10d._get_default_store()
         # A connection of its own, if torch has that: one that waits for something keeps others waiting.
@@ -145,19 +152,19 @@ class _Watch(threading.Thread):
         """See the class. Whether the store answers is seen from outside of the thread that asks it."""
         self._listener.start()
         turns, silent = 0, 0
-        while dist.is_initialized() and not self.heard.wait(_TURN):
+        while dist.is_initialized() and not self.over.wait(_TURN):
             silent = silent + 1 if self._turns == turns else 0
             turns = self._turns
             if silent >= _SILENT:
                 self._hear(f"process {self._rank} of {self._size} has lost the first one: its machine may be gone")
-        if self.heard.is_set() and not self._ending:
+        if self.text and not self._ending:
             time.sleep(_GRACE)
             print(f"Error: {self.text}\nAll processes end.", file=sys.stderr, flush=True)  # noqa: T201
             os._exit(1)
 
     def _listen(self) -> None:
         other, last, silent = (self._rank + 1) % self._size, 0, 0
-        while dist.is_initialized() and not self.heard.is_set():
+        while dist.is_initialized() and not self.over.is_set():
             with suppress(RuntimeError):  # no answer: `run` counts how often
                 self._store.add(f"itarflow life {self._rank}", 1)
                 if self._store.check([_FAILED]):
@@ -171,11 +178,11 @@ class _Watch(threading.Thread):
                 if silent >= (_SILENT if life else _LATE):
                     self._tell("is silent: it has been killed, or its machine is gone", other)
                 self._turns += 1
-            self.heard.wait(_TURN)
+            self.over.wait(_TURN)
 
     def _hear(self, text: str) -> None:
         self.text = text
-        self.heard.set()
+        self.over.set()
 
     def tell(self, text: str) -> None:
         """Tell all that this process ends; what was told first stays."""
@@ -191,12 +198,17 @@ class _Watch(threading.Thread):
     def leave(self) -> None:
         """Say that this process ends in order, unless all have parted before."""
         with suppress(RuntimeError):
-            if dist.is_initialized():
+            if dist.is_initialized() and not self.over.is_set():
                 self._store.add(f"itarflow life {self._rank}", _LEFT)
 
 
 _WATCH: list[_Watch] = []
-"""The watch of this process, if it is one of several."""
+"""The watch of this process, if it is one of several; before it those of groups that have parted."""
+
+
+def _watch() -> _Watch | None:
+    watch = _WATCH[-1] if _WATCH else None
+    return None if watch is None or not watch.is_alive() or (watch.over.is_set() and not watch.text) else watch
 
 
 def _ending(

@@ -27,6 +27,7 @@ from itarflow.flow.tarflow import TARFlow, updated_prior_variance
 from itarflow.runtime.devices import peak_tflops, tf32_products
 from itarflow.runtime.modules import recomputed
 from itarflow.runtime.processes import agreed, main_first, on_main
+from itarflow.runtime.recording import release_recordings
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate
 from itarflow.training.export import (
@@ -144,7 +145,11 @@ def _train(
         accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
     if not recipe.data.in_memory:
-        check_workers(recipe.data.num_workers)
+        of_image = math.prod((recipe.model.in_channels, recipe.model.image_size, recipe.model.image_size))
+        # Stored codes are of 2 bytes, with a mean and a deviation, straight and mirrored.
+        stored = of_image if recipe.codec.vae is None else 8 * of_image
+        micro_batch = recipe.train.batch_size // accelerator.num_processes // recipe.train.accumulation
+        check_workers(recipe.data.num_workers, micro_batch * stored)
     vae = main_first(accelerator, lambda: open_vae(recipe))
     recipe = with_identity(recipe, vae)
     check_run_folder(run, recipe, accelerator, start, allow_changes)
@@ -339,8 +344,11 @@ class _Training(Loop[_FlowStep, Summary]):
     def _sampling_flow(self) -> Iterator[TARFlow]:
         """Averaged weights, and no compilation: sampling has other shapes at each token."""
         whole = whole_flow(self.model, self.recipe, self.ema, self.accelerator.device)
-        with whole as flow, torch.compiler.set_stance("force_eager"):
-            yield flow
+        try:
+            with whole as flow, torch.compiler.set_stance("force_eager"):
+                yield flow
+        finally:
+            release_recordings()  # a step needs their memory more than the next grid needs them
 
     # -- exports -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -372,3 +373,17 @@ def test_batches_for_a_gpu_are_in_pinned_memory(
     (batch,) = in_order(data.decoded() if in_memory else data, 12)
     assert [id(batch.images), id(batch.labels)] == [id(tensor) for tensor in pinned]
     assert batch.broken == ()
+
+
+def test_batches_that_do_not_fit_the_memory_between_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_SHARED", tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=2**14, f_frsize=2**12))  # 64 MB, as docker's
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    loader.check_workers(8, 2**20)
+    loader.check_workers(0, 2**30)
+    with pytest.raises(
+        DataError, match=r"64 MiB free.* 8 workers .*2 processes may need 80 MiB.*--ipc=host.*workers 6"
+    ):
+        loader.check_workers(8, 5 * 2**18)

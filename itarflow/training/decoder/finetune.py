@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
 from itarflow.data.load import ImageData, load_data
-from itarflow.data.loader import Batch
+from itarflow.data.loader import Batch, check_workers
 from itarflow.pipeline.folder import finish_vae
 from itarflow.runtime.devices import tf32_products, tuned_convolutions
 from itarflow.runtime.files import atomically, replace_folder, write_json
@@ -106,6 +106,9 @@ def fine_tune(
         raise ValueError("data.held_out_images is 0: there is nothing to measure the decoder on; expected 1 or more.")
     if config.data.in_memory:
         data = data.decoded()
+    else:
+        micro_batch = config.train.batch_size // accelerator.num_processes // config.train.accumulation
+        check_workers(config.data.num_workers, micro_batch * vae.config.in_channels * config.size**2)
     with ExitStack() as within:
         within.enter_context(tf32_products(False))  # what is measured is float32; `Loop` allows TF32 for steps
         within.enter_context(tuned_convolutions())
