@@ -16,20 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.runtime.devices import check_own_gpu, is_out_of_memory, on_cpu
+from itarflow.runtime.devices import check_own_gpu, is_out_of_memory
 from itarflow.runtime.errors import DataError, RunError, TrainingError
+from itarflow.runtime.launch import end, joined
 from itarflow.runtime.processes import after_main, crash, refuse, say_once
 from itarflow.runtime.signals import Interrupted
-
-
-def joined() -> PartialState:
-    """Initialise the processes of a launch."""
-    # A long timeout, since a process that is done waits for the others.
-    state = PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
-    if state.num_processes > 1:  # one process takes the device of its options
-        check_own_gpu(state)
-    return state
-
 
 Form = TypeVar("Form")
 
@@ -67,7 +58,7 @@ def resumable(out: Path | None) -> Iterator[None]:
             f"The same command goes on with {escape(str(out))} later." if out else "Without --output nothing is kept."
         )
         say_once("stopped", lambda: Console(stderr=True).print(f"[yellow]Stopped.[/] {kept}", soft_wrap=True))
-        sys.exit(130)
+        end("stopped by Ctrl-C", 130)
 
 
 def print_table(title: str, values: Mapping[str, Any]) -> None:
@@ -99,10 +90,8 @@ def reporting(console: Console, advice: str, *, device: str | None = None) -> It
         advice: what to try when memory runs out.
         device: that was asked for; None = that of the process, which is tried first.
     """
-    # A long timeout: processes wait while one downloads a model or samples its share of a grid. From here on they
-    # share a store, by which a message is printed once.
-    state = PartialState(cpu=on_cpu(), timeout=timedelta(hours=2))
     try:
+        state = joined(timedelta(hours=2))  # in which the slowest process samples its share of a grid
         if device is None:
             check_own_gpu(state)
         yield
@@ -110,7 +99,7 @@ def reporting(console: Console, advice: str, *, device: str | None = None) -> It
         refuse(error)
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]Stopped at once; nothing was saved beyond what the run's folder holds.")
-        sys.exit(130)
+        end("stopped by Ctrl-C", 130)
     except Interrupted as stop:
         if PartialState().is_main_process:
             console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from itarflow import __version__
 from itarflow.commands.class_labels import check_seed
-from itarflow.commands.console import joined, resumable, say
+from itarflow.commands.console import resumable, say
 from itarflow.commands.guidance import GuidanceOptions
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig
@@ -38,6 +38,7 @@ from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import Precision, asked_dtype, device_name, usable_device
 from itarflow.runtime.files import check_no_link, check_writable
 from itarflow.runtime.json_file import as_type
+from itarflow.runtime.launch import joined
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.text import display_name, short_names
 

@@ -247,6 +247,17 @@ def peak_tflops(device: torch.device, products: Products) -> float | None:
     return None if peaks is None else peaks[products]
 
 
+@contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """Inside, cuDNN tries which of its algorithms is fastest for each shape of a convolution that it meets."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def usable_memory(device: torch.device) -> int | None:
     """Bytes that further tensors may take: what is free, and what PyTorch holds without need; None = not known.
 
