@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
@@ -18,9 +17,8 @@ from torch import Tensor, nn
 from gpu.figures import Figure
 from gpu.hooks import Operators
 from gpu.setting import NAMES, Setting, distance, tried
-from itarflow.runtime import kernels as own
 from itarflow.runtime.devices import tf32_products
-from itarflow.runtime.kernels import attention, pack
+from itarflow.runtime.kernels import attention, attention_bias, decode_attention, has_decode_attention, pack
 
 
 def env(setting: Setting) -> Iterator[Figure]:
@@ -57,7 +55,6 @@ def env(setting: Setting) -> Iterator[Figure]:
 
 def kernels(setting: Setting) -> Iterator[Figure]:
     """Which attention is taken, and of each kernel its time, its error, and the time of PyTorch's own in its place."""
-    yield from _proofs()
     yield from (tried(*case) for case in _attentions(setting))
     yield from (tried(*case) for case in _decoding(setting))
     yield from (tried(*case) for case in _products(setting))
@@ -66,23 +63,11 @@ def kernels(setting: Setting) -> Iterator[Figure]:
 Case = tuple[Figure, Callable[[Figure], Figure]]
 
 
-def _proofs() -> Iterator[Figure]:
-    """What the kernels have found out about themselves on this device."""
-    try:
-        proof = importlib.import_module("itarflow.runtime.kernels.proof")
-    except ImportError:
-        yield Figure(what="proofs of kernels", more={"": "there are none"})
-        return
-    report = getattr(proof, "report", None)
-    if report is not None:
-        for name, found in report().items():
-            yield Figure(what="proof of a kernel", case=str(name), more={"": str(found)})
-
-
 def _attentions(setting: Setting) -> Iterator[Case]:
     heads, width, longest = (2, 16, 32) if setting.dry else (20, 64, 1024)
+    many = (2,) if setting.dry else (2, 16, 128)
     cases = [("causal", 8, longest - 1, longest - 1)]
-    cases += [("one token", rows, 1, length) for rows in (2, 16, 128) for length in (longest // 4, longest)]
+    cases += [("one token", rows, 1, length) for rows in many for length in (longest // 4, longest)]
     cases += [("window", rows, 16, longest // 2) for rows in (2, 16)]
     for dtype in (torch.bfloat16, torch.float32):
         for what, rows, n, length in cases:
@@ -102,7 +87,7 @@ def _attentions(setting: Setting) -> Iterator[Case]:
                 allowed = torch.ones(n, length, dtype=torch.bool, device=setting.device).tril(length - n)
                 mask = None
                 if what == "window":
-                    mask = own.attention_bias(allowed, dtype) if hasattr(own, "attention_bias") else allowed
+                    mask = attention_bias(allowed, dtype)
                 with Operators() as called:
                     found = attention(q, k, v, mask, what == "causal")
                 exact = _exact(q[:2].double(), k[:2].double(), v[:2].double(), allowed)
@@ -122,14 +107,9 @@ def _attentions(setting: Setting) -> Iterator[Case]:
 
 def _decoding(setting: Setting) -> Iterator[Case]:
     """Attention of a token to a cache, at the end of a sequence and in its middle."""
-    if importlib.util.find_spec("itarflow.runtime.kernels.decode") is None:
-        return
-    decode = importlib.import_module("itarflow.runtime.kernels.decode")
     heads, width, longest = (2, 16, 32) if setting.dry else (20, 64, 1024)
     for dtype in (torch.bfloat16, torch.float32):
-        for rows in (2, 16, 128, 512):
-            if setting.dry and rows > 16:
-                continue
+        for rows in (2,) if setting.dry else (2, 16, 128, 512):
             for position in (longest // 2 - 1, longest - 1):
 
                 def measure(
@@ -137,13 +117,13 @@ def _decoding(setting: Setting) -> Iterator[Case]:
                 ) -> Figure:
                     shape = 2, rows, heads, longest, width
                     cache = torch.randn(shape, device=setting.device, dtype=dtype)
-                    if not decode.has_decode_attention(cache):
-                        return replace(blank, more={"": "no kernel here"})
+                    if not has_decode_attention(cache):
+                        return replace(blank, more={"own kernel": "there is none here, or it is slower"})
                     qkv = torch.randn(rows, 1, 3 * heads * width, device=setting.device, dtype=dtype)
                     at = torch.tensor([position], device=setting.device)
                     expected = _decoded(qkv[:2], cache[:, :2], position)
-                    found = decode.decode_attention(qkv, cache, at)[:2]
-                    seconds = device_seconds(lambda: decode.decode_attention(qkv, cache, at), setting.device, 10)
+                    found = decode_attention(qkv, cache, at)[:2]
+                    seconds = device_seconds(lambda: decode_attention(qkv, cache, at), setting.device, 10)
                     return replace(
                         blank,
                         seconds=seconds,

@@ -34,10 +34,18 @@ class _Ended:
 def run_here(step: Step, found: Callable[[Figure], None]) -> str | None:
     """Run a step in this process; gives each figure to `found`, and returns why the step failed, or None."""
     try:
-        module = importlib.import_module(step.module)
+        module, hooks = importlib.import_module(step.module), importlib.import_module("gpu.hooks")
         make: Callable[[Any], Iterator[Figure]] = getattr(module, step.name)
-        for figure in make(importlib.import_module("gpu.setting").Setting(**step.setting)):
-            found(figure)
+        with hooks.told() as lines:
+            try:
+                for figure in make(importlib.import_module("gpu.setting").Setting(**step.setting)):
+                    found(figure)
+            finally:
+                for line in dict.fromkeys(lines):
+                    if line.startswith(hooks.KERNEL_LEFT_OUT):
+                        found(Figure(what="kernel", failed=line))
+                    else:
+                        found(Figure(what="told", more={"": line}))
     except Exception as error:
         return reason(error)
     finally:
@@ -52,14 +60,13 @@ class Worker:
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def run(self, step: Step, done: Done, until: float, grace: float) -> None:
+    def run(self, step: Step, done: Done, until: float) -> None:
         """Run a step, and add its figures to `done` as they come.
 
         Args:
             step: what to run.
             done: gets figures, and why the step failed.
-            until: of `time.monotonic()`, when it should have ended.
-            grace: seconds after that in which it may still end by itself.
+            until: of `time.monotonic()`, when its process is ended.
         """
         if self._process is None:
             self._connection, other = multiprocessing.get_context("spawn").Pipe()
@@ -69,7 +76,7 @@ class Worker:
         assert self._connection is not None
         try:
             self._connection.send(step)
-            while self._connection.poll(max(0.0, until + grace - time.monotonic())):
+            while self._connection.poll(max(0.0, until - time.monotonic())):
                 message = self._connection.recv()
                 if isinstance(message, Figure):
                     done.figures.append(message)
