@@ -18,14 +18,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import tyro
 from gpu.figures import Check, Done, Figure, deviations, page
 from gpu.worker import Step, Worker, run_here
+
+NEEDED = ("torch", "accelerate", "diffusers", "datasets", "msgspec", "safetensors", "einops", "scipy", "sklearn",
+          "psutil", "filelock", "rich", "tyro")  # fmt: skip
+"""What must be there to import; README.md says how to bring it along."""
 
 
 class Budget(NamedTuple):
@@ -161,6 +163,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line; exits with 1 if anything deviated."""
     began = time.monotonic()
     words = sys.argv[1:] if args is None else list(args)
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        sys.exit(f"Error: {', '.join(missing)} can't be imported; benchmarks/README.md says which wheels to bring.")
+    import tyro  # now that it is known to be there
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     options = tyro.cli(Options, prog="benchmarks/gpu_check.py", description=__doc__, args=words)
     found = check(options, shlex.join(["python", "benchmarks/gpu_check.py", *words]), began)
     print(f"\n{page(found)}")

@@ -30,17 +30,22 @@ UNGUIDED = Guidance()
 
 def inverse(setting: Setting) -> Iterator[Figure]:
     """Guided and exact, by number of images and dtype; then the same in other ways, which must come to the same."""
-    flow = setting.flow()
-    cases = [(torch.bfloat16, images) for images in ((1, 8, 64, 256) if not setting.dry else (1, 2))]
-    for dtype, images in (*cases, (torch.float32, 8 if not setting.dry else 2)):
+    flow, few = setting.flow(), _few(setting)
+    many = (1, few, 64, 256) if not setting.dry else (1, few)
+
+    def inverses(dtype: torch.dtype, images: int) -> Figure:
         blank = inverse_figure(flow, images, dtype, GUIDANCE, "inverse")
-        yield tried(blank, lambda blank: _inverted(setting, flow, blank))
+        return tried(blank, lambda blank: _inverted(setting, flow, blank))
+
+    yield from (inverses(torch.bfloat16, images) for images in many[:3])
+    yield inverses(torch.float32, few)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        blank = Figure(what="flow of the inverse", dtype=NAMES[dtype], images=_few(setting), tolerance=tolerance)
+        blank = Figure(what="flow of the inverse", dtype=NAMES[dtype], images=few, tolerance=tolerance)
         yield tried(blank, lambda blank, dtype=dtype: _round_trip(setting, flow, blank, dtype))
     for case in ("without recordings", "without own kernels"):
-        blank = Figure(what="inverse", case=case, dtype="bf16", images=_few(setting), tolerance=0.05)
+        blank = Figure(what="inverse", case=case, dtype="bf16", images=few, tolerance=0.05)
         yield tried(blank, lambda blank: _otherwise(setting, flow, blank))
+    yield from (inverses(torch.bfloat16, images) for images in many[3:])  # the longest: last
 
 
 def inverse_figure(flow: TARFlow, images: int, dtype: torch.dtype, guidance: Guidance, what: str) -> Figure:

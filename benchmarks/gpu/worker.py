@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -36,10 +38,13 @@ def run_here(step: Step, found: Callable[[Figure], None]) -> str | None:
     try:
         module, hooks = importlib.import_module(step.module), importlib.import_module("gpu.hooks")
         make: Callable[[Any], Iterator[Figure]] = getattr(module, step.name)
+        setting = importlib.import_module("gpu.setting").Setting(**step.setting)
         with hooks.told() as lines:
             try:
-                for figure in make(importlib.import_module("gpu.setting").Setting(**step.setting)):
+                for figure in make(setting):
                     found(figure)
+                    if setting.left <= 0:
+                        raise TimeoutError("its time was over before its end")
             finally:
                 for line in dict.fromkeys(lines):
                     if line.startswith(hooks.KERNEL_LEFT_OUT):
@@ -94,7 +99,8 @@ class Worker:
     def stop(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
             self._process.join()
             assert self._connection is not None
             self._connection.close()
@@ -103,6 +109,7 @@ class Worker:
 
 def _serve(connection: Connection) -> None:
     """The process: run what comes, until nobody is there any more."""
+    os.setpgrp()
     os.environ["ITARFLOW_TEST_CUDA"] = "1"  # the tests' flows are used, and their module hides GPUs without it
     while True:
         try:
