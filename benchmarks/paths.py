@@ -23,7 +23,7 @@ from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.noise import loss_weight
 from itarflow.inverse import sequential
 from itarflow.inverse.solvers import Solver
-from itarflow.pipeline.plan import choose
+from itarflow.pipeline.plan import choose, place_of
 from itarflow.training.objective import draw, training_losses
 from itarflow.training.sharding import clip_grad_norm
 
@@ -298,7 +298,7 @@ def _variant(
 
 def _plan(subject: Subject, batch_size: int) -> list[Solver] | None:
     """The solvers of the pipeline's plan, if it has one for the device and some batch size."""
-    plan = choose(subject.plans, subject.flow.device.type, batch_size)
+    plan = choose(subject.plans, place_of(subject.flow.device, subject.flow.dtype), batch_size)
     return None if plan is None else plan.solvers_of(subject.flow)
 
 

@@ -19,6 +19,7 @@ from rich.console import Console
 from itarflow import ITARFlowPipeline, TARFlow
 from itarflow.denoisers import DenoiseScheduler
 from itarflow.flow.embedding import NULL_LABEL
+from itarflow.pipeline.plan import place_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -257,7 +258,7 @@ def test_pipelines_keep_their_weights_and_noise_levels(tmp_path, make_flow):
 def test_a_pipelines_plan_is_one_more_variant(tmp_path, make_flow):
     flow = make_flow(noise_range=(0.05, 0.4), patch_size=1)
     solvers = [{"window": 4, "tolerance": 0.0, "guess": "z"}] * 2
-    plan = {"solvers": solvers, "num_tokens": [16, 16], "device": "cpu", "batch_size": 8}
+    plan = {"solvers": solvers, "num_tokens": [16, 16], "batch_size": 8, **place_of(flow.device, flow.dtype)}
     ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.4, t_min=0.05), plans=[plan]).save_pretrained(tmp_path / "pipe")
     run.main(["inverse", str(tmp_path / "pipe"), *QUICK, "--json", str(tmp_path / "figures.json")])
     found = {r["variant"]: r["largest_difference"] for r in json.loads((tmp_path / "figures.json").read_text())}

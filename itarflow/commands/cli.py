@@ -91,10 +91,10 @@ def _run(name: str, words: list[str]) -> None:
         return
 
     import tyro
-    from accelerate.utils.memory import should_reduce_batch_size
     from diffusers.utils.logging import disable_progress_bar
 
     from itarflow.plugins import HELP
+    from itarflow.runtime.devices import is_out_of_memory
 
     disable_progress_bar()  # diffusers' own, for the loading of files; that of sampling stays
     description = f"{inspect.getdoc(command)}\n\n{HELP}"
@@ -107,7 +107,7 @@ def _run(name: str, words: list[str]) -> None:
     except OverflowError as error:
         _refuse(f"a number is too large ({error}), of an option or in a file that is damaged.")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+        if not is_out_of_memory(error):
             raise
         _refuse(f"memory ran out ({error}). Ask for less at a time; damaged files may claim any size, too.")
     except KeyboardInterrupt:

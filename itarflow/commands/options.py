@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -35,7 +35,7 @@ from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_b
 from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.runtime.devices import usable_device
+from itarflow.runtime.devices import Precision, asked_dtype, device_name, usable_device
 from itarflow.runtime.files import check_no_link, check_writable
 from itarflow.runtime.json_file import as_type
 from itarflow.runtime.processes import main_first, on_main
@@ -90,11 +90,12 @@ class Scoring(GuidanceOptions):
     """Denoiser of the iterative variant instead of the checkpoint itself: a pipeline of another flow, or a diffusion
     model of diffusers."""
     exact: bool = False
-    """Invert the flow token by token, even if the checkpoint has a plan of `itarflow profile`."""
-    inverse_dtype: Literal["float32", "bf16"] = "float32"
-    """Precision of the transformers in the inverse."""
-    denoise_dtype: Literal["float32", "bf16"] = "float32"
-    """Precision of a flow's layers in denoising."""
+    """Invert the flow token by token, even if the checkpoint has a plan of `itarflow profile`, and in float32."""
+    inverse_dtype: Precision | None = None
+    """Precision of the transformers in the inverse. None = bf16 on GPUs that have it, unless --exact is given; else
+    the checkpoint's, float32."""
+    denoise_dtype: Precision | None = None
+    """Precision of a flow's layers in denoising. None = bf16 on GPUs that have it, else float32."""
     batch_size: int = 64
     """Images that are made at a time in each process, and lie in a file."""
     denoise_batch_size: int | None = None
@@ -192,7 +193,9 @@ class Scoring(GuidanceOptions):
                 "made": {
                     "date": datetime.now(UTC).isoformat(timespec="seconds"),
                     **versions(),
-                    "device": device_name(pipe),
+                    "device": device_name(pipe.device),
+                    "inverse dtype": _dtype_name(pipe, self.inverting()["inverse_dtype"]),
+                    "denoise dtype": _dtype_name(pipe, self.denoising()["dtype"]),
                 },
             }
             self.finish(generations, dict(zip(samples, found, strict=True)), report)
@@ -204,7 +207,7 @@ class Scoring(GuidanceOptions):
     def denoising(self) -> dict[str, Any]:
         """Options of denoising and decoding, for `variants_of` and `generations_of`."""
         return {
-            "dtype": self._denoise_dtype,
+            "dtype": asked_dtype(self.denoise_dtype),
             "slice_size": self.denoise_batch_size,
             "decode_size": self.decode_batch_size,
         }
@@ -214,13 +217,9 @@ class Scoring(GuidanceOptions):
         return {
             "protocol": self.protocol,
             "solver": sequential if self.exact else None,
-            "inverse_dtype": torch.bfloat16 if self.inverse_dtype == "bf16" else None,
+            "inverse_dtype": asked_dtype(self.inverse_dtype, exact=self.exact),
             "batch_size": self.batch_size,
         }
-
-    @property
-    def _denoise_dtype(self) -> torch.dtype | None:
-        return torch.bfloat16 if self.denoise_dtype == "bf16" else None
 
     def _look_at(self, folders: Mapping[Path, Generation]) -> None:
         """Refuse folders that hold other things, or are links in the folder of the results."""
@@ -251,7 +250,11 @@ class Scoring(GuidanceOptions):
         if self.denoiser is None:
             return None
         return load_denoiser(
-            self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, dtype=self._denoise_dtype, device=device
+            self.denoiser,
+            vae=pipe.vae,
+            slice_size=self.denoise_batch_size,
+            dtype=asked_dtype(self.denoise_dtype),
+            device=device,
         )
 
     def _open_reference(
@@ -306,9 +309,9 @@ def _plan(generations: Mapping[str, Generation], count: int) -> str:
     )
 
 
-def device_name(pipe: ITARFlowPipeline) -> str:
-    """The name of a pipeline's device."""
-    return torch.cuda.get_device_name(pipe.device) if pipe.device.type == "cuda" else str(pipe.device)
+def _dtype_name(pipe: ITARFlowPipeline, asked: torch.dtype | None) -> str:
+    """Of the layers while a pipeline samples."""
+    return str(pipe.sampling_dtype(asked) or pipe.flow.dtype)
 
 
 def versions() -> dict[str, str]:

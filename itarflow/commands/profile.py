@@ -23,7 +23,6 @@ from itarflow.commands.console import say
 from itarflow.data.images import spread_over
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
-from itarflow.denoisers.score import FlowDenoiser
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Jacobi
 from itarflow.pipeline.labels import label_tensor
@@ -47,8 +46,8 @@ class Profile:
 
     Each block is inverted token by token, by Jacobi iteration on the whole sequence, and by windows of several sizes.
     The fastest of them make a plan, with which no pixel of --num-images images changes by more than
-    --largest-difference; from then on the checkpoint samples by it on this type of device. `itarflow sample --exact`
-    does without.
+    --largest-difference; from then on the checkpoint samples by it on such a device, in the same precision and with
+    this version of torch. `itarflow sample --exact` does without.
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
@@ -133,7 +132,7 @@ class Profile:
         if self.data is None:
             labels = label_tensor(chosen_labels(pipe, self.class_labels, min(self.batch_sizes)), flow.device)
             z = flow.sample_prior(min(self.batch_sizes), generator)
-            return flow.inverse(z, labels, t_max), labels, t_max
+            return flow.inverse(z, labels, t_max, dtype=pipe.sampling_dtype()), labels, t_max
         channels, side, _ = pipe.picture_shape
         config = DataConfig(path=self.data, held_out_images=0)
         data = load_data(config, image_size=side, in_channels=channels)
@@ -155,7 +154,7 @@ class Profile:
 
         def invert(part: slice, **options: Any) -> Tensor:
             own = None if labels is None else labels[part]
-            return flow.inverse(z[part], own, t_max, guidance=guidance, **options)
+            return flow.inverse(z[part], own, t_max, guidance=guidance, dtype=pipe.sampling_dtype(), **options)
 
         def images(**options: Any) -> Iterator[Tensor]:
             for start in range(0, count, size):
@@ -169,6 +168,7 @@ class Profile:
                 flow,
                 partial(invert, slice(0, batch_size)),
                 images,
+                dtype=pipe.sampling_dtype(),
                 batch_size=batch_size,
                 largest_difference=self.largest_difference,
                 windows=self.windows,
@@ -211,7 +211,7 @@ def _summary(plan: InversePlan) -> str:
 def _denoised(pipe: ITARFlowPipeline, noisy: Tensor, labels: Tensor | None) -> Tensor:
     """Noisy images denoised by the checkpoint, and decoded, (B, C, H, W) in [0, 1]."""
     without_noise = pipe.schedule(method="euler" if pipe.scheduler.config.method == "sde" else None)
-    images = denoise(FlowDenoiser(pipe.flow), noisy, labels, without_noise)
+    images = denoise(pipe.flow_denoiser(), noisy, labels, without_noise)
     return (codec_of(pipe.vae, slice_size=8).decode(images).clamp(-1, 1) + 1) / 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser
 from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.runtime.devices import usable_device
+from itarflow.runtime.devices import Precision, asked_dtype, usable_device
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.pictures import (
     Grid,
@@ -69,17 +69,17 @@ class Sample(OneGuidance):
     """Of a checkpoint that models codes: another VAE with the same encoder, such as one whose decoder was fine-tuned
     on noisy codes, which goes with --method skip. A folder or Hub id. None = the checkpoint's."""
     exact: bool = False
-    """Invert the flow token by token, even if the checkpoint has a plan of `itarflow profile`."""
-    inverse_dtype: Literal["float32", "bf16"] = "float32"
+    """Invert the flow token by token, even if the checkpoint has a plan of `itarflow profile`, and in float32."""
+    inverse_dtype: Precision | None = None
     """Precision of the transformers in the inverse. bf16 makes slightly other images, and is faster unless
-    the model is narrow."""
+    the model is narrow. None = bf16 on GPUs that have it, unless --exact is given; else the checkpoint's, float32."""
     batch_size: int = 64
     """Images that are made at a time; lower it if memory runs out."""
     denoise_batch_size: int | None = None
     """Images that are denoised at a time. None = as many as are made, or as fit the memory."""
-    denoise_dtype: Literal["float32", "bf16"] = "float32"
+    denoise_dtype: Precision | None = None
     """Precision of a flow's layers in denoising. bf16 takes about half of the time on CPUs that support it, unless the
-    model is tiny, and changes images by about one grey level."""
+    model is tiny, and changes images by about one grey level. None = bf16 on GPUs that have it, else float32."""
     decode_batch_size: int = 8
     """Images that a VAE decodes at a time. Not used by checkpoints that model pixels."""
     device: str | None = None
@@ -98,7 +98,7 @@ class Sample(OneGuidance):
         pipe.to(device)
         pipe.set_progress_bar_config(desc="sampling", unit=" image steps")  # tokens and denoising of each image
         labels = chosen_labels(pipe, self.class_labels, self.num_images)
-        dtype = torch.bfloat16 if self.denoise_dtype == "bf16" else None
+        dtype = asked_dtype(self.denoise_dtype)
         denoiser = None
         if self.denoiser is not None:
             denoiser = load_denoiser(
@@ -154,7 +154,7 @@ class Sample(OneGuidance):
                 spacing=self.spacing,
                 denoiser=denoiser,
                 solver=sequential if self.exact else None,
-                inverse_dtype=torch.bfloat16 if self.inverse_dtype == "bf16" else None,
+                inverse_dtype=asked_dtype(self.inverse_dtype, exact=self.exact),
                 generator=generators[part],
                 denoise_batch_size=self.denoise_batch_size,
                 denoise_dtype=dtype if denoiser is None else None,

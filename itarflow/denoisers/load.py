@@ -16,6 +16,7 @@ from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.tarflow import TARFlow
+from itarflow.runtime.devices import sampling_dtype
 from itarflow.runtime.hub import folder_of, read_index
 from itarflow.runtime.json_file import read_json
 from itarflow.runtime.model_folder import (
@@ -53,7 +54,7 @@ def load_denoiser(
             or DDIMPipeline. Of such a one only these two are read, and of their weights only safetensors.
         vae: whose codes are to be denoised; a flow of another VAE's is refused. None = pixels, or not known.
         slice_size: images that are denoised at a time, which bounds the memory; None = all.
-        dtype: of a flow's layers, see `FlowDenoiser`; None = as stored.
+        dtype: of a flow's layers, see `FlowDenoiser`; None = bfloat16 on GPUs, see `sampling_dtype`, else as stored.
         device: where it computes.
 
     Raises:
@@ -64,7 +65,8 @@ def load_denoiser(
     folder = folder_of(name, ["*.json"], expected=_EXPECTED)
     index = read_index(folder)
     if "flow" in index:
-        return FlowDenoiser(_flow(name, vae).to(device), slice_size, dtype=dtype)
+        flow = _flow(name, vae).to(device)
+        return FlowDenoiser(flow, slice_size, dtype=dtype or sampling_dtype(flow.device, flow.dtype))
     part = next((part for part in _MODELS if _class_of(index, part) == _MODELS[part].__name__), None)
     if part is None or _class_of(index, "scheduler") is None:
         found = [f"{part}: {_class_of(index, part)}" for part in (*_MODELS, "scheduler") if _class_of(index, part)]

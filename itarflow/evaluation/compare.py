@@ -23,12 +23,13 @@ from itarflow.data.images import spread_over
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.ode import DenoiseScheduler
-from itarflow.denoisers.score import CheckedDenoiser, FlowDenoiser
+from itarflow.denoisers.score import CheckedDenoiser
 from itarflow.evaluation.samples.denoising import Denoising, one_step, settings_of
 from itarflow.evaluation.samples.generate import Batch, Generation, generate, given_labels
 from itarflow.pipeline.call import positive
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
+from itarflow.runtime.devices import float32_products
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.pictures import balanced_columns, blank_figure, draw_comparison, image_grid, save_picture
 from itarflow.runtime.progress import image_progress
@@ -93,6 +94,7 @@ def nats_per_dim(name: str, pipeline: ITARFlowPipeline, batch_size: int) -> Metr
     flow = pipeline.flow
     level = flow.config.noise_range[0] if flow.config.noise_range else pipeline.scheduler.config.t_min
 
+    @float32_products()
     def measure(made: Batch) -> float | None:
         if made.codes is None:
             return None
@@ -212,6 +214,7 @@ def compare(
             "class_labels": list(class_labels),
             "guidance_weight": {name: one.weight for name, one in chosen.items()},
             "guidance": {name: asdict(one) for name, one in chosen.items()},
+            "dtype": {name: str(pipe.sampling_dtype() or pipe.flow.dtype) for name, pipe in pipelines.items()},
             "columns": {
                 name: {title: settings_of(one.schedule) for title, one in of_pipe.items() if one.schedule is not None}
                 for name, of_pipe in variants.items()
@@ -308,7 +311,7 @@ def _odes(
     """All whose ODE can be solved: the noise-conditioned flows, and the diffusion models."""
     for name, pipe in pipelines.items():
         if pipe.flow.config.noise_conditioned and pipe.scheduler.config.method != "skip":
-            yield _Ode(f"iterative: {name}", name, FlowDenoiser(pipe.flow, slice_size), settings_of(pipe.scheduler))
+            yield _Ode(f"iterative: {name}", name, pipe.flow_denoiser(slice_size), settings_of(pipe.scheduler))
     for name, denoiser in diffusion.items():
         yield _Ode(f"diffusion: {name}", None, denoiser, {"t_min": max(T_MIN, denoiser.noise_range[0])})
 
@@ -339,7 +342,7 @@ def _variants(
     refusals: dict[str, list[ValueError]] = {ode.title: [] for ode in odes}
     for name, generation in generations.items():
         pipe, level, labels = generation.pipe, generation.level, given_labels(generation.labels)
-        codec, own = codec_of(pipe.vae), FlowDenoiser(pipe.flow, slice_size)
+        codec, own = codec_of(pipe.vae), pipe.flow_denoiser(slice_size)
         found = [Denoising("noisy", codec), Denoising("self", codec, own, one_step(pipe.scheduler))]
         for ode in sorted(odes, key=lambda ode: ode.owner != name):
             title = "own iterative" if ode.owner == name else ode.title

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from itarflow.codec import codec_of
 from itarflow.denoisers.ode import Method, Spacing
-from itarflow.denoisers.score import Denoiser, FlowDenoiser
+from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
 from itarflow.evaluation.samples.denoising import Denoising
 from itarflow.evaluation.samples.generate import Generation
@@ -175,7 +175,7 @@ def generations_of(
         method: solver of denoising of settings that name none; None = the checkpoint's.
         spacing: of the noise levels; None = the checkpoint's.
         denoiser: what denoises instead of the checkpoint's own flow.
-        dtype: of the flow's layers while it denoises, see `FlowDenoiser`.
+        dtype: of the flow's layers while it denoises; None = as in a call of the pipeline.
         slice_size: images that the flow denoises at a time; None = all that are given.
         decode_size: images that a VAE decodes at a time; None = all that are given.
         **options: of `Generation`: solver, inverse_dtype, batch_size.
@@ -184,7 +184,7 @@ def generations_of(
         ValueError: a setting can't be made; of the first such one. Nothing has been computed then.
     """
     codec = codec_of(pipe.vae, slice_size=decode_size)
-    denoises = denoiser or FlowDenoiser(pipe.flow, slice_size, dtype=dtype)
+    denoises = denoiser or pipe.flow_denoiser(slice_size, dtype)
     generations: dict[str, Generation] = {}
     for name, group in groupby(grid, key=lambda setting: setting.generation):
         variants = {}

@@ -13,8 +13,7 @@ H heads, E head width (C = H * E), L layers.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -22,7 +21,14 @@ import torch
 from torch import Tensor
 
 from itarflow.inverse.guidance import Affine, Guidance, guide
-from itarflow.runtime.kernels import PackedLinear, attention, attention_bias, decode_attention, has_decode_attention
+from itarflow.runtime.kernels import (
+    Cache,
+    PackedLinear,
+    attention,
+    attention_bias,
+    decode_attention,
+    has_decode_attention,
+)
 
 
 class PackedLayer(NamedTuple):
@@ -34,49 +40,6 @@ class PackedLayer(NamedTuple):
     hidden: PackedLinear
     """The first layer of the MLP, with the norm before it and GELU after it."""
     down: PackedLinear
-
-
-class Cache:
-    """The keys and values of all layers. It grows with the positions in use, to at most twice as many.
-
-    It grows by copying, so that attention reads contiguous memory. Unwritten positions are zero, not uninitialised:
-    masked values must be finite, too.
-
-    Args:
-        shape: (L, 2, B', H, N, E).
-        like: gives its dtype and device.
-        room: positions allocated at first.
-    """
-
-    def __init__(self, shape: Sequence[int], like: Tensor, room: int = 64) -> None:
-        *outer, self.num_tokens, width = shape
-        self.tensor = like.new_zeros(*outer, min(room, self.num_tokens), width)
-        """(L, 2, B', H, room, E)."""
-
-    def reaching(self, stop: int) -> Tensor:
-        """The tensor, grown if needed to hold positions 0 .. stop - 1."""
-        *outer, room, width = self.tensor.shape
-        if stop > room:
-            grown = self.tensor.new_zeros(*outer, min(max(stop, 2 * room), self.num_tokens), width)
-            grown[..., :room, :] = self.tensor
-            self.tensor = grown
-        return self.tensor
-
-    def over(self, memory: Tensor) -> Cache:
-        """An empty cache for the whole sequence, in the first of these values (n,), which are zero."""
-        *outer, _, width = self.tensor.shape
-        shape = (*outer, self.num_tokens, width)
-        cache = Cache(shape, self.tensor, room=0)
-        cache.tensor = memory[: math.prod(shape)].view(shape)
-        return cache
-
-    def select(self, rows: Tensor) -> Cache:
-        """A copy of some of the B' rows."""
-        chosen = self.tensor.index_select(2, rows)
-        *outer, _, width = chosen.shape
-        cache = Cache((*outer, self.num_tokens, width), chosen[..., :0, :], room=0)
-        cache.tensor = chosen
-        return cache
 
 
 class Window(NamedTuple):
@@ -91,6 +54,8 @@ class Window(NamedTuple):
     causal, or up to its own."""
     causal: bool
     """Whether attention is causal from position 0, which kernels know without a mask."""
+    rows: Tensor | None = None
+    """(B', 1), 0 .. B' - 1, where positions are (B', n)."""
 
 
 @dataclass(frozen=True)
@@ -130,48 +95,57 @@ class CachedConditioner:
         positions = start[:, None] + torch.arange(count, device=start.device)
         known = torch.arange(length, device=start.device)
         allowed = (known <= positions[..., None])[:, None]
-        return Window(positions, length, attention_bias(allowed, self.cache.tensor.dtype), causal=False)
+        rows = torch.arange(len(start), device=start.device)[:, None]
+        return Window(positions, length, attention_bias(allowed, self.cache.tensor.dtype), causal=False, rows=rows)
 
     @property
     def reads_exactly(self) -> bool:
         """Whether attention of a single token reads the cache up to its own position, which it looks up itself."""
         return has_decode_attention(self.cache.tensor[0])
 
-    def advance(self, x: Tensor, z: Tensor, position: Tensor, length: int) -> None:
-        """Solve one token on the device, in place: x_{i+1} from x_i, at position i, which then is the next.
+    def solve(self, x: Tensor, z: Tensor, start: Tensor, count: int, length: int) -> None:
+        """Solve `count` tokens, one after another on the device, which need not wait for the host.
 
             x_{i+1} = z_{i+1} exp(alpha_{i+1}(x_{<=i})) + mu_{i+1}(x_{<=i})         (TARFlow, eq. 4)
 
-        At the last position it stays where it is, and solves the last token again.
-
         Args:
-            x: (B, N, D), known up to i.
+            x: (B, N, D), known up to `start`; those that follow are written.
             z: (B, N, D).
-            position: (1,) int64, i, from 0 to N - 2.
-            length: positions of the cache that are read, more than i, unless `reads_exactly`.
+            start: (1,) int64, the same for all samples.
+            count: i = start .. start + count - 1.
+            length: positions of the cache that are read, at least start + count, unless `reads_exactly`.
         """
-        mask = None
+        positions = start + torch.arange(count, device=x.device)
+        token, noise, solved = x.index_select(1, start), z.index_select(1, positions + 1), []
+        added = self.position[positions][:, None, None] + self.embedding
+        weights, masks = self.weights[positions], [None] * count
         if not self.reads_exactly:
-            allowed = (torch.arange(length, device=x.device) <= position)[None]
-            mask = attention_bias(allowed, self.cache.tensor.dtype)
-        shift, scale = self.at(x.index_select(1, position), Window(position, length, mask, causal=False))
-        following = position + 1
-        x.index_copy_(1, following, z.index_select(1, following) * scale + shift)
-        position.copy_(following.clamp_(max=x.shape[1] - 2))
+            allowed = torch.arange(length, device=x.device) <= positions[:, None]
+            masks = attention_bias(allowed, self.cache.tensor.dtype).split(1)
+        for index, (position, mask) in enumerate(zip(positions.split(1), masks, strict=True)):
+            window = Window(position, length, mask, causal=False)
+            shift, scale = self._affine(token, added[index], window, weights[index])
+            token = torch.addcmul(shift, noise[:, index : index + 1], scale)
+            solved.append(token)
+        x.index_copy_(1, positions + 1, torch.cat(solved, dim=1))
 
     def at(self, tokens: Tensor, window: Window) -> Affine:
         """As a call: (shift, scale), each (B, n, D), of the tokens that follow those (B, n, D) of the window."""
+        positions = window.positions
+        weights = self.weights[positions if isinstance(positions, slice) else positions[: len(tokens)]]
+        return self._affine(tokens, self.position[positions] + self.embedding, window, weights)
+
+    def _affine(self, tokens: Tensor, added: Tensor, window: Window, weights: Tensor) -> Affine:
+        """`at`, with what is added to the embedded tokens, (B', n, C), and the weights of guidance."""
         tokens = tokens.to(self.position.dtype)
         tokens = tokens if self.guidance is None else torch.cat((tokens, tokens))
-        x = self.proj_in.plus(tokens, self.position[window.positions] + self.embedding)
-        x = run_layers(self.layers, x, self.cache.reaching(window.length), window, self.temperature)
+        x = run_layers(
+            self.layers, self.proj_in.plus(tokens, added), self.cache.reaching(window.length), window, self.temperature
+        )
         shift, log_scale = self.split(self.proj_out(x))
         if self.guidance is None:
             return shift, log_scale.exp()
         (shift, shift_u), (log_scale, log_scale_u) = shift.chunk(2), log_scale.chunk(2)
-        positions = window.positions
-        scattered = isinstance(positions, Tensor) and positions.ndim == 2
-        weights = self.weights[positions[: len(shift)] if scattered else positions]  # type: ignore[index]
         return guide((shift, log_scale), (shift_u, log_scale_u), weights, self.guidance)
 
     def select(self, samples: Tensor) -> CachedConditioner:
@@ -249,8 +223,7 @@ def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | No
     elif on_device:
         cache.index_copy_(3, window.positions, qkv.narrow(2, 1, 2).permute(2, 0, 3, 1, 4))
     else:
-        rows = torch.arange(batch_size, device=qkv.device)[:, None]
-        cache[:, rows, :, window.positions] = qkv[:, :, 1:]
+        cache[:, window.rows, :, window.positions] = qkv[:, :, 1:]
     if temperature is not None:
         q = q / temperature.to(q.dtype)[:, None, None, None]
     k, v = cache.narrow(3, 0, window.length).unbind()

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args, runtime_checkable
+from functools import partial
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from itarflow.runtime.graphed import DeviceConditioner
 from itarflow.runtime.ranges import check_integer, check_number, shown
 
 Affine = tuple[Tensor, Tensor]
@@ -43,12 +45,8 @@ class Conditioner(Protocol):
         """A conditioner for the samples of the batch with these indices (b,) only."""
 
 
-@runtime_checkable
-class SequentialConditioner(Conditioner, Protocol):
-    """A conditioner that runs the loop over tokens itself, as on a device that need not wait for the host."""
-
-    def sequential(self, z: Tensor, first: Affine, progress: Progress | None) -> Tensor:
-        """The result of the solver `sequential`, whose arguments these are."""
+Evaluation = Callable[[Tensor, Tensor], Affine]
+"""As a conditioner that is given a start (B,)."""
 
 
 class Solver(Protocol):
@@ -84,7 +82,7 @@ def sequential(
 
     x_0 = z_0,  x_i = z_i exp(alpha_i(x_{<i})) + mu_i(x_{<i})       (TARFlow, eq. 4)
     """
-    if isinstance(conditioner, SequentialConditioner):
+    if isinstance(conditioner, DeviceConditioner):
         return conditioner.sequential(z, first, progress)
     tokens: list[Tensor] = []
     shift, scale = first
@@ -171,20 +169,14 @@ class Jacobi:
         while low < total:
             # 1. It ends at the last token at most; known tokens that it then covers again stay as they are.
             count = 1 if low < alone_until else min(self.window or total, total - low)
-            start = (known - 1).clamp(max=total - 1 - count)
-            given = start[:, None] + torch.arange(count, device=z.device)
-            window = given + 1
-            # 2.
             last = min(high - 1, total - 1 - count)
-            shift, scale = conditioner(_take(x, given), low - 1 if last == low - 1 else start, last + count)
-            before = _take(x, window)
-            final = window < known[:, None]
-            after = torch.where(final[..., None], before, _take(z, window) * scale + shift)
-            # 3. and 4.
-            known = start + 1 + _accepted(before, after, final, self.tolerance)
-            after, overflown = _without_overflow(after, guessed=window >= known[:, None])
-            x = x.scatter(1, window[..., None].expand_as(after), after)
-            done = known == total
+            step = partial(_step, self.tolerance, count)
+            if isinstance(conditioner, DeviceConditioner):
+                key = self.tolerance, count
+                x, known, done, overflown = conditioner.iterate(step, key, count, last + count, x, z, known)
+            else:
+                evaluation = partial(_evaluate, conditioner, low - 1 if last == low - 1 else None, last + count)
+                x, known, done, overflown = step(evaluation, x, z, known)
             # The host needs these values to go on, so it waits for the device here.
             low, high, any_overflown, num_done = torch.stack(
                 [known.min(), known.max(), overflown.any().long(), done.sum()]
@@ -201,6 +193,40 @@ class Jacobi:
             reported = _report(progress, reported, low)
         result[samples] = x
         return result
+
+
+def _step(
+    tolerance: float, count: int, evaluation: Evaluation, x: Tensor, z: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps 2 to 4 of `Jacobi`: x, how many tokens are known now, which samples are done, which have overflowed.
+
+    Args:
+        tolerance: see `Jacobi`.
+        count: tokens of a window.
+        evaluation: of the block.
+        x: (B, N, D).
+        z: (B, N, D).
+        known: (B,), leading tokens that are final.
+    """
+    total = z.shape[1]
+    start = (known - 1).clamp(max=total - 1 - count)
+    given = start[:, None] + torch.arange(count, device=z.device)
+    window = given + 1
+    # 2.
+    shift, scale = evaluation(_take(x, given), start)
+    before = _take(x, window)
+    final = window < known[:, None]
+    after = torch.where(final[..., None], before, _take(z, window) * scale + shift)
+    # 3. and 4.
+    known = start + 1 + _accepted(before, after, final, tolerance)
+    after, overflown = _without_overflow(after, guessed=window >= known[:, None])
+    x = x.scatter(1, window[..., None].expand_as(after), after)
+    return x, known, known == total, overflown.any(dim=1)
+
+
+def _evaluate(conditioner: Conditioner, together: int | None, stop: int, tokens: Tensor, start: Tensor) -> Affine:
+    """By windows that begin at one position for all samples, if they do."""
+    return conditioner(tokens, start if together is None else together, stop)
 
 
 _LARGEST_GUESS = 1e4

@@ -16,13 +16,14 @@ from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, lowest_lev
 from itarflow.denoisers.score import Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
-from itarflow.inverse.solvers import Solver, sequential
+from itarflow.inverse.solvers import Solver
 from itarflow.pipeline.call import Call, check_denoiser, check_output, converted, generate, in_our_words, positive
 from itarflow.pipeline.labels import Label, label_list, label_number, label_tensor
+from itarflow.pipeline.memory import Fitted, check_memory
 from itarflow.pipeline.model_card import model_card
-from itarflow.pipeline.plan import InversePlan, choose
+from itarflow.pipeline.plan import InversePlan, place_of, planned
 from itarflow.pipeline.storage import StoredPipeline
-from itarflow.runtime.devices import in_batches
+from itarflow.runtime.devices import in_batches, sampling_dtype
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import listed, printable
 
@@ -67,6 +68,7 @@ class ITARFlowPipeline(StoredPipeline):
         evaluations: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
+        self._fits = Fitted()
         if class_names is not None and len(class_names) != flow.config.num_classes:
             raise ValueError(
                 f"class_names has {len(class_names)} names for a flow with {flow.config.num_classes} classes."
@@ -129,18 +131,20 @@ class ITARFlowPipeline(StoredPipeline):
             clip: clamp the clean estimates to [-1, 1]; not for codes.
             denoiser: another denoiser than the flow itself, such as `FlowDenoiser(other_flow)`.
             solver: how the flow is inverted, see `TARFlow.inverse`; `sequential` is exact, one token after another.
-                None = by the checkpoint's plan for this type of device and so many images, else `sequential`.
+                None = by the checkpoint's plan for such a device and so many images, else `sequential`.
             inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: slightly other images, and
-                faster unless the model is narrow. None = the weights'.
+                faster unless the model is narrow. None = torch.bfloat16 for weights in float32 on a GPU that has it,
+                see `sampling_dtype`; elsewhere the weights'.
             generator: one for all images (image i then depends on its seed and on i alone, up to rounding; with a
                 plan, up to its tolerance, because plans depend on the batch size), or one an image: `[g]` gives the
                 first image of `g`, and an image does not depend on the others of its call.
-            batch_size: images that are generated at a time, to bound memory; None = all. If memory runs out, fewer.
+            batch_size: images that are generated at a time, to bound memory; None = all. If memory runs out, fewer,
+                in this call and in later ones.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated, or, with a
                 warning, as fit the memory.
             denoise_dtype: of the flow's layers while it denoises: torch.bfloat16 takes about half of the time and
                 of the memory, unless the model is tiny, and changes images by about one grey level, see
-                `FlowDenoiser`. None = the flow's own. Not with a `denoiser`, which has its own.
+                `FlowDenoiser`. None = as `inverse_dtype`. Not with a `denoiser`, which has its own.
             decode_batch_size: images that the VAE decodes at a time; None = as many as are generated.
             tiled_decode: decode large images in tiles, see `VaeCodec`.
             output_type: "pil", "np" (B, H, W, C) in [0, 1], "pt" (B, C, H, W) in [0, 1], or "codes": what the flow
@@ -171,20 +175,22 @@ class ITARFlowPipeline(StoredPipeline):
         schedule = self.schedule(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
         slice_size = positive("denoise_batch_size", denoise_batch_size)
         build_denoiser = partial(self._denoiser, denoiser, slice_size, denoise_dtype)
+        inverse_dtype = self.sampling_dtype(inverse_dtype)
         denoiser = build_denoiser()
         check_denoiser(denoiser, schedule, self.flow, labels)
-        size = positive("batch_size", batch_size) or count
+        size = self._fits.batch(positive("batch_size", batch_size) or count)
         call = Call(
             labels=labels,
             generators=image_generators(generator, count),
             guidance=guidance,
-            solver=self.planned_solver(min(size, count)) if solver is None else solver,
+            solver=self.planned_solver(min(size, count), inverse_dtype) if solver is None else solver,
             inverse_dtype=inverse_dtype,
             denoiser=denoiser,
             build_denoiser=build_denoiser,
             schedule=schedule,
             codec=PixelCodec() if output_type == "codes" else codec,
         )
+        check_memory(self.flow, call, torch.device(self._execution_device))
         images = converted(self._make(call, size), output_type)
         self.maybe_free_model_hooks()
         # The type is that of a call as most are.
@@ -206,13 +212,14 @@ class ITARFlowPipeline(StoredPipeline):
 
                 try:
                     return generate(self.flow, part, advance)
-                except RuntimeError:  # if memory ran out, the same images are made again, fewer at a time
+                except (MemoryError, RuntimeError):  # if memory ran out, the same are made again, fewer at a time
                     for generator, state in zip(part.generators, states, strict=True):
                         generator.set_state(state)
                     advance(-done)
                     raise
 
-            images, _ = in_batches(make, count, size, "making", "batch_size")
+            images, fitted = in_batches(make, count, size, "making", "batch_size")
+        self._fits.note(min(size, count), fitted)
         return torch.cat(images)
 
     def _on_device(self, call: Call) -> Call:
@@ -225,13 +232,26 @@ class ITARFlowPipeline(StoredPipeline):
 
     def _denoiser(self, denoiser: Denoiser | None, slice_size: int | None, dtype: torch.dtype | None) -> Denoiser:
         if denoiser is None:
-            return FlowDenoiser(self.flow, slice_size, dtype=dtype)
+            return self.flow_denoiser(slice_size, dtype)
         if dtype is not None:
             raise ValueError(
                 f"denoise_dtype is {dtype}, but a denoiser was given, which has a type of its own; leave it out, or "
                 "build the denoiser with it: FlowDenoiser(flow, dtype=...)."
             )
         return denoiser
+
+    def flow_denoiser(self, slice_size: int | None = None, dtype: torch.dtype | None = None) -> FlowDenoiser:
+        """The flow as the denoiser of its own samples; the same object again while its weights stay as they are.
+
+        Args:
+            slice_size: see `FlowDenoiser`.
+            dtype: of the layers; None = that of `sampling_dtype`.
+        """
+        return self._fits.denoiser(self.flow, slice_size, self.sampling_dtype(dtype))
+
+    def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
+        """The precision of the flow's layers in sampling: the one asked for, or this device's; None = the weights'."""
+        return asked or sampling_dtype(torch.device(self._execution_device), self.flow.dtype)
 
     def __repr__(self) -> str:
         flow, scheduler = self.flow.config, self.scheduler.config
@@ -265,10 +285,10 @@ class ITARFlowPipeline(StoredPipeline):
         side = self.flow.config.image_size * vae_stride(self.vae)
         return self.vae.config.out_channels, side, side
 
-    def planned_solver(self, batch_size: int) -> Solver | list[Solver]:
-        """The default solver for batches of that size on the pipeline's device."""
-        plan = choose(self.inverse_plans, self.flow.device.type, batch_size)
-        return sequential if plan is None else plan.solvers_of(self.flow)
+    def planned_solver(self, batch_size: int, dtype: torch.dtype | None = None) -> Solver | list[Solver]:
+        """The default solver for batches of that size on the pipeline's device; with that `inverse_dtype`."""
+        place = place_of(torch.device(self._execution_device), self.sampling_dtype(dtype) or self.flow.dtype)
+        return planned(self.inverse_plans, self.flow, place, batch_size)
 
     def _labels(self, class_labels: Label | Sequence[Label], num_images: int | None) -> tuple[Tensor | None, int]:
         """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
+
+import torch
+from diffusers.utils import logging
 
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.solvers import Jacobi, Solver, sequential
+from itarflow.runtime.devices import device_name
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.json_file import as_type
 from itarflow.runtime.model_folder import check_arguments
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class InversePlan:
-    """The solvers of a flow's blocks, and where they were found to be fastest.
+    """The solvers of a flow's blocks, and where they were found to be fastest: it is used only there.
 
     Args:
         solvers: one a block, noise side first; a window of 1 stands for `sequential`.
         num_tokens: of each block, in the same order.
         device: type of the device, such as "cpu" or "cuda".
         batch_size: images that were inverted at a time, >= 1; the plan is used for smaller batches too.
+        device_name: of the device, such as "NVIDIA H100 80GB HBM3"; its type, if it has none. This and what follows
+            are "" in plans of version 0.2, which are not used.
+        dtype: of the transformers' products, such as "torch.bfloat16".
+        torch: its version, such as "2.13".
         facts: of the measurement, for display.
 
     Raises:
@@ -32,6 +43,9 @@ class InversePlan:
     num_tokens: tuple[int, ...]
     device: str
     batch_size: int
+    device_name: str = ""
+    dtype: str = ""
+    torch: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -65,9 +79,15 @@ class InversePlan:
         """Whether nothing was faster than one token after another."""
         return all(solver.window == 1 for solver in self.solvers)
 
+    @property
+    def place(self) -> str:
+        """Where it holds, in words."""
+        named = self.device_name or str(self.facts.get("device", ""))
+        return _in_words(self.device, named, self.dtype, self.torch)
+
     def described(self) -> dict[str, str]:
         """A row of a table: title and description."""
-        name = f"inverse on {self.facts.get('device', self.device)}, up to {self.batch_size} at a time"
+        name = f"inverse on {self.place}, up to {self.batch_size} at a time"
         if self.exact:
             return {name: "exact: nothing is faster than one token after another"}
         windows = ", ".join("all" if solver.window is None else str(solver.window) for solver in self.solvers)
@@ -103,16 +123,76 @@ def tokens_of_blocks(flow: TARFlow) -> tuple[int, ...]:
     return tuple(block.num_tokens for block in reversed(flow.blocks))  # type: ignore[misc]
 
 
-def choose(plans: Sequence[InversePlan], device: str, batch_size: int) -> InversePlan | None:
-    """The plan for that type of device with the least batch size that is not smaller; None if there is none.
+def place_of(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Where a plan holds that is found, or wanted, here: fields of `InversePlan`.
+
+    Args:
+        device: that computes.
+        dtype: of the transformers' products.
+    """
+    major, minor = torch.__version__.split(".")[:2]
+    return {
+        "device": device.type,
+        "device_name": device_name(device),
+        "dtype": str(dtype),
+        "torch": f"{major}.{minor}",
+    }
+
+
+def choose(plans: Sequence[InversePlan], place: Mapping[str, str], batch_size: int) -> InversePlan | None:
+    """The plan for that place with the least batch size that is not smaller; None if there is none.
 
     Small batches gain the most: what is faster for a batch is so for smaller ones, but need not be for larger ones.
+
+    Args:
+        plans: of a checkpoint.
+        place: from `place_of`.
+        batch_size: images that are inverted at a time.
     """
-    fitting = [plan for plan in plans if plan.device == device and plan.batch_size >= batch_size]
+    large_enough = [plan for plan in plans if plan.batch_size >= batch_size]
+    fitting = [plan for plan in large_enough if all(getattr(plan, name) == value for name, value in place.items())]
     return min(fitting, key=lambda plan: plan.batch_size, default=None)
 
 
+def planned(
+    plans: Sequence[InversePlan], flow: TARFlow, place: Mapping[str, str], batch_size: int
+) -> Solver | list[Solver]:
+    """The solvers of the plan that `choose` gives; `sequential` if there is none.
+
+    Where there are plans for this type of device, but for other devices, it is said, once.
+    """
+    plan = choose(plans, place, batch_size)
+    if plan is not None:
+        return plan.solvers_of(flow)
+    alike = [one for one in plans if one.device == place["device"]]
+    if alike and not any(choose([one], place, 1) for one in alike):
+        found = "; ".join(dict.fromkeys(one.place for one in alike))
+        _warn_once(
+            f"The checkpoint's inverse plan is not used: it was found on {found}, and this is {_in_words(**place)}. "
+            "The inverse is exact, one token after another; `itarflow profile CHECKPOINT` finds a plan for here."
+        )
+    return sequential
+
+
+@cache
+def _warn_once(text: str) -> None:
+    logger.warning(text)
+
+
+def _in_words(device: str, device_name: str, dtype: str, torch: str) -> str:
+    """A place."""
+    return f"{device_name or device} in {dtype.removeprefix('torch.') or 'unknown dtype'}, torch {torch or 'unknown'}"
+
+
 def replaced(plans: Sequence[InversePlan], found: InversePlan) -> list[InversePlan]:
-    """The plans with `found` in the place of those for its device and batch size; in order of both."""
-    others = [plan for plan in plans if (plan.device, plan.batch_size) != (found.device, found.batch_size)]
-    return sorted([*others, found], key=lambda plan: (plan.device, plan.batch_size))
+    """The plans with `found` in the place of those for its device, dtype and batch size; in order of these.
+
+    Those of another version of torch go too, and those for its type of device that do not say where they hold.
+    """
+
+    def superseded(plan: InversePlan) -> bool:
+        same = (plan.device, plan.batch_size) == (found.device, found.batch_size)
+        return same and (plan.device_name, plan.dtype) in ((found.device_name, found.dtype), ("", ""))
+
+    others = [plan for plan in plans if not superseded(plan)]
+    return sorted([*others, found], key=lambda plan: (plan.device, plan.device_name, plan.dtype, plan.batch_size))

@@ -9,7 +9,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -21,7 +21,8 @@ from itarflow.flow.block import AutoregressiveBlock, Condition
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Affine
 from itarflow.inverse.solvers import Conditioner, Guess, Jacobi, Progress, sequential
-from itarflow.pipeline.plan import InversePlan, tokens_of_blocks
+from itarflow.pipeline.plan import InversePlan, place_of, tokens_of_blocks
+from itarflow.runtime.graphed import DeviceConditioner
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
 """Of the solvers; tried in this order until the images are close enough."""
@@ -146,13 +147,39 @@ class _Counted:
     evaluations: list[int]
 
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
+        self.count()
+        return self.conditioner(tokens, start, stop)
+
+    def count(self) -> None:
         if time.perf_counter() > self.deadline:
             raise _StoppedError
         self.evaluations[0] += 1
-        return self.conditioner(tokens, start, stop)
 
     def select(self, samples: Tensor) -> _Counted:
-        return replace(self, conditioner=self.conditioner.select(samples))
+        return _counted(self.conditioner.select(samples), self.deadline, self.evaluations)
+
+
+@dataclass
+class _CountedOnDevice(_Counted):
+    """The same of a conditioner that runs loops itself."""
+
+    conditioner: DeviceConditioner
+
+    def sequential(self, z: Tensor, first: Affine, progress: Progress | None) -> Tensor:
+        self.evaluations[0] += z.shape[1] - 1
+        return self.conditioner.sequential(z, first, progress)
+
+    def iterate(
+        self, step: Callable[..., tuple[Tensor, ...]], key: Hashable, count: int, stop: int, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        self.count()
+        return self.conditioner.iterate(step, key, count, stop, *state)
+
+
+def _counted(conditioner: Conditioner, deadline: float, evaluations: list[int]) -> _Counted:
+    if isinstance(conditioner, DeviceConditioner):
+        return _CountedOnDevice(conditioner, deadline, evaluations)
+    return _Counted(conditioner, deadline, evaluations)
 
 
 @dataclass(frozen=True)
@@ -194,7 +221,7 @@ class _Trial:
 def _timed(
     solver: Jacobi, conditioner: Conditioner, z: Tensor, first: Affine, exact: Tensor, limit: float, repeats: int
 ) -> Timing:
-    exactly = solver.window == 1  # which a conditioner may do by itself
+    solve = sequential if solver.window == 1 else solver
     seconds, evaluations, difference = [], [0], math.nan
     warm_up = int(z.device.type == "cuda")  # when graphs are recorded; not timed
     for turn in range(warm_up + repeats):
@@ -202,15 +229,13 @@ def _timed(
         began, evaluations = time.perf_counter(), [0]
         deadline = began + (limit if turn >= warm_up else 3 * limit)
         try:
-            counted = _Counted(conditioner, deadline, evaluations)
-            x = sequential(conditioner, z, first) if exactly else solver(counted, z, first)
+            x = solve(_counted(conditioner, deadline, evaluations), z, first)
             _wait(z.device)
         except _StoppedError:
             return Timing(solver, math.inf, evaluations[0], math.nan)
         seconds.append(time.perf_counter() - began)
         difference = float((x - exact).abs().max())
-    number = z.shape[1] - 1 if exactly else evaluations[0]
-    return Timing(solver, statistics.median(seconds[warm_up:]), number, difference)
+    return Timing(solver, statistics.median(seconds[warm_up:]), evaluations[0], difference)
 
 
 def _wait(device: torch.device) -> None:
@@ -248,6 +273,7 @@ def find_plan(
     images: Callable[..., Iterable[Tensor]],
     *,
     batch_size: int,
+    dtype: torch.dtype | None = None,
     largest_difference: float,
     windows: Sequence[int] = (4, 8, 16, 32, 64, 128, 256),
     repeats: int = 3,
@@ -261,6 +287,7 @@ def find_plan(
         images: images(solver=..., progress=...), an iterator of images (n, C, H, W) in [0, 1] to compare: the more
             there are, the surer the result. It is consumed no further than needed.
         batch_size: images that `invert` inverts.
+        dtype: of the transformers' products in `invert` and `images`; None = the weights'.
         largest_difference: of a pixel of an image, >= 0, such as 1 / 255. Half of it is left as a margin for
             images that are not compared.
         windows: to try, besides the whole sequence; those longer than a block are left out.
@@ -271,7 +298,7 @@ def find_plan(
         ValueError: a number out of its range, or exact images that are not finite.
     """
     check_search(largest_difference, windows, repeats)
-    num_tokens = tokens_of_blocks(flow)
+    num_tokens, where = tokens_of_blocks(flow), place_of(flow.device, dtype or flow.dtype)
     expected = list(images(solver=sequential, progress=partial(progress, "exact images")))
     limit = largest_difference / 2
     if not all(part.isfinite().all() for part in expected):
@@ -287,8 +314,8 @@ def find_plan(
         plan = InversePlan(
             solvers=tuple(block.fastest.solver for block in blocks),
             num_tokens=num_tokens,
-            device=flow.device.type,
             batch_size=batch_size,
+            **where,
         )
         in_turns = {"exact": sequential, "planned": plan.solvers_of(flow)}
         seconds: dict[str, list[float]] = {name: [] for name in in_turns}
@@ -309,7 +336,6 @@ def find_plan(
         plan = replace(plan, solvers=(Jacobi(window=1),) * len(num_tokens))
         medians, difference = {**medians, "planned": medians["exact"]}, 0.0
     facts = {
-        "device": torch.cuda.get_device_name(flow.device) if plan.device == "cuda" else plan.device,
         "threads": torch.get_num_threads(),
         "tolerance": tolerance,
         "largest difference of a pixel": difference,

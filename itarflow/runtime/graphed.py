@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,8 +19,6 @@ from torch import Tensor
 from itarflow.runtime.recording import Recordings, is_plain
 
 Affine = tuple[Tensor, Tensor]
-Evaluation = Callable[[Tensor, Tensor], Affine]
-"""(tokens (B, n, D), start (B,)) -> (shift, scale)."""
 
 _TOGETHER = 16
 """Tokens that one graph solves: enough for the host to be ahead of the device."""
@@ -32,6 +30,31 @@ DEVICES = {"cuda"}
 """Where graphs are recorded."""
 CALLS = 2
 """Batch sizes that are kept for a flow: the usual one, and that of the last batch."""
+
+
+@runtime_checkable
+class DeviceConditioner(Protocol):
+    """A `solvers.Conditioner` that runs loops itself, on a device that need not wait for the host at each token."""
+
+    def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine: ...  # noqa: D102
+    def select(self, samples: Tensor) -> DeviceConditioner: ...  # noqa: D102
+
+    def sequential(self, z: Tensor, first: Affine, progress: Callable[[int], None] | None) -> Tensor:
+        """The result of `solvers.sequential`, whose arguments these are."""
+
+    def iterate(
+        self, step: Callable[..., tuple[Tensor, ...]], key: Hashable, count: int, stop: int, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The tensors step(evaluation, *state), which the next iteration may overwrite.
+
+        Args:
+            step: of the block's evaluation, (tokens (B, n, D), start (B,)) -> (shift, scale), and of tensors, without
+                a look at their values.
+            key: names all that is fixed in the step.
+            count: n.
+            stop: the largest start + n.
+            state: its tensors, each (B, ...).
+        """
 
 
 class Cache(Protocol):
@@ -54,18 +77,18 @@ class CachedConditioner(Protocol):
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine: ...  # noqa: D102
     def at(self, tokens: Tensor, window: Any) -> Affine: ...  # noqa: D102
     def scattered(self, start: Tensor, count: int, length: int) -> Any: ...  # noqa: D102
-    def advance(self, x: Tensor, z: Tensor, position: Tensor, length: int) -> None: ...  # noqa: D102
+    def solve(self, x: Tensor, z: Tensor, start: Tensor, count: int, length: int) -> None: ...  # noqa: D102
     def select(self, samples: Tensor) -> Self: ...  # noqa: D102
     def over(self, memory: Tensor) -> Self: ...  # noqa: D102
     def tensors(self) -> list[Tensor]: ...  # noqa: D102
 
 
 class _Loop(NamedTuple):
-    """What the loop over tokens reads and writes, see `inverse.decoding.CachedConditioner.advance`."""
+    """What the loop over tokens reads and writes, see `inverse.decoding.CachedConditioner.solve`."""
 
     x: Tensor
     z: Tensor
-    position: Tensor
+    start: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,7 +157,8 @@ def decoders(
     if device.type not in DEVICES:
         yield None
         return
-    with recordings.turn(device):
+    # What is kept must be no tensors of inference mode, which nothing may write to outside of it.
+    with recordings.turn(device), torch.inference_mode(False), torch.no_grad():
 
         def make() -> Decoders:
             return Decoders(recordings, torch.zeros(values, dtype=dtype, device=device))
@@ -143,71 +167,65 @@ def decoders(
 
 
 class GraphedConditioner:
-    """A `solvers.SequentialConditioner` by CUDA graphs, and a `solvers.Conditioner` of small windows. Stateful.
-
-    The tensors that a call returns are overwritten by the next call.
-    """
+    """A `solvers.DeviceConditioner` by CUDA graphs. Stateful."""
 
     def __init__(self, recordings: Recordings[Decoders], fixed: _Fixed) -> None:
         self._recordings, self._fixed = recordings, fixed
         self._seen: set[Hashable] = set()
 
     def sequential(self, z: Tensor, first: Affine, progress: Callable[[int], None] | None) -> Tensor:
-        """See `solvers.SequentialConditioner`."""
-        total, recorded = z.shape[1], self._fixed.recorded
-        if not self._fixed.loops:
+        """See `DeviceConditioner`."""
+        fixed, total = self._fixed, z.shape[1]
+        if not fixed.loops:
             zero = torch.zeros(1, dtype=torch.int64, device=z.device)
-            self._fixed.loops.append(_Loop(torch.zeros_like(z), torch.empty_like(z), zero))
-        loop = self._fixed.loops[0]
+            fixed.loops.append(_Loop(torch.zeros_like(z), torch.empty_like(z), zero))
+        loop = fixed.loops[0]
         loop.z.copy_(z)
         loop.x[:, :1] = z[:, :1] * first[1] + first[0]
-        loop.position.zero_()
         _report(progress, 1)
-        together = max(1, min(_TOGETHER, total - 1))
-        for position in range(0, total - 1, together):
-            length = self._length(position + together)
-            if length not in recorded:
-                recorded[length] = self._record_loop(loop, together, length)
-                loop.position.fill_(position)
-            recorded[length]()
-            _report(progress, min(together, total - 1 - position))
+        for start in range(0, total - 1, _TOGETHER):
+            count = min(_TOGETHER, total - 1 - start)
+            loop.start.fill_(start)
+            self._tokens(loop, count, self._length(start + count))()
+            _report(progress, count)
         return loop.x.clone()
 
-    def _record_loop(self, loop: _Loop, together: int, length: int) -> Callable[[], None]:
-        """`together` tokens from the loop's position on. To record them may solve some already, which then recur."""
-
-        def advance() -> None:
-            self._fixed.conditioner.advance(*loop, length)
-
-        def tokens() -> None:
-            for _ in range(together):
-                advance()
-
-        return self._recordings.record(tokens, device=loop.x.device, warm_up=advance)
+    def _tokens(self, loop: _Loop, count: int, length: int) -> Callable[[], None]:
+        """What solves so many tokens from the loop's start on, recorded."""
+        key, solve = ("tokens", count, length), self._fixed.conditioner.solve
+        if key not in self._fixed.recorded:
+            self._fixed.recorded[key] = self._recordings.record(
+                lambda: solve(*loop, count, length),
+                device=loop.x.device,
+                warm_up=lambda: solve(*loop, 1, length),  # a token that is solved again
+            )
+        return self._fixed.recorded[key]
 
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
         """See `solvers.Conditioner`."""
-        conditioner, samples, count = self._fixed.conditioner, len(tokens), tokens.shape[1]
-        tokens = _padded(tokens, conditioner.batch_size)
-        start = _padded(start, conditioner.batch_size) if isinstance(start, Tensor) else start
-        if count > _WIDEST:
-            shift, scale = conditioner(tokens, start, stop)
-            return shift[:samples], scale[:samples]
-        if isinstance(start, int):
-            stop, start = start + count, torch.full((len(tokens),), start, device=tokens.device)
-        length = self._length(stop or int(start.max()) + count)
+        conditioner, samples = self._fixed.conditioner, len(tokens)
+        rows = conditioner.batch_size
+        start = _padded(start, rows) if isinstance(start, Tensor) else start
+        shift, scale = conditioner(_padded(tokens, rows), start, stop)
+        return shift[:samples], scale[:samples]
 
-        def evaluation(tokens: Tensor, start: Tensor) -> Affine:
-            return conditioner.at(tokens, conditioner.scattered(start, count, length))
+    def iterate(
+        self, step: Callable[..., tuple[Tensor, ...]], key: Hashable, count: int, stop: int, *state: Tensor
+    ) -> tuple[Tensor, ...]:
+        """See `DeviceConditioner`."""
+        conditioner, recorded, samples = self._fixed.conditioner, self._fixed.recorded, len(state[0])
+        state = tuple(_padded(tensor, conditioner.batch_size) for tensor in state)
+        length = self._length(stop) if count <= _WIDEST else stop
+
+        def evaluated(*state: Tensor) -> tuple[Tensor, ...]:
+            return step(lambda tokens, at: conditioner.at(tokens, conditioner.scattered(at, count, length)), *state)
 
         # Recorded at the second use in a call: the last windows of a sequence get shorter, and each occurs only once.
-        key = count, length
-        recorded = self._fixed.recorded.get(key)
-        if recorded is None and key in self._seen:
-            recorded = self._fixed.recorded[key] = self._recordings.record(evaluation, tokens, start)
+        key = key, count, length
+        if key not in recorded and key in self._seen and count <= _WIDEST:
+            recorded[key] = self._recordings.record(evaluated, *state)
         self._seen.add(key)
-        shift, scale = (recorded or evaluation)(tokens, start)
-        return shift[:samples], scale[:samples]
+        return tuple(tensor[:samples] for tensor in recorded.get(key, evaluated)(*state))
 
     def select(self, samples: Tensor) -> GraphedConditioner:
         """See `solvers.Conditioner`. Batches of a half, a quarter ... are kept, and filled up."""

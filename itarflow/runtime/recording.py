@@ -61,7 +61,9 @@ def record(
     # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time. What
     # the garbage collector frees, such as other graphs, would end the recording.
     with torch.cuda.device(device), _RECORDING, _no_collection():
-        stream = _STREAMS.setdefault(device, torch.cuda.Stream(device))
+        if device not in _STREAMS:
+            _STREAMS[device] = torch.cuda.Stream(device)
+        stream = _STREAMS[device]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):

@@ -29,12 +29,14 @@ from itarflow.evaluation.samples.files import open_samples
 from itarflow.evaluation.samples.generate import Batch, Generation, generate
 from itarflow.evaluation.scoring import save_samples
 from itarflow.inverse import Jacobi, sequential
-from itarflow.pipeline.plan import InversePlan
+from itarflow.pipeline.plan import InversePlan, place_of
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import short_names
 
 LABELS = [0, 2, None, 1, 0]
 MakePipe = Callable[..., ITARFlowPipeline]
+
+HERE = place_of(torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture
@@ -138,7 +140,7 @@ def test_images_are_those_of_the_pipeline_and_of_an_evaluation(
     pipe = make_pipe(method=method)
     if planned:
         coarse = Jacobi(tolerance=0.3)
-        plan = InversePlan(solvers=(coarse,) * 2, num_tokens=(4, 4), device="cpu", batch_size=2 if count == 5 else 3)
+        plan = InversePlan(solvers=(coarse,) * 2, num_tokens=(4, 4), batch_size=2 if count == 5 else 3, **HERE)
         pipe.register_to_config(plans=[plan.to_json()])
     pipe.set_progress_bar_config(disable=True)
     compare({"pets": pipe}, LABELS[:count], output=tmp_path, seed=7, batch_size=batch_size)

@@ -282,7 +282,7 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
 def test_the_last_file_is_inverted_as_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[int]()
 
-    def planned(size: int) -> Any:
+    def planned(size: int, _dtype: torch.dtype | None = None) -> Any:
         asked.append(size)
         return sequential
 

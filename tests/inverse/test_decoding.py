@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from itarflow.inverse import Guidance, Jacobi, guide
-from itarflow.inverse.decoding import Cache
+from itarflow.runtime.kernels import Cache
 
 GUIDANCE = Guidance(weight=1.5, rule="gaussian", temperature=0.7)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from itarflow.runtime.devices import float32_products
 from itarflow.runtime.files import file_sha256, weights_digest
 
 INCEPTION = "inception-v3-compat"
@@ -122,22 +122,9 @@ class _Network:
                 f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, C, H, W), C = 1 or 3."
             )
         rgb = images.to(self._device).expand(-1, 3, -1, -1)
-        with _full_float32(), torch.autocast(self._device.type, enabled=False):
+        with float32_products(), torch.autocast(self._device.type, enabled=False):
             parts = [self._ask(self._network, part) for part in rgb.split(self._slice or len(rgb))]
         return _together(parts)
-
-
-@contextmanager
-def _full_float32() -> Iterator[None]:
-    """Inside, neither products of matrices nor convolutions use TF32, even if training has enabled it."""
-    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _together(parts: Sequence[Features]) -> Features:

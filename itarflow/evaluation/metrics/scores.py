@@ -16,6 +16,7 @@ from torch import Tensor
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor
 from itarflow.evaluation.metrics.features import Extracted, frechet_distance
 from itarflow.evaluation.metrics.reference import Reference
+from itarflow.runtime.devices import float32_products
 
 PUBLISHED_SAMPLES = 50_000
 """From so many samples, papers compute FID."""
@@ -173,6 +174,7 @@ class Scores:
         }
 
 
+@float32_products()
 def score(
     samples: Extracted,
     reference: Reference,

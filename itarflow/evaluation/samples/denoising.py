@@ -94,7 +94,7 @@ def variants_of(
         wanted: some of `VARIANTS`; None = all that apply: "iterative" needs a denoiser of a range of noise levels, and
             the method "skip" has only "raw".
         denoiser: denoises in "iterative"; None = the flow itself.
-        dtype: of the flow's layers while it denoises, see `FlowDenoiser`.
+        dtype: of the flow's layers while it denoises; None = as in a call of the pipeline.
         slice_size: images that the flow denoises at a time; None = all that are given.
         decode_size: images that a VAE decodes at a time; None = all that are given.
 
@@ -104,7 +104,7 @@ def variants_of(
     codec, config = codec_of(pipe.vae, slice_size=decode_size), schedule.config
     variants = {"raw": Denoising("noisy", codec)}
     if config.method != "skip":
-        own = FlowDenoiser(pipe.flow, slice_size, dtype=dtype)
+        own = pipe.flow_denoiser(slice_size, dtype)
         variants["self"] = Denoising("self", codec, own, one_step(schedule))
         several = pipe.flow.config.noise_conditioned and config.num_denoise_steps > 1
         if denoiser is not None or several:

@@ -131,7 +131,7 @@ class Generation:
     def solvers(self) -> Solver | Sequence[Solver]:
         """How the flow is inverted: by the plan for a whole batch, also in the last one, which may be smaller."""
         size = min(self.batch_size, len(self.labels))
-        return self.pipe.planned_solver(size) if self.solver is None else self.solver
+        return self.pipe.planned_solver(size, self.inverse_dtype) if self.solver is None else self.solver
 
     @property
     def level(self) -> float:
@@ -152,7 +152,7 @@ class Generation:
             "guidance": asdict(guidance),
             "t_max": self.level,
             "solver": [getattr(one, "__name__", None) or repr(one) for one in by_block],
-            "inverse_dtype": str(self.inverse_dtype or self.pipe.flow.dtype),
+            "inverse_dtype": str(self.pipe.sampling_dtype(self.inverse_dtype) or self.pipe.flow.dtype),
             "cleaning": self._denoising(),
             "conversion": CONVERSIONS[self.protocol],
             "file_size": self.batch_size,

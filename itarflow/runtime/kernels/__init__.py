@@ -1,11 +1,13 @@
-"""Linear layers and attention: PyTorch's functions, or faster ones that are equal to them up to rounding."""
+"""Linear layers, attention and its cache: PyTorch's functions, or faster ones, equal to them up to rounding."""
 
 from itarflow.runtime.kernels.attention import attention, attention_bias
+from itarflow.runtime.kernels.cache import Cache
 from itarflow.runtime.kernels.cpu import Linear, linear
 from itarflow.runtime.kernels.decode import decode_attention, has_decode_attention
 from itarflow.runtime.kernels.packed import PackedLinear, pack
 
 __all__ = [
+    "Cache",
     "Linear",
     "PackedLinear",
     "attention",
