@@ -150,14 +150,14 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 def test_a_step_that_dies_or_hangs_loses_neither_its_figures_nor_the_next_step(tmp_path, module):
     worker = Worker()
     try:
-        for name, reason in (
-            ("failing", "KeyError: 'no such thing'"),
-            ("dying", "its process ended with exit status 11"),
-            ("hanging", "its time was over, so its process was ended"),
-            ("fine", None),
+        for name, seconds, reason in (
+            ("failing", 120, "KeyError: 'no such thing'"),
+            ("hanging", 5, "its time was over, so its process was ended"),  # in the process of the step before
+            ("dying", 120, "its process ended with exit status 11"),
+            ("fine", 120, None),
         ):
             done = Done(name=name)
-            worker.run(Step(name, module, settings(tmp_path)), done, time.monotonic() + 60 * (name != "hanging") + 20)
+            worker.run(Step(name, module, settings(tmp_path)), done, time.monotonic() + seconds)
             assert done.failed == reason
             assert [figure.what for figure in done.figures] == ["fine" if name == "fine" else "before"]
     finally:
@@ -171,6 +171,20 @@ def test_kernels_that_were_left_out_deviate_and_other_warnings_are_told(tmp_path
     assert found[1].deviation == "kernel: the kernel of tokens is not used: it deviates"
     assert found[2].deviation is None
     assert found[2].more == {"": "something else"}
+
+
+def test_without_a_gpu_it_is_said(tmp_path, module, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    failed = run_here(Step("fine", module, settings(tmp_path) | {"dry": False}), [].append)
+    assert failed is not None
+    assert "sees no GPU here; --dry runs on the CPU" in failed
+
+
+def test_a_step_whose_time_is_over_ends_with_the_figures_that_it_has(tmp_path, module):
+    found: list[Figure] = []
+    failed = run_here(Step("failing", module, settings(tmp_path) | {"until": 0.0}), found.append)
+    assert failed == "TimeoutError: its time was over before its end"
+    assert [figure.what for figure in found] == ["before"]
 
 
 def test_steps_without_time_are_left_out_and_named(tmp_path, monkeypatch, module):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -61,6 +63,15 @@ def kernels(setting: Setting) -> Iterator[Figure]:
 
 
 Case = tuple[Figure, Callable[[Figure], Figure]]
+UNCACHED = 2**27
+"""Bytes that no GPU's caches hold."""
+
+
+def _seconds(setting: Setting, size: int, prepare: Callable[[], Callable[[], Tensor]]) -> float:
+    """Of one call, on inputs of so many bytes that come from memory, as in use: several of them take turns."""
+    copies = 1 if setting.dry else max(1, min(16, UNCACHED // size))
+    calls = itertools.cycle([prepare() for _ in range(copies)])
+    return device_seconds(lambda: next(calls)(), setting.device, 10)
 
 
 def _attentions(setting: Setting) -> Iterator[Case]:
@@ -80,22 +91,26 @@ def _attentions(setting: Setting) -> Iterator[Case]:
                 n: int = n,
                 length: int = length,
             ) -> Figure:
-                q, k, v = (
-                    torch.randn(rows, heads, number, width, device=setting.device, dtype=dtype)
-                    for number in (n, length, length)
-                )
                 allowed = torch.ones(n, length, dtype=torch.bool, device=setting.device).tril(length - n)
-                mask = None
-                if what == "window":
-                    mask = attention_bias(allowed, dtype)
+                mask = attention_bias(allowed, dtype) if what == "window" else None
+
+                def inputs() -> list[Tensor]:
+                    sizes = ((rows, heads, number, width) for number in (n, length, length))
+                    return [torch.randn(size, device=setting.device, dtype=dtype) for size in sizes]
+
+                def prepare() -> Callable[[], Tensor]:
+                    return partial(attention, *inputs(), mask, what == "causal")
+
+                q, k, v = inputs()
                 with Operators() as called:
                     found = attention(q, k, v, mask, what == "causal")
                 exact = _exact(q[:2].double(), k[:2].double(), v[:2].double(), allowed)
-                timed = setting.timed(blank, lambda: attention(q, k, v, mask, what == "causal"), 1)
+                moved = 2 * (k.numel() + q.numel()) * dtype.itemsize
                 return replace(
-                    timed,
-                    seconds=device_seconds(lambda: attention(q, k, v, mask, what == "causal"), setting.device, 10),
-                    moved_bytes=(2 * k.numel() + 2 * q.numel()) * dtype.itemsize,
+                    blank,
+                    first_seconds=setting.seconds(prepare()),
+                    seconds=_seconds(setting, moved, prepare),
+                    moved_bytes=moved,
                     error=distance(found[:2], exact),
                     tolerance=_tolerance(dtype),
                     more={"by": ", ".join(called.names) or "products"},
@@ -115,20 +130,22 @@ def _decoding(setting: Setting) -> Iterator[Case]:
                 def measure(
                     blank: Figure, dtype: torch.dtype = dtype, rows: int = rows, position: int = position
                 ) -> Figure:
-                    shape = 2, rows, heads, longest, width
-                    cache = torch.randn(shape, device=setting.device, dtype=dtype)
+                    at = torch.tensor([position], device=setting.device)
+
+                    def inputs() -> tuple[Tensor, Tensor]:
+                        qkv = torch.randn(rows, 1, 3 * heads * width, device=setting.device, dtype=dtype)
+                        return qkv, torch.randn(2, rows, heads, longest, width, device=setting.device, dtype=dtype)
+
+                    qkv, cache = inputs()
                     if not has_decode_attention(cache):
                         return replace(blank, more={"own kernel": "there is none here, or it is slower"})
-                    qkv = torch.randn(rows, 1, 3 * heads * width, device=setting.device, dtype=dtype)
-                    at = torch.tensor([position], device=setting.device)
                     expected = _decoded(qkv[:2], cache[:, :2], position)
-                    found = decode_attention(qkv, cache, at)[:2]
-                    seconds = device_seconds(lambda: decode_attention(qkv, cache, at), setting.device, 10)
+                    moved = cache[..., : position + 1, :].numel() * dtype.itemsize
                     return replace(
                         blank,
-                        seconds=seconds,
-                        moved_bytes=cache[..., : position + 1, :].numel() * dtype.itemsize,
-                        error=distance(found, expected),
+                        seconds=_seconds(setting, moved, lambda: partial(decode_attention, *inputs(), at)),
+                        moved_bytes=moved,
+                        error=distance(decode_attention(qkv, cache, at)[:2], expected),
                         tolerance=_tolerance(dtype),
                     )
 
@@ -156,30 +173,40 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
 def _products(setting: Setting) -> Iterator[Case]:
     """The products of a layer with what stands before and after them, against the same without own kernels."""
     width = 64 if setting.dry else 1280
+    shapes = {
+        "norm, q k v": (1, 3, True, False),
+        "norm, up, GELU": (1, 4, True, True),
+        "projection, residual": (1, 1, False, False),
+        "down, residual": (4, 1, False, False),
+    }
     for rows in (2, 16, 64) if not setting.dry else (2,):
-        for name, out, normed, active in (("norm, q k v", 3, True, False), ("norm, up, GELU", 4, True, True),
-                                          ("projection, residual", 1, False, False)):  # fmt: skip
+        for name, (wide, out, normed, active) in shapes.items():
 
             def measure(
-                blank: Figure, rows: int = rows, out: int = out, normed: bool = normed, active: bool = active
+                blank: Figure,
+                rows: int = rows,
+                wide: int = wide,
+                out: int = out,
+                normed: bool = normed,
+                active: bool = active,
             ) -> Figure:
-                with setting.device:
-                    layer, norm = nn.Linear(width, out * width), nn.LayerNorm(width)
-                    x = torch.randn(rows, 1, width)
-                packed = pack(layer, torch.bfloat16, norm if normed else None, nn.GELU() if active else None)
-                given = x if normed else x.bfloat16()
+                def prepare() -> Callable[[], Tensor]:
+                    with setting.device:
+                        layer, norm = nn.Linear(wide * width, out * width), nn.LayerNorm(wide * width)
+                        x, residual = torch.randn(rows, 1, wide * width), torch.randn(rows, 1, out * width)
+                    packed = pack(layer, torch.bfloat16, norm if normed else None, nn.GELU() if active else None)
+                    return partial(packed, x) if normed else partial(packed.plus, x.bfloat16(), residual)
 
-                @torch.no_grad()
-                def product() -> Tensor:
-                    return packed(given) if normed else packed.plus(given, x)
-
-                found, seconds = product(), device_seconds(product, setting.device, 10)
-                with plain():
-                    expected, other = product(), device_seconds(product, setting.device, 10)
+                moved = 2 * wide * out * width**2
+                with torch.no_grad():
+                    product = prepare()
+                    found, seconds = product(), _seconds(setting, moved, prepare)
+                    with plain():
+                        expected, other = product(), _seconds(setting, moved, prepare)
                 return replace(
                     blank,
                     seconds=seconds,
-                    moved_bytes=2 * layer.weight.numel(),
+                    moved_bytes=moved,
                     error=distance(found, expected),
                     tolerance=_tolerance(torch.bfloat16),
                     more={"without own kernels, us": 1e6 * other},

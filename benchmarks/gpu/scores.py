@@ -16,6 +16,7 @@ from gpu.figures import Figure
 from gpu.setting import GUIDANCE, LEVELS, TINY, Setting, distance, tried
 from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
 from itarflow.flow import TARFlow
+from itarflow.pipeline.memory import score_bytes
 from itarflow.runtime.devices import tf32_products
 
 TEN = {"t_max": LEVELS[1], "t_min": LEVELS[0], "num_denoise_steps": 10}
@@ -53,7 +54,10 @@ def score(setting: Setting) -> Iterator[Figure]:
             peak = setting.peaks[torch.float32 if blank.dtype == "float32" else torch.bfloat16]
             error = None if blank.images != few else distance(found[0], expected)
             least = floor([score_cost(flow, blank.images, precision)], peak)
-            return replace(measured, floor_seconds=least, error=error, tolerance=_TOLERANCES[blank.dtype])
+            kept = blank.images * score_bytes(denoiser.flow)
+            return replace(
+                measured, floor_seconds=least, error=error, tolerance=_TOLERANCES[blank.dtype], estimated_bytes=kept
+            )
 
         yield tried(blank, measure)
 

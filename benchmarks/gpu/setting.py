@@ -43,6 +43,10 @@ class Setting:
     until: float
     """The end of the step, of `time.monotonic()`."""
 
+    def __post_init__(self) -> None:
+        if not self.dry and not torch.cuda.is_available():
+            raise ValueError(f"PyTorch {torch.__version__} sees no GPU here; --dry runs on the CPU, with tiny sizes.")
+
     @property
     def device(self) -> torch.device:
         """Where everything runs."""

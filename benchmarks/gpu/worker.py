@@ -138,6 +138,6 @@ def _healthy(step: Step) -> bool:
     import torch
 
     try:
-        return bool(torch.ones(1, device="cpu" if step.setting["dry"] else "cuda").item() == 1)
+        return step.setting["dry"] or not torch.cuda.is_available() or torch.ones(1, device="cuda").item() == 1
     except RuntimeError:
         return False
