@@ -130,6 +130,12 @@ def _run(options: Options, done: Done, left: float, worker: Worker) -> None:
     if (left < LEAST * budget.seconds and not budget.alone) or left <= 0:
         done.failed = f"left out: {max(0, left):.0f} s were left, and it has {budget.seconds:.0f}"
         return
+    if not options.dry:
+        starting = time.monotonic()
+        done.failed = worker.start(starting + left)
+        left -= time.monotonic() - starting
+        if done.failed is not None:
+            return
     began = time.monotonic()
     grace = 0.0 if budget.alone else GRACE * budget.seconds
     until = math.inf if options.dry else began + min(budget.seconds, left)

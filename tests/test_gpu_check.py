@@ -151,12 +151,13 @@ def test_a_step_that_dies_or_hangs_loses_neither_its_figures_nor_the_next_step(t
     worker = Worker()
     try:
         for name, seconds, reason in (
-            ("failing", 120, "KeyError: 'no such thing'"),
+            ("failing", 60, "KeyError: 'no such thing'"),
             ("hanging", 5, "its time was over, so its process was ended"),  # in the process of the step before
-            ("dying", 120, "its process ended with exit status 11"),
-            ("fine", 120, None),
+            ("dying", 60, "its process ended with exit status 11"),
+            ("fine", 60, None),
         ):
             done = Done(name=name)
+            assert worker.start(time.monotonic() + 120) is None
             worker.run(Step(name, module, settings(tmp_path)), done, time.monotonic() + seconds)
             assert done.failed == reason
             assert [figure.what for figure in done.figures] == ["fine" if name == "fine" else "before"]

@@ -65,19 +65,37 @@ class Worker:
         self._process: Any = None
         self._connection: Connection | None = None
 
+    def start(self, until: float) -> str | None:
+        """Start the process unless there is one, and wait for its imports, which are no step's.
+
+        Returns why it could not be started until then, of `time.monotonic()`; None = it is ready.
+        """
+        if self._process is not None:
+            return None
+        spawned = multiprocessing.get_context("spawn")
+        self._connection, other = spawned.Pipe()
+        self._process = spawned.Process(target=_serve, args=(other,), daemon=False)
+        self._process.start()
+        other.close()
+        try:
+            if self._connection.poll(max(0.0, until - time.monotonic())):
+                self._connection.recv()
+                return None
+            failed = "its process was not ready in time"
+        except EOFError:
+            self._process.join(5)
+            failed = f"its process ended with exit status {self._process.exitcode} as it began"
+        self.stop()
+        return failed
+
     def run(self, step: Step, done: Done, until: float) -> None:
-        """Run a step, and add its figures to `done` as they come.
+        """Run a step in the process that has been started, and add its figures to `done` as they come.
 
         Args:
             step: what to run.
             done: gets figures, and why the step failed.
             until: of `time.monotonic()`, when its process is ended.
         """
-        if self._process is None:
-            self._connection, other = multiprocessing.get_context("spawn").Pipe()
-            self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other,), daemon=False)
-            self._process.start()
-            other.close()
         assert self._connection is not None
         try:
             self._connection.send(step)
@@ -101,6 +119,7 @@ class Worker:
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
+            self._process.kill()  # it may not lead its group yet
             self._process.join()
             assert self._connection is not None
             self._connection.close()
@@ -111,6 +130,9 @@ def _serve(connection: Connection) -> None:
     """The process: run what comes, until nobody is there any more."""
     os.setpgrp()
     os.environ["ITARFLOW_TEST_CUDA"] = "1"  # the tests' flows are used, and their module hides GPUs without it
+    for name in ("gpu.hooks", "gpu.setting", "itarflow.pipeline", "itarflow.training.train"):
+        importlib.import_module(name)
+    connection.send("ready")
     while True:
         try:
             step: Step = connection.recv()
