@@ -49,8 +49,8 @@ STEPS: dict[str, Budget] = {
     "pipeline": Budget(35, "gpu.sampling"),
     "peer": Budget(40, "gpu.scores"),
     "imagenet64": Budget(20, "gpu.sampling"),
-    "token": Budget(20, "gpu.sampling"),
     "jacobi": Budget(20, "gpu.sampling"),
+    "token": Budget(20, "gpu.sampling"),  # whose profiler may slow down what follows
     "spread": Budget(25, "gpu.training"),
     "recipe": Budget(40, "gpu.training"),
     "cifar10": Budget(math.inf, "gpu.training", alone=True),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from costs import floor, inverse_costs, total
+from costs import Cost, floor, inverse_costs, score_cost, total
 from plain_kernels import plain
 from timing import release
 from torch import Tensor
@@ -101,44 +102,62 @@ def _otherwise(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
 
 
 def token(setting: Setting) -> Iterator[Figure]:
-    """One block alone: microseconds of a token, on the device and of the host, and the kernels that take longest."""
+    """One block alone: the time of a token, and the kernels that take longest at the end of a sequence."""
     depths = {"deep, guided": setting.model.num_layers[-1], "shallow": setting.model.num_layers[0]}
     for name, layers in depths.items():
         flow = setting.flow(replace(setting.model, num_layers=(layers,)))
+        guidance = GUIDANCE if "guided" in name else UNGUIDED
         for images in (1, 8, 64) if not setting.dry else (1,):
             blank = Figure(what="token of a block", case=name, dtype="bf16", images=images)
-            yield tried(blank, lambda blank, flow=flow: _tokens(setting, flow, blank))
+            inverse = partial(
+                flow.inverse, setting.noise(flow, images), setting.labels(flow, images), LEVELS[1],
+                guidance=guidance, dtype=torch.bfloat16,
+            )  # fmt: skip
+            costs = list(inverse_costs(flow, images, torch.bfloat16, guidance))
+            yield tried(blank, lambda blank, inverse=inverse, costs=costs: _tokens(setting, blank, inverse, costs))
+            if setting.device.type == "cuda":
+                blank = replace(blank, what="kernels of a token")
+                total_tokens = flow.num_solved_tokens
+                yield tried(blank, lambda blank, inverse=inverse, of=total_tokens: _profiled(blank, inverse, of))
 
 
-def _tokens(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
-    guidance = GUIDANCE if "guided" in blank.case else UNGUIDED
-    steps = flow.num_solved_tokens - 1
-    z, labels = setting.noise(flow, blank.images), setting.labels(flow, blank.images)
-
-    def inverted() -> Tensor:
-        return flow.inverse(z, labels, LEVELS[1], guidance=guidance, dtype=torch.bfloat16)
-
-    whole = setting.timed(blank, inverted, repeats=2)
-    more: dict[str, Any] = {}
-    if setting.device.type == "cuda":
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            inverted()
-            torch.cuda.synchronize()
-        kernels = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-        used = sum(event.self_device_time_total for event in kernels)
-        more = {"us of kernels": used / steps, "kernels": sum(event.count for event in kernels) / steps}
-        more |= {event.key[:60]: event.self_device_time_total / steps for event in kernels[:8]}
-    cost = total(inverse_costs(flow, blank.images, torch.bfloat16, guidance))
-    least = floor(inverse_costs(flow, blank.images, torch.bfloat16, guidance), setting.peaks[torch.bfloat16])
+def _tokens(setting: Setting, blank: Figure, inverse: Callable[[], Tensor], costs: Sequence[Cost]) -> Figure:
+    whole, cost, steps = setting.timed(blank, inverse, repeats=2), total(costs), len(costs) - 1
     return replace(
         whole,
         seconds=(whole.seconds or 0) / steps,
         first_seconds=None,
-        floor_seconds=least / steps,
+        peak_bytes=None,
+        floor_seconds=floor(costs, setting.peaks[torch.bfloat16]) / steps,
         flops=cost.flops // steps,
         moved_bytes=cost.moved_bytes // steps,
-        more=more,
     )
+
+
+def _profiled(blank: Figure, inverse: Callable[..., Tensor], tokens: int) -> Figure:
+    """The last tokens of a sequence, whose events the profiler can still take in a second."""
+    profiler, solved, first = profile(activities=[ProfilerActivity.CUDA]), 0, 0
+
+    def watch(number: int) -> None:
+        nonlocal solved, first
+        solved += number
+        if not first and solved >= tokens - 40:
+            torch.cuda.synchronize()
+            first = solved
+            profiler.start()
+
+    inverse(progress=watch)
+    torch.cuda.synchronize()
+    profiler.stop()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    number = max(1, tokens - first)
+    more: dict[str, Any] = {
+        "us of kernels": sum(event.self_device_time_total for event in events) / number,
+        "kernels": sum(event.count for event in events) / number,
+    }
+    more |= {f"us of {event.key[:60]}": event.self_device_time_total / number for event in events[:8]}
+    return replace(blank, more=more)
 
 
 def jacobi(setting: Setting) -> Iterator[Figure]:
@@ -192,7 +211,9 @@ def pipeline(setting: Setting) -> Iterator[Figure]:
     z, labels = setting.noise(flow, images), setting.labels(flow, images)
     noisy = flow.inverse(z, labels, LEVELS[1], guidance=GUIDANCE, dtype=torch.bfloat16)
     denoiser = FlowDenoiser(flow, dtype=torch.bfloat16)
-    blank = Figure(what="ten scores", dtype="bf16", images=images)
+    cost = total([score_cost(flow, images, torch.bfloat16)] * 10)
+    blank = Figure(what="ten scores", dtype="bf16", images=images, flops=cost.flops, moved_bytes=cost.moved_bytes,
+                   floor_seconds=floor([cost], setting.peaks[torch.bfloat16]))  # fmt: skip
     yield tried(blank, lambda blank: setting.timed(blank, lambda: denoise(denoiser, noisy, labels, schedule), 1))
     blank = Figure(what="pictures of pixels", images=images)
     yield tried(blank, lambda blank: setting.timed(blank, lambda: to_pil(noisy.clamp(-1, 1))))
