@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpu.figures import Check, Done, Figure, deviations, page
+from gpu.targets import targets
 from gpu.worker import Step, Worker, run_here
 
 NEEDED = ("torch", "accelerate", "diffusers", "datasets", "msgspec", "safetensors", "einops", "scipy", "sklearn",
@@ -121,8 +122,14 @@ def check(options: Options, command: str, began: float, say: Callable[[str], Non
             say(f"{name}: {len(done.figures)} figures in {done.seconds:.1f} s{end}")
     finally:
         worker.stop()
-        file.with_suffix(".md").write_text(page(found))
+        file.with_suffix(".md").write_text(told(found))
     return found
+
+
+def told(found: Check) -> str:
+    """The page of a check; a dry run has no targets."""
+    figures = [figure for step in found.steps for figure in step.figures]
+    return page(found, [] if found.dry else [target.row for target in targets(figures)])
 
 
 def _run(options: Options, done: Done, left: float, worker: Worker) -> None:
@@ -176,7 +183,7 @@ def main(args: Sequence[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     options = tyro.cli(Options, prog="benchmarks/gpu_check.py", description=__doc__, args=words)
     found = check(options, shlex.join(["python", "benchmarks/gpu_check.py", *words]), began)
-    print(f"\n{page(found)}")
+    print(f"\n{told(found)}")
     if any(True for _ in deviations(found)):
         sys.exit(1)
 

@@ -20,8 +20,9 @@ import gpu_check
 from gpu import hooks
 from gpu.figures import Check, Done, Figure, page
 from gpu.setting import Setting
+from gpu.targets import targets
 from gpu.worker import Step, Worker, run_here
-from gpu_check import STEPS, Budget, Options, check
+from gpu_check import STEPS, Budget, Options, check, told
 from test_benchmarks import clone
 
 from itarflow.inverse import Jacobi
@@ -235,6 +236,30 @@ def test_the_page_has_rates_floors_memory_and_what_deviated():
         "- flow, a | b: error 0.25, expected at most 0.1",
         "- score, 1 image: OutOfMemoryError: CUDA out of memory.",
     ]
+
+
+def test_targets_are_told_as_reached_or_missed():
+    figures = [
+        Figure(what="largest product", dtype="bf16", seconds=1.0, flops=800),
+        Figure(what="inverse", dtype="bf16", images=1, seconds=9.0, floor_seconds=1.0),  # has none
+        Figure(what="inverse", dtype="bf16", images=8, seconds=1.5, floor_seconds=1.0),
+        Figure(what="inverse", dtype="bf16", images=64, seconds=3.0, floor_seconds=1.0),
+        Figure(what="inverse and ten scores", images=8, seconds=2.0, peer_seconds=30.0),
+        Figure(what="training step", case="compiled", dtype="bf16", images=64, seconds=1.0, flops=300, peak_bytes=100,
+               estimated_bytes=110),
+        Figure(what="TARFlow's ImageNet-64 inverse", images=32, seconds=3.0),
+        Figure(what="TARFlow's ImageNet-64 denoising", images=32, seconds=1.0),
+    ]  # fmt: skip
+    assert [target.row[1:] for target in targets(figures)] == [
+        ["at most 2 times", "1.5", "reached"],
+        ["at most 2 times", "3", "missed"],
+        ["at least 10 times as fast", "15", "reached"],
+        ["at least 50 %", "37.5", "missed"],
+        ["at most 15 %", "10", "reached"],
+        ["at least 7 images a second", "8", "reached"],
+    ]
+    found = Check(command="c", device="a GPU", dry=False, steps=[Done(name="all", figures=figures)])
+    assert "| inverse, 64 images, over the floor | at most 2 times | 3 | missed |" in told(found)
 
 
 # -- hooks ------------------------------------------------------------------------------------------------------------
