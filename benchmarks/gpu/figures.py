@@ -164,7 +164,8 @@ def _named(figure: Figure) -> str:
 
 
 def _mapping(more: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name} {_short(value) if isinstance(value, float) else value}" for name, value in more.items())
+    words = (f"{name} {_short(value) if isinstance(value, float) else value}".strip() for name, value in more.items())
+    return "; ".join(words)
 
 
 def _images(number: int) -> str:
