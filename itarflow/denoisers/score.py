@@ -30,7 +30,8 @@ class FlowDenoiser:
     Its `score` is s(x_t, t) = grad_x log p(x_t, t); a call gives x_t + t^2 s(x_t, t).
 
     The flow is not changed, and its weights get no gradients. They are shared, so in-place updates of them take
-    effect, except with a `dtype`, which copies them. A flow that is moved or cast afterwards needs a new denoiser.
+    effect, except with a `dtype`, which copies them: see `update`. A flow that is moved or cast afterwards needs a
+    new denoiser.
 
     On a GPU the score of a few images is recorded as a CUDA graph at its second evaluation. Recordings keep the memory
     of their activations until the denoiser is gone, or memory runs out.
@@ -87,6 +88,13 @@ class FlowDenoiser:
                     layer.compile(dynamic=True)  # one graph for all batch sizes, also that of the last slice
         self._weights = [*self.flow.parameters(), *self.flow.buffers()]
         self._recorded = not (compiled or self.flow.is_gradient_checkpointing)  # which are for large batches
+
+    def update(self, flow: TARFlow) -> None:
+        """Take the present weights of the flow that it was made of, also where it has copies of them, by a `dtype`."""
+        with torch.no_grad():
+            for own, given in zip(self.flow.parameters(), flow.parameters(), strict=True):
+                if own.dtype != given.dtype:
+                    own.copy_(given)
 
     @property
     def noise_range(self) -> tuple[float, float] | None:

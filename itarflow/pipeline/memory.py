@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.block import AutoregressiveBlock
@@ -25,7 +23,7 @@ class _Made(NamedTuple):
     """A denoiser, and what it was made of."""
 
     asked: _Asked
-    weights: tuple[Hashable, ...]
+    weights: tuple[int, ...]
     denoiser: FlowDenoiser
 
 
@@ -55,16 +53,19 @@ class Fitted:
         return fitted if size >= too_many else size
 
     def denoiser(self, flow: TARFlow, slice_size: int | None, dtype: torch.dtype | None) -> FlowDenoiser:
-        """A `FlowDenoiser` of the weights where they are now.
+        """A `FlowDenoiser` of the present weights.
 
-        While they stay as they are it is the same object for the same arguments, since it keeps what fitted.
+        While they stay where they are it is the same object for the same arguments, since it keeps what fitted, and
+        what was recorded.
         """
         asked = slice_size, dtype, flow.is_gradient_checkpointing
-        weights = tuple(map(_state, flow.parameters()))
+        weights = tuple(p.data_ptr() if is_plain(p) else id(p) for p in flow.parameters())
         if self._last is None or (self._last.asked, self._last.weights) != (asked, weights):
             self.forget_weights()
             slice_size = self._slices.get(asked, slice_size)
             self._last = _Made(asked, weights, FlowDenoiser(flow, slice_size, dtype=dtype))
+        else:
+            self._last.denoiser.update(flow)
         return self._last.denoiser
 
     def forget_weights(self) -> None:
@@ -72,13 +73,6 @@ class Fitted:
         if self._last is not None:
             self._slices[self._last.asked] = self._last.denoiser.slice_size
         self._last = None
-
-
-def _state(parameter: Tensor) -> Hashable:
-    """Another one where the parameter has moved, or changed."""
-    if parameter.is_inference():  # of which nobody counts the changes
-        return object()
-    return parameter.data_ptr() if is_plain(parameter) else id(parameter), parameter._version
 
 
 def check_memory(flow: TARFlow, call: Call, device: torch.device) -> None:

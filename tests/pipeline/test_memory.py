@@ -91,14 +91,23 @@ def test_scores_that_did_not_fit_are_not_tried_again(pipe, monkeypatch):
     assert asked == [2] * 8
 
 
-def test_the_denoiser_is_kept_while_weights_and_settings_stay(pipe):
+def by_autograd(parameter):
+    with torch.no_grad():
+        parameter.mul_(1.5)
+
+
+def behind_it(parameter):
+    parameter.data.mul_(1.5)  # its version stays: so do averages of weights
+
+
+@pytest.mark.parametrize("change", [by_autograd, behind_it])
+def test_the_denoiser_is_kept_while_settings_stay_and_has_the_present_weights(pipe, change):
     kept = pipe.flow_denoiser(dtype=torch.bfloat16)
     assert pipe.flow_denoiser(dtype=torch.bfloat16) is kept
     assert pipe.flow_denoiser(2, torch.bfloat16).slice_size == 2
     before = images_of(pipe, denoise_dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in pipe.flow.blocks[0].transformer.parameters():
-            parameter.mul_(1.5)
+    for parameter in pipe.flow.blocks[0].transformer.parameters():
+        change(parameter)
     fresh = ITARFlowPipeline(pipe.flow, pipe.scheduler, guidance={"weight": 1.0})
     fresh.set_progress_bar_config(disable=True)
     after = images_of(pipe, denoise_dtype=torch.bfloat16)
