@@ -273,12 +273,14 @@ def test_it_is_tried_once_by_all_threads(kernels, monkeypatch):
 def test_nothing_is_tried_where_it_can_not_be(kernels, monkeypatch):
     with FakeTensorMode():
         assert not has_it()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not has_it()
-    monkeypatch.undo()
-    monkeypatch.setattr(proof.importlib.util, "find_spec", lambda name: None)
-    assert not has_it()
+    for place, name, answer in ((torch.compiler, "is_compiling", True), (proof, "_has_triton", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda answer=answer: answer)
+            assert not has_it()
     assert proof._VERDICTS == {}
+    assert has_it()
+    with FakeTensorMode():  # what is proven stays so
+        assert has_it()
 
 
 @pytest.mark.filterwarnings("error")

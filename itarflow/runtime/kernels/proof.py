@@ -111,7 +111,12 @@ def uncached_copies(device: torch.device, size: int) -> int:
 def _can_try(device: torch.device) -> bool:
     if device.type not in DEVICES or torch.compiler.is_compiling() or detect_fake_mode() is not None:
         return False
-    return importlib.util.find_spec("triton") is not None and (device.type != "cuda" or _can_try_cuda(device))
+    return _has_triton() and (device.type != "cuda" or _can_try_cuda(device))
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _can_try_cuda(device: torch.device) -> bool:
