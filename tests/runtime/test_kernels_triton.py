@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from itarflow.runtime.kernels import cpu as cpu_kernels
 from itarflow.runtime.kernels import decode_attention, has_decode_attention, pack, proof, thin
+from itarflow.runtime.kernels.norm import layer_norm
 from itarflow.runtime.kernels.thin import MOST_ROWS, has_thin_product, thin_product
 
 pytest.importorskip("triton")
@@ -30,6 +31,16 @@ def kernels(monkeypatch):
     with interpreted() as module:
         yield module
         monkeypatch.undo()  # what a test has changed on top of it
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 # -- attention to a cache ---------------------------------------------------------------------------------------
@@ -167,6 +178,22 @@ def test_packed_layers_take_the_kernel_where_it_is(kernels, monkeypatch):
     bare(x.requires_grad_()).sum().backward()
     assert len(taken) == 2
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [1, 48, 130])
+def test_a_norm_and_the_cast_after_it(kernels, dtype, channels):
+    x, norm = torch.randn(3, 2, channels) + 30, torch.nn.LayerNorm(channels).requires_grad_(False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    with Operators() as seen:
+        found = layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, norm(x).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    assert "itarflow.layer_norm.default" in seen.names
+    with Operators() as seen:
+        assert torch.equal(layer_norm(x, norm.weight, norm.bias, norm.eps, torch.float32), norm(x))
+    assert "itarflow.layer_norm.default" not in seen.names
 
 
 # -- proof ------------------------------------------------------------------------------------------------------
@@ -307,16 +334,6 @@ def test_an_old_gpu_is_said_once(monkeypatch):
 
 
 # -- as operators -----------------------------------------------------------------------------------------------
-
-
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 def test_modes_see_one_operator_and_its_shapes():

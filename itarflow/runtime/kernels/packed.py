@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itarflow.runtime.kernels import cpu
+from itarflow.runtime.kernels.norm import layer_norm
 from itarflow.runtime.kernels.thin import has_thin_product, thin_product
 
 
@@ -80,8 +81,7 @@ class PackedLinear(NamedTuple):
     def _normed(self, x: Tensor) -> Tensor:
         if self.norm is None:
             return x
-        weight, bias, epsilon = self.norm
-        return F.layer_norm(x, weight.shape, weight, bias, epsilon).to(self.weight.dtype)
+        return layer_norm(x, *self.norm, dtype=self.weight.dtype)
 
 
 def pack(
