@@ -2,8 +2,8 @@
 
 python tests/runtime/compile_kernels.py
 
-A variant of which more than a few registers spill to memory, or that needs more shared memory than some GPUs have, ends it
-with an error.
+A variant of which more than a few registers spill to memory, or that needs more shared memory than some GPUs have,
+ends it with an error.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class PackedLinear(NamedTuple):
         if self.onednn and residual.dtype == self.weight.dtype and self.activation is None:
             return cpu.packed_sum(self._normed(x), residual, self.weight, self.bias)
         product = self(x)
-        if product.device.type == "cuda" and torch.promote_types(product.dtype, residual.dtype) == residual.dtype:
+        if product.device.type == "cuda" and product.dtype.itemsize < residual.dtype.itemsize:
             return residual + product  # which is one kernel there
         return residual + product.to(residual.dtype)
 
