@@ -13,8 +13,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from itarflow.inverse.decoding import PackedLayer, Window, run_layers
 from itarflow.runtime.kernels import cpu as cpu_kernels
 from itarflow.runtime.kernels import decode_attention, has_decode_attention, pack, proof, thin
+from itarflow.runtime.kernels.norm import layer_norm
+from itarflow.runtime.kernels.packed import Norm, PackedLinear
 from itarflow.runtime.kernels.thin import MOST_ROWS, has_thin_product, thin_product
 
 pytest.importorskip("triton")
@@ -30,6 +33,16 @@ def kernels(monkeypatch):
     with interpreted() as module:
         yield module
         monkeypatch.undo()  # what a test has changed on top of it
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 # -- attention to a cache ---------------------------------------------------------------------------------------
@@ -169,6 +182,21 @@ def test_packed_layers_take_the_kernel_where_it_is(kernels, monkeypatch):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [(torch.bfloat16, 48), (torch.float16, 130)], ids=str)
+def test_a_norm_and_the_cast_after_it(kernels, dtype, channels):
+    x, norm = torch.randn(3, 2, channels) + 30, torch.nn.LayerNorm(channels).requires_grad_(False)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    with Operators() as seen:
+        found = layer_norm(x, norm.weight, norm.bias, norm.eps, dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, norm(x).to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-4)
+    assert "itarflow.layer_norm.default" in seen.names
+    with Operators() as seen:
+        assert torch.equal(layer_norm(x, norm.weight, norm.bias, norm.eps, torch.float32), norm(x))
+    assert "itarflow.layer_norm.default" not in seen.names
+
+
 # -- proof ------------------------------------------------------------------------------------------------------
 
 
@@ -273,12 +301,14 @@ def test_it_is_tried_once_by_all_threads(kernels, monkeypatch):
 def test_nothing_is_tried_where_it_can_not_be(kernels, monkeypatch):
     with FakeTensorMode():
         assert not has_it()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not has_it()
-    monkeypatch.undo()
-    monkeypatch.setattr(proof.importlib.util, "find_spec", lambda name: None)
-    assert not has_it()
+    for place, name, answer in ((torch.compiler, "is_compiling", True), (proof, "_has_triton", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda answer=answer: answer)
+            assert not has_it()
     assert proof._VERDICTS == {}
+    assert has_it()
+    with FakeTensorMode():  # what is proven stays so
+        assert has_it()
 
 
 @pytest.mark.filterwarnings("error")
@@ -307,16 +337,6 @@ def test_an_old_gpu_is_said_once(monkeypatch):
 # -- as operators -----------------------------------------------------------------------------------------------
 
 
-class Operators(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def test_modes_see_one_operator_and_its_shapes():
     with FakeTensorMode(), Operators() as seen:
         cache = torch.empty(2, 6, 4, 300, 64, device="cuda", dtype=torch.bfloat16)
@@ -332,6 +352,51 @@ def test_modes_see_one_operator_and_its_shapes():
         "itarflow.decode_attention.default",
         "itarflow.thin_product.default",
     ]
+
+
+VIEWS = {
+    "aten.view",
+    "aten.t",
+    "aten._unsafe_view",
+    "aten.reshape",
+    "aten.detach",
+    "aten.unbind",
+    "aten.select",
+    "aten.alias",
+}
+
+
+@pytest.mark.parametrize(("rows", "launches"), [(2, 5), (128, 10)])
+def test_a_layer_of_the_inverse_is_five_launches_and_of_many_rows_ten(monkeypatch, rows, launches):
+    """Of many rows: two norms, four products, attention, GELU and two sums."""
+
+    class Proven(dict):
+        def get(self, key, default=None):
+            return True
+
+    monkeypatch.setattr(cpu_kernels, "PLAIN", False)
+    monkeypatch.setattr(proof, "_VERDICTS", Proven())
+    with FakeTensorMode(), torch.device("cuda"):
+        norm, half = Norm(torch.empty(512), torch.empty(512), 1e-5), {"dtype": torch.bfloat16}
+        layer = PackedLayer(
+            *(
+                PackedLinear(torch.empty(outputs, inputs, **half), torch.empty(outputs, **half), before, after, False)
+                for outputs, inputs, before, after in (
+                    (1536, 512, norm, None),
+                    (512, 512, None, None),
+                    (2048, 512, norm, torch.nn.GELU()),
+                    (512, 2048, None, None),
+                )
+            )
+        )
+        cache = torch.empty(1, 2, rows, 8, 64, 64, dtype=torch.bfloat16)
+        window = Window(torch.empty(1, dtype=torch.int64), 64, None, False)
+        x = torch.empty(rows, 1, 512)
+        with torch.no_grad(), Operators() as seen:
+            out = run_layers((layer,), x, cache, window, None)
+    assert (out.shape, out.dtype) == (x.shape, torch.float32)
+    names = [name for name in seen.names if name.rsplit(".", 1)[0] not in VIEWS and not name.startswith("prim.")]
+    assert len(names) == launches, names
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itarflow.runtime.kernels import cpu
+from itarflow.runtime.kernels.norm import layer_norm
 from itarflow.runtime.kernels.thin import has_thin_product, thin_product
 
 
@@ -58,7 +59,7 @@ class PackedLinear(NamedTuple):
         if self.onednn and residual.dtype == self.weight.dtype and self.activation is None:
             return cpu.packed_sum(self._normed(x), residual, self.weight, self.bias)
         product = self(x)
-        if product.device.type == "cuda" and torch.promote_types(product.dtype, residual.dtype) == residual.dtype:
+        if product.device.type == "cuda" and product.dtype.itemsize < residual.dtype.itemsize:
             return residual + product  # which is one kernel there
         return residual + product.to(residual.dtype)
 
@@ -80,8 +81,7 @@ class PackedLinear(NamedTuple):
     def _normed(self, x: Tensor) -> Tensor:
         if self.norm is None:
             return x
-        weight, bias, epsilon = self.norm
-        return F.layer_norm(x, weight.shape, weight, bias, epsilon).to(self.weight.dtype)
+        return layer_norm(x, *self.norm, dtype=self.weight.dtype)
 
 
 def pack(

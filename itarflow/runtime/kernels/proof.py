@@ -111,7 +111,12 @@ def uncached_copies(device: torch.device, size: int) -> int:
 def _can_try(device: torch.device) -> bool:
     if device.type not in DEVICES or torch.compiler.is_compiling() or detect_fake_mode() is not None:
         return False
-    return importlib.util.find_spec("triton") is not None and (device.type != "cuda" or _can_try_cuda(device))
+    return _has_triton() and (device.type != "cuda" or _can_try_cuda(device))
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _can_try_cuda(device: torch.device) -> bool:
@@ -138,10 +143,12 @@ def _try(name: str, device: torch.device, key: tuple[Hashable, ...], prepare: Ca
                     _give_up(name, device, f"with {asked} a number is off by {deviation:.2g} of the rms")
                     return False
             own, plain = _milliseconds(trial.kernel), _milliseconds(trial.plain)
-    except torch.OutOfMemoryError:
-        logging.getLogger(__name__).info("no memory to try the kernel of %s %s, which is not used", name, key)
-        return False
     except Exception as error:  # of Triton, of the compiler that it calls, of the driver
+        from itarflow.runtime.devices import is_out_of_memory  # which takes long to import
+
+        if is_out_of_memory(error):
+            logging.getLogger(__name__).info("no memory to try the kernel of %s %s, which is not used", name, key)
+            return False
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         _give_up(name, device, f"it can't be built or run ({type(error).__name__}: {reason})")
         return False
