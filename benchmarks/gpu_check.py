@@ -18,14 +18,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import tyro
 from gpu.figures import Check, Done, Figure, deviations, page
+from gpu.targets import targets
 from gpu.worker import Step, Worker, run_here
+
+NEEDED = ("torch", "accelerate", "diffusers", "datasets", "msgspec", "safetensors", "einops", "scipy", "sklearn",
+          "psutil", "filelock", "rich", "tyro")  # fmt: skip
+"""What must be there to import; README.md says how to bring it along."""
 
 
 class Budget(NamedTuple):
@@ -38,27 +41,27 @@ class Budget(NamedTuple):
 
 
 STEPS: dict[str, Budget] = {
-    "env": Budget(20, "gpu.device"),
-    "kernels": Budget(40, "gpu.device"),
-    "right": Budget(45, "gpu.right"),
+    "env": Budget(15, "gpu.device"),
+    "kernels": Budget(60, "gpu.device"),
+    "right": Budget(40, "gpu.right"),
     "inverse": Budget(85, "gpu.sampling"),
     "score": Budget(45, "gpu.scores"),
-    "train": Budget(60, "gpu.training"),
-    "pipeline": Budget(40, "gpu.sampling"),
-    "peer": Budget(45, "gpu.scores"),
-    "imagenet64": Budget(25, "gpu.sampling"),
-    "token": Budget(25, "gpu.sampling"),
-    "jacobi": Budget(25, "gpu.sampling"),
+    "train": Budget(55, "gpu.training"),
+    "pipeline": Budget(35, "gpu.sampling"),
+    "peer": Budget(40, "gpu.scores"),
+    "imagenet64": Budget(20, "gpu.sampling"),
+    "jacobi": Budget(20, "gpu.sampling"),
+    "token": Budget(20, "gpu.sampling"),  # whose profiler may slow down what follows
     "spread": Budget(25, "gpu.training"),
-    "recipe": Budget(45, "gpu.training"),
+    "recipe": Budget(40, "gpu.training"),
     "cifar10": Budget(math.inf, "gpu.training", alone=True),
     "study": Budget(math.inf, "gpu.training", alone=True),
 }
 """In the order of what is needed most."""
 LEAST = 0.5
 """Part of its budget without which a step does not begin."""
-GRACE = 4.0
-"""Seconds that a step has to end when its time is over, before its process is ended."""
+GRACE = 0.5
+"""Part of its budget in which a step that does not know of the time, such as a compiler's, may still end by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +122,14 @@ def check(options: Options, command: str, began: float, say: Callable[[str], Non
             say(f"{name}: {len(done.figures)} figures in {done.seconds:.1f} s{end}")
     finally:
         worker.stop()
-        file.with_suffix(".md").write_text(page(found))
+        file.with_suffix(".md").write_text(told(found))
     return found
+
+
+def told(found: Check) -> str:
+    """The page of a check; a dry run has no targets."""
+    figures = [figure for step in found.steps for figure in step.figures]
+    return page(found, [] if found.dry else [target.row for target in targets(figures)])
 
 
 def _run(options: Options, done: Done, left: float, worker: Worker) -> None:
@@ -128,8 +137,15 @@ def _run(options: Options, done: Done, left: float, worker: Worker) -> None:
     if (left < LEAST * budget.seconds and not budget.alone) or left <= 0:
         done.failed = f"left out: {max(0, left):.0f} s were left, and it has {budget.seconds:.0f}"
         return
+    if not options.dry:
+        starting = time.monotonic()
+        done.failed = worker.start(starting + left)
+        left -= time.monotonic() - starting
+        if done.failed is not None:
+            return
     began = time.monotonic()
-    until = began + (math.inf if options.dry else min(budget.seconds, left - GRACE))
+    grace = 0.0 if budget.alone else GRACE * budget.seconds
+    until = math.inf if options.dry else began + min(budget.seconds, left)
     setting = {"dry": options.dry, "out": options.out.resolve(), "peer": options.peer and options.peer.resolve(),
                "data": options.data and options.data.resolve(), "minutes": options.minutes, "until": until,
                "features": options.features and options.features.resolve()}  # fmt: skip
@@ -137,7 +153,7 @@ def _run(options: Options, done: Done, left: float, worker: Worker) -> None:
     if options.dry:  # there is no device that a step could leave broken
         done.failed = run_here(step, done.figures.append)
     else:
-        worker.run(step, done, until, GRACE)
+        worker.run(step, done, min(until + grace, began + left))
     done.seconds = time.monotonic() - began
 
 
@@ -160,12 +176,14 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line; exits with 1 if anything deviated."""
     began = time.monotonic()
     words = sys.argv[1:] if args is None else list(args)
-    try:
-        options = tyro.cli(Options, description=__doc__, args=words)
-    except ValueError as error:
-        sys.exit(f"Error: {error}")
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        sys.exit(f"Error: {', '.join(missing)} can't be imported; benchmarks/README.md says which wheels to bring.")
+    import tyro  # now that it is known to be there
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    options = tyro.cli(Options, prog="benchmarks/gpu_check.py", description=__doc__, args=words)
     found = check(options, shlex.join(["python", "benchmarks/gpu_check.py", *words]), began)
-    print(f"\n{page(found)}")
+    print(f"\n{told(found)}")
     if any(True for _ in deviations(found)):
         sys.exit(1)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import itertools
 import platform
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 
 import torch
@@ -18,9 +19,8 @@ from torch import Tensor, nn
 from gpu.figures import Figure
 from gpu.hooks import Operators
 from gpu.setting import NAMES, Setting, distance, tried
-from itarflow.runtime import kernels as own
 from itarflow.runtime.devices import tf32_products
-from itarflow.runtime.kernels import attention, pack
+from itarflow.runtime.kernels import attention, attention_bias, decode_attention, has_decode_attention, pack
 
 
 def env(setting: Setting) -> Iterator[Figure]:
@@ -57,32 +57,28 @@ def env(setting: Setting) -> Iterator[Figure]:
 
 def kernels(setting: Setting) -> Iterator[Figure]:
     """Which attention is taken, and of each kernel its time, its error, and the time of PyTorch's own in its place."""
-    yield from _proofs()
     yield from (tried(*case) for case in _attentions(setting))
     yield from (tried(*case) for case in _decoding(setting))
     yield from (tried(*case) for case in _products(setting))
 
 
 Case = tuple[Figure, Callable[[Figure], Figure]]
+UNCACHED = 2**27
+"""Bytes that no GPU's caches hold."""
 
 
-def _proofs() -> Iterator[Figure]:
-    """What the kernels have found out about themselves on this device."""
-    try:
-        proof = importlib.import_module("itarflow.runtime.kernels.proof")
-    except ImportError:
-        yield Figure(what="proofs of kernels", more={"": "there are none"})
-        return
-    report = getattr(proof, "report", None)
-    if report is not None:
-        for name, found in report().items():
-            yield Figure(what="proof of a kernel", case=str(name), more={"": str(found)})
+def _seconds(setting: Setting, size: int, prepare: Callable[[], Callable[[], Tensor]]) -> float:
+    """Of one call, on inputs of so many bytes that come from memory, as in use: several of them take turns."""
+    copies = 1 if setting.dry else max(1, min(16, UNCACHED // size))
+    calls = itertools.cycle([prepare() for _ in range(copies)])
+    return device_seconds(lambda: next(calls)(), setting.device, 10)
 
 
 def _attentions(setting: Setting) -> Iterator[Case]:
     heads, width, longest = (2, 16, 32) if setting.dry else (20, 64, 1024)
+    many = (2,) if setting.dry else (2, 16, 128)
     cases = [("causal", 8, longest - 1, longest - 1)]
-    cases += [("one token", rows, 1, length) for rows in (2, 16, 128) for length in (longest // 4, longest)]
+    cases += [("one token", rows, 1, length) for rows in many for length in (longest // 4, longest)]
     cases += [("window", rows, 16, longest // 2) for rows in (2, 16)]
     for dtype in (torch.bfloat16, torch.float32):
         for what, rows, n, length in cases:
@@ -95,22 +91,26 @@ def _attentions(setting: Setting) -> Iterator[Case]:
                 n: int = n,
                 length: int = length,
             ) -> Figure:
-                q, k, v = (
-                    torch.randn(rows, heads, number, width, device=setting.device, dtype=dtype)
-                    for number in (n, length, length)
-                )
                 allowed = torch.ones(n, length, dtype=torch.bool, device=setting.device).tril(length - n)
-                mask = None
-                if what == "window":
-                    mask = own.attention_bias(allowed, dtype) if hasattr(own, "attention_bias") else allowed
+                mask = attention_bias(allowed, dtype) if what == "window" else None
+
+                def inputs() -> list[Tensor]:
+                    sizes = ((rows, heads, number, width) for number in (n, length, length))
+                    return [torch.randn(size, device=setting.device, dtype=dtype) for size in sizes]
+
+                def prepare() -> Callable[[], Tensor]:
+                    return partial(attention, *inputs(), mask, what == "causal")
+
+                q, k, v = inputs()
                 with Operators() as called:
                     found = attention(q, k, v, mask, what == "causal")
                 exact = _exact(q[:2].double(), k[:2].double(), v[:2].double(), allowed)
-                timed = setting.timed(blank, lambda: attention(q, k, v, mask, what == "causal"), 1)
+                moved = 2 * (k.numel() + q.numel()) * dtype.itemsize
                 return replace(
-                    timed,
-                    seconds=device_seconds(lambda: attention(q, k, v, mask, what == "causal"), setting.device, 10),
-                    moved_bytes=(2 * k.numel() + 2 * q.numel()) * dtype.itemsize,
+                    blank,
+                    first_seconds=setting.seconds(prepare()),
+                    seconds=_seconds(setting, moved, prepare),
+                    moved_bytes=moved,
                     error=distance(found[:2], exact),
                     tolerance=_tolerance(dtype),
                     more={"by": ", ".join(called.names) or "products"},
@@ -122,33 +122,30 @@ def _attentions(setting: Setting) -> Iterator[Case]:
 
 def _decoding(setting: Setting) -> Iterator[Case]:
     """Attention of a token to a cache, at the end of a sequence and in its middle."""
-    if importlib.util.find_spec("itarflow.runtime.kernels.decode") is None:
-        return
-    decode = importlib.import_module("itarflow.runtime.kernels.decode")
     heads, width, longest = (2, 16, 32) if setting.dry else (20, 64, 1024)
     for dtype in (torch.bfloat16, torch.float32):
-        for rows in (2, 16, 128, 512):
-            if setting.dry and rows > 16:
-                continue
+        for rows in (2,) if setting.dry else (2, 16, 128, 512):
             for position in (longest // 2 - 1, longest - 1):
 
                 def measure(
                     blank: Figure, dtype: torch.dtype = dtype, rows: int = rows, position: int = position
                 ) -> Figure:
-                    shape = 2, rows, heads, longest, width
-                    cache = torch.randn(shape, device=setting.device, dtype=dtype)
-                    if not decode.has_decode_attention(cache):
-                        return replace(blank, more={"": "no kernel here"})
-                    qkv = torch.randn(rows, 1, 3 * heads * width, device=setting.device, dtype=dtype)
                     at = torch.tensor([position], device=setting.device)
+
+                    def inputs() -> tuple[Tensor, Tensor]:
+                        qkv = torch.randn(rows, 1, 3 * heads * width, device=setting.device, dtype=dtype)
+                        return qkv, torch.randn(2, rows, heads, longest, width, device=setting.device, dtype=dtype)
+
+                    qkv, cache = inputs()
+                    if not has_decode_attention(cache):
+                        return replace(blank, more={"own kernel": "there is none here, or it is slower"})
                     expected = _decoded(qkv[:2], cache[:, :2], position)
-                    found = decode.decode_attention(qkv, cache, at)[:2]
-                    seconds = device_seconds(lambda: decode.decode_attention(qkv, cache, at), setting.device, 10)
+                    moved = cache[..., : position + 1, :].numel() * dtype.itemsize
                     return replace(
                         blank,
-                        seconds=seconds,
-                        moved_bytes=cache[..., : position + 1, :].numel() * dtype.itemsize,
-                        error=distance(found, expected),
+                        seconds=_seconds(setting, moved, lambda: partial(decode_attention, *inputs(), at)),
+                        moved_bytes=moved,
+                        error=distance(decode_attention(qkv, cache, at)[:2], expected),
                         tolerance=_tolerance(dtype),
                     )
 
@@ -176,30 +173,40 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
 def _products(setting: Setting) -> Iterator[Case]:
     """The products of a layer with what stands before and after them, against the same without own kernels."""
     width = 64 if setting.dry else 1280
+    shapes = {
+        "norm, q k v": (1, 3, True, False),
+        "norm, up, GELU": (1, 4, True, True),
+        "projection, residual": (1, 1, False, False),
+        "down, residual": (4, 1, False, False),
+    }
     for rows in (2, 16, 64) if not setting.dry else (2,):
-        for name, out, normed, active in (("norm, q k v", 3, True, False), ("norm, up, GELU", 4, True, True),
-                                          ("projection, residual", 1, False, False)):  # fmt: skip
+        for name, (wide, out, normed, active) in shapes.items():
 
             def measure(
-                blank: Figure, rows: int = rows, out: int = out, normed: bool = normed, active: bool = active
+                blank: Figure,
+                rows: int = rows,
+                wide: int = wide,
+                out: int = out,
+                normed: bool = normed,
+                active: bool = active,
             ) -> Figure:
-                with setting.device:
-                    layer, norm = nn.Linear(width, out * width), nn.LayerNorm(width)
-                    x = torch.randn(rows, 1, width)
-                packed = pack(layer, torch.bfloat16, norm if normed else None, nn.GELU() if active else None)
-                given = x if normed else x.bfloat16()
+                def prepare() -> Callable[[], Tensor]:
+                    with setting.device:
+                        layer, norm = nn.Linear(wide * width, out * width), nn.LayerNorm(wide * width)
+                        x, residual = torch.randn(rows, 1, wide * width), torch.randn(rows, 1, out * width)
+                    packed = pack(layer, torch.bfloat16, norm if normed else None, nn.GELU() if active else None)
+                    return partial(packed, x) if normed else partial(packed.plus, x.bfloat16(), residual)
 
-                @torch.no_grad()
-                def product() -> Tensor:
-                    return packed(given) if normed else packed.plus(given, x)
-
-                found, seconds = product(), device_seconds(product, setting.device, 10)
-                with plain():
-                    expected, other = product(), device_seconds(product, setting.device, 10)
+                moved = 2 * wide * out * width**2
+                with torch.no_grad():
+                    product = prepare()
+                    found, seconds = product(), _seconds(setting, moved, prepare)
+                    with plain():
+                        expected, other = product(), _seconds(setting, moved, prepare)
                 return replace(
                     blank,
                     seconds=seconds,
-                    moved_bytes=2 * layer.weight.numel(),
+                    moved_bytes=moved,
                     error=distance(found, expected),
                     tolerance=_tolerance(torch.bfloat16),
                     more={"without own kernels, us": 1e6 * other},

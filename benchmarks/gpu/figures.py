@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -87,8 +87,13 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def page(check: Check) -> str:
-    """A section for RESULTS.md: a table of speed, one of the rest, and what deviated."""
+def page(check: Check, targets: Sequence[list[str]] = ()) -> str:
+    """A section for RESULTS.md: tables of speed and of errors, and what deviated.
+
+    Args:
+        check: what has been found.
+        targets: rows of `Target`.
+    """
     told = "a dry run on a CPU with tiny sizes, whose figures mean nothing" if check.dry else check.device
     lines = [f"## Checked on {'a CPU' if check.dry else 'a GPU'} ({_today()})", "", f"`{check.command}`: {told}.", ""]
     figures = [figure for step in check.steps for figure in step.figures]
@@ -96,6 +101,8 @@ def page(check: Check) -> str:
     for part in ([one for one in speeds if one.images], [one for one in speeds if not one.images]):
         if part:
             lines += [*_table(_HEADS, map(_speed, part)), ""]
+    if targets:
+        lines += [*_table(["target", "aimed at", "found", ""], targets), ""]
     compared = [figure for figure in figures if figure.error is not None]
     if compared:
         rows = [[f.what, f.case, f.dtype, _short(f.error), _short(f.tolerance)] for f in compared]
@@ -157,7 +164,8 @@ def _named(figure: Figure) -> str:
 
 
 def _mapping(more: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name} {_short(value) if isinstance(value, float) else value}" for name, value in more.items())
+    words = (f"{name} {_short(value) if isinstance(value, float) else value}".strip() for name, value in more.items())
+    return "; ".join(words)
 
 
 def _images(number: int) -> str:

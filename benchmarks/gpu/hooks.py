@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +15,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from itarflow.inverse.solvers import Affine, Conditioner, Progress, Solver
 from itarflow.runtime.recording import release_recordings
+
+
+@contextmanager
+def told() -> Iterator[list[str]]:
+    """Within, the list grows by all warnings, and by what the kernels have found out about themselves."""
+    lines: list[str] = []
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    logger, handler = logging.getLogger("itarflow.runtime.kernels"), Kept(logging.INFO)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = lambda message, *_, **__: lines.append(str(message))
+            yield lines
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+KERNEL_LEFT_OUT = "the kernel of "
+"""So begin warnings of a kernel that deviates, or that can't be built."""
 
 
 @contextmanager

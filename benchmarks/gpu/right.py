@@ -51,7 +51,7 @@ def right(setting: Setting) -> Iterator[Figure]:
     import conftest  # whose flows are those of all tests
 
     torch.set_num_threads(threads)
-    for name, changes in conftest.VARIANTS.items():
+    for name, changes in list(conftest.VARIANTS.items())[:: 4 if setting.dry else 1]:
         torch.manual_seed(0)
         flow = TARFlow(**conftest.TINY | changes)
         conftest.randomise(flow)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from costs import floor, inverse_costs, total
+from costs import Cost, floor, inverse_costs, score_cost, total
 from plain_kernels import plain
 from timing import release
 from torch import Tensor
@@ -30,17 +31,22 @@ UNGUIDED = Guidance()
 
 def inverse(setting: Setting) -> Iterator[Figure]:
     """Guided and exact, by number of images and dtype; then the same in other ways, which must come to the same."""
-    flow = setting.flow()
-    cases = [(torch.bfloat16, images) for images in ((1, 8, 64, 256) if not setting.dry else (1, 2))]
-    for dtype, images in (*cases, (torch.float32, 8 if not setting.dry else 2)):
+    flow, few = setting.flow(), _few(setting)
+    many = (1, few, 64, 256) if not setting.dry else (1, few)
+
+    def inverses(dtype: torch.dtype, images: int) -> Figure:
         blank = inverse_figure(flow, images, dtype, GUIDANCE, "inverse")
-        yield tried(blank, lambda blank: _inverted(setting, flow, blank))
+        return tried(blank, lambda blank: _inverted(setting, flow, blank))
+
+    yield from (inverses(torch.bfloat16, images) for images in many[:3])
+    yield inverses(torch.float32, few)
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
-        blank = Figure(what="flow of the inverse", dtype=NAMES[dtype], images=_few(setting), tolerance=tolerance)
+        blank = Figure(what="flow of the inverse", dtype=NAMES[dtype], images=few, tolerance=tolerance)
         yield tried(blank, lambda blank, dtype=dtype: _round_trip(setting, flow, blank, dtype))
     for case in ("without recordings", "without own kernels"):
-        blank = Figure(what="inverse", case=case, dtype="bf16", images=_few(setting), tolerance=0.05)
+        blank = Figure(what="inverse", case=case, dtype="bf16", images=few, tolerance=0.05)
         yield tried(blank, lambda blank: _otherwise(setting, flow, blank))
+    yield from (inverses(torch.bfloat16, images) for images in many[3:])  # the longest: last
 
 
 def inverse_figure(flow: TARFlow, images: int, dtype: torch.dtype, guidance: Guidance, what: str) -> Figure:
@@ -96,44 +102,62 @@ def _otherwise(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
 
 
 def token(setting: Setting) -> Iterator[Figure]:
-    """One block alone: microseconds of a token, on the device and of the host, and the kernels that take longest."""
+    """One block alone: the time of a token, and the kernels that take longest at the end of a sequence."""
     depths = {"deep, guided": setting.model.num_layers[-1], "shallow": setting.model.num_layers[0]}
     for name, layers in depths.items():
         flow = setting.flow(replace(setting.model, num_layers=(layers,)))
+        guidance = GUIDANCE if "guided" in name else UNGUIDED
         for images in (1, 8, 64) if not setting.dry else (1,):
             blank = Figure(what="token of a block", case=name, dtype="bf16", images=images)
-            yield tried(blank, lambda blank, flow=flow: _tokens(setting, flow, blank))
+            inverse = partial(
+                flow.inverse, setting.noise(flow, images), setting.labels(flow, images), LEVELS[1],
+                guidance=guidance, dtype=torch.bfloat16,
+            )  # fmt: skip
+            costs = list(inverse_costs(flow, images, torch.bfloat16, guidance))
+            yield tried(blank, lambda blank, inverse=inverse, costs=costs: _tokens(setting, blank, inverse, costs))
+            if setting.device.type == "cuda":
+                blank = replace(blank, what="kernels of a token")
+                total_tokens = flow.num_solved_tokens
+                yield tried(blank, lambda blank, inverse=inverse, of=total_tokens: _profiled(blank, inverse, of))
 
 
-def _tokens(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
-    guidance = GUIDANCE if "guided" in blank.case else UNGUIDED
-    steps = flow.num_solved_tokens - 1
-    z, labels = setting.noise(flow, blank.images), setting.labels(flow, blank.images)
-
-    def inverted() -> Tensor:
-        return flow.inverse(z, labels, LEVELS[1], guidance=guidance, dtype=torch.bfloat16)
-
-    whole = setting.timed(blank, inverted, repeats=2)
-    more: dict[str, Any] = {}
-    if setting.device.type == "cuda":
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            inverted()
-            torch.cuda.synchronize()
-        kernels = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
-        used = sum(event.self_device_time_total for event in kernels)
-        more = {"us of kernels": used / steps, "kernels": sum(event.count for event in kernels) / steps}
-        more |= {event.key[:60]: event.self_device_time_total / steps for event in kernels[:8]}
-    cost = total(inverse_costs(flow, blank.images, torch.bfloat16, guidance))
-    least = floor(inverse_costs(flow, blank.images, torch.bfloat16, guidance), setting.peaks[torch.bfloat16])
+def _tokens(setting: Setting, blank: Figure, inverse: Callable[[], Tensor], costs: Sequence[Cost]) -> Figure:
+    whole, cost, steps = setting.timed(blank, inverse, repeats=2), total(costs), len(costs) - 1
     return replace(
         whole,
         seconds=(whole.seconds or 0) / steps,
         first_seconds=None,
-        floor_seconds=least / steps,
+        peak_bytes=None,
+        floor_seconds=floor(costs, setting.peaks[torch.bfloat16]) / steps,
         flops=cost.flops // steps,
         moved_bytes=cost.moved_bytes // steps,
-        more=more,
     )
+
+
+def _profiled(blank: Figure, inverse: Callable[..., Tensor], tokens: int) -> Figure:
+    """The last tokens of a sequence, whose events the profiler can still take in a second."""
+    profiler, solved, first = profile(activities=[ProfilerActivity.CUDA]), 0, 0
+
+    def watch(number: int) -> None:
+        nonlocal solved, first
+        solved += number
+        if not first and solved >= tokens - 40:
+            torch.cuda.synchronize()
+            first = solved
+            profiler.start()
+
+    inverse(progress=watch)
+    torch.cuda.synchronize()
+    profiler.stop()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    number = max(1, tokens - first)
+    more: dict[str, Any] = {
+        "us of kernels": sum(event.self_device_time_total for event in events) / number,
+        "kernels": sum(event.count for event in events) / number,
+    }
+    more |= {f"us of {event.key[:60]}": event.self_device_time_total / number for event in events[:8]}
+    return replace(blank, more=more)
 
 
 def jacobi(setting: Setting) -> Iterator[Figure]:
@@ -187,7 +211,9 @@ def pipeline(setting: Setting) -> Iterator[Figure]:
     z, labels = setting.noise(flow, images), setting.labels(flow, images)
     noisy = flow.inverse(z, labels, LEVELS[1], guidance=GUIDANCE, dtype=torch.bfloat16)
     denoiser = FlowDenoiser(flow, dtype=torch.bfloat16)
-    blank = Figure(what="ten scores", dtype="bf16", images=images)
+    cost = total([score_cost(flow, images, torch.bfloat16)] * 10)
+    blank = Figure(what="ten scores", dtype="bf16", images=images, flops=cost.flops, moved_bytes=cost.moved_bytes,
+                   floor_seconds=floor([cost], setting.peaks[torch.bfloat16]))  # fmt: skip
     yield tried(blank, lambda blank: setting.timed(blank, lambda: denoise(denoiser, noisy, labels, schedule), 1))
     blank = Figure(what="pictures of pixels", images=images)
     yield tried(blank, lambda blank: setting.timed(blank, lambda: to_pil(noisy.clamp(-1, 1))))
@@ -198,21 +224,28 @@ def pipeline(setting: Setting) -> Iterator[Figure]:
     pipe.set_progress_bar_config(disable=True)
     few = 2 if setting.dry else 16
 
-    def call() -> Tensor:
+    def call(dtype: torch.dtype, steps: int) -> Tensor:
         return pipe(
             class_labels=[index % 10 for index in range(few)],
             generator=torch.Generator().manual_seed(0),
             output_type="pt",
-            inverse_dtype=torch.bfloat16,
-            denoise_dtype=torch.bfloat16,
+            inverse_dtype=dtype,
+            denoise_dtype=dtype,
+            num_denoise_steps=steps,
         ).images
 
     release_recordings()
-    whole = tried(Figure(what="pipeline", dtype="bf16", images=few), lambda b: setting.timed(b, call, 1))
+    blank = Figure(what="pipeline, ten scores", dtype="bf16", images=few)
+    yield tried(blank, lambda blank: setting.timed(blank, lambda: call(torch.bfloat16, 10), 1))
+    release_recordings()
+    found: list[Tensor] = []
+    blank = Figure(what="pipeline, two scores", dtype="float32", images=few)
+    whole = tried(blank, lambda blank: setting.timed(blank, lambda: found.append(call(torch.float32, 2)), 0))
     yield whole
     if whole.peak_bytes is not None:
-        blank = Figure(what="pipeline", case="with half of that memory", dtype="bf16", images=few, tolerance=2 / 255)
-        yield tried(blank, lambda blank: _with_half(setting, call, blank, whole.peak_bytes or 0))
+        blank = replace(blank, case="with half of that memory", tolerance=1e-2)
+        peak = whole.peak_bytes
+        yield tried(blank, lambda blank: _with_half(setting, lambda: call(torch.float32, 2), blank, found[0], peak))
 
 
 def _decoded(setting: Setting, blank: Figure) -> Figure:
@@ -232,8 +265,8 @@ def _decoded(setting: Setting, blank: Figure) -> Figure:
     return setting.timed(blank, lambda: vae.decode(codes).sample)
 
 
-def _with_half(setting: Setting, call: Any, blank: Figure, peak: int) -> Figure:
-    expected = call()
+def _with_half(setting: Setting, call: Callable[[], Tensor], blank: Figure, expected: Tensor, peak: int) -> Figure:
+    """The call with half of the memory that it took: whether it comes to the same pictures in smaller batches."""
     release_recordings()
     release(setting.device)
     allowed = torch.cuda.memory_allocated(setting.device) + peak // 2
@@ -242,12 +275,12 @@ def _with_half(setting: Setting, call: Any, blank: Figure, peak: int) -> Figure:
     try:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            found = call()
+            measured = setting.timed(blank, lambda: expected.sub_(call()), 0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, setting.device)
     halved = [str(warning.message)[:90] for warning in told if "fit" in str(warning.message)]
-    difference = float((found - expected).abs().max())
-    return replace(blank, error=difference, more={"halved": halved, "greatest difference of 255": 255 * difference})
+    difference = float(expected.abs().max())
+    return replace(measured, error=difference, more={"greatest difference of 255": 255 * difference, "said": halved})
 
 
 def _few(setting: Setting) -> int:

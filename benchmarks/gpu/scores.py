@@ -13,10 +13,10 @@ from costs import floor, inverse_costs, score_cost, total
 from torch import Tensor
 
 from gpu.figures import Figure
-from gpu.setting import GUIDANCE, LEVELS, Setting, distance, tried
+from gpu.setting import GUIDANCE, LEVELS, TINY, Setting, distance, tried
 from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
 from itarflow.flow import TARFlow
-from itarflow.presets import ModelConfig
+from itarflow.pipeline.memory import score_bytes
 from itarflow.runtime.devices import tf32_products
 
 TEN = {"t_max": LEVELS[1], "t_min": LEVELS[0], "num_denoise_steps": 10}
@@ -54,7 +54,10 @@ def score(setting: Setting) -> Iterator[Figure]:
             peak = setting.peaks[torch.float32 if blank.dtype == "float32" else torch.bfloat16]
             error = None if blank.images != few else distance(found[0], expected)
             least = floor([score_cost(flow, blank.images, precision)], peak)
-            return replace(measured, floor_seconds=least, error=error, tolerance=_TOLERANCES[blank.dtype])
+            kept = blank.images * score_bytes(denoiser.flow)
+            return replace(
+                measured, floor_seconds=least, error=error, tolerance=_TOLERANCES[blank.dtype], estimated_bytes=kept
+            )
 
         yield tried(blank, measure)
 
@@ -77,8 +80,7 @@ def peer(setting: Setting) -> Iterator[Figure]:
         yield Figure(what="official code", more={"": "left out, since no --peer names a clone of it"})
         return
     module = official.official_module(setting.peer)
-    small = ModelConfig(image_size=8, channels=64, num_layers=(1, 1, 2), num_classes=10, patch_size=2)
-    yield from _agreement(setting, module, setting.flow(small))
+    yield from _agreement(setting, module, setting.flow(TINY))
     flow, images = setting.flow(), 2 if setting.dry else 8
     theirs = official.load_peer(module, flow)
     noise, labels = setting.noise(flow, images), setting.labels(flow, images)

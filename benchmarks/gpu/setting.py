@@ -26,6 +26,8 @@ GUIDANCE = Guidance(weight=1.5, blocks=1)
 LEVELS = (0.01, 0.3)
 """Noise levels of the flows."""
 
+TINY = ModelConfig(image_size=8, channels=64, num_layers=(1, 2), num_classes=10, patch_size=2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
@@ -40,6 +42,10 @@ class Setting:
     minutes: float
     until: float
     """The end of the step, of `time.monotonic()`."""
+
+    def __post_init__(self) -> None:
+        if not self.dry and not torch.cuda.is_available():
+            raise ValueError(f"PyTorch {torch.__version__} sees no GPU here; --dry runs on the CPU, with tiny sizes.")
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +69,7 @@ class Setting:
         """ITARFlow S for 64 pixels."""
         if not self.dry:
             return itarflow_model("S", 64)
-        return ModelConfig(image_size=8, channels=64, num_layers=(1, 1, 2), num_classes=10, patch_size=2)
+        return TINY
 
     def flow(self, model: ModelConfig | None = None) -> TARFlow:
         """A model with random weights that are no identity, for use without gradients; None = `model`."""
@@ -94,6 +100,7 @@ class Setting:
         first = self.seconds(function)
         peak = self._allocated() - before if before is not None else None  # type: ignore[operator]
         others: list[float] = []
+        repeats = 1 if self.dry else repeats
         while len(others) < repeats and self.left > (others[-1] if others else first):
             others.append(self.seconds(function))
         more = dict(blank.more) if others else {**blank.more, "its first call": "is its only one"}

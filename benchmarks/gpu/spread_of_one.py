@@ -59,7 +59,7 @@ def step(training: Training, device: torch.device) -> tuple[float, float]:
     optimizer.step()
     optimizer.zero_grad()
     ema.step(flow.parameters())
-    return float(loss), norm
+    return float(loss.detach()), norm
 
 
 def main(cpu: bool) -> None:

@@ -222,7 +222,7 @@ def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0) 
         except subprocess.TimeoutExpired:
             process.kill()
             told, _ = process.communicate()
-    tail = [line.strip() for line in told.splitlines() if line.strip()]
+    tail = [line.strip() for line in told.splitlines() if any(map(str.isalnum, line))]  # no frames of tables
     measured = replace(blank, seconds=time.monotonic() - began, more={"": " / ".join(tail[-lines:])} if lines else {})
     if stopped:
         return replace(measured, failed=f"its time was over; the same command goes on: {tail[-1] if tail else ''}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -34,10 +36,21 @@ class _Ended:
 def run_here(step: Step, found: Callable[[Figure], None]) -> str | None:
     """Run a step in this process; gives each figure to `found`, and returns why the step failed, or None."""
     try:
-        module = importlib.import_module(step.module)
+        module, hooks = importlib.import_module(step.module), importlib.import_module("gpu.hooks")
         make: Callable[[Any], Iterator[Figure]] = getattr(module, step.name)
-        for figure in make(importlib.import_module("gpu.setting").Setting(**step.setting)):
-            found(figure)
+        setting = importlib.import_module("gpu.setting").Setting(**step.setting)
+        with hooks.told() as lines:
+            try:
+                for figure in make(setting):
+                    found(figure)
+                    if setting.left <= 0:
+                        raise TimeoutError("its time was over before its end")
+            finally:
+                for line in dict.fromkeys(lines):
+                    if line.startswith(hooks.KERNEL_LEFT_OUT):
+                        found(Figure(what="kernel", failed=line))
+                    else:
+                        found(Figure(what="told", more={"": line}))
     except Exception as error:
         return reason(error)
     finally:
@@ -52,24 +65,41 @@ class Worker:
         self._process: Any = None
         self._connection: Connection | None = None
 
-    def run(self, step: Step, done: Done, until: float, grace: float) -> None:
-        """Run a step, and add its figures to `done` as they come.
+    def start(self, until: float) -> str | None:
+        """Start the process unless there is one, and wait for its imports, which are no step's.
+
+        Returns why it could not be started until then, of `time.monotonic()`; None = it is ready.
+        """
+        if self._process is not None:
+            return None
+        spawned = multiprocessing.get_context("spawn")
+        self._connection, other = spawned.Pipe()
+        self._process = spawned.Process(target=_serve, args=(other,), daemon=False)
+        self._process.start()
+        other.close()
+        try:
+            if self._connection.poll(max(0.0, until - time.monotonic())):
+                self._connection.recv()
+                return None
+            failed = "its process was not ready in time"
+        except EOFError:
+            self._process.join(5)
+            failed = f"its process ended with exit status {self._process.exitcode} as it began"
+        self.stop()
+        return failed
+
+    def run(self, step: Step, done: Done, until: float) -> None:
+        """Run a step in the process that has been started, and add its figures to `done` as they come.
 
         Args:
             step: what to run.
             done: gets figures, and why the step failed.
-            until: of `time.monotonic()`, when it should have ended.
-            grace: seconds after that in which it may still end by itself.
+            until: of `time.monotonic()`, when its process is ended.
         """
-        if self._process is None:
-            self._connection, other = multiprocessing.get_context("spawn").Pipe()
-            self._process = multiprocessing.get_context("spawn").Process(target=_serve, args=(other,), daemon=False)
-            self._process.start()
-            other.close()
         assert self._connection is not None
         try:
             self._connection.send(step)
-            while self._connection.poll(max(0.0, until + grace - time.monotonic())):
+            while self._connection.poll(max(0.0, until - time.monotonic())):
                 message = self._connection.recv()
                 if isinstance(message, Figure):
                     done.figures.append(message)
@@ -87,7 +117,9 @@ class Worker:
     def stop(self) -> None:
         """End the process."""
         if self._process is not None:
-            self._process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
+            self._process.kill()  # it may not lead its group yet
             self._process.join()
             assert self._connection is not None
             self._connection.close()
@@ -96,7 +128,11 @@ class Worker:
 
 def _serve(connection: Connection) -> None:
     """The process: run what comes, until nobody is there any more."""
+    os.setpgrp()
     os.environ["ITARFLOW_TEST_CUDA"] = "1"  # the tests' flows are used, and their module hides GPUs without it
+    for name in ("gpu.hooks", "gpu.setting", "itarflow.pipeline", "itarflow.training.train"):
+        importlib.import_module(name)
+    connection.send("ready")
     while True:
         try:
             step: Step = connection.recv()
@@ -124,6 +160,6 @@ def _healthy(step: Step) -> bool:
     import torch
 
     try:
-        return bool(torch.ones(1, device="cpu" if step.setting["dry"] else "cuda").item() == 1)
+        return step.setting["dry"] or not torch.cuda.is_available() or torch.ones(1, device="cuda").item() == 1
     except RuntimeError:
         return False

@@ -1,0 +1,83 @@
+"""What an inverse should take on an H100, by a count of launches and bytes. Nothing of it is measured.
+
+python benchmarks/predicted.py
+
+The count: kernels of a token follow one another, so each costs at least its launch within a CUDA graph; weights, keys
+and values are read at a part of the bandwidth that kernels of that kind reach. gpu_check.py measures the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from costs import Peak, floor, inverse_costs, total
+
+from itarflow.flow import TARFlow
+from itarflow.inverse import Guidance
+from itarflow.presets import TARFLOW, ModelConfig, itarflow_model
+
+H100 = Peak("H100", torch.bfloat16, flops_per_second=798e12, bytes_per_second=3.0e12)
+"""What large products and copies have been seen to reach on one; its data sheet says 989e12 and 3.35e12."""
+
+
+class Way(NamedTuple):
+    """A way of decoding a token."""
+
+    launches_a_layer: float
+    launches_around: float
+    """Of a block, besides its layers."""
+    launch: float
+    """Seconds from one kernel of a graph to the next."""
+    host: float
+    """Seconds a token that the device waits for the host."""
+    products: float
+    """Part of the bandwidth at which weights are read."""
+    attention: float
+    """The same of keys and values."""
+    length: float
+    """Keys and values that are read, in units of those that are needed."""
+    once: float
+    """Seconds of each call, for recording."""
+
+
+PLAIN = Way(20, 20, 2e-6, 50e-6, 0.6, 0.55, 1.34, 0.3)
+"""PyTorch's kernels, a graph a token, recorded in each call; lengths rounded up to powers of two."""
+OWN = Way(5, 2, 1.5e-6, 0.0, 0.8, 0.8, 1.0, 0.0)
+"""The package's kernels, the loop over tokens in the graph, recorded in an earlier call."""
+
+
+def seconds(flow: TARFlow, images: int, guidance: Guidance | None, way: Way) -> float:
+    """Of an inverse in bf16."""
+    one, two = (total(inverse_costs(flow, number, torch.bfloat16, guidance)).moved_bytes for number in (1, 2))
+    cache, weights = images * (two - one), 2 * one - two
+    found = way.once
+    for block in flow.blocks:
+        layers = block.cache_shape(1)[0]
+        launches = way.launches_a_layer * layers + way.launches_around
+        found += (block.num_tokens - 1) * (launches * way.launch + way.host)
+    read = weights / way.products + cache * way.length / way.attention
+    return found + read / H100.bytes_per_second
+
+
+def main() -> None:
+    """Print tables as markdown."""
+    models: dict[str, tuple[Callable[[], ModelConfig], tuple[int, ...], Guidance | None]] = {
+        "S at 64 pixels, guided": (lambda: itarflow_model("S", 64), (1, 8, 64, 256), Guidance(weight=1.5, blocks=1)),
+        "TARFlow's ImageNet-64": (TARFLOW["imagenet64_uncond"].model, (32,), None),
+    }
+    print("| bf16 | images | floor, s | PyTorch's kernels, s | own kernels, s | over floor | images/s |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, (model, batch_sizes, guidance) in models.items():
+        with torch.device("meta"):
+            flow = model().build()
+        for images in batch_sizes:
+            least = floor(inverse_costs(flow, images, torch.bfloat16, guidance), H100)
+            plain, own = (seconds(flow, images, guidance, way) for way in (PLAIN, OWN))
+            cells = [name, str(images), f"{least:.2f}", f"{plain:.1f}", f"{own:.1f}", f"{own / least:.1f}"]
+            print(f"| {' | '.join([*cells, f'{images / own:.3g}'])} |")
+
+
+if __name__ == "__main__":
+    main()
