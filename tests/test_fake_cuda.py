@@ -55,7 +55,6 @@ def faked_inputs(make_flow, precision="float32", count=3, **changes):
         if isinstance(module, Layer if precision == "layers" else TARFlow):
             module.bfloat16()
     on_fake_cuda(flow)
-    flow._decoding_checked = True  # by its first inversion, which looks at values once
     images = torch.randn(count, *flow.image_shape, device="cuda")
     labels = torch.zeros(count, dtype=torch.int64, device="cuda") if flow.config.num_classes else None
     level = torch.full((count,), 0.3, device="cuda") if flow.config.noise_conditioned else None
