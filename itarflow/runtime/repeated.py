@@ -29,13 +29,13 @@ def repeated(
         function: reads no values on the host, and nothing but its inputs that may change, except for the values of
             weights that stay in place.
         inputs: on one device.
-        weights: what else it reads. If they move, it is recorded anew.
+        weights: what else it reads, all on that device. If they move, it is recorded anew.
 
     Raises:
         RuntimeError: the device's memory has run out.
     """
     given = [tensor.detach() for tensor in inputs if tensor is not None]
-    if not _can_record([*given, *weights]):
+    if not _can_record([*given, *weights[:1]]):
         return function(*inputs)
 
     def of_tensors(*given: Tensor) -> Tensor:
