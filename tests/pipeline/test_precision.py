@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fake_cuda import fake_cuda, on_fake_cuda
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow
 from itarflow.denoisers import load
@@ -52,6 +53,22 @@ def test_bf16_is_the_default_where_there_is_some(pipe, bf16_device):
     assert torch.equal(images_of(pipe), images_of(pipe, **BF16))
     assert not torch.equal(images_of(pipe), images_of(pipe, **FLOAT32))
     assert images_of(pipe).dtype == torch.float32
+
+
+def test_a_call_on_a_gpu_is_in_bf16_and_waits_for_nothing(make_flow, monkeypatch):
+    """But at its end, for the warning of images that are not finite."""
+    seen, inverse = [], TARFlow.inverse
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(pipeline, "converted", lambda images, output_type: images)
+    monkeypatch.setattr(TARFlow, "inverse", lambda *a, **k: seen.append(k["dtype"]) or inverse(*a, **k))
+    with fake_cuda():
+        flow = on_fake_cuda(make_flow(in_channels=3))
+        flow._decoding_checked = True  # by its first inversion, which looks at values once
+        pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.05), guidance={"weight": 1.0})
+        pipe.set_progress_bar_config(disable=True)
+        images = images_of(pipe, denoiser=lambda noisy, *_: noisy)
+    assert (images.device.type, images.dtype, images.shape) == ("cuda", torch.float32, (3, 3, 4, 4))
+    assert seen == [torch.bfloat16]
 
 
 def test_what_is_asked_for_counts(pipe, bf16_device):

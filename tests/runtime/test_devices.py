@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from itarflow.runtime import devices
 from itarflow.runtime.devices import (
     check_own_gpu,
     float32_products,
@@ -262,6 +263,17 @@ def assert_tf32(allowed):
     if NEW:
         for operation in (torch.backends.cuda.matmul, torch.backends.cudnn.conv):
             assert (operation.fp32_precision == "tf32") == allowed
+
+
+@pytest.mark.parametrize("setting", [name for name in SETTINGS if not name.startswith("new")], indirect=True)
+def test_torch_before_2_9_has_the_old_settings_alone(setting, monkeypatch):
+    before = precisions()[:2]
+    monkeypatch.setattr(devices, "_operations", tuple)
+    with tf32_products():
+        assert_tf32(True)
+        with float32_products():
+            assert_tf32(False)
+    assert precisions()[:2] == before
 
 
 @pytest.mark.skipif(not NEW, reason="torch < 2.9 has no such interface")
