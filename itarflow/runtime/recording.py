@@ -137,7 +137,8 @@ class Recordings(Generic[Entry]):
         return record(function, *inputs, device=device, warm_up=warm_up, pool=self._pool)
 
     def get(self, key: Hashable, make: Callable[[], Entry]) -> Entry:
-        """What is kept under a key, made if it is not there. Within `turn`."""
+        """What is kept under a key, and in the present precision, made if it is not there. Within `turn`."""
+        key = key, _products()
         entry = self._entries.pop(key) if key in self._entries else make()
         self._entries[key] = entry  # the newest is the last
         while len(self._entries) > self._room:
@@ -173,6 +174,12 @@ def release_recordings() -> bool:
     """Drop the recordings of all owners, to give their memory back; returns whether there were any."""
     released = [recordings.release() for recordings in list(_ALIVE)]
     return any(released)
+
+
+def _products() -> Any:
+    """The precision of products in float32, which a recording keeps."""
+    matmul: Any = torch.backends.cuda.matmul
+    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +28,13 @@ def repeated(
         function: reads no values on the host, and nothing but its inputs that may change, except for the values of
             weights that stay in place.
         inputs: on one device.
-        weights: what else it reads. If they move, it is recorded anew.
+        weights: what else it reads, all on that device. If they move, it is recorded anew.
 
     Raises:
         RuntimeError: the device's memory has run out.
     """
     given = [tensor.detach() for tensor in inputs if tensor is not None]
-    if not _can_record([*given, *weights]):
+    if not _can_record([*given, *weights[:1]]):
         return function(*inputs)
 
     def of_tensors(*given: Tensor) -> Tensor:
@@ -43,7 +42,7 @@ def repeated(
         return function(*(None if one is None else next(left) for one in inputs))
 
     kinds = tuple(None if one is None else (one.shape, one.dtype) for one in inputs)
-    key = given[0].device, kinds, _products(), tuple(tensor.data_ptr() for tensor in weights)
+    key = given[0].device, kinds, tuple(tensor.data_ptr() for tensor in weights)
     with recordings.turn(given[0].device):
         recorded = recordings.get(key, list)
         if not recorded:  # what comes once is not worth it: to record takes about four calls
@@ -61,9 +60,3 @@ def _can_record(tensors: Sequence[Tensor]) -> bool:
         and not torch.is_autocast_enabled(device.type)
         and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     )
-
-
-def _products() -> Any:
-    """The precision of products in float32, which a recording keeps."""
-    matmul: Any = torch.backends.cuda.matmul
-    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
