@@ -44,7 +44,7 @@ class Bpd(BpdConfig):
 
     def run(self) -> None:
         """Carry the command out."""
-        with reporting(Console(), f"Try a lower --batch-size (it was {self.batch_size})."):
+        with reporting(Console(), f"Try a lower --batch-size (it was {self.batch_size}).", device=self.device):
             if self.device is not None:
                 usable_device(self.device)
             with resumable(self.output):

@@ -109,7 +109,8 @@ def _run(name: str, words: list[str]) -> None:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        _refuse(f"memory ran out ({error}). Ask for less at a time; damaged files may claim any size, too.")
+        said = str(error).partition("\n")[0]  # CUDA's advice on debugging comes after it
+        _refuse(f"memory ran out ({said}). Ask for less at a time; damaged files may claim any size, too.")
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]Stopped.")
         sys.exit(130)

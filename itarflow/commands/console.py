@@ -16,17 +16,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from itarflow.runtime.devices import is_out_of_memory, on_cpu
+from itarflow.runtime.devices import check_own_gpu, is_out_of_memory
 from itarflow.runtime.errors import DataError, RunError, TrainingError
+from itarflow.runtime.launch import end, joined
 from itarflow.runtime.processes import after_main, crash, refuse, say_once
 from itarflow.runtime.signals import Interrupted
-
-
-def joined() -> PartialState:
-    """Initialise the processes of a launch."""
-    # A long timeout, since a process that is done waits for the others.
-    return PartialState(cpu=on_cpu(), timeout=timedelta(days=7))
-
 
 Form = TypeVar("Form")
 
@@ -64,7 +58,7 @@ def resumable(out: Path | None) -> Iterator[None]:
             f"The same command goes on with {escape(str(out))} later." if out else "Without --output nothing is kept."
         )
         say_once("stopped", lambda: Console(stderr=True).print(f"[yellow]Stopped.[/] {kept}", soft_wrap=True))
-        sys.exit(130)
+        end("stopped by Ctrl-C", 130)
 
 
 def print_table(title: str, values: Mapping[str, Any]) -> None:
@@ -88,23 +82,24 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def reporting(console: Console, advice: str) -> Iterator[None]:
+def reporting(console: Console, advice: str, *, device: str | None = None) -> Iterator[None]:
     """Context of a command of one or several processes: errors are printed once, and become its exit status.
 
     Args:
         console: for messages that are no errors.
         advice: what to try when memory runs out.
+        device: that was asked for; None = that of the process, which is tried first.
     """
-    # A long timeout: processes wait while one downloads a model or samples its share of a grid. From here on they
-    # share a store, by which a message is printed once.
-    PartialState(cpu=on_cpu(), timeout=timedelta(hours=2))
     try:
+        state = joined(timedelta(hours=2))  # in which the slowest process samples its share of a grid
+        if device is None:
+            check_own_gpu(state)
         yield
     except (DataError, ImportError, OSError, RunError, TrainingError, ValueError) as error:
         refuse(error)
     except KeyboardInterrupt:
         Console(stderr=True).print("[yellow]Stopped at once; nothing was saved beyond what the run's folder holds.")
-        sys.exit(130)
+        end("stopped by Ctrl-C", 130)
     except Interrupted as stop:
         if PartialState().is_main_process:
             console.print(f"[yellow]{escape(str(stop))}", soft_wrap=True)
@@ -112,4 +107,5 @@ def reporting(console: Console, advice: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             crash(error)
-        refuse(RuntimeError(f"the memory ran out: {str(error) or 'MemoryError'}\n{advice}"))
+        said = str(error).partition("\n")[0]  # CUDA's advice on debugging comes after it
+        refuse(RuntimeError(f"the memory ran out: {said or 'MemoryError'}\n{advice}"))

@@ -65,23 +65,24 @@ def _memory_table(recipe: Recipe, devices: int, memory: float | None) -> Table:
             "sharded (FSDP2)": device_memory(recipe, devices, sharded=True),
         }
     passes = {
-        "": activations(recipe, checkpointing=False),
-        ", gradient checkpointing": activations(recipe, checkpointing=True),
+        how: [activations(recipe, checkpointing=bool(how), sharded="FSDP2" in kind) for kind in kinds]
+        for how in ("", ", gradient checkpointing")
     }
     precision = "bf16" if recipe.train.mixed_precision == "bf16" else "float32"
     title = "Memory of a training step" if devices == 1 else f"Memory of a training step on each of {devices} devices"
     table = Table("", *kinds, title=title, title_justify="left")
-    for name in ("weights", "gradients", "optimizer", "average", "exchange"):
+    for name, title in _PARTS.items():
         if any(getattr(kind, name) for kind in kinds.values()):
-            table.add_row(_PARTS[name], *(human_bytes(getattr(kind, name)) for kind in kinds.values()))
+            table.add_row(title, *(human_bytes(getattr(kind, name)) for kind in kinds.values()))
     table.add_section()
     for how, needed in passes.items():
-        table.add_row(f"one image in {precision}{how}", *[human_bytes(needed.at_peak(1))] * len(kinds))
-        table.add_row(f"each further one{how}", *[human_bytes(needed.per_image)] * len(kinds))
+        table.add_row(f"one image in {precision}{how}", *(human_bytes(of.at_peak(1)) for of in needed))
+        table.add_row(f"each further one{how}", *(human_bytes(of.per_image) for of in needed))
     if memory is not None:
         table.add_section()
         for how, needed in passes.items():
-            fits = (_what_fits(recipe, kind, needed, devices, memory) for kind in kinds.values())
+            pairs = zip(kinds.values(), needed, strict=True)
+            fits = (_what_fits(recipe, kind, of, devices, memory) for kind, of in pairs)
             table.add_row(f"fits into {USABLE:.0%} of {memory:.4g} GiB{how}", *fits)
     return table
 
@@ -92,7 +93,8 @@ _PARTS = {
     "gradients": "gradients",
     "optimizer": "optimiser",
     "average": "moving average",
-    "exchange": "exchange with other devices",
+    "exchange": "gathered from other devices",
+    "draws": "random numbers of a step",
 }
 
 

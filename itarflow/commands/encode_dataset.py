@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 
-from itarflow.commands.console import joined, parsed, print_table, resumable, say
+from itarflow.commands.console import parsed, print_table, resumable, say
 from itarflow.data.prepare.codes_card import training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.data.prepare.manifest import say_understood
+from itarflow.runtime.devices import is_out_of_memory, tuned_convolutions
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import check_writable, folder_lock
+from itarflow.runtime.launch import joined
 from itarflow.runtime.processes import crash, on_main, refuse, shared_images
 from itarflow.runtime.text import human_bytes
 
@@ -42,22 +43,18 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
         args: the command line; None = the process's.
     """
     disable_progress_bar()  # diffusers' own, for the loading of files
-    joined()
-    config = parsed(Command, description=description, args=args)
     try:
+        joined()
+        config = parsed(Command, description=description, args=args)
         with resumable(config.out):
             done = encode(config, console=Console(stderr=True))
-    except torch.OutOfMemoryError as error:
-        refuse(
-            RuntimeError(
-                f"{error}\nTry a lower --batch-size (it was {config.batch_size}), or --tiled with large images; the "
-                "same command goes on."
-            )
-        )
     except (OSError, RunError, ValueError) as error:
         refuse(error)
     except Exception as error:
-        crash(error)
+        if not is_out_of_memory(error):
+            crash(error)
+        advice = f"Try a lower --batch-size (it was {config.batch_size}), or --tiled with large images; the "
+        refuse(RuntimeError(f"the memory ran out: {str(error) or 'MemoryError'}\n{advice}same command goes on."))
     if done is not None:
         _print_encoded(config, *done)
 
@@ -101,7 +98,8 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
     on_main(state, first)  # it downloads what the others then find, and its refusal reaches them all
     plan = plan or plan_encoding(config)
     start = time.monotonic()
-    with shared_images(state, console, "encoding", plan.num_images, plan.num_images - missing) as count:
+    bar = shared_images(state, console, "encoding", plan.num_images, plan.num_images - missing)
+    with tuned_convolutions(), bar as count:
         encode_share(
             plan,
             device=state.device,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from itarflow import __version__
 from itarflow.commands.class_labels import check_seed
-from itarflow.commands.console import joined, resumable, say
+from itarflow.commands.console import resumable, say
 from itarflow.commands.guidance import GuidanceOptions
 from itarflow.data.images import Crop
 from itarflow.data.load import DataConfig
@@ -38,6 +38,7 @@ from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import Precision, asked_dtype, device_name, usable_device
 from itarflow.runtime.files import check_no_link, check_writable
 from itarflow.runtime.json_file import as_type
+from itarflow.runtime.launch import joined
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.text import display_name, short_names
 
@@ -169,7 +170,8 @@ class Scoring(GuidanceOptions):
         folders = {self.folder / name: generation for name, generation in generations.items()}
         on_main(state, lambda: self._look_at(folders))  # refused now, not after the reference
         if state.is_main_process:
-            say(_plan(generations, self.num_samples))
+            dtype = _dtype_name(pipe, self.inverting()["inverse_dtype"]).removeprefix("torch.")
+            say(f"{_plan(generations, self.num_samples)}; on {device_name(pipe.device)} in {dtype}")
         console = Console(stderr=True)
         extractor = main_first(state, lambda: load_extractor(self.extractor, self.features, device))
         reference = self._open_reference(pipe, extractor, state, console)

@@ -19,7 +19,7 @@ from itarflow.commands.console import parsed, reporting
 from itarflow.commands.dry_run import dry_run
 from itarflow.plugins import HELP, load_named
 from itarflow.runtime.devices import usable_memory
-from itarflow.runtime.processes import processes_here
+from itarflow.runtime.launch import processes_here
 from itarflow.runtime.text import flat
 from itarflow.training.estimate import check_memory
 from itarflow.training.held_out import describe

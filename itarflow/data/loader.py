@@ -13,6 +13,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from itarflow.data.dataset import Example, ImageDataset
 from itarflow.data.order import StreamedBatchSampler
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.launch import processes_here
+from itarflow.runtime.text import human_bytes
 
 
 class Batch(NamedTuple):
@@ -33,6 +36,13 @@ class Batch(NamedTuple):
     images: Tensor
     labels: Tensor
     broken: tuple[str, ...]
+
+    def on_its_way(self) -> Batch:
+        """In pinned memory if the process computes on a GPU, which can then copy it while the process goes on."""
+        # Not by the loader's own thread, which a worker that dies would end without a word.
+        if not torch.cuda.is_initialized():
+            return self
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken)
 
 
 def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int = 0) -> Iterator[Batch]:
@@ -52,7 +62,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
     """
     if dataset.images is not None:
         for indices in sampler:
-            yield Batch(dataset.images[indices], dataset.labels[indices], ())
+            yield Batch(dataset.images[indices], dataset.labels[indices], ()).on_its_way()
         return
     parts = 1
     if isinstance(sampler, StreamedBatchSampler):
@@ -63,7 +73,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         batch_sampler=_divided(sampler, parts),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=_AHEAD if num_workers else None,
         collate_fn=_collate,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader would advance torch's global one
@@ -75,7 +85,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
             raise batch
         found.append(batch)
         if len(found) == parts:
-            yield _joined(found)
+            yield _joined(found).on_its_way()
             found = []
 
 
@@ -102,12 +112,22 @@ WORKER_TIMEOUT = 600.0
 first batch is mixed from thousands of images."""
 
 
-def check_workers(num_workers: int) -> None:
+_AHEAD = 4
+"""Batches that each worker may have ready."""
+
+
+def check_workers(num_workers: int, batch_bytes: int = 0) -> None:
     """Refuse worker processes that could not hand over a batch, and would be waited for without end.
 
+    Args:
+        num_workers: of this process; as many for each of the launch on this machine.
+        batch_bytes: what a batch takes; 0 = not known.
+
     Raises:
-        DataError: the path of the folder for temporary files is too long for the sockets of Unix.
+        DataError: the path of the folder for temporary files is too long for the sockets of Unix; or the memory for
+            exchange between processes has no room for the batches, which ends a worker without a word.
     """
+    _check_shared_memory(num_workers, batch_bytes)
     folder = tempfile.gettempdir()
     if num_workers > 0 and len(os.fsencode(folder)) > _LONGEST_TEMPORARY and hasattr(socket, "AF_UNIX"):
         raise DataError(
@@ -117,6 +137,21 @@ def check_workers(num_workers: int) -> None:
         )
 
 
+def _check_shared_memory(num_workers: int, batch_bytes: int) -> None:
+    if not num_workers or not _SHARED.is_dir():
+        return
+    found = os.statvfs(_SHARED)
+    free, of_worker = found.f_bavail * found.f_frsize, processes_here() * _AHEAD * batch_bytes
+    if num_workers * of_worker > free:
+        raise DataError(
+            f"{_SHARED}, by which processes hand over images, has {human_bytes(free)} free, but {num_workers} workers "
+            f"for each of {processes_here()} processes may need {human_bytes(num_workers * of_worker)}. A container "
+            "gets more by --ipc=host or --shm-size=16g of docker run; or take fewer workers: --data.num-workers "
+            f"{free // of_worker}"
+        )
+
+
+_SHARED = Path("/dev/shm")
 _LONGEST_TEMPORARY = 70
 """A socket's path has 103 bytes on macOS, 107 on Linux, of which multiprocessing's own folder and name take 32."""
 
@@ -174,7 +209,8 @@ def watched(stream: Iterator[Any], advice: str) -> Iterator[Any]:
         if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
             raise
         raise DataError(
-            f"a process that decodes images has died ({error}). Often the system was out of memory; {advice}"
+            f"a process that decodes images has died ({error}). Often the system was out of memory, or {_SHARED} was "
+            f"full, which in a container wants --ipc=host or --shm-size; {advice}"
         ) from error
 
 

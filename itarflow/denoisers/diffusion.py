@@ -69,6 +69,7 @@ class DiffusionDenoiser:
         _check_model(self._config)
         self.model = frozen_view(model)
         self.slice_size = slice_size
+        self._checked: Tensor | None = None
 
     @property
     def identity(self) -> str:
@@ -121,7 +122,8 @@ class DiffusionDenoiser:
         Args:
             noisy: (B, C, H, W), clean images plus noise of standard deviation noise_level.
             labels: (B,) int64, -1 = none; None = none at all. A model without classes ignores them.
-            noise_level: (B,) or one number, inside `noise_range`; up to 1 % beyond counts as its end.
+            noise_level: (B,) or one number, inside `noise_range`; up to 1 % beyond counts as its end. The values of a
+                tensor on a GPU are not checked, since that would synchronise: `check` them before.
 
         Returns:
             (B, C, H, W), float32, or float64 if noisy is.
@@ -130,13 +132,14 @@ class DiffusionDenoiser:
             ValueError: a level outside the range, labels that the model does not have, or wrong shapes.
         """
         x = noisy.to(torch.promote_types(noisy.dtype, torch.float32))
-        # On the CPU in float64: interpolation between steps needs the precision, and some devices lack float64.
-        t = torch.as_tensor(noise_level).detach().cpu().double().reshape(-1)
+        t = torch.as_tensor(noise_level).detach().reshape(-1)
+        t = (t.cpu() if t.device.type == "mps" else t).double()  # which interpolation needs, and some devices lack
         if len(t) not in (1, len(x)):
             raise ValueError(f"noise_level has shape {tuple(t.shape)}; expected ({len(x)},), one an image.")
-        self._check_levels("", t.numpy())
+        if t.device.type == "cpu":  # elsewhere it would wait for the device
+            self._check_levels("", t.numpy())
         t = t.expand(len(x))
-        k = torch.from_numpy(np.interp(t.log().numpy(), self._log_sigmas, self._steps)).to(x)
+        k = self._steps_at(t.log()).to(x)
         signal, level = ((1 + t.square()).rsqrt().to(x)[:, None, None, None], t.to(x)[:, None, None, None])
         y = signal * x
         mapped, size = self._mapped(labels, len(x), x.device), self.slice_size or max(len(x), 1)
@@ -148,6 +151,14 @@ class DiffusionDenoiser:
         if self.prediction == "v_prediction":
             return signal * (y - level * predicted)
         return predicted
+
+    def _steps_at(self, log_sigma: Tensor) -> Tensor:
+        """The steps (B,) at which log sigma_k is so much, (B,) float64, also between whole ones."""
+        table = torch.from_numpy(np.stack([self._log_sigmas, self._steps]))
+        known, steps = table.to(log_sigma.device, non_blocking=True)
+        after = torch.searchsorted(known, log_sigma.contiguous()).clamp(1, len(known) - 1)
+        slope = (steps[after] - steps[after - 1]) / (known[after] - known[after - 1])
+        return (slope * (log_sigma - known[after - 1]) + steps[after - 1]).clamp(steps[0], steps[-1])
 
     def _predict(self, y: Tensor, k: Tensor, labels: Tensor | None) -> Tensor:
         """The model's output for y, without a learned variance, in y's precision."""
@@ -176,28 +187,34 @@ class DiffusionDenoiser:
             return None
         classes, null = self._classes
         if labels is None:
-            labels = torch.full((count,), NULL_LABEL, device=device)
-        if tuple(labels.shape) != (count,) or labels.is_floating_point():
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected ({count},) int64."
-            )
-        if not ((labels >= NULL_LABEL) & (labels < classes)).all():
-            raise ValueError(
-                f"labels {labels.tolist()[:5]} are not all among the diffusion model's 0 .. {classes - 1}, or "
-                f"{NULL_LABEL} for no label."
-            )
-        unlabelled = labels == NULL_LABEL
-        if null is None:
-            if unlabelled.any():
+            if null is None:
                 raise ValueError(_no_null_label(classes))
-            return labels.to(device, torch.int64)
-        return torch.where(unlabelled, null, labels).to(device, torch.int64)
+            return torch.full((count,), null, device=device)
+        if labels.device.type == "cpu" or labels is not self._checked:  # on a GPU once, since it waits for the device
+            _check_labels(labels, count, self._classes)
+            self._checked = labels
+        return (labels if null is None else torch.where(labels == NULL_LABEL, null, labels)).to(device, torch.int64)
 
 
 class _Classes(NamedTuple):
     number: int
     null: int | None
     """The model's index of "no label"; None = it has none."""
+
+
+def _check_labels(labels: Tensor, count: int, known: _Classes) -> None:
+    """Refuse labels that are not (count,) of the known classes."""
+    if tuple(labels.shape) != (count,) or labels.is_floating_point():
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected ({count},) int64."
+        )
+    if not ((labels >= NULL_LABEL) & (labels < known.number)).all():
+        raise ValueError(
+            f"labels {labels.tolist()[:5]} are not all among the diffusion model's 0 .. {known.number - 1}, or "
+            f"{NULL_LABEL} for no label."
+        )
+    if known.null is None and (labels == NULL_LABEL).any():
+        raise ValueError(_no_null_label(known.number))
 
 
 def _schedule(scheduler: SchedulerMixin) -> tuple[str, np.ndarray, np.ndarray]:

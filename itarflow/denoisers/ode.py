@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from itarflow.denoisers.score import CheckedDenoiser, Denoiser
+from itarflow.denoisers.protocol import CheckedDenoiser, Denoiser
 from itarflow.runtime.ranges import LEAST, check_flag, check_integer, check_number
 from itarflow.runtime.tables import Table, choices, with_known
 

@@ -1,52 +1,27 @@
-"""The score of a flow, and denoisers: any function (noisy, labels, noise_level) -> clean estimate.
-
-A flow denoises by Tweedie's formula on the gradient of its own log-density. The model that generates and the one that
-denoises may differ (iTARFlow, table 6).
-"""
+"""The score of a flow, by which it denoises: Tweedie's formula on the gradient of its own log-density."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from itarflow.denoisers.protocol import CheckedDenoiser as CheckedDenoiser
+from itarflow.denoisers.protocol import Denoiser as Denoiser
+from itarflow.flow.checks import checked_labels
 from itarflow.flow.tarflow import TARFlow, log_density
 from itarflow.flow.transformer import Layer
 from itarflow.runtime.devices import in_batches
 from itarflow.runtime.modules import frozen_view, recomputed
+from itarflow.runtime.recording import Recordings
+from itarflow.runtime.repeated import repeated
 
-
-class Denoiser(Protocol):
-    """noisy (B, C, H, W), labels (B,) or None, noise_level (B,) -> an estimate of the clean images, same shape."""
-
-    def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor: ...  # noqa: D102
-
-
-@runtime_checkable
-class CheckedDenoiser(Denoiser, Protocol):
-    """A denoiser that can check its inputs, so that unsuitable images are refused before they are generated."""
-
-    @property
-    def noise_range(self) -> tuple[float, float] | None:
-        """Smallest and largest noise level that it was trained on; None = not recorded."""
-
-    def check(
-        self, image_shape: tuple[int, int, int], num_classes: int, levels: Sequence[float], *, unlabelled: bool = False
-    ) -> None:
-        """Refuse images, labels or noise levels that it can't denoise.
-
-        Args:
-            image_shape: (C, H, W) of the images to come.
-            num_classes: how many classes their labels are of; 0 = no labels will come.
-            levels: the noise levels to come, from t_max down to t_min.
-            unlabelled: whether some images come without a label.
-
-        Raises:
-            ValueError: naming what was asked for and what the denoiser supports.
-        """
+_HOST_BOUND = 5 * 2**20
+"""Images times tokens times channels, of a block, up to which a score is one CUDA graph: 4 images of the size S at 64
+pixels. It has about 800 kernels, to launch which takes the host longer than it takes a GPU to run them."""
 
 
 class FlowDenoiser:
@@ -56,6 +31,9 @@ class FlowDenoiser:
 
     The flow is not changed, and its weights get no gradients. They are shared, so in-place updates of them take
     effect, except with a `dtype`, which copies them. A flow that is moved or cast afterwards needs a new denoiser.
+
+    On a GPU the score of a few images is recorded as a CUDA graph at its second evaluation. Recordings keep the memory
+    of their activations until the denoiser is gone, or memory runs out.
 
     Args:
         flow: any TARFlow. Without noise conditioning it has one noise level, and denoises well only there.
@@ -70,8 +48,9 @@ class FlowDenoiser:
             less than half of the memory for about one and a half times the time. For batches that do not fit
             otherwise, and are too slow in slices. A flow on which gradient checkpointing is enabled already does so
             anyway.
-        compiled: compile the layers by torch.compile, which takes a minute or so at the first evaluation of each
-            batch size. For many evaluations on a GPU; on CPUs it is slower than without.
+        compiled: compile the layers by torch.compile, which takes a minute or so at the first evaluation, and again
+            at the first of a single image. For many evaluations of many images on a GPU, with bfloat16; on CPUs it is
+            slower than without.
 
     Raises:
         ValueError: slice_size < 1, or a dtype that is too narrow for gradients.
@@ -96,6 +75,8 @@ class FlowDenoiser:
         self.slice_size = slice_size
         """Images that are differentiated at a time; lowered when they did not fit into memory."""
         self._dtype = dtype
+        self._recordings: Recordings[Any] = Recordings(4)
+        self._per_image = max(block.num_tokens * block.transformer.channels for block, _ in self.flow._blocks())
         if checkpointing:
             self.flow.enable_gradient_checkpointing(recomputed)
         with torch.inference_mode(False):  # whose tensors can't be differentiated
@@ -103,7 +84,9 @@ class FlowDenoiser:
                 if dtype is not None:
                     layer.to(dtype)
                 if compiled:
-                    layer.compile()
+                    layer.compile(dynamic=True)  # one graph for all batch sizes, also that of the last slice
+        self._weights = [*self.flow.parameters(), *self.flow.buffers()]
+        self._recorded = not (compiled or self.flow.is_gradient_checkpointing)  # which are for large batches
 
     @property
     def noise_range(self) -> tuple[float, float] | None:
@@ -150,11 +133,11 @@ class FlowDenoiser:
         """
         if not (isinstance(noise_level, Tensor) and noise_level.device.type != "cpu"):
             self.flow.check_noise_range(noise_level)
+        labels = checked_labels(labels, len(noisy), self.flow.config.num_classes, noisy.device)
         level = None if noise_level is None else _tensor(noise_level, noisy)
         each = level if level is not None and len(level) != 1 else None
-        for name, values in (("labels have", labels), ("noise_level has", each)):
-            if values is not None and len(values) != len(noisy):
-                raise ValueError(f"{name} shape {tuple(values.shape)}; expected ({len(noisy)},), one an image.")
+        if each is not None and len(each) != len(noisy):
+            raise ValueError(f"noise_level has shape {tuple(each.shape)}; expected ({len(noisy)},), one an image.")
 
         def score_of(part: slice) -> Tensor:
             given = level if each is None else each[part]
@@ -169,10 +152,15 @@ class FlowDenoiser:
     def _score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | None) -> Tensor:
         # The caller may be in inference mode, whose tensors can't be differentiated: leave it, and copy.
         with torch.inference_mode(False), torch.enable_grad(), self._precision(noisy.device.type):
-            x = noisy.detach().clone().to(torch.promote_types(noisy.dtype, torch.float32)).requires_grad_()
-            log_prob = log_density(self.flow(x, labels, noise_level), self.flow.prior_variance)
-            (score,) = torch.autograd.grad(log_prob.sum(), x)
-        return score
+            x = noisy.detach().clone().to(torch.promote_types(noisy.dtype, torch.float32))
+            if not self._recorded or len(x) * self._per_image > _HOST_BOUND:
+                return self._gradient(x, labels, noise_level)
+            return repeated(self._recordings, self._gradient, x, labels, noise_level, weights=self._weights)
+
+    def _gradient(self, x: Tensor, labels: Tensor | None, noise_level: Tensor | None) -> Tensor:
+        x = x.detach().requires_grad_()
+        log_prob = log_density(self.flow(x, labels, noise_level), self.flow.prior_variance)
+        return torch.autograd.grad(log_prob.sum(), x)[0]
 
     def _precision(self, device: str) -> AbstractContextManager[Any]:
         """Autocast is off if a dtype was asked for, so that the caller's does not override it."""

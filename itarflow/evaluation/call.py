@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from accelerate import PartialState
 from rich.console import Console
 
 from itarflow.data.load import DataConfig
@@ -22,6 +21,7 @@ from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_b
 from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.runtime.launch import joined
 
 
 def evaluate(
@@ -86,7 +86,7 @@ def evaluate(
         >>> found["iterative"].figures["fid"].value  # doctest: +SKIP
         12.3
     """
-    state = PartialState()
+    state = joined()
     schedule = pipe.schedule(t_max, None, num_denoise_steps, method, spacing, denoiser=denoiser)
     unlabelled = labels == "none" or pipe.flow.config.num_classes == 0
     if num_samples < 2:

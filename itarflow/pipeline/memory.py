@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from itarflow.denoisers.score import FlowDenoiser
 from itarflow.flow.block import AutoregressiveBlock
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.call import Call
 from itarflow.runtime.devices import device_name, usable_memory
+from itarflow.runtime.recording import is_plain, release_recordings
 from itarflow.runtime.text import human_bytes
+
+_Asked = tuple[int | None, torch.dtype | None, bool]
+"""Slice size, dtype, and whether the flow checkpoints."""
 
 
 class _Made(NamedTuple):
     """A denoiser, and what it was made of."""
 
-    asked: tuple[int | None, torch.dtype | None, bool]
-    weights: tuple[tuple[int, int], ...]
+    asked: _Asked
+    weights: tuple[Hashable, ...]
     denoiser: FlowDenoiser
 
 
@@ -27,11 +33,19 @@ class Fitted:
     """What a pipeline remembers from call to call, so that it does not run out of memory by the same again."""
 
     def __init__(self) -> None:
+        self._something = False
         self._batch: tuple[int, int] | None = None  # so many images did not fit, but so many did
+        self._slices: dict[_Asked, int | None] = {}
         self._last: _Made | None = None
+
+    def check(self, flow: TARFlow, call: Call, device: torch.device) -> None:
+        """See `check_memory`; what a call that has succeeded keeps is there for the next one."""
+        if not self._something:
+            check_memory(flow, call, device)
 
     def note(self, tried: int, fitted: int) -> None:
         """So many images were tried at a time, and so many could be made."""
+        self._something = True
         if fitted < tried:
             self._batch = tried, fitted
 
@@ -46,13 +60,25 @@ class Fitted:
         While they stay as they are it is the same object for the same arguments, since it keeps what fitted.
         """
         asked = slice_size, dtype, flow.is_gradient_checkpointing
-        weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in flow.parameters())
-        if self._last is not None and self._last.asked == asked:
-            if self._last.weights == weights:
-                return self._last.denoiser
-            slice_size = self._last.denoiser.slice_size
-        self._last = _Made(asked, weights, FlowDenoiser(flow, slice_size, dtype=dtype))
+        weights = tuple(map(_state, flow.parameters()))
+        if self._last is None or (self._last.asked, self._last.weights) != (asked, weights):
+            self.forget_weights()
+            slice_size = self._slices.get(asked, slice_size)
+            self._last = _Made(asked, weights, FlowDenoiser(flow, slice_size, dtype=dtype))
         return self._last.denoiser
+
+    def forget_weights(self) -> None:
+        """Keep no memory of a device that the flow is about to leave."""
+        if self._last is not None:
+            self._slices[self._last.asked] = self._last.denoiser.slice_size
+        self._last = None
+
+
+def _state(parameter: Tensor) -> Hashable:
+    """Another one where the parameter has moved, or changed."""
+    if parameter.is_inference():  # of which nobody counts the changes
+        return object()
+    return parameter.data_ptr() if is_plain(parameter) else id(parameter), parameter._version
 
 
 def check_memory(flow: TARFlow, call: Call, device: torch.device) -> None:
@@ -70,10 +96,16 @@ def check_memory(flow: TARFlow, call: Call, device: torch.device) -> None:
     if free is None:
         return
     blocks = [block for block in reversed(flow.blocks) if isinstance(block, AutoregressiveBlock)]
+    dtype = call.inverse_dtype or flow.dtype
     to_come = 0 if flow.device.type == device.type else _bytes(flow)
-    inverse = max(_inverse_bytes(block, from_noise, call, flow.dtype) for from_noise, block in enumerate(blocks))
+    casts = [0 if dtype == flow.dtype else _layer_bytes(block, dtype) for block in blocks]
+    # On GPUs the blocks' cast weights are kept from call to call, see `runtime.graphed`.
+    inverse = sum(casts) if device.type == "cuda" else max(casts)
+    inverse += max(_cache_bytes(block, from_noise, call, dtype) for from_noise, block in enumerate(blocks))
     scores = score_bytes(call.denoiser.flow) if call.evaluations and isinstance(call.denoiser, FlowDenoiser) else 0
     needed = to_come + max(inverse, scores)
+    if needed > free and release_recordings():  # of other calls
+        free = usable_memory(device) or 0
     if needed <= free:
         return
     part, option = ("the flow's inverse", "inverse_dtype") if inverse >= scores else ("a score", "denoise_dtype")
@@ -84,15 +116,16 @@ def check_memory(flow: TARFlow, call: Call, device: torch.device) -> None:
     )
 
 
-def _inverse_bytes(block: AutoregressiveBlock, from_noise: int, call: Call, stored: torch.dtype) -> int:
-    """At least so many of one image: keys and values, and the layers' weights, if they are cast."""
-    dtype = call.inverse_dtype or stored
+def _cache_bytes(block: AutoregressiveBlock, from_noise: int, call: Call, dtype: torch.dtype) -> int:
+    """Of the keys and values of one image."""
     guided = call.guidance.guides(from_noise) and (call.labels is not None or call.guidance.temperature != 1)
-    cache = math.prod(block.cache_shape(2 if guided else 1)) * dtype.itemsize
-    if dtype == stored:
-        return cache
+    return math.prod(block.cache_shape(2 if guided else 1)) * dtype.itemsize
+
+
+def _layer_bytes(block: AutoregressiveBlock, dtype: torch.dtype) -> int:
+    """Of the layers' weights, cast."""
     parts = (*block.backbone, block.transformer)
-    return cache + dtype.itemsize * sum(p.numel() for part in parts for p in part.parameters())
+    return dtype.itemsize * sum(p.numel() for part in parts for p in part.parameters())
 
 
 def score_bytes(flow: TARFlow) -> int:

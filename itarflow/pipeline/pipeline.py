@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
@@ -19,7 +19,7 @@ from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
 from itarflow.pipeline.call import Call, check_denoiser, check_output, converted, generate, in_our_words, positive
 from itarflow.pipeline.labels import Label, label_list, label_number, label_tensor
-from itarflow.pipeline.memory import Fitted, check_memory
+from itarflow.pipeline.memory import Fitted
 from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan, place_of, planned
 from itarflow.pipeline.storage import StoredPipeline
@@ -133,13 +133,11 @@ class ITARFlowPipeline(StoredPipeline):
             solver: how the flow is inverted, see `TARFlow.inverse`; `sequential` is exact, one token after another.
                 None = by the checkpoint's plan for such a device and so many images, else `sequential`.
             inverse_dtype: of the transformers in the inverse, such as torch.bfloat16: slightly other images, and
-                faster unless the model is narrow. None = torch.bfloat16 for weights in float32 on a GPU that has it,
-                see `sampling_dtype`; elsewhere the weights'.
+                faster unless the model is narrow. None = that of `sampling_dtype`, bfloat16 on most GPUs.
             generator: one for all images (image i then depends on its seed and on i alone, up to rounding; with a
                 plan, up to its tolerance, because plans depend on the batch size), or one an image: `[g]` gives the
                 first image of `g`, and an image does not depend on the others of its call.
-            batch_size: images that are generated at a time, to bound memory; None = all. If memory runs out, fewer,
-                in this call and in later ones.
+            batch_size: images that are generated at a time, to bound memory; None = all. If it runs out, fewer.
             denoise_batch_size: images that the flow denoises at a time; None = as many as are generated, or, with a
                 warning, as fit the memory.
             denoise_dtype: of the flow's layers while it denoises: torch.bfloat16 takes about half of the time and
@@ -190,9 +188,11 @@ class ITARFlowPipeline(StoredPipeline):
             schedule=schedule,
             codec=PixelCodec() if output_type == "codes" else codec,
         )
-        check_memory(self.flow, call, torch.device(self._execution_device))
+        self._fits.check(self.flow, call, torch.device(self._execution_device))
         images = converted(self._make(call, size), output_type)
         self.maybe_free_model_hooks()
+        if hasattr(self.flow, "_hf_hook"):
+            self._fits.forget_weights()
         # The type is that of a call as most are.
         return ImagePipelineOutput(images=images) if return_dict else cast(ImagePipelineOutput, (images,))
 
@@ -241,29 +241,29 @@ class ITARFlowPipeline(StoredPipeline):
         return denoiser
 
     def flow_denoiser(self, slice_size: int | None = None, dtype: torch.dtype | None = None) -> FlowDenoiser:
-        """The flow as the denoiser of its own samples; the same object again while its weights stay as they are.
-
-        Args:
-            slice_size: see `FlowDenoiser`.
-            dtype: of the layers; None = that of `sampling_dtype`.
-        """
+        """The flow as the denoiser of its own samples, in `sampling_dtype`; the same object while its weights stay."""
         return self._fits.denoiser(self.flow, slice_size, self.sampling_dtype(dtype))
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As of diffusers."""
+        self._fits.forget_weights()
+        return super().to(*args, **kwargs)
 
     def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
         """The precision of the flow's layers in sampling: the one asked for, or this device's; None = the weights'."""
         return asked or sampling_dtype(torch.device(self._execution_device), self.flow.dtype)
 
     def __repr__(self) -> str:
-        flow, scheduler = self.flow.config, self.scheduler.config
+        flow, scheduler, flow_dtype = self.flow.config, self.scheduler.config, self.flow.dtype
         channels, height, width = self.picture_shape
         lines = {
             "images": f"{channels} x {height} x {width}" + ("" if self.vae is None else ", decoded by a VAE"),
             "classes": f"{flow.num_classes}"
             + (f" ({printable(listed(self.class_names))})" if self.class_names else ""),
-            "flow": f"{sum(p.numel() for p in self.flow.parameters()):,} parameters, {self.flow.dtype}, "
+            "flow": f"{sum(p.numel() for p in self.flow.parameters()):,} parameters, {flow_dtype}, "
             f"on {self.flow.device}",
             "sampling": f"t_max {scheduler.t_max:g}, {scheduler.num_denoise_steps} steps of {scheduler.method}, "
-            f"guidance {self.default_guidance.weight:g}",
+            f"guidance {self.default_guidance.weight:g}, in {self.sampling_dtype() or flow_dtype}",
         }
         return "\n".join([type(self).__name__, *(f"  {name}: {text}" for name, text in lines.items())])
 
@@ -287,8 +287,8 @@ class ITARFlowPipeline(StoredPipeline):
 
     def planned_solver(self, batch_size: int, dtype: torch.dtype | None = None) -> Solver | list[Solver]:
         """The default solver for batches of that size on the pipeline's device; with that `inverse_dtype`."""
-        place = place_of(torch.device(self._execution_device), self.sampling_dtype(dtype) or self.flow.dtype)
-        return planned(self.inverse_plans, self.flow, place, batch_size)
+        device, dtype = torch.device(self._execution_device), self.sampling_dtype(dtype) or self.flow.dtype
+        return planned(self.inverse_plans, self.flow, partial(place_of, device, dtype), batch_size)
 
     def _labels(self, class_labels: Label | Sequence[Label], num_images: int | None) -> tuple[Tensor | None, int]:
         """Labels (B,) on the flow's device, or None if all are unlabelled, and B."""

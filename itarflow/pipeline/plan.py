@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from typing import Any
@@ -16,6 +16,7 @@ from itarflow.runtime.devices import device_name
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.json_file import as_type
 from itarflow.runtime.model_folder import check_arguments
+from itarflow.runtime.text import printable
 
 logger = logging.get_logger(__name__)
 
@@ -155,12 +156,21 @@ def choose(plans: Sequence[InversePlan], place: Mapping[str, str], batch_size: i
 
 
 def planned(
-    plans: Sequence[InversePlan], flow: TARFlow, place: Mapping[str, str], batch_size: int
+    plans: Sequence[InversePlan], flow: TARFlow, here: Callable[[], Mapping[str, str]], batch_size: int
 ) -> Solver | list[Solver]:
     """The solvers of the plan that `choose` gives; `sequential` if there is none.
 
     Where there are plans for this type of device, but for other devices, it is said, once.
+
+    Args:
+        plans: of a checkpoint.
+        flow: the checkpoint's.
+        here: gives the place, see `place_of`; called if there are plans.
+        batch_size: images that are inverted at a time.
     """
+    if not plans:
+        return sequential
+    place = here()
     plan = choose(plans, place, batch_size)
     if plan is not None:
         return plan.solvers_of(flow)
@@ -176,7 +186,7 @@ def planned(
 
 @cache
 def _warn_once(text: str) -> None:
-    logger.warning(text)
+    logger.warning(printable(text))  # names in a checkpoint may be anybody's
 
 
 def _in_words(device: str, device_name: str, dtype: str, torch: str) -> str:

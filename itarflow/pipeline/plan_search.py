@@ -23,6 +23,7 @@ from itarflow.inverse.guidance import Affine
 from itarflow.inverse.solvers import Conditioner, Guess, Jacobi, Progress, sequential
 from itarflow.pipeline.plan import InversePlan, place_of, tokens_of_blocks
 from itarflow.runtime.graphed import DeviceConditioner
+from itarflow.runtime.recording import release_recordings
 
 TOLERANCES = (1e-2, 5e-3, 2e-3, 1e-3, 1e-4, 1e-5, 0.0)
 """Of the solvers; tried in this order until the images are close enough."""
@@ -311,6 +312,7 @@ def find_plan(
         blocks = list[BlockProfile]()
         trial = _Trial(tolerance, windows, repeats, blocks.append)
         invert(solver=trial, progress=partial(progress, f"solvers of tolerance {tolerance:g}"))
+        release_recordings()  # of all that was tried
         plan = InversePlan(
             solvers=tuple(block.fastest.solver for block in blocks),
             num_tokens=num_tokens,

@@ -30,18 +30,27 @@ def usable_device(name: str | None) -> str:
         if (reason := _refusal(name)) is not None:
             raise ValueError(f"--device {name} can't be used: {reason}. Try cpu, or leave --device out.")
         return name
-    if not torch.cuda.is_available() and torch.backends.mps.is_available():
-        return "mps"
-    reason = _refusal("cuda") if torch.version.cuda or torch.version.hip or torch.cuda.is_available() else None
     if torch.cuda.is_available():
-        if reason is None:
+        if (reason := _refusal("cuda")) is None:
             return "cuda"
-        if "memory" in reason:
+        if "out of memory" in reason:
             raise ValueError(f"the GPU can't be used: {reason}. Other programs may hold its memory; see nvidia-smi.")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip() in ("", "-1")
-    if reason is not None and (torch.cuda.is_available() or not hidden or "too old" in reason):
         warnings.warn(f"no GPU can be used, so the CPU computes: {reason}.", stacklevel=2)
+        return "cpu"
+    if torch.backends.mps.is_available():
+        return "mps"
+    _say_why_no_gpu()
     return "cpu"
+
+
+def _say_why_no_gpu() -> None:
+    """Warn where GPUs were asked for, or the driver is too old, but none is there; not where they are hidden."""
+    if not (torch.version.cuda or torch.version.hip):
+        return
+    reason = _refusal("cuda")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip() not in ("", "-1")
+    if reason is not None and (named or "too old" in reason):
+        warnings.warn(f"no GPU can be used, so the CPU computes: {reason}.", stacklevel=3)
 
 
 def _refusal(name: str) -> str | None:
@@ -68,16 +77,25 @@ def device_name(device: torch.device) -> str:
 
 def on_cpu() -> bool:
     """Whether to train on the CPU, which Accelerate must be passed: else it joins no processes there."""
-    return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return True
+    if torch.accelerator.is_available():
+        return False
+    _say_why_no_gpu()
+    return True
 
 
 def check_own_gpu(state: PartialState) -> None:
-    """Refuse processes that share a GPU, which NCCL can't do. All processes of a launch call it before they compute.
+    """Refuse a GPU that can't compute, and processes that share one, which NCCL can't. All of a launch call it first.
 
     Raises:
-        ValueError: another process has this one's GPU.
+        ValueError: this process's GPU can't be used, or is another one's.
     """
-    if state.device.type != "cuda" or not dist.is_initialized() or "nccl" not in dist.get_backend():
+    if state.device.type != "cuda":
+        return
+    if (reason := _refusal(str(state.device))) is not None:
+        raise ValueError(f"the GPU can't be used: {reason}. With ACCELERATE_USE_CPU=true the CPU computes.")
+    if not dist.is_initialized() or dist.get_backend() == "gloo":
         return
     gpu, own = torch.cuda.get_device_properties(state.device).uuid, str(state.process_index)
     store = dist.distributed_c10d._get_default_store()
@@ -118,14 +136,17 @@ def tf32_products(allowed: bool = True) -> Iterator[None]:
     Afterwards all settings are as before, by whichever of torch's interfaces they were made: the old one, or that of
     torch >= 2.9. Inside both agree, because torch.compile reads the old one, which raises where they don't.
     """
-    found = _TF32Settings.read()
+    with _without_advice():
+        found = _TF32Settings.read()
     try:
-        _set_old("high" if allowed else "highest", allowed)
-        for operation, _ in _operations():  # the old interface leaves some to what a user has set for the backend
-            operation.fp32_precision = "tf32" if allowed else "ieee"
+        with _without_advice():
+            _set_old("high" if allowed else "highest", allowed)
+            for operation, _ in _operations():  # the old interface leaves some to what a user has set for the backend
+                operation.fp32_precision = "tf32" if allowed else "ieee"
         yield
     finally:
-        found.restore()
+        with _without_advice():
+            found.restore()
 
 
 @contextmanager
@@ -180,10 +201,16 @@ def _operations() -> tuple[tuple[Any, Any], ...]:
 
 def _set_old(products: str, convolutions: bool) -> None:
     """By the old interface, which sets most of the new one, too."""
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Inside, torch does not advise against the old interface."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Please use the new API", category=UserWarning)
-        torch.set_float32_matmul_precision(products)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        yield
 
 
 def usable_cores() -> int:
@@ -220,6 +247,17 @@ def peak_tflops(device: torch.device, products: Products) -> float | None:
     return None if peaks is None else peaks[products]
 
 
+@contextmanager
+def tuned_convolutions() -> Iterator[None]:
+    """Inside, cuDNN tries which of its algorithms is fastest for each shape of a convolution that it meets."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def usable_memory(device: torch.device) -> int | None:
     """Bytes that further tensors may take: what is free, and what PyTorch holds without need; None = not known.
 
@@ -227,7 +265,10 @@ def usable_memory(device: torch.device) -> int | None:
     the limit of the container.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
+        try:
+            free, _ = torch.cuda.mem_get_info(device)
+        except (RuntimeError, AssertionError):  # some drivers can't say
+            return None
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     if device.type != "cpu":
         return None

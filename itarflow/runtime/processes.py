@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from itarflow.runtime.errors import RunError
+from itarflow.runtime.launch import end, failure_elsewhere, has_joined, wait_for_main
 from itarflow.runtime.progress import image_progress
 
 Opened = TypeVar("Opened")
@@ -39,6 +41,7 @@ def on_main(accelerator: Accelerator | PartialState, action: Callable[[], object
             refusal = [str(error)]
         except Exception as error:
             refusal, unforeseen = [f"the main process failed: {error}"], error
+    wait_for_main(accelerator)
     broadcast_object_list(refusal)
     if unforeseen is not None:
         raise unforeseen
@@ -154,27 +157,29 @@ def shared_images(
         count(0)
 
 
-def processes_here() -> int:
-    """How many processes of the launch run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
 def refuse(error: Exception) -> NoReturn:
-    """Print an error once, with the number of its process if there are several, and exit with 1."""
-    of = f" of process {PartialState().process_index}" if PartialState().num_processes > 1 else ""
+    """Print an error once, with the number of its process if there are several, and end all with 1."""
+    if not has_joined() and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_PATIENCE.total_seconds())  # the first process of this machine says it
+        sys.exit(1)
+    several = has_joined() and PartialState().num_processes > 1
+    of = f" of process {PartialState().process_index}" if several else ""
     text = f"[red]Error{of}:[/] {escape(str(error))}"
     say_once(str(error), lambda: Console(stderr=True).print(text, highlight=False, soft_wrap=True))
-    sys.exit(1)
+    end(str(error))
 
 
 def crash(error: Exception) -> NoReturn:
-    """Print an unexpected error once, with its traceback and the number of the first process that had it, and exit."""
-    if PartialState().num_processes == 1:
+    """Print an unexpected error once, with its traceback and the number of the first process that had it, and end."""
+    if not has_joined() or PartialState().num_processes == 1:
         raise error
+    elsewhere = failure_elsewhere(error)
+    if elsewhere is not None:
+        refuse(RunError(elsewhere))
 
     def say() -> None:
         traceback.print_exception(error)
         print(f"This happened in process {PartialState().process_index}.", file=sys.stderr)  # noqa: T201
 
     say_once("".join(traceback.format_tb(error.__traceback__)[-1:]) + type(error).__name__, say)
-    sys.exit(1)
+    end(f"{type(error).__name__}: {error}")

@@ -22,6 +22,7 @@ from itarflow.flow.tarflow import TARFlow, nll_per_dim
 from itarflow.flow.transformer import Layer
 from itarflow.runtime.text import human_bytes
 from itarflow.training.recipe import Recipe
+from itarflow.training.sharding import sends_bf16
 
 USABLE = 0.9
 """Part of a device's memory that tensors may fill; the rest goes to the driver, the kernels and fragmentation."""
@@ -77,13 +78,15 @@ class DeviceMemory:
     average: int
     """The moving average of the weights, if there is one."""
     exchange: int
-    """Several devices: DDP's second copy of the gradients, to send them; FSDP2's gathered weights and
-    gradients, those of two layers and of the modules around the layers."""
+    """Several devices that split the model (FSDP2): gathered weights and gradients, those of two layers and of the
+    modules around the layers. DDP sends its gradients from where they are."""
+    draws: int
+    """The random numbers of a step: each process draws those of the global batch, and uses its own."""
 
     @property
     def state(self) -> int:
         """All of it: the bytes that a device needs before the first image."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.exchange
+        return self.weights + self.gradients + self.optimizer + self.average + self.exchange + self.draws
 
     def at_peak(self, activations: Activations, micro_batch: int) -> int:
         """Bytes at the peak of a training step with so many images a device at a time."""
@@ -125,24 +128,40 @@ def device_memory(recipe: Recipe, devices: int = 1, *, sharded: bool = False) ->
         # Parameters are split by rows, and some device has the longest part of each.
         rows = ((math.ceil(len(p) / devices), p.numel() // len(p)) for p in flow.parameters())
         share = 4 * sum(count * values for count, values in rows)
-        layers = [_bytes(module) for module in flow.modules() if isinstance(module, Layer)]
-        # One layer computes and the next is prefetched, each with its gradients; the rest stays gathered.
-        exchange = 2 * (2 * max(layers) + whole - sum(layers)) if devices > 1 else 0
+        layers = [sum(map(_bytes, _unit(recipe, module))) for module in flow.modules() if isinstance(module, Layer)]
+        # One layer computes and the next is prefetched, each with its gradients; the rest stays gathered. In bfloat16
+        # the weights of both take half of that, as do the gradients of one: those of the other are sent as float32.
+        of_layers = 2.5 if sends_bf16(recipe) else 4
+        exchange = int(of_layers * max(layers)) + 2 * (whole - sum(layers)) if devices > 1 else 0
     else:
-        share, exchange = whole, whole if devices > 1 else 0
+        share, exchange = whole, 0
     average = 0 if recipe.train.ema_decay is None else share
-    return DeviceMemory(weights=share, gradients=share, optimizer=2 * share, average=average, exchange=exchange)
+    noise = 4 * recipe.train.batch_size * math.prod(flow.image_shape)
+    draws = 2 * noise if recipe.codec.vae is not None and recipe.codec.sample_posterior else noise
+    return DeviceMemory(
+        weights=share, gradients=share, optimizer=2 * share, average=average, exchange=exchange, draws=draws
+    )
 
 
-def activations(recipe: Recipe, *, checkpointing: bool) -> Activations:
+def _unit(recipe: Recipe, layer: Layer) -> tuple[nn.Module, ...]:
+    """What of a layer is gathered at a time, see `sharding.distribute`."""
+    return (layer.attention, layer.mlp) if sends_bf16(recipe) else (layer,)
+
+
+def activations(recipe: Recipe, *, checkpointing: bool, sharded: bool = False) -> Activations:
     """The memory of images in the recipe's precision, traced through a forward and backward pass on the meta device.
 
     Args:
         recipe: its train.gradient_checkpointing is ignored.
         checkpointing: whether activations are computed again in the backward pass.
+        sharded: whether several devices split the model: weights that come in bfloat16 need no copies.
     """
     with torch.device("meta"):
         flow = recipe.model.build(recipe.noise_range)
+    if sharded and sends_bf16(recipe):
+        for layer in [module for module in flow.modules() if isinstance(module, Layer)]:
+            for part in _unit(recipe, layer):
+                part.to(torch.bfloat16)
     for parameter in flow.parameters():
         parameter.grad = torch.empty_like(parameter)  # as left by the micro-batch before
     precision = _Precision(torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float32)
@@ -186,7 +205,8 @@ def check_memory(recipe: Recipe, memory: int, devices: int, *, here: int = 1, sh
     if here * _generous_bytes(recipe, micro_batch) < memory // 2:
         return  # far from it: that is not worth the seconds of an estimate
     device = device_memory(recipe, devices, sharded=sharded)
-    passes = activations(recipe, checkpointing=recipe.train.gradient_checkpointing)
+    split = sharded and devices > 1
+    passes = activations(recipe, checkpointing=recipe.train.gradient_checkpointing, sharded=split)
     needed = here * device.at_peak(passes, micro_batch)
     if needed <= memory:
         return

@@ -23,8 +23,9 @@ from torch import nn
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, batches
 from itarflow.data.order import training_sampler
-from itarflow.runtime.devices import memory_gib
+from itarflow.runtime.devices import memory_gib, tf32_products
 from itarflow.runtime.errors import DataError, TrainingError
+from itarflow.runtime.launch import part
 from itarflow.runtime.processes import agreed, on_main
 from itarflow.runtime.progress import training_progress
 from itarflow.runtime.signals import Interrupted, StopSignal
@@ -50,6 +51,7 @@ class Loop(ABC, Generic[StepOutputT, Result]):
     """What is trained, for messages: "model"."""
     advice: ClassVar[str]
     """How to go on after too many bad steps: a sentence."""
+    tf32 = True  # whether float32 products of a step may be TF32 on a GPU; evaluations and pictures are float32
 
     model: nn.Module
     """As Accelerate or `sharding.distribute` has prepared it."""
@@ -205,7 +207,8 @@ class Loop(ABC, Generic[StepOutputT, Result]):
             while self.state.step < last_step:
                 began = time.perf_counter()
                 micro_batches = self._fetch(loader)
-                output = self.step(self.state.step, micro_batches)
+                with tf32_products(self.tf32):
+                    output = self.step(self.state.step, micro_batches)
                 bad = not math.isfinite(output.grad_norm)
                 self.bad_in_a_row = self.bad_in_a_row + 1 if bad else 0
                 passed = time.perf_counter() - began
@@ -244,6 +247,7 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         accelerator = self.accelerator
         self._finish_trackers()
         accelerator.wait_for_everyone()
+        part()
         vars(self).clear()
         accelerator.free_memory()
         accelerator.state.destroy_process_group()
@@ -260,13 +264,12 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         sampler = training_sampler(
             self.data.train,
             train.batch_size,
-            shuffle_buffer=data.shuffle_buffer,
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
             accumulation=train.accumulation,
             seed=train.seed,
-            start_step=self.state.step,
-        )
+            start_step=self.state.step, shuffle_buffer=data.shuffle_buffer,
+        )  # fmt: skip
         return batches(self.data.train, sampler, data.num_workers)
 
     def _fetch(self, loader: Iterator[Batch]) -> list[Batch]:

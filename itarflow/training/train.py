@@ -25,7 +25,9 @@ from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, check_workers
 from itarflow.flow.tarflow import TARFlow, updated_prior_variance
 from itarflow.runtime.devices import peak_tflops, tf32_products
+from itarflow.runtime.modules import recomputed
 from itarflow.runtime.processes import agreed, main_first, on_main
+from itarflow.runtime.recording import release_recordings
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.estimate import estimate
 from itarflow.training.export import (
@@ -46,12 +48,15 @@ from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.settings import learning_rate_factor
 from itarflow.training.sharding import (
+    clear_gradients,
     clip_grad_norm,
     compile_layers,
     distribute,
     launcher_asks_for_checkpointing,
     launcher_asks_for_sharding,
     make_accelerator,
+    sends_bf16,
+    update_average,
     whole_flow,
 )
 
@@ -111,7 +116,7 @@ def train(
     """
     recipe.check()
     accelerator = make_accelerator(run_path, accumulation=recipe.train.accumulation, trackers=recipe.train.trackers)
-    with tf32_products(recipe.noise.distribution != "dequantise"):
+    with tf32_products(False):  # likelihoods and samples are float32 on every device; `Loop` allows it for steps
         return _train(recipe, RunDir(run_path), accelerator, start, max_steps, allow_changes, find_micro_batch)
 
 
@@ -140,7 +145,11 @@ def _train(
         accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
     if not recipe.data.in_memory:
-        check_workers(recipe.data.num_workers)
+        of_image = math.prod((recipe.model.in_channels, recipe.model.image_size, recipe.model.image_size))
+        # Stored codes are of 2 bytes, with a mean and a deviation, straight and mirrored.
+        stored = of_image if recipe.codec.vae is None else 8 * of_image
+        micro_batch = recipe.train.batch_size // accelerator.num_processes // recipe.train.accumulation
+        check_workers(recipe.data.num_workers, micro_batch * stored)
     vae = main_first(accelerator, lambda: open_vae(recipe))
     recipe = with_identity(recipe, vae)
     check_run_folder(run, recipe, accelerator, start, allow_changes)
@@ -177,6 +186,7 @@ class _Training(Loop[_FlowStep, Summary]):
         total_steps = recipe.num_steps(len(data.train))
         super().__init__(recipe, run, data, accelerator, stop, name=recipe.name, total_steps=total_steps)
         self.recipe, self.sharded, self.max_steps = recipe, sharded, max_steps
+        self.tf32 = recipe.noise.distribution != "dequantise"  # a likelihood's objective is that of its evaluation
         self.vae = vae  # on the CPU; only sample grids and exports need it
         self.held_out = Evaluation({}, None)
         self.edges = bucket_edges(recipe)
@@ -184,8 +194,8 @@ class _Training(Loop[_FlowStep, Summary]):
         set_seed(recipe.train.seed)
         self.flow: TARFlow = recipe.model.build(recipe.noise_range)
         if recipe.train.gradient_checkpointing:
-            self.flow.enable_gradient_checkpointing()
-        self.model = distribute(self.flow, accelerator, sharded)
+            self.flow.enable_gradient_checkpointing(recomputed)
+        self.model = distribute(self.flow, accelerator, sharded, bf16=sends_bf16(recipe))
         if recipe.train.compile:
             compile_layers(self.flow)
         self.optimizer = torch.optim.AdamW(
@@ -249,7 +259,7 @@ class _Training(Loop[_FlowStep, Summary]):
                         grad_norm = clip_grad_norm(self.model, train.max_grad_norm or math.inf)
                         if math.isfinite(grad_norm):
                             self.optimizer.step()
-                        self.optimizer.zero_grad()
+                        clear_gradients(self.model, self.optimizer)
                 parts.append(losses)
                 levels.append(part.noise_level)
         output = _FlowStep(Losses.together(parts), torch.cat(levels), grad_norm, moments)
@@ -262,7 +272,7 @@ class _Training(Loop[_FlowStep, Summary]):
 
     def _after_update(self, losses: Losses) -> None:
         if self.ema is not None:
-            self.ema.step(self.model.parameters())
+            update_average(self.ema, self.model)
         if losses.mean_square is not None:
             mean_square = self.accelerator.reduce(losses.mean_square, "mean")
             self.flow.prior_variance.copy_(updated_prior_variance(self.flow.prior_variance, mean_square.sqrt()[None]))
@@ -334,8 +344,11 @@ class _Training(Loop[_FlowStep, Summary]):
     def _sampling_flow(self) -> Iterator[TARFlow]:
         """Averaged weights, and no compilation: sampling has other shapes at each token."""
         whole = whole_flow(self.model, self.recipe, self.ema, self.accelerator.device)
-        with whole as flow, torch.compiler.set_stance("force_eager"):
-            yield flow
+        try:
+            with whole as flow, torch.compiler.set_stance("force_eager"):
+                yield flow
+        finally:
+            release_recordings()  # a step needs their memory more than the next grid needs them
 
     # -- exports -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -354,3 +355,35 @@ def test_a_folder_for_temporary_files_that_is_too_long_is_refused(monkeypatch: p
 def test_what_a_worker_raises_is_no_death() -> None:
     with pytest.raises(RuntimeError, match="Caught"):
         list(watched(ending(RuntimeError("Caught RuntimeError in DataLoader worker process 0.")), "take fewer"))
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_batches_for_a_gpu_are_in_pinned_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool
+) -> None:
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    data = load(write_row_groups(tmp_path / "a.parquet", 12, 3)).train
+    (batch,) = in_order(data.decoded() if in_memory else data, 12)
+    assert [id(batch.images), id(batch.labels)] == [id(tensor) for tensor in pinned]
+    assert batch.broken == ()
+
+
+def test_batches_that_do_not_fit_the_memory_between_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "_SHARED", tmp_path)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=2**14, f_frsize=2**12))  # 64 MB, as docker's
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    loader.check_workers(8, 2**20)
+    loader.check_workers(0, 2**30)
+    with pytest.raises(
+        DataError, match=r"64 MiB free.* 8 workers .*2 processes may need 80 MiB.*--ipc=host.*workers 6"
+    ):
+        loader.check_workers(8, 5 * 2**18)

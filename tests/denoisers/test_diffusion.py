@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -53,6 +54,15 @@ def test_levels_of_the_table_are_its_steps_and_others_lie_between():
     middle = (table[3] * table[4]).sqrt().reshape(1)
     DiffusionDenoiser(model, scheduler)(noise(6, 2, 4, 4), None, torch.cat([table[steps], middle]))
     torch.testing.assert_close(model.seen[0][1], torch.cat([steps.float(), torch.tensor([3.5])]), rtol=0, atol=1e-4)
+
+
+def test_steps_are_those_of_linear_interpolation():
+    scheduler, model = DDPMScheduler(1000, beta_schedule="linear"), Recorder()
+    table = sigmas(scheduler)
+    levels = torch.cat([torch.tensor([table[0] * 0.995, table[-1] * 1.005]), torch.lerp(table[:-1], table[1:], 0.3)])
+    DiffusionDenoiser(model, scheduler)(noise(len(levels), 2, 1, 1), None, levels)
+    expected = np.interp(levels.double().log().numpy(), table.log().numpy(), np.arange(1000))
+    assert torch.equal(model.seen[0][1], torch.from_numpy(expected).float())
 
 
 def test_the_model_sees_images_of_unit_scale():

@@ -262,17 +262,40 @@ def test_compiled_layers_are_those_of_the_view_alone(make_flow, make_inputs, mon
     assert len(calls) == sum(flow.config.num_layers)
 
 
+@pytest.mark.slow
+def test_layers_are_compiled_once_for_all_batch_sizes(make_flow, make_inputs, monkeypatch):
+    graphs, compiled = [], torch.compile
+
+    def note(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled(call, backend=note, **options))
+    torch._dynamo.reset()  # of what other tests compiled
+    flow = make_flow()
+    for dtype in (None, torch.bfloat16):
+        denoiser = FlowDenoiser(flow, dtype=dtype, compiled=True, slice_size=4)
+        for count in (6, 3, 4):
+            inputs = make_inputs(flow, count)
+            expected = FlowDenoiser(flow, dtype=dtype, slice_size=4).score(*inputs)
+            torch.testing.assert_close(denoiser.score(*inputs), expected)
+    assert len(graphs) == 2
+
+
 # Memory that does not do
 
 
-def out_of_memory_beyond(denoiser, images, message="CUDA out of memory. Tried to allocate 1 GiB"):
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+
+def out_of_memory_beyond(denoiser, images, error=NO_MEMORY):
     """From now on more images at a time are too many; returns the sizes that are tried."""
     tried = []
 
     def attempt(module, args):
         tried.append(len(args[0]))
         if len(args[0]) > images:
-            raise torch.OutOfMemoryError(message)
+            raise error
 
     denoiser.flow.register_forward_pre_hook(attempt)
     return tried
@@ -318,7 +341,7 @@ def test_a_single_image_that_does_not_fit_and_other_errors_are_raised(make_flow,
     with pytest.raises(torch.OutOfMemoryError, match="Tried"):
         denoiser.score(*make_inputs(flow))
     denoiser = FlowDenoiser(flow)
-    sizes = out_of_memory_beyond(denoiser, 0, "out of luck")
+    sizes = out_of_memory_beyond(denoiser, 0, RuntimeError("out of luck"))
     with pytest.raises(RuntimeError, match="out of luck"):
         denoiser.score(*make_inputs(flow))
     assert sizes == [3]

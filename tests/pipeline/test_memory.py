@@ -1,10 +1,15 @@
 """What a call needs of the memory, and what is remembered from call to call."""
 
+import gc
+import weakref
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from itarflow import DenoiseScheduler, FlowDenoiser, ITARFlowPipeline, TARFlow
 from itarflow.pipeline import memory
+from itarflow.runtime.recording import Recordings
 
 
 @pytest.fixture
@@ -101,6 +106,17 @@ def test_the_denoiser_is_kept_while_weights_and_settings_stay(pipe):
     assert not torch.equal(after, before)
 
 
+@pytest.mark.parametrize("leave", [lambda pipe: pipe.to("cpu"), lambda pipe: images_of(pipe)])
+def test_no_weights_are_kept_where_the_flow_has_left(pipe, leave):
+    """By `to`, and by offloading, after each call."""
+    images_of(pipe)
+    kept = weakref.ref(pipe.flow_denoiser())
+    pipe.flow._hf_hook = SimpleNamespace(pre_forward=lambda flow: None)
+    leave(pipe)
+    gc.collect()
+    assert kept() is None
+
+
 # -- too little for one image -----------------------------------------------------------------------------------
 
 
@@ -134,17 +150,51 @@ def test_a_cache_that_can_not_fit_is_refused_before_work(pipe, monkeypatch, neve
     ("options", "rows", "size"), [({}, 2, 4), ({"guidance_weight": 0.0}, 1, 4), ({"labels": (None,)}, 1, 4)]
 )
 def test_what_may_fit_is_made(pipe, monkeypatch, options, rows, size):
-    free(monkeypatch, cache_bytes(pipe, rows, size))
-    assert images_of(pipe, method="skip", **options).isfinite().all()
     free(monkeypatch, cache_bytes(pipe, rows, size) - 1)
     with pytest.raises(ValueError, match="one image needs at least"):
         images_of(pipe, method="skip", **options)
+    free(monkeypatch, cache_bytes(pipe, rows, size))
+    assert images_of(pipe, method="skip", **options).isfinite().all()
 
 
 def test_a_score_that_can_not_fit_is_refused_before_work(pipe, monkeypatch, never):
     free(monkeypatch, cache_bytes(pipe, 2, 4))
     with pytest.raises(ValueError, match=r"for a score.*bfloat16 for denoise_dtype"):
         images_of(pipe)
+
+
+def test_recordings_of_other_calls_make_room(pipe, monkeypatch):
+    needed, recordings = cache_bytes(pipe, 2, 4), Recordings()
+    with recordings.turn(torch.device("cpu")):
+        recordings.get(0, object)
+    monkeypatch.setattr(memory, "usable_memory", lambda device: needed - len(recordings))
+    assert images_of(pipe, method="skip").isfinite().all()
+    assert len(recordings) == 0
+
+
+def test_what_has_fitted_is_not_refused_because_its_memory_is_kept(pipe, monkeypatch):
+    images_of(pipe)
+    free(monkeypatch, 0)
+    assert images_of(pipe).isfinite().all()
+
+
+def test_on_a_gpu_the_cast_weights_of_all_blocks_count(pipe, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        ITARFlowPipeline, "_make", lambda pipe, call, size: calls.append(call) or torch.zeros(4, 3, 4, 4)
+    )
+    images_of(pipe, method="skip", inverse_dtype=torch.bfloat16)
+    cast = [2 * sum(p.numel() for p in block.transformer.parameters()) for block in pipe.flow.blocks]
+    cache = cache_bytes(pipe, 2, 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    for device, needed in (("cpu", cache + max(cast)), ("cuda", cache + sum(cast))):
+        where = torch.device(device)
+        moved = 0 if device == "cpu" else 4 * sum(p.numel() for p in pipe.flow.parameters())
+        free(monkeypatch, needed + moved)
+        memory.check_memory(pipe.flow, calls[0], where)
+        free(monkeypatch, needed + moved - 1)
+        with pytest.raises(ValueError, match=f"but {device} "):
+            memory.check_memory(pipe.flow, calls[0], where)
 
 
 def test_where_the_memory_is_not_known_nothing_is_refused(pipe, monkeypatch):

@@ -58,16 +58,22 @@ def test_a_plan_of_elsewhere_is_not_used_which_is_said_once(flow, caplog, where)
     module._warn_once.cache_clear()
     plans = [plan(**GPU | ELSEWHERE[where]), plan(batch_size=1)]
     for _ in range(2):
-        assert planned(plans, flow, GPU, 8) is sequential
+        assert planned(plans, flow, lambda: GPU, 8) is sequential
     (said,) = caplog.messages
     assert f"it was found on {plans[0].place}, and this is NVIDIA H100 80GB HBM3 in bfloat16, torch 2.13" in said
     assert "`itarflow profile CHECKPOINT` finds a plan" in said
 
 
+def test_names_of_foreign_plans_can_not_command_a_terminal(flow, caplog):
+    planned([plan(**GPU | {"device_name": "\x1b]0;title\x07"})], flow, lambda: GPU, 8)
+    assert caplog.messages[0].isprintable()
+    assert "title" in caplog.messages[0]
+
+
 def test_nothing_is_said_of_plans_for_other_batches_or_types_of_device(flow, caplog):
-    assert planned([plan(**GPU)], flow, GPU, 9) is sequential
-    assert planned([plan(**GPU)], flow, CPU, 1) is sequential
-    assert planned([plan(**GPU)], flow, GPU, 8) == plan().solvers_of(flow)
+    assert planned([plan(**GPU)], flow, lambda: GPU, 9) is sequential
+    assert planned([plan(**GPU)], flow, lambda: CPU, 1) is sequential
+    assert planned([plan(**GPU)], flow, lambda: GPU, 8) == plan().solvers_of(flow)
     assert caplog.messages == []
 
 

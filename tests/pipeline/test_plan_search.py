@@ -200,6 +200,13 @@ def test_images_that_are_not_finite_can_not_be_compared(long_flow, make_inputs):
         )
 
 
+def test_a_plan_names_the_precision_in_which_it_was_found(make_flow, make_inputs):
+    flow = make_flow(patch_size=4, learned_first_token=True)
+    assert search(flow, make_inputs, largest_difference=0.0).plan.dtype == "torch.float32"
+    asked = search(flow, make_inputs, largest_difference=0.0, dtype=torch.bfloat16).plan
+    assert (asked.device, asked.device_name, asked.dtype) == ("cpu", "cpu", "torch.bfloat16")
+
+
 def test_flows_of_single_tokens_have_nothing_to_plan(make_flow, make_inputs):
     flow = make_flow(patch_size=4, learned_first_token=True).double()
     found = search(flow, make_inputs, largest_difference=0.0)

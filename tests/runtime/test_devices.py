@@ -11,6 +11,7 @@ from itarflow.runtime.devices import (
     float32_products,
     in_batches,
     is_out_of_memory,
+    on_cpu,
     sampling_dtype,
     tf32_products,
     usable_device,
@@ -337,6 +338,15 @@ def test_the_cpu_computes_where_no_gpu_can_and_it_is_said(monkeypatch, count, er
         assert usable_device(None) == "cpu"
 
 
+def test_trainings_say_why_the_cpu_computes(monkeypatch):
+    gpus(monkeypatch, 0, OLD_DRIVER)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match=r"so the CPU computes: The NVIDIA driver on your system is too old"):
+        assert on_cpu()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert on_cpu()
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(("error", "visible"), [(NO_DRIVER, None), (NONE_SEEN, ""), (NONE_SEEN, "-1")])
 def test_nothing_is_said_where_no_gpu_is_wanted(monkeypatch, error, visible):
@@ -365,13 +375,19 @@ class Process(NamedTuple):
     device: torch.device
 
 
+def test_a_gpu_that_fails_is_refused_before_work(monkeypatch):
+    gpus(monkeypatch, 1, NO_KERNELS)
+    with pytest.raises(ValueError, match=r"the GPU can't be used: CUDA error: no kernel image .*ACCELERATE_USE_CPU"):
+        check_own_gpu(Process(0, torch.device("cuda", 0)))
+
+
 def test_processes_that_share_a_gpu_are_refused(monkeypatch):
     store = dist.HashStore()
+    gpus(monkeypatch, 2)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_backend", lambda: "cuda:nccl,cpu:gloo")
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=f"GPU-{device}"))
     first, other, shared = (Process(index, torch.device("cuda", index % 2)) for index in range(3))
     for _ in range(2):  # more than one part of a command may ask
@@ -380,5 +396,8 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"processes 0 and 2 would share one GPU, NVIDIA L4.*2 here"):
         check_own_gpu(shared)
     check_own_gpu(Process(3, torch.device("cpu")))
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda: "gloo")  # which can share one
+        check_own_gpu(shared)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     check_own_gpu(shared)

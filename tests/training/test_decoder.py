@@ -309,7 +309,25 @@ def test_the_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert "--data.path" not in printed  # it is the first word
 
 
-def test_the_precision_of_products_is_afterwards_what_it_was(vaes: dict[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="size"):
-        fine_tune(settings(vaes["tiny"], size=7), tmp_path)
+def test_steps_may_use_tf32_and_tuned_convolutions_and_evaluations_are_float32(
+    vaes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: set[tuple[str, str, bool]] = set()
+
+    def noting(function: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
+            found.add((function.__name__, torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark))
+            return function(*args, **options)
+
+        return noted
+
+    for name in ("reconstruction_terms", "held_out_psnr", "decoded_examples"):
+        monkeypatch.setattr(finetune, name, noting(getattr(finetune, name)))
+    fine_tune(settings(vaes["tiny"], steps=1), tmp_path)
+    assert found == {
+        ("reconstruction_terms", "high", True),
+        ("held_out_psnr", "highest", True),
+        ("decoded_examples", "highest", True),
+    }
     assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.benchmark

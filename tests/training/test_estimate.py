@@ -28,6 +28,7 @@ from itarflow.training.estimate import (
     device_memory,
     estimate,
 )
+from itarflow.training.objective import draw
 
 
 def recipe(train: dict[str, Any] | None = None, **model: Any) -> Recipe:
@@ -112,13 +113,20 @@ def test_one_device_holds_weights_gradients_two_moments_and_the_average_in_float
     device = device_memory(tiny)
     assert (device.weights, device.gradients, device.optimizer, device.exchange) == (whole, whole, 2 * whole, 0)
     assert device.average == (whole if ema_decay else 0)
-    assert device.state == (5 if ema_decay else 4) * whole
+    assert device.state == (5 if ema_decay else 4) * whole + device.draws
     assert device_memory(tiny, sharded=True) == device
 
 
-def test_replicas_hold_everything_and_the_gradients_twice():
-    one, eight = device_memory(recipe()), device_memory(recipe(), 8)
-    assert eight == replace(one, exchange=one.gradients)
+def test_replicas_hold_what_one_device_does():
+    assert device_memory(recipe(), 8) == device_memory(recipe())
+
+
+def test_each_device_draws_the_numbers_of_the_global_batch():
+    tiny = recipe({"batch_size": 24})
+    drawn = [value for value in draw(tiny, 0, torch.device("cpu")) if value is not None and value.ndim == 4]
+    assert device_memory(tiny, 8).draws == sum(value.nbytes for value in drawn)
+    latent = replace(tiny, codec=replace(tiny.codec, vae="some"))
+    assert device_memory(latent).draws == 2 * device_memory(tiny).draws
 
 
 def test_shards_are_an_even_part_of_everything():
@@ -139,6 +147,23 @@ def test_two_layers_and_what_is_around_the_layers_are_whole_at_a_time():
     layer = sum(p.numel() for p in flow.blocks[0].transformer.layers[0].parameters())
     around = sum(p.numel() for p in flow.parameters()) - 4 * layer
     assert device_memory(recipe(), 2, sharded=True).exchange == 4 * 2 * (2 * layer + around)
+    norms = 4 * flow.config.channels
+    # Weights of two layers, the gradients of one, and those of another on their way, in bytes of each.
+    of_products = (2 * 2 + 2 + 4) * (layer - norms)
+    bf16 = recipe({"mixed_precision": "bf16"})
+    assert device_memory(bf16, 2, sharded=True).exchange == of_products + 4 * 2 * (around + 4 * norms)
+    compiled = recipe({"mixed_precision": "bf16", "compile": True})
+    assert device_memory(compiled, 2, sharded=True) == device_memory(recipe(), 2, sharded=True)
+
+
+def test_gathered_bf16_weights_need_no_copies():
+    sizes = {"channels": 64, "head_dim": 32, "num_layers": (2, 4), "image_size": 16}
+    wanted = recipe({"mixed_precision": "bf16"}, **sizes)
+    whole, split = (activations(wanted, checkpointing=False, sharded=sharded) for sharded in (False, True))
+    assert split.per_image == whole.per_image
+    products = 6 * 64 * (64 * (3 + 1 + 2 + 2) + 3 + 1 + 2 + 1)
+    fixed = [max(others for _, others in found.moments) for found in (whole, split)]
+    assert fixed[0] - fixed[1] == pytest.approx(2 * products, rel=0.1)
 
 
 def test_more_devices_never_need_more_each():
@@ -266,7 +291,7 @@ def test_more_memory_fits_more_images():
 
 
 def test_a_device_has_no_room_without_memory():
-    nothing = DeviceMemory(weights=0, gradients=0, optimizer=0, average=0, exchange=0)
+    nothing = DeviceMemory(weights=0, gradients=0, optimizer=0, average=0, exchange=0, draws=0)
     assert nothing.largest_micro_batch(Activations(((8, 0),)), 0) == 0
 
 

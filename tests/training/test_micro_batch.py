@@ -1,5 +1,7 @@
 """The micro-batch that fits is found by trying, and the global batch stays."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -45,6 +47,38 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch):
     monkeypatch.setattr(microbatch, "nll_per_dim", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         find_accumulation(tiny_recipe(), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("shapes do not match")])
+def test_trials_on_a_gpu_leave_a_part_of_its_memory_and_come_after_the_first_message(monkeypatch, error):
+    events, device = [], torch.device("cuda", 1)
+
+    def noting(name):
+        return lambda *args, **_: events.append((name, *args)) or list(*args[:1])
+
+    def trial(_recipe, _accelerator, size):
+        events.append(("trial", size))
+        if error is not None:
+            raise error
+        if size > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(microbatch, "gather_object", noting("gather"))
+    monkeypatch.setattr(microbatch, "_try_steps", trial)
+    monkeypatch.setattr(microbatch, "clear_device_cache", lambda **_: events.append(("clear",)))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *to: events.append(("fraction", *to)))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: events.append(("peak",)))
+    accelerator = SimpleNamespace(num_processes=2, device=device)
+    before = [("gather", [0]), ("fraction", 0.92, device), ("trial", 6)]
+    after = [("fraction", 1.0, device), ("peak",)]
+    if error is not None:
+        with pytest.raises(RuntimeError, match="shapes"):
+            find_accumulation(tiny_recipe(batch_size=12), accelerator)
+        assert events == [*before, *after]
+        return
+    assert find_accumulation(tiny_recipe(batch_size=12), accelerator) == 2
+    assert events == [*before, ("clear",), ("trial", 3), ("clear",), *after, ("gather", [2])]
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ from itarflow.runtime.devices import usable_cores
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, write_json, write_text
 from itarflow.runtime.json_file import read_json
-from itarflow.runtime.processes import processes_here
+from itarflow.runtime.launch import processes_here
 from itarflow.runtime.text import display_name, human_bytes
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

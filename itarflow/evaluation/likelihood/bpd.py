@@ -28,9 +28,10 @@ from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append,
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.runtime.devices import float32_products, on_cpu
+from itarflow.runtime.devices import float32_products
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, folder_lock, weights_digest
+from itarflow.runtime.launch import joined
 from itarflow.runtime.pictures import blank_figure
 from itarflow.runtime.processes import main_first, on_main, shared_images
 from itarflow.runtime.text import display_name, short_names
@@ -102,7 +103,7 @@ def measure_bpd(config: BpdConfig, *, console: Console | None = None) -> Report 
         ValueError: settings out of range, or that do not suit the checkpoint.
         RunError: one of these has met another process, or the folder holds other figures.
     """
-    state = PartialState(cpu=on_cpu())
+    state = joined()
     _check_counts(config)
     if config.device is not None and state.num_processes > 1:
         raise ValueError(

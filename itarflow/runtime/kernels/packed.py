@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itarflow.runtime.kernels import cpu
+from itarflow.runtime.kernels.thin import has_thin_product, thin_product
 
 
 class Norm(NamedTuple):
@@ -42,6 +43,8 @@ class PackedLinear(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in), of the weight's type, or of the norm's if there is one, -> (..., out) of the weight's type."""
+        if self._is_thin(x, None):
+            return thin_product(x, self.weight, self.bias, self.norm, self.gelu)
         x = self._normed(x)
         if self.onednn and self.gelu:
             return cpu.packed_product(x, self.weight, self.bias, gelu=True)
@@ -50,9 +53,14 @@ class PackedLinear(NamedTuple):
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """The product, added to the residual (..., out), whose type the result has."""
+        if self._is_thin(x, residual):
+            return thin_product(x, self.weight, self.bias, self.norm, self.gelu, residual)
         if self.onednn and residual.dtype == self.weight.dtype and self.activation is None:
             return cpu.packed_sum(self._normed(x), residual, self.weight, self.bias)
-        return residual + self(x).to(residual.dtype)
+        product = self(x)
+        if product.device.type == "cuda" and torch.promote_types(product.dtype, residual.dtype) == residual.dtype:
+            return residual + product  # which is one kernel there
+        return residual + product.to(residual.dtype)
 
     def tensors(self) -> list[Tensor]:
         """All that it reads."""
@@ -62,6 +70,12 @@ class PackedLinear(NamedTuple):
     def gelu(self) -> bool:
         """Whether GELU follows, as `torch.nn.functional.gelu` computes it by default."""
         return isinstance(self.activation, nn.GELU) and self.activation.approximate == "none"
+
+    def _is_thin(self, x: Tensor, residual: Tensor | None) -> bool:
+        """Whether a GPU's kernel for few rows takes all of it."""
+        if self.onednn or not (self.activation is None or self.gelu):
+            return False
+        return has_thin_product(x, self.weight, self.norm is not None, self.gelu, residual)
 
     def _normed(self, x: Tensor) -> Tensor:
         if self.norm is None:

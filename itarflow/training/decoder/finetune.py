@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 
 from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
 from itarflow.data.load import ImageData, load_data
-from itarflow.data.loader import Batch
+from itarflow.data.loader import Batch, check_workers
 from itarflow.pipeline.folder import finish_vae
-from itarflow.runtime.devices import tf32_products
+from itarflow.runtime.devices import tf32_products, tuned_convolutions
 from itarflow.runtime.files import atomically, replace_folder, write_json
 from itarflow.runtime.json_file import as_type
+from itarflow.runtime.modules import recomputed
 from itarflow.runtime.processes import main_first, on_main
 from itarflow.runtime.signals import StopSignal
 from itarflow.training.decoder.config import (
@@ -50,7 +52,12 @@ from itarflow.training.finished import Finished
 from itarflow.training.loop import Loop
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.settings import learning_rate_factor
-from itarflow.training.sharding import averaged_weights, clip_grad_norm, make_accelerator
+from itarflow.training.sharding import (
+    averaged_weights,
+    clear_gradients,
+    clip_grad_norm,
+    make_accelerator,
+)
 from itarflow.training.tensors import load_tensors, save_tensors
 
 
@@ -65,7 +72,6 @@ class Tuned(Finished):
     held_out_images: int
 
 
-@tf32_products()
 def fine_tune(
     config: DecoderConfig,
     out: Path,
@@ -100,7 +106,13 @@ def fine_tune(
         raise ValueError("data.held_out_images is 0: there is nothing to measure the decoder on; expected 1 or more.")
     if config.data.in_memory:
         data = data.decoded()
-    with claimed(run, config, accelerator, start, allow_changes) as stop:
+    else:
+        micro_batch = config.train.batch_size // accelerator.num_processes // config.train.accumulation
+        check_workers(config.data.num_workers, micro_batch * vae.config.in_channels * config.size**2)
+    with ExitStack() as within:
+        within.enter_context(tf32_products(False))  # what is measured is float32; `Loop` allows TF32 for steps
+        within.enter_context(tuned_convolutions())
+        stop = within.enter_context(claimed(run, config, accelerator, start, allow_changes))
         tuning = _Tuning(config, run, data, accelerator, stop, vae=vae, perceptual=perceptual)
         return tuning.run_to(max_steps, resume=start == "resume", allow_changes=allow_changes)
 
@@ -144,7 +156,7 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
         # Convolutions are faster with the channels last, on CPUs and GPUs alike.
         self.vae = vae.to(accelerator.device, memory_format=torch.channels_last)
         if config.train.gradient_checkpointing:
-            self.vae.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing(recomputed)
         self.perceptual = None if perceptual is None else perceptual.to(accelerator.device)
         self.codec, self.decoding = VaeCodec(self.vae), Decoding(self.vae)
         self.measured = VaeCodec(self.vae, slice_size=4)  # whole images in float32 may be larger than those of a step
@@ -255,9 +267,9 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
                 self.critic_optimizer.step()
             if self.ema is not None:
                 self.ema.step(self.model.parameters())
-        self.optimizer.zero_grad()
-        if self.critic_optimizer is not None:
-            self.critic_optimizer.zero_grad()
+        clear_gradients(self.model, self.optimizer)
+        if self.critic_model is not None and self.critic_optimizer is not None:
+            clear_gradients(self.critic_model, self.critic_optimizer)
         return norms[0] if finite else math.nan
 
     def _set_learning_rate(self, step: int) -> None:
