@@ -123,7 +123,7 @@ def _records(
     command: str,
 ) -> list[Record]:
     """Of the variants that did not fail, by name; compared with the peer, or without one with the first."""
-    reference = REFERENCE if REFERENCE in timings else next(iter(timings), None)
+    reference = REFERENCE if REFERENCE in timings else next(iter(timings), "")
     records = []
     for variant in (variant for variant in case.variants if variant.name in timings):
         timing, compared = timings[variant.name], variant.name != reference

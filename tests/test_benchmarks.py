@@ -210,6 +210,7 @@ def test_what_is_measured_is_kept_if_a_later_case_fails(tmp_path, monkeypatch, c
         (("inverse", "--image-size", "9"), "does not divide"),
         (("inverse", "--repeats", "0"), "--repeats"),
         (("inverse", "--device", "abacus"), "--device abacus can't be used here"),
+        (("everything", "--minutes", "0"), "--minutes is 0.0; expected a number > 0"),
     ],
 )
 def test_what_will_not_go_is_said(words, message, capsys):

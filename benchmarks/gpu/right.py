@@ -122,7 +122,8 @@ def _in_bf16(flow: TARFlow, given: Given) -> Computed:
 def _tests(setting: Setting, blank: Figure) -> Figure:
     if importlib.util.find_spec("pytest") is None:
         return replace(blank, failed="pytest is not installed")
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-o", "addopts=", "-p", "no:cacheprovider", "tests"]
+    files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.cuda" in path.read_text()]
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-o", "addopts=", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "ITARFLOW_TEST_CUDA": "1"}
     done = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(setting.left, 10), check=False

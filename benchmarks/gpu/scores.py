@@ -19,7 +19,7 @@ from itarflow.flow import TARFlow
 from itarflow.pipeline.memory import score_bytes
 from itarflow.runtime.devices import tf32_products
 
-TEN = {"t_max": LEVELS[1], "t_min": LEVELS[0], "num_denoise_steps": 10}
+TEN: dict[str, Any] = {"t_max": LEVELS[1], "t_min": LEVELS[0], "num_denoise_steps": 10}
 
 
 def score(setting: Setting) -> Iterator[Figure]:

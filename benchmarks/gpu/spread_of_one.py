@@ -16,12 +16,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from diffusers.training_utils import EMAModel
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from itarflow.flow import TARFlow, nll_per_dim
-from itarflow.flow.transformer import Layer
-from itarflow.training.sharding import clip_grad_norm
+from itarflow.training.sharding import clip_grad_norm, distribute
 from itarflow.training.tensors import load_tensors, save_tensors
 
 
@@ -33,16 +30,12 @@ class Training(NamedTuple):
     ema: EMAModel
 
 
-def begun(device: torch.device) -> Training:
+def begun(accelerator: Accelerator) -> Training:
     """Always the same."""
     torch.manual_seed(0)
     flow = TARFlow(image_size=8, channels=64, num_layers=(1, 2), num_classes=3)
     flow.enable_gradient_checkpointing()
-    mesh = init_device_mesh(device.type, (1,))
-    for module in flow.modules():
-        if isinstance(module, Layer):
-            fully_shard(module, mesh=mesh)
-    fully_shard(flow, mesh=mesh)
+    distribute(flow, accelerator, sharded=True, bf16=True)
     optimizer = torch.optim.AdamW(flow.parameters(), lr=1e-3, fused=True)
     return Training(flow, optimizer, EMAModel(flow.parameters(), 0.9, foreach=True))
 
@@ -75,12 +68,12 @@ def main(cpu: bool) -> None:
     assert gather_object([("a", 1)]) == [("a", 1)]
     assert broadcast_object_list(["b"]) == ["b"]
     assert accelerator.reduce({"sum": torch.ones(3, device=device)}, "sum")["sum"].tolist() == [1, 1, 1]
-    one = begun(device)
+    one = begun(accelerator)
     taken = [step(one, device) for _ in range(3)]
     assert taken[-1][0] < taken[0][0], taken
     with tempfile.TemporaryDirectory() as folder:
         save_tensors(Path(folder), one.flow, one.optimizer, one.ema)
-        other = begun(device)
+        other = begun(accelerator)
         load_tensors(Path(folder), other.flow, other.optimizer, other.ema)
     following = step(one, device), step(other, device)
     # Gradients of attention are summed in any order on a GPU.

@@ -213,7 +213,7 @@ def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0) 
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        told, _ = process.communicate(timeout=None if setting.dry else max(1.0, setting.left - _TO_STOP))
+        told, _ = process.communicate(timeout=None if setting.dry else max(1.0, setting.left - 1.5 * _TO_STOP))
     except subprocess.TimeoutExpired:
         stopped = True
         process.send_signal(signal.SIGTERM)
@@ -231,7 +231,7 @@ def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0) 
     return measured
 
 
-_TO_STOP = 8.0
+_TO_STOP = 10.0
 """Seconds that a command has to save its state."""
 
 
