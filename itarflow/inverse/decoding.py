@@ -203,10 +203,12 @@ def run_layers(
     Returns:
         (B', n, C).
     """
+    shape, x = x.shape, x.flatten(0, 1)  # once: products flatten what is no matrix, each for itself
     for layer, part in zip(layers, cache, strict=True):
-        x = layer.proj.plus(_attend(layer.qkv(x), part, window, temperature), x)
+        qkv = layer.qkv(x).view(*shape[:2], -1)
+        x = layer.proj.plus(_attend(qkv, part, window, temperature).flatten(0, 1), x)
         x = layer.down.plus(layer.hidden(x), x)
-    return x
+    return x.view(shape)
 
 
 def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | None) -> Tensor:

@@ -17,6 +17,12 @@ onednn = pytest.mark.skipif(not kernels.ONEDNN, reason="float32 products don't g
 
 
 @pytest.fixture
+def _wide(monkeypatch):
+    """As on a CPU with AVX-512; oneDNN is just as right on others."""
+    monkeypatch.setattr(kernels, "WIDE", True)
+
+
+@pytest.fixture
 def _blocks(monkeypatch):
     """Blocks also on a CPU without products in bfloat16, where they are slower and just as right."""
     if kernels.PLAIN:
@@ -46,7 +52,7 @@ def test_without_the_private_parts_all_is_pytorchs_to_the_bit(why, monkeypatch):
     if why == "absent":
         monkeypatch.setattr(torch.ops, "mkldnn", object())
     if why == "other signature":
-        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight, layout: weight)
+        monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight: weight)
     plain: dict[str, Any] = runpy.run_path(kernels.__file__)
     assert plain["PLAIN"] == (why == "told to")
     assert (plain["ONEDNN"], plain["BLOCKS"]) == (False, False)
@@ -79,6 +85,7 @@ def layer_of(weight, bias):
     return layer
 
 
+@pytest.mark.usefixtures("_wide")
 @pytest.mark.parametrize("shape", [(200,), (2, 5, 40)])
 def test_values_and_all_gradients_are_those_of_a_linear_layer(shape):
     given = [tensor.requires_grad_() for tensor in arrays(*shape)]
@@ -94,6 +101,7 @@ def test_values_and_all_gradients_are_those_of_a_linear_layer(shape):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.usefixtures("_wide")
 def test_second_derivatives():
     x, weight, _ = arrays(200)
     x.requires_grad_(), weight.requires_grad_()
@@ -106,6 +114,7 @@ def test_second_derivatives():
     torch.testing.assert_close(curvature(linear), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.usefixtures("_wide")
 @onednn
 def test_a_frozen_layer_keeps_no_input():
     x, weight, bias = arrays(200)
@@ -113,6 +122,7 @@ def test_a_frozen_layer_keeps_no_input():
     assert [tensor is not None for tensor in saved] == [False, True]
 
 
+@pytest.mark.usefixtures("_wide")
 @onednn
 def test_small_products_other_types_and_autocast_are_left_to_pytorch():
     x, weight, _ = arrays(200)
@@ -125,6 +135,16 @@ def test_small_products_other_types_and_autocast_are_left_to_pytorch():
         assert linear(x, weight).dtype == torch.bfloat16
 
 
+@onednn
+def test_without_avx_512_only_packed_layers_take_onednn(monkeypatch):
+    monkeypatch.setattr(kernels, "WIDE", False)
+    x, weight, bias = arrays(200)
+    assert not takes_onednn(x, weight)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    assert pack(layer_of(weight, bias), torch.float32).onednn
+
+
+@pytest.mark.usefixtures("_wide")
 def test_function_transforms_and_forward_derivatives():
     x, weight, bias = arrays(200)
     tangent = torch.ones_like(x)
@@ -149,9 +169,10 @@ def test_the_module_has_the_state_and_the_start_of_torchs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_packed_layers(dtype):
-    x, weight, bias = arrays(5)
-    packed, given, residual = pack(layer_of(weight, bias), dtype), x.to(dtype), torch.randn(5, 96)
+@pytest.mark.parametrize("rows", [5, 40])  # GELU in the product's kernel; after it, without AVX-512
+def test_packed_layers(dtype, rows):
+    x, weight, bias = arrays(rows)
+    packed, given, residual = pack(layer_of(weight, bias), dtype), x.to(dtype), torch.randn(rows, 96)
     norm = torch.nn.LayerNorm(64).requires_grad_(False)
     whole = pack(layer_of(weight, bias), dtype, norm, activation=torch.nn.GELU())
     assert kernels.ONEDNN or not packed.onednn

@@ -2,7 +2,8 @@
 
 Replacements of `torch.nn.functional.linear` and `scaled_dot_product_attention`, equal to them up to rounding:
 
-- float32 products go through oneDNN. PyTorch uses MKL, which does not use AVX-512 on AMD's processors.
+- float32 products go through oneDNN. PyTorch uses MKL, which does not use AVX-512 on AMD's processors. Without AVX-512
+  only packed layers do so, which gain where there are few rows, as in sampling; MKL is faster for whole batches.
 - causal attention over a whole sequence in bfloat16 is computed by blocks of queries. PyTorch's tiles are too small
   for bfloat16 to be faster than float32.
 - attention of single queries of many heads, as in sampling, is two products.
@@ -11,8 +12,7 @@ Other devices, other dtypes, torch.compile, torch.func and forward-mode derivati
 PyTorch without these interfaces, which are tried when this module is imported. ITARFLOW_PLAIN_KERNELS=1 in the
 environment turns them off.
 
-The gain depends on the CPU: `python benchmarks/plain_kernels.py` measures it. On an AMD EPYC without AVX-512 it is
-0.90 for the two passes of a training step in float32, which is a loss, and 1.13 for the inverse of 8 images.
+The gain depends on the CPU: `python benchmarks/plain_kernels.py` measures it.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ _MANY = 64
 """Heads times samples from which two products are faster for single queries."""
 _LARGE = 2**21
 """Size of all keys from which they are read faster as the left factor."""
+_SEPARATE = 16
+"""Rows from which GELU is faster after the product than in its kernel, without AVX-512."""
+_ROWS = 1024
+"""For which oneDNN lays weights out. Told nothing it takes a layout that is slower for one row and for a thousand."""
 
 PLAIN = os.environ.get("ITARFLOW_PLAIN_KERNELS", "") not in ("", "0")
 """Whether the environment turns the replacements off."""
@@ -53,7 +57,7 @@ def _has_onednn() -> bool:
     one = torch.ones(1, 1, device="cpu", dtype=torch.float32)
     try:
         operator = torch.ops.mkldnn._linear_pointwise
-        packed = torch.ops.mkldnn._reorder_linear_weight(one)
+        packed = torch.ops.mkldnn._reorder_linear_weight(one, _ROWS)
         operator.default(one, packed, one[0], "gelu", [], "none")
         operator.binary(one, one, packed, one[0], "add")
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -73,8 +77,10 @@ def _has_blocks() -> bool:
         return False
 
 
+WIDE = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+"""Whether this CPU has AVX-512."""
 ONEDNN = not PLAIN and _has_onednn()
-"""Whether float32 products may go through oneDNN."""
+"""Whether float32 products may go through oneDNN: those of packed layers, and if WIDE those of `linear`."""
 BLOCKS = ONEDNN and _has_blocks()
 """Whether causal attention in bfloat16 may take blocks of queries."""
 if ONEDNN:  # looked up once: that takes as long as a small product
@@ -107,6 +113,7 @@ class Linear(nn.Linear):
 def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         ONEDNN
+        and WIDE
         and x.ndim > 1
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -146,12 +153,15 @@ def packs(weight: Tensor) -> bool:
 
 def packed_weight(weight: Tensor) -> Tensor:
     """The weight (out, in) in oneDNN's layout."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
 
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool = False) -> Tensor:
-    """x (..., in) by a `packed_weight`, with GELU in the same kernel."""
-    return _product(x, weight, bias, "gelu", [], "none") if gelu else _product(x, weight, bias, "none", [], "")
+    """x (..., in) by a `packed_weight`, with GELU, in the same kernel where that is faster."""
+    if gelu and (WIDE or x.numel() < _SEPARATE * x.shape[-1]):
+        return _product(x, weight, bias, "gelu", [], "none")
+    product = _product(x, weight, bias, "none", [], "")
+    return F.gelu(product) if gelu else product
 
 
 def packed_sum(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
