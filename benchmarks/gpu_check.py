@@ -42,10 +42,10 @@ class Budget(NamedTuple):
 
 STEPS: dict[str, Budget] = {
     "env": Budget(15, "gpu.device"),
-    "kernels": Budget(60, "gpu.device"),
+    "kernels": Budget(55, "gpu.device"),
     "right": Budget(40, "gpu.right"),
-    "inverse": Budget(85, "gpu.sampling"),
-    "score": Budget(45, "gpu.scores"),
+    "inverse": Budget(80, "gpu.sampling"),
+    "score": Budget(40, "gpu.scores"),
     "train": Budget(55, "gpu.training"),
     "pipeline": Budget(35, "gpu.sampling"),
     "peer": Budget(40, "gpu.scores"),
@@ -53,7 +53,7 @@ STEPS: dict[str, Budget] = {
     "jacobi": Budget(20, "gpu.sampling"),
     "token": Budget(20, "gpu.sampling"),  # whose profiler may slow down what follows
     "spread": Budget(25, "gpu.training"),
-    "recipe": Budget(40, "gpu.training"),
+    "recipe": Budget(55, "gpu.training"),
     "cifar10": Budget(math.inf, "gpu.training", alone=True),
     "study": Budget(math.inf, "gpu.training", alone=True),
 }

@@ -153,7 +153,7 @@ def cifar10(setting: Setting) -> Iterator[Figure]:
         shutil.rmtree(trial, ignore_errors=True)
     words += ["--run-dir", str(run), "--train.epochs", str(epochs)]
     words += ["--train.evaluate-every-epochs", str(epochs / 8), "--train.sample-every-epochs", str(epochs / 4)]
-    yield _ran(Figure(what="CIFAR-10"), setting, [*words, *(["--resume"] if run.exists() else [])], lines=3)
+    yield _ran(Figure(what="CIFAR-10"), setting, [*words, *(["--resume"] if run.exists() else [])], 3, to_stop=10.0)
     if (run / "pipeline").exists():
         yield tried(Figure(what="CIFAR-10", case="results"), lambda blank: _kept(setting, blank, run))
 
@@ -193,10 +193,10 @@ def study(setting: Setting) -> Iterator[Figure]:
         words += ["--extractor", "efficientnet-lite0"]  # needs no download; its distances are no FID
     else:
         words += ["--features", str(setting.features)]
-    yield _ran(Figure(what="noise dilemma"), setting, words, lines=8)
+    yield _ran(Figure(what="noise dilemma"), setting, words, lines=8, to_stop=10.0)
 
 
-def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0) -> Figure:
+def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0, to_stop: float = 2.0) -> Figure:
     """A command, which is asked to stop when its time is over: a training then saves its state.
 
     Args:
@@ -204,6 +204,7 @@ def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0) 
         setting: how much time there is.
         words: the command.
         lines: how many of the last of its output are kept.
+        to_stop: seconds that it has to save its state.
     """
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
@@ -213,12 +214,12 @@ def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0) 
         words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        told, _ = process.communicate(timeout=None if setting.dry else max(1.0, setting.left - 1.5 * _TO_STOP))
+        told, _ = process.communicate(timeout=None if setting.dry else max(1.0, setting.left - 1.5 * to_stop))
     except subprocess.TimeoutExpired:
         stopped = True
         process.send_signal(signal.SIGTERM)
         try:
-            told, _ = process.communicate(timeout=_TO_STOP)
+            told, _ = process.communicate(timeout=to_stop)
         except subprocess.TimeoutExpired:
             process.kill()
             told, _ = process.communicate()
@@ -229,10 +230,6 @@ def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0) 
     if process.returncode:
         return replace(measured, failed=f"exit status {process.returncode}: {' / '.join(tail[-3:])}")
     return measured
-
-
-_TO_STOP = 10.0
-"""Seconds that a command has to save its state."""
 
 
 def _lines(run: Path) -> list[dict[str, Any]]:
