@@ -64,17 +64,19 @@ def record(
         if device not in _STREAMS:
             _STREAMS[device] = torch.cuda.Stream(device)
         stream = _STREAMS[device]
-        stream.wait_stream(torch.cuda.current_stream())
+        before = torch.cuda.current_stream()
+        stream.wait_stream(before)
         with torch.cuda.stream(stream):
             for _ in range(2):
                 (warm_up or function)(*given)
-        torch.cuda.current_stream().wait_stream(stream)
+        before.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 result = function(*given)
         except RuntimeError as error:
-            if is_out_of_memory(error):
+            torch.cuda.set_stream(before)  # which a recording that fails at its end does not
+            if is_out_of_memory(error) or (error.__context__ and is_out_of_memory(error.__context__)):
                 raise
             warnings.warn(
                 f"kernels are launched one by one, which is slower: a CUDA graph could not be recorded ({error}).",
