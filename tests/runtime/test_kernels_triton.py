@@ -322,6 +322,7 @@ def test_an_old_gpu_is_said_once(monkeypatch):
     class Properties:
         name, major, minor = "Tesla T4", 7, 5
 
+    monkeypatch.setattr(cpu_kernels, "PLAIN", False)
     monkeypatch.setattr(proof, "_WARNED", set())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -17,7 +17,7 @@ _MANY = 3072
 """Outputs of which a program of `_thin` takes 32, not 16: there are still about 100 programs."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tempered"])
 def _decode(
     qkv,
     cache,
@@ -32,10 +32,10 @@ def _decode(
     cache_row,
     cache_head,
     scale,
+    tempered,
     width: tl.constexpr,
     block: tl.constexpr,
     splits: tl.constexpr,
-    tempered: tl.constexpr,
     stages: tl.constexpr,
 ):
     """One head of one row, and one part of its keys. Each of `block` places keeps a softmax of its own to the end."""
@@ -46,8 +46,7 @@ def _decode(
     new = qkv + row.to(tl.int64) * qkv_row + head * width + e
     channels = heads * width
     q = tl.load(new).to(tl.float32) * scale
-    if tempered:
-        q = q / tl.load(temperature + row).to(tl.float32)
+    q = q / tl.load(temperature + row, mask=tempered != 0, other=1.0)  # one kernel, with and without
     keys = cache + row.to(tl.int64) * cache_row + head.to(tl.int64) * cache_head
     k_new, v_new = tl.load(new + channels), tl.load(new + 2 * channels)
     if split == 0:  # nobody reads them there before the next token
@@ -116,7 +115,7 @@ def decode_attention(qkv: Tensor, cache: Tensor, position: Tensor, temperature: 
         qkv,
         cache,
         position,
-        qkv if temperature is None else temperature,
+        stats if temperature is None else temperature.float(),
         out,
         stats,
         partial,
@@ -124,10 +123,10 @@ def decode_attention(qkv: Tensor, cache: Tensor, position: Tensor, temperature: 
         qkv.stride(0),
         *cache.stride()[:3],
         width**-0.5 * _LOG2_E,
+        int(temperature is not None),
         width=width,
         block=max(32, min(256, _TILE // width)),
         splits=splits,
-        tempered=temperature is not None,
         stages=3,
         num_warps=4,
     )
