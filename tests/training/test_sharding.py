@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
 
+from itarflow.data import DataConfig
 from itarflow.flow import nll_per_dim
-from itarflow.training import sharding
+from itarflow.presets import ModelConfig
+from itarflow.training import Recipe, TrainConfig, sharding
+from itarflow.training.estimate import activations, device_memory
 from itarflow.training.sharding import averaged_weights, clear_gradients, distribute, update_average
 
 
@@ -159,3 +164,34 @@ def test_gradients_stay_in_the_buckets_that_are_sent(group: None, make_flow: Cal
     assert all(parameter.grad is None for parameter in alone.parameters())
     for ours, theirs in zip(flow.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mixed_precision", "size", "parts"), [("no", 8, 2), ("bf16", 16, 1)])
+def test_replicas_need_the_memory_that_is_estimated(group: None, mixed_precision: Any, size: int, parts: int) -> None:
+    model = ModelConfig(image_size=16, patch_size=2, channels=128, num_layers=(1, 3), num_classes=0, head_dim=32)
+    train = TrainConfig(mixed_precision=mixed_precision, ema_decay=0.9, batch_size=size * parts)
+    recipe = Recipe(name="real", model=model, data=DataConfig(), train=train)
+    flow = DistributedDataParallel(model.build(), gradient_as_bucket_view=True)
+    optimizer, ema = torch.optim.AdamW(flow.parameters(), fused=True), EMAModel(flow.parameters(), 0.9)
+
+    def step() -> None:
+        noise = torch.randn(size * parts, 3, 16, 16)
+        for part in range(parts):
+            flow.require_backward_grad_sync = part == parts - 1
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
+                loss = nll_per_dim(flow(noise[part * size :][:size], None, torch.ones(size))).mean()
+            loss.backward()
+        optimizer.step()
+        clear_gradients(flow, optimizer)
+        update_average(ema, flow)
+
+    for _ in range(3):  # in which buckets are laid anew
+        step()
+    kept = device_memory(recipe, 2)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    lives = kept.weights + kept.gradients + kept.optimizer + kept.average
+    needed = kept.at_peak(activations(recipe, checkpointing=False), size)
+    assert needed == pytest.approx(lives + max(accumulate(changes)), rel=0.05)
