@@ -248,11 +248,11 @@ def test_a_decode_kernel_that_writes_elsewhere_is_left_out(kernels, monkeypatch)
 
 @pytest.mark.filterwarnings("error")
 def test_a_slower_kernel_and_one_without_memory_are_left_out_in_silence(kernels, monkeypatch):
-    times = iter([2.0, 1.0, 1.0, 2.0])
+    times = iter([2.0, 1.0, 1.1, 1.0])
     monkeypatch.setattr(proof, "_milliseconds", lambda call: next(times))
     assert not has_it()
     proof._VERDICTS.clear()
-    assert has_it()
+    assert has_it()  # chance does not choose between equals
     proof._VERDICTS.clear()
 
     def full(_):
