@@ -87,6 +87,9 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
             generator=[generators[index] for index in mine],
             num_denoise_steps=recipe.sampling.num_denoise_steps,
             denoiser=denoiser,
+            # As the held-out likelihoods, and on every device: not the faster type that a GPU samples in by default.
+            inverse_dtype=torch.float32,
+            denoise_dtype=torch.float32 if denoiser is None else None,
             batch_size=recipe.sampling.batch_size,
             denoise_batch_size=recipe.sampling.denoise_batch_size,
             decode_batch_size=recipe.sampling.decode_batch_size,

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_training import tiny_recipe
 
@@ -29,3 +30,25 @@ def test_processes_share_a_grid_whose_images_do_not_depend_on_their_number(tmp_p
 
 def accelerator(index, count):
     return SimpleNamespace(process_index=index, num_processes=count, is_main_process=index == 0)
+
+
+def test_a_grid_is_float32_where_sampling_would_be_bfloat16(tmp_path, monkeypatch):
+    recipe = tiny_recipe(num_images=2)
+    pipeline = make_pipeline(recipe.model.build(recipe.noise_range), recipe, tuple("0123456789"), None)
+    monkeypatch.setattr(type(pipeline), "sampling_dtype", lambda _, asked=None: asked or torch.bfloat16)
+    asked = []
+    inverse, denoiser = type(pipeline.flow).inverse, type(pipeline).flow_denoiser
+
+    def noted_inverse(flow, *args, **options):
+        asked.append(options["dtype"])
+        return inverse(flow, *args, **options)
+
+    def noted_denoiser(pipe, slice_size=None, dtype=None):
+        asked.append(dtype)
+        return denoiser(pipe, slice_size, dtype)
+
+    monkeypatch.setattr(type(pipeline.flow), "inverse", noted_inverse)
+    monkeypatch.setattr(type(pipeline), "flow_denoiser", noted_denoiser)
+    sample_grid(pipeline, recipe, tmp_path / "grid.png", accelerator(0, 1))
+    assert set(asked) == {torch.float32}
+    assert len(asked) >= 2
