@@ -18,6 +18,7 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any, NoReturn
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
@@ -42,8 +43,10 @@ def joined(timeout: timedelta = timedelta(days=7)) -> PartialState:
             has died is noticed all the same. Without effect if the processes have been joined before.
 
     Raises:
-        ValueError: another process has this one's GPU.
+        ValueError: there are more processes than GPUs on this machine, or another process has this one's.
     """
+    if not has_joined():
+        _check_gpus()
     state = PartialState(cpu=on_cpu(), timeout=timeout)
     if state.num_processes > 1 and dist.is_initialized() and _watch() is None:
         watch = _Watch(state.process_index, state.num_processes)
@@ -64,6 +67,20 @@ def has_joined() -> bool:
 def processes_here() -> int:
     """How many processes of the launch run on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _check_gpus() -> None:
+    here = processes_here()
+    if on_cpu() or not torch.cuda.is_available() or here <= torch.cuda.device_count():
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    which = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+    raise ValueError(
+        f"{here} processes were started on this machine, but there are {count} GPUs to see{which}; expected a GPU for "
+        f"each process, and that each sees all of them. Start {count} (--num_processes, or --nproc_per_node of "
+        "torchrun), or compute on CPUs by ACCELERATE_USE_CPU=1."
+    )
 
 
 def end(text: str, status: int = 1) -> NoReturn:

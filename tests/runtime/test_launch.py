@@ -10,8 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
+from rich.console import Console
+
+from itarflow.commands.console import reporting
+from itarflow.runtime import launch
 
 SCRIPT = '''
 import os, sys, time
@@ -130,3 +136,30 @@ def test_who_is_done_early_late_or_stopped_for_a_while_is_no_failure(
     for process in processes:
         process.send_signal(signal.SIGCONT)
     assert [(status, errors) for status, _, errors in ended(processes, within=60)] == [(0, "")] * 3
+
+
+def test_more_processes_than_gpus_are_refused_before_they_meet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "on_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    meeting = Mock(_shared_state={}, side_effect=AssertionError("they have met"))
+    monkeypatch.setattr(launch, "PartialState", meeting)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    words = r"2 processes .*, but there are 1 GPUs to see \(CUDA_VISIBLE_DEVICES=3\).*Start 1 .*ACCELERATE_USE_CPU"
+    with pytest.raises(ValueError, match=words):
+        launch.joined()
+    with pytest.raises(SystemExit) as stop, reporting(Console(), ""):
+        pass
+    assert stop.value.code == 1
+    assert "Error: 2 processes were started" in capsys.readouterr().err
+
+
+def test_as_many_processes_as_gpus_are_welcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "on_cpu", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launch._check_gpus()
