@@ -39,7 +39,7 @@ _LARGE = 2**21
 _SEPARATE = 16
 """Rows from which GELU is faster after the product than in its kernel, without AVX-512."""
 _ROWS = 1024
-"""For which oneDNN lays weights out. Told nothing it takes a layout that is slower for one row and for a thousand."""
+"""Rows for which oneDNN lays weights out. Told nothing it takes a layout that is slower for 1 to 64 of them."""
 
 PLAIN = os.environ.get("ITARFLOW_PLAIN_KERNELS", "") not in ("", "0")
 """Whether the environment turns the replacements off."""
