@@ -17,6 +17,7 @@ from costs import Peak, floor, inverse_costs, total
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance
 from itarflow.presets import TARFLOW, ModelConfig, itarflow_model
+from itarflow.runtime.kernels.thin import MOST_ROWS
 
 H100 = Peak("H100", torch.bfloat16, flops_per_second=798e12, bytes_per_second=3.0e12)
 """What large products and copies have been seen to reach on one; its data sheet says 989e12 and 3.35e12."""
@@ -26,8 +27,12 @@ class Way(NamedTuple):
     """A way of decoding a token."""
 
     launches_a_layer: float
+    launches_of_many: float
+    """The same of more rows than the fused products take."""
     launches_around: float
     """Of a block, besides its layers."""
+    launches_guided: float
+    """The same if it is guided."""
     launch: float
     """Seconds from one kernel of a graph to the next."""
     host: float
@@ -42,9 +47,9 @@ class Way(NamedTuple):
     """Seconds of each call, for recording."""
 
 
-PLAIN = Way(20, 20, 2e-6, 50e-6, 0.6, 0.55, 1.34, 0.3)
+PLAIN = Way(20, 20, 20, 20, 2e-6, 50e-6, 0.6, 0.55, 1.34, 0.3)
 """PyTorch's kernels, a graph a token, recorded in each call; lengths rounded up to powers of two."""
-OWN = Way(5, 2, 1.5e-6, 0.0, 0.8, 0.8, 1.0, 0.0)
+OWN = Way(6, 10, 7, 15, 1.5e-6, 0.0, 0.8, 0.8, 1.0, 0.0)
 """The package's kernels, the loop over tokens in the graph, recorded in an earlier call."""
 
 
@@ -53,9 +58,11 @@ def seconds(flow: TARFlow, images: int, guidance: Guidance | None, way: Way) -> 
     one, two = (total(inverse_costs(flow, number, torch.bfloat16, guidance)).moved_bytes for number in (1, 2))
     cache, weights = images * (two - one), 2 * one - two
     found = way.once
-    for block in flow.blocks:
-        layers = block.cache_shape(1)[0]
-        launches = way.launches_a_layer * layers + way.launches_around
+    for from_noise, block in enumerate(reversed(flow.blocks)):
+        layers, guided = block.cache_shape(1)[0], guidance is not None and guidance.guides(from_noise)
+        many = images * (2 if guided else 1) > MOST_ROWS
+        launches = layers * (way.launches_of_many if many else way.launches_a_layer)
+        launches += way.launches_guided if guided else way.launches_around
         found += (block.num_tokens - 1) * (launches * way.launch + way.host)
     read = weights / way.products + cache * way.length / way.attention
     return found + read / H100.bytes_per_second
