@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from itarflow.runtime.recording import Recordings, is_plain
+from itarflow.runtime.recording import Lane, Recordings, is_plain
 
 Affine = tuple[Tensor, Tensor]
 
@@ -99,8 +99,7 @@ class _Fixed:
     addresses: tuple[int, ...] = ()
     """Of the parameters that it reads where they lie."""
     recorded: dict[Hashable, Callable[..., Any]] = field(default_factory=dict)
-    loops: list[_Loop] = field(default_factory=list)
-    """One, as soon as it is used."""
+    loops: dict[torch.dtype, _Loop] = field(default_factory=dict)
     parts: dict[int, _Fixed] = field(default_factory=dict)
     """The same block for fewer samples, by their number."""
 
@@ -109,13 +108,15 @@ class Decoders:
     """The blocks of a flow for one batch size and dtype, kept from call to call.
 
     Args:
-        recordings: of the flow, in a turn of theirs.
         memory: (values,), for the cache of any of the blocks, one after another.
+        batch_size: of the samples.
     """
 
-    def __init__(self, recordings: Recordings[Decoders], memory: Tensor) -> None:
-        self.recordings, self._memory = recordings, memory
+    def __init__(self, memory: Tensor, batch_size: int) -> None:
+        self._memory, self._batch_size = memory, batch_size
         self._blocks: dict[Hashable, _Fixed] = {}
+        self._parts: Tensor | None = None
+        self.lane = Lane(memory.device)
 
     def of(self, key: Hashable, conditioner: CachedConditioner, parameters: Sequence[Tensor]) -> GraphedConditioner:
         """The conditioner by graphs, with an empty cache. It is used up before the next one is asked for.
@@ -127,12 +128,42 @@ class Decoders:
         """
         addresses = tuple(tensor.data_ptr() for tensor in parameters if is_plain(tensor))
         fixed = self._blocks.get(key)
-        if fixed is None or fixed.addresses != addresses:
+        if fixed is not None and fixed.addresses != addresses:
+            self._blocks.clear()  # all of them, since graphs of a lane are freed together
+            self.lane, fixed = Lane(self._memory.device), None
+        if fixed is None:
             fixed = self._blocks[key] = _Fixed(conditioner.over(self._memory), addresses)
         else:
             _copy(conditioner.tensors(), fixed.conditioner.tensors())
         self._memory.zero_()  # what is masked must be finite, too
-        return GraphedConditioner(self.recordings, fixed)
+        return GraphedConditioner(self, fixed, fixed)
+
+    def part(self, whole: _Fixed, conditioner: CachedConditioner) -> _Fixed:
+        """A part of the samples of a block, with what is in its cache; the caches of all blocks share their memory."""
+        rows = conditioner.batch_size
+        fixed = whole.parts.get(rows)
+        if fixed is None:
+            fixed = whole.parts[rows] = _Fixed(conditioner.over(self._memory_of_part(rows)))
+        _copy(conditioner.tensors(), fixed.conditioner.tensors())
+        fixed.conditioner.cache.tensor.copy_(conditioner.cache.tensor)
+        return fixed
+
+    def _memory_of_part(self, rows: int) -> Tensor:
+        """Of a part of so many samples, for the cache of any of the blocks."""
+        sizes = list(_halves(self._batch_size))
+        each = len(self._memory) // self._batch_size
+        if rows not in sizes:  # as a solver may ask for that drops single samples
+            return self._memory.new_zeros(each * rows)
+        if self._parts is None:
+            self._parts = self._memory.new_zeros(each * sum(sizes))
+        return self._parts[each * sum(size for size in sizes if size > rows) :]
+
+
+def _halves(batch_size: int) -> Iterator[int]:
+    """A half of the batch, a quarter, ..., rounded up; at least 1."""
+    yield (batch_size + 1) // 2
+    if batch_size > 2:
+        yield from _halves((batch_size + 1) // 2)
 
 
 def _copy(given: Sequence[Tensor], fixed: Sequence[Tensor]) -> None:
@@ -161,7 +192,7 @@ def decoders(
     with recordings.turn(device), torch.inference_mode(False), torch.no_grad():
 
         def make() -> Decoders:
-            return Decoders(recordings, torch.zeros(values, dtype=dtype, device=device))
+            return Decoders(torch.zeros(values, dtype=dtype, device=device), batch_size)
 
         yield recordings.get((device, batch_size, dtype, values), make)
 
@@ -169,34 +200,33 @@ def decoders(
 class GraphedConditioner:
     """A `solvers.DeviceConditioner` by CUDA graphs. Stateful."""
 
-    def __init__(self, recordings: Recordings[Decoders], fixed: _Fixed) -> None:
-        self._recordings, self._fixed = recordings, fixed
+    def __init__(self, decoders: Decoders, whole: _Fixed, fixed: _Fixed) -> None:
+        self._decoders, self._whole, self._fixed = decoders, whole, fixed
         self._seen: set[Hashable] = set()
 
     def sequential(self, z: Tensor, first: Affine, progress: Callable[[int], None] | None) -> Tensor:
         """See `DeviceConditioner`."""
         fixed, total = self._fixed, z.shape[1]
-        if not fixed.loops:
+        if z.dtype not in fixed.loops:
             zero = torch.zeros(1, dtype=torch.int64, device=z.device)
-            fixed.loops.append(_Loop(torch.zeros_like(z), torch.empty_like(z), zero))
-        loop = fixed.loops[0]
+            fixed.loops[z.dtype] = _Loop(torch.zeros_like(z), torch.empty_like(z), zero)
+        loop = fixed.loops[z.dtype]
         loop.z.copy_(z)
         loop.x[:, :1] = z[:, :1] * first[1] + first[0]
         _report(progress, 1)
         for start in range(0, total - 1, _TOGETHER):
             count = min(_TOGETHER, total - 1 - start)
             loop.start.fill_(start)
-            self._tokens(loop, count, self._length(start + count))()
+            self._tokens(loop, count, self._length(start + count, alone=True))()
             _report(progress, count)
         return loop.x.clone()
 
     def _tokens(self, loop: _Loop, count: int, length: int) -> Callable[[], None]:
         """What solves so many tokens from the loop's start on, recorded."""
-        key, solve = ("tokens", count, length), self._fixed.conditioner.solve
+        key, solve = ("tokens", loop.z.dtype, count, length), self._fixed.conditioner.solve
         if key not in self._fixed.recorded:
-            self._fixed.recorded[key] = self._recordings.record(
+            self._fixed.recorded[key] = self._decoders.lane.record(
                 lambda: solve(*loop, count, length),
-                device=loop.x.device,
                 warm_up=lambda: solve(*loop, 1, length),  # a token that is solved again
             )
         return self._fixed.recorded[key]
@@ -221,26 +251,22 @@ class GraphedConditioner:
             return step(lambda tokens, at: conditioner.at(tokens, conditioner.scattered(at, count, length)), *state)
 
         # Recorded at the second use in a call: the last windows of a sequence get shorter, and each occurs only once.
-        key = key, count, length
+        key = key, count, length, *(tensor.dtype for tensor in state)
         if key not in recorded and key in self._seen and count <= _WIDEST:
-            recorded[key] = self._recordings.record(evaluated, *state)
+            recorded[key] = self._decoders.lane.record(evaluated, *state)
         self._seen.add(key)
         return tuple(tensor[:samples] for tensor in recorded.get(key, evaluated)(*state))
 
     def select(self, samples: Tensor) -> GraphedConditioner:
         """See `solvers.Conditioner`. Batches of a half, a quarter ... are kept, and filled up."""
-        whole, rows = self._fixed, self._fixed.conditioner.batch_size
-        while rows > 1 and len(samples) <= (rows + 1) // 2:
-            rows = (rows + 1) // 2
-        part = whole.conditioner.select(_padded(samples, rows))
-        fixed = whole.parts.setdefault(rows, _Fixed(part))
-        _copy(part.tensors(), fixed.conditioner.tensors())
-        _copy([part.cache.tensor], [fixed.conditioner.cache.tensor])
-        return GraphedConditioner(self._recordings, fixed)
+        rows = self._fixed.conditioner.batch_size
+        size = next((half for half in reversed(list(_halves(rows))) if half >= len(samples)), rows)
+        part = self._fixed.conditioner.select(_padded(samples, size))
+        return GraphedConditioner(self._decoders, self._whole, self._decoders.part(self._whole, part))
 
-    def _length(self, stop: int) -> int:
-        """How much of the cache is read by tokens before `stop`."""
-        if self._fixed.conditioner.reads_exactly:
+    def _length(self, stop: int, alone: bool = False) -> int:
+        """How much of the cache is read by tokens before `stop`; `alone` = by one at a time."""
+        if alone and self._fixed.conditioner.reads_exactly:
             return self._fixed.conditioner.num_tokens
         return min(max(_SHORTEST, 1 << (stop - 1).bit_length()), self._fixed.conditioner.num_tokens)
 

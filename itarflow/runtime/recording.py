@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 from weakref import WeakSet
 
@@ -23,8 +24,8 @@ from itarflow.runtime.devices import is_out_of_memory
 T = TypeVar("T")
 Entry = TypeVar("Entry")
 _RECORDING = threading.Lock()
-_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
-"""One a device: libraries keep a workspace for each stream that they have met, for good."""
+_FREE: dict[torch.device, list[torch.cuda.Stream]] = {}
+"""Streams that no lane has: libraries keep a workspace for each stream that they have met."""
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -32,72 +33,101 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter, torch.nn.Buffer) and not torch.compiler.is_compiling()
 
 
-def record(
-    function: Callable[..., T],
-    *inputs: Tensor,
-    device: torch.device | None = None,
-    warm_up: Callable[..., object] | None = None,
-    pool: Any = None,
-) -> Callable[..., T]:
-    """The same function of tensors of the same shapes, as a CUDA graph.
+class Lane:
+    """What CUDA graphs share that never run at the same time, and live as long as one another: memory and a stream.
 
-    The function must not read tensors' values on the host. If it can't be recorded, it is returned as it is, with a
-    warning.
+    When a graph is freed, PyTorch frees the workspaces of cuBLAS of the stream on which it was recorded, to which
+    other graphs of that stream may still write. So each group of graphs has a stream, and is freed together.
 
     Args:
-        function: of tensors; what it returns is overwritten by the next call.
-        inputs: an example of what it will be given.
-        device: of the function; None = of the inputs.
-        warm_up: called twice before, with the inputs: it does all that libraries do once, such as to allocate, which
-            can't be recorded. None = the function.
-        pool: `torch.cuda.graph_pool_handle()`, memory that graphs share which never run at the same time; None = its
-            own.
-
-    Raises:
-        RuntimeError: the device's memory has run out.
+        device: of the graphs.
     """
-    given = [tensor.clone() for tensor in inputs]
-    device = given[0].device if device is None else device
-    # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time. What
-    # the garbage collector frees, such as other graphs, would end the recording.
-    with torch.cuda.device(device), _RECORDING, _no_collection():
-        if device not in _STREAMS:
-            _STREAMS[device] = torch.cuda.Stream(device)
-        stream = _STREAMS[device]
-        before = torch.cuda.current_stream()
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                (warm_up or function)(*given)
-        before.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                result = function(*given)
-        except RuntimeError as error:
-            torch.cuda.set_stream(before)  # which a recording that fails at its end does not
-            if is_out_of_memory(error) or (error.__context__ and is_out_of_memory(error.__context__)):
-                raise
-            warnings.warn(
-                f"kernels are launched one by one, which is slower: a CUDA graph could not be recorded ({error}).",
-                stacklevel=2,
-            )
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # also those that could not be recorded
+        self._broken = False
+
+    def record(
+        self, function: Callable[..., T], *inputs: Tensor, warm_up: Callable[..., object] | None = None
+    ) -> Callable[..., T]:
+        """The same function of tensors of the same shapes, as a CUDA graph.
+
+        Where nothing can be recorded, as under one of torch's modes, it is the function itself; after a recording that
+        has failed, too, which is said in a warning.
+
+        Args:
+            function: of tensors, whose values it must not read on the host; what it returns is overwritten by the next
+                call.
+            inputs: an example of what it will be given.
+            warm_up: called twice before, with the inputs: it does all that libraries do once, such as to allocate,
+                which can't be recorded. None = the function.
+
+        Raises:
+            RuntimeError: the device's memory has run out.
+        """
+        possible = self.device.type == "cuda" and torch.cuda.is_initialized() and all(map(is_plain, inputs))
+        if not possible or self._broken:
             return function
+        given = [tensor.clone() for tensor in inputs]
+        # Streams and graphs belong to the current device, and only one graph of a process may be recorded at a time.
+        # What the garbage collector frees, such as other graphs, would end the recording.
+        with torch.cuda.device(self.device), _RECORDING, _no_collection():
+            stream, before = self._open(), torch.cuda.current_stream()
+            stream.wait_stream(before)
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    (warm_up or function)(*given)
+            before.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            self._graphs.append(graph)
+            try:
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    result = function(*given)
+            except RuntimeError as error:
+                self._close_after_failure(before)
+                if is_out_of_memory(error) or (error.__context__ and is_out_of_memory(error.__context__)):
+                    raise
+                warnings.warn(
+                    f"kernels are launched one by one, which is slower: a CUDA graph could not be recorded ({error}).",
+                    stacklevel=2,
+                )
+                return function
 
-    def replay(*inputs: Tensor) -> T:
-        with torch.cuda.device(device):
-            for own, tensor in zip(given, inputs, strict=True):
-                own.copy_(tensor)
-            graph.replay()
-        return result
+        def replay(*inputs: Tensor) -> T:
+            with torch.cuda.device(self.device):
+                for own, tensor in zip(given, inputs, strict=True):
+                    own.copy_(tensor)
+                graph.replay()
+            return result
 
-    return replay
+        return replay
+
+    def _open(self) -> torch.cuda.Stream:
+        if self._stream is None:
+            free = _FREE.setdefault(self.device, [])
+            self._stream, self._pool = free.pop() if free else torch.cuda.Stream(self.device), _new_pool()
+            weakref.finalize(self, free.append, self._stream).atexit = False
+        return self._stream
+
+    def _close_after_failure(self, before: torch.cuda.Stream) -> None:
+        """Do what a recording that fails at its end leaves undone in some versions of PyTorch."""
+        self._broken = True
+        torch.cuda.set_stream(before)
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(before.device_index, self._pool)
+
+
+def _new_pool() -> Any:
+    return torch.cuda.graph_pool_handle()
 
 
 class Recordings(Generic[Entry]):
     """What one owner has recorded, by key, until it is released, or the owner is gone. Copies begin empty.
 
-    All of it shares memory, so it is used in `turn`s, also by several threads and streams.
+    It is used in `turn`s, also by several threads and streams.
 
     Args:
         room: how many entries are kept; the one that was used longest ago is dropped.
@@ -106,9 +136,9 @@ class Recordings(Generic[Entry]):
     def __init__(self, room: int = 64) -> None:
         self._room, self._lock = room, threading.RLock()
         self._entries: dict[Hashable, Entry] = {}
-        self._pool: Any = None
         self._ended: torch.cuda.Event | None = None
-        _ALIVE.add(self)
+        with _ALIVE_LOCK:
+            _ALIVE.add(self)
 
     @contextmanager
     def turn(self, device: torch.device) -> Iterator[None]:
@@ -123,29 +153,16 @@ class Recordings(Generic[Entry]):
                 if on_gpu:
                     self._ended = torch.cuda.current_stream(device).record_event()
 
-    def record(
-        self,
-        function: Callable[..., T],
-        *inputs: Tensor,
-        device: torch.device | None = None,
-        warm_up: Callable[..., object] | None = None,
-    ) -> Callable[..., T]:
-        """`record` into the shared memory. Where nothing can be recorded, as under a mode, the function itself."""
-        place = inputs[0].device if device is None else device
-        if place.type != "cuda" or not torch.cuda.is_initialized() or not all(map(is_plain, inputs)):
-            return function
-        with torch.cuda.device(place):
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-        return record(function, *inputs, device=device, warm_up=warm_up, pool=self._pool)
-
     def get(self, key: Hashable, make: Callable[[], Entry]) -> Entry:
         """What is kept under a key, and in the present precision, made if it is not there. Within `turn`."""
         key = key, _products()
-        entry = self._entries.pop(key) if key in self._entries else make()
-        self._entries[key] = entry  # the newest is the last
-        while len(self._entries) > self._room:
-            del self._entries[next(iter(self._entries))]
-        return entry
+        if key in self._entries:
+            self._entries[key] = self._entries.pop(key)  # the newest is the last
+        else:
+            while len(self._entries) >= self._room:  # before, since there may be no memory for one more
+                del self._entries[next(iter(self._entries))]
+            self._entries[key] = make()
+        return self._entries[key]
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -156,8 +173,9 @@ class Recordings(Generic[Entry]):
             return False
         try:
             there_were = bool(self._entries)
+            if there_were and self._ended is not None:
+                self._ended.wait()  # before the current stream may have the memory
             self._entries.clear()
-            self._pool = None
             return there_were
         finally:
             self._lock.release()
@@ -170,11 +188,14 @@ class Recordings(Generic[Entry]):
 
 
 _ALIVE: WeakSet[Recordings[Any]] = WeakSet()
+_ALIVE_LOCK = threading.Lock()
 
 
 def release_recordings() -> bool:
     """Drop the recordings of all owners, to give their memory back; returns whether there were any."""
-    released = [recordings.release() for recordings in list(_ALIVE)]
+    with _ALIVE_LOCK:
+        alive = list(_ALIVE)
+    released = [recordings.release() for recordings in alive]
     return any(released)
 
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from itarflow.runtime.recording import Recordings, is_plain
+from itarflow.runtime.recording import Lane, Recordings, is_plain
 
 DEVICES = {"cuda"}
 """Where graphs are recorded."""
 
 
+@dataclass
+class Repeated:
+    """A function for inputs of one kind."""
+
+    lane: Lane
+    calls: int = 0
+    replay: Callable[..., Tensor] | None = None
+
+
 def repeated(
-    recordings: Recordings[list[Callable[..., Tensor] | None]],
+    recordings: Recordings[Repeated],
     function: Callable[..., Tensor],
     *inputs: Tensor | None,
     weights: Sequence[Tensor] = (),
@@ -44,12 +54,12 @@ def repeated(
     kinds = tuple(None if one is None else (one.shape, one.dtype) for one in inputs)
     key = given[0].device, kinds, tuple(tensor.data_ptr() for tensor in weights)
     with recordings.turn(given[0].device):
-        recorded = recordings.get(key, list)
-        if not recorded:  # what comes once is not worth it: to record takes about four calls
-            recorded.append(None)
+        kind = recordings.get(key, lambda: Repeated(Lane(given[0].device)))
+        kind.calls += 1
+        if kind.calls == 1:  # what comes once is not worth it: to record takes about four calls
             return function(*inputs)
-        replay = recorded[0] = recorded[0] or recordings.record(of_tensors, *given)
-        return replay(*given).clone()
+        kind.replay = kind.replay or kind.lane.record(of_tensors, *given)
+        return kind.replay(*given).clone()
 
 
 def _can_record(tensors: Sequence[Tensor]) -> bool:

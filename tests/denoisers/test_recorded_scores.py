@@ -11,12 +11,12 @@ from conftest import few_variants
 from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise, score
 from itarflow.runtime import repeated
 from itarflow.runtime.devices import tf32_products
-from itarflow.runtime.recording import Recordings, release_recordings
+from itarflow.runtime.recording import Lane, release_recordings
 
 recorded = []
 
 
-def as_a_graph(recordings, function, *inputs):
+def as_a_graph(lane, function, *inputs):
     """What a CUDA graph does, without one: inputs and result stay at one address, and nothing else is looked at."""
     given = [tensor.clone() for tensor in inputs]
     found = function(*given).clone()
@@ -34,7 +34,7 @@ def as_a_graph(recordings, function, *inputs):
 @pytest.fixture(autouse=True)
 def _recorded_here(monkeypatch):
     monkeypatch.setattr(repeated, "DEVICES", {"cpu"})
-    monkeypatch.setattr(Recordings, "record", as_a_graph)
+    monkeypatch.setattr(Lane, "record", as_a_graph)
     recorded.clear()
 
 

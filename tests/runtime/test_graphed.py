@@ -1,8 +1,10 @@
 """The inverse by recorded functions, here without a GPU: what is kept from call to call, and what is not."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -10,14 +12,14 @@ import torch
 from itarflow.inverse import Guidance, Jacobi, sequential
 from itarflow.runtime import graphed
 from itarflow.runtime.kernels import cpu
-from itarflow.runtime.recording import Recordings, release_recordings
+from itarflow.runtime.recording import Lane, release_recordings
 
 GUIDANCE = Guidance(weight=1.5, rule="log_scale", temperature=0.7)
 SOLVERS = {"sequential": sequential, "5": Jacobi(window=5, tolerance=0.0), "all": Jacobi(tolerance=0.0)}
 recorded = []
 
 
-def as_a_graph(recordings, function, *inputs, device=None, warm_up=None):
+def as_a_graph(lane, function, *inputs, warm_up=None):
     """What a CUDA graph does, without one: inputs and results stay at one address, and nothing else is looked at."""
     for _ in range(2):
         (warm_up or function)(*inputs)
@@ -47,7 +49,7 @@ def _recorded_here(monkeypatch):
     monkeypatch.setattr(graphed, "_SHORTEST", 4)
     monkeypatch.setattr(graphed, "_TOGETHER", 4)
     monkeypatch.setattr(graphed, "_WIDEST", 8)
-    monkeypatch.setattr(Recordings, "record", as_a_graph)
+    monkeypatch.setattr(Lane, "record", as_a_graph)
     monkeypatch.setattr(cpu, "ONEDNN", False)  # whose weights have no address
     recorded.clear()
 
@@ -177,6 +179,67 @@ def test_inference_mode_may_come_and_go(make_flow, make_inputs):
     torch.testing.assert_close(inverse(Jacobi(window=5, tolerance=0.0)), expected())
     with torch.inference_mode():
         torch.testing.assert_close(inverse(), expected())
+
+
+@pytest.mark.usefixtures("_recorded_here")
+def test_a_flow_that_is_gone_takes_its_memory_along(make_flow, make_inputs):
+    flow, inverse, expected = longer(make_flow, make_inputs)
+    inverse(Jacobi(window=5, tolerance=0.0))
+    kept = [weakref.ref(flow._recordings), *map(weakref.ref, flow._recordings._entries.values())]
+    gc.collect()
+    gc.disable()
+    try:
+        del flow, inverse, expected  # no collector is needed: graphs must not die at any moment
+        recorded.clear()
+        assert [one() for one in kept] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.usefixtures("_recorded_here")
+def test_the_parts_of_all_blocks_share_their_memory(make_flow, make_inputs):
+    flow, inverse, expected = cases(
+        make_flow(image_size=8, patch_size=1, num_layers=(2, 2, 2)).double(), make_inputs, 9
+    )
+    solver = Jacobi(window=5, tolerance=0.0)
+    z = 0.1 * torch.randn(9, *flow.z_shape, dtype=torch.float64)  # larger ones grow beyond all numbers
+    for _ in range(2):
+        torch.testing.assert_close(inverse(solver, z=z), expected(z=z))
+    (decoders,) = flow._recordings._entries.values()
+    parts = [fixed for whole in decoders._blocks.values() for fixed in whole.parts.values()]
+    assert len(parts) > 3
+    assert {part.conditioner.cache.tensor.untyped_storage().data_ptr() for part in parts} == {
+        decoders._parts.untyped_storage().data_ptr()
+    }
+    assert len(decoders._parts) <= 1.5 * len(decoders._memory)
+
+
+@pytest.mark.usefixtures("_recorded_here")
+def test_a_part_may_be_of_any_size(make_flow, make_inputs):
+    """As other solvers than ours may ask for."""
+    flow, _, _ = longer(make_flow, make_inputs)
+    block = flow.blocks[0]
+    condition = block.condition(5, None, torch.full((5,), 0.3, dtype=torch.float64))
+    tokens = torch.randn(5, 3, 2, dtype=torch.float64)
+    eager = block.conditioner(condition, None, Guidance())
+    with torch.no_grad(), graphed.decoders(flow._recordings, flow.device, 5, torch.float64, 10**5) as decoders:
+        here = decoders.of("block", block.conditioner(condition, None, Guidance()), [*block.parameters()])
+        here(tokens, 0), eager(tokens, 0)
+        for left in ([0, 1, 2, 4], [3, 1, 0], [2, 1], [1]):
+            rows = torch.tensor(left)
+            here, eager, tokens = here.select(rows), eager.select(rows), tokens[rows]
+            torch.testing.assert_close(here(tokens[:, :1], 3), eager(tokens[:, :1], 3))
+
+
+@pytest.mark.usefixtures("_recorded_here")
+def test_the_dtype_of_z_is_kept(make_flow, make_inputs):
+    _, inverse, expected = longer(make_flow, make_inputs)
+    z = torch.randn(5, 64, 2)
+    for solver in SOLVERS.values():
+        for given in (z, z.double()):
+            found = inverse(solver, z=given)
+            assert found.dtype == expected(z=given).dtype
+            torch.testing.assert_close(found, expected(z=given))
 
 
 @pytest.mark.usefixtures("_recorded_here")

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from itarflow.runtime import recording
-from itarflow.runtime.recording import record
+from itarflow.runtime.recording import Lane, Recordings
+
+DEVICE = torch.device("cuda", 0)
 
 
 class Cuda:
@@ -18,11 +20,13 @@ class Cuda:
         self.stream, self.error, self.collects = "own", error, []
 
     def install(self, patch):
-        patch.setattr(recording, "_STREAMS", {})
+        patch.setattr(recording, "_FREE", {})
+        patch.setattr(recording, "_new_pool", lambda: (0, 1))
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
         patch.setattr(torch.cuda, "device", lambda _: nullcontext())
         patch.setattr(torch.cuda, "Stream", lambda _: MagicMock())
         patch.setattr(torch.cuda, "CUDAGraph", MagicMock)
-        patch.setattr(torch.cuda, "current_stream", lambda: MagicMock(spec=["wait_stream", "name"]))
+        patch.setattr(torch.cuda, "current_stream", lambda: MagicMock(spec=["wait_stream", "device_index"]))
         patch.setattr(torch.cuda, "stream", lambda _: nullcontext())
         patch.setattr(torch.cuda, "set_stream", self.set_stream)
         patch.setattr(torch.cuda, "graph", self.graph)
@@ -50,15 +54,18 @@ def double(x):
 def test_a_recording_waits_with_garbage(monkeypatch):
     cuda = Cuda()
     cuda.install(monkeypatch)
-    record(double, torch.ones(2))
+    Lane(DEVICE).record(double, torch.ones(2))
     assert (cuda.collects, gc.isenabled(), cuda.stream) == ([False], True, "own")
 
 
 def test_what_cant_be_recorded_is_called_as_it_is(monkeypatch):
     cuda = Cuda(RuntimeError("profilers and graphs don't go together"))
     cuda.install(monkeypatch)
+    lane = Lane(DEVICE)
     with pytest.warns(UserWarning, match="one by one, which is slower.*profilers"):
-        assert record(double, torch.ones(2)) is double
+        assert lane.record(double, torch.ones(2)) is double
+    assert lane.record(double, torch.ones(2)) is double  # nothing is tried again
+    assert len(cuda.collects) == 1
     assert (cuda.stream, gc.isenabled()) == ("own", True)
 
 
@@ -75,5 +82,29 @@ def test_memory_that_runs_out_is_the_callers_to_solve(monkeypatch, where):
         return x
 
     with pytest.raises(RuntimeError):
-        record(function, torch.ones(2))
+        Lane(DEVICE).record(function, torch.ones(2))
     assert (cuda.stream, gc.isenabled()) == ("own", True)
+
+
+def test_graphs_of_different_lanes_have_different_streams_which_are_used_again(monkeypatch):
+    Cuda().install(monkeypatch)
+    streams = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: streams.append(MagicMock()) or streams[-1])
+    first, second = Lane(DEVICE), Lane(DEVICE)
+    kept = [lane.record(double, torch.ones(2)) for lane in (first, second, first)]
+    assert len(streams) == 2
+    del first  # its graphs are still in use
+    gc.collect()
+    third = Lane(DEVICE)
+    third.record(double, torch.ones(2))
+    assert len(streams) == 3
+    kept.clear()
+    Lane(DEVICE).record(double, torch.ones(2))
+    assert len(streams) == 3
+
+
+def test_the_oldest_makes_room_before_a_new_one_is_made():
+    recordings, there = Recordings(2), []
+    for key in "abcab":
+        recordings.get(key, lambda: there.append(len(recordings)) or object())
+    assert there == [0, 1, 1, 1, 1]
