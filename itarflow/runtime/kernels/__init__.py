@@ -5,6 +5,7 @@ from itarflow.runtime.kernels.cache import Cache
 from itarflow.runtime.kernels.cpu import Linear, linear
 from itarflow.runtime.kernels.decode import decode_attention, has_decode_attention
 from itarflow.runtime.kernels.packed import PackedLinear, pack
+from itarflow.runtime.kernels.proof import without_kernels
 
 __all__ = [
     "Cache",
@@ -16,4 +17,5 @@ __all__ = [
     "has_decode_attention",
     "linear",
     "pack",
+    "without_kernels",
 ]

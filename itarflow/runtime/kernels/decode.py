@@ -39,7 +39,9 @@ def has_decode_attention(cache: Tensor) -> bool:
     enough = 2 * proof.multiprocessors(cache.device) // heads + 1
     tried = (2, min(_power_of_2(rows), enough), heads, min(tokens, 1024), width)
     device, dtype = cache.device, cache.dtype
-    return proof.is_proven("attention to a cache", device, (dtype, tried), lambda: _trial(tried, dtype, device))
+    splits = _splits(rows * heads, tokens, device)
+    key = dtype, tried, splits
+    return proof.is_proven("attention to a cache", device, key, lambda: _trial(tried, splits, dtype, device))
 
 
 def decode_attention(qkv: Tensor, cache: Tensor, position: Tensor, temperature: Tensor | None = None) -> Tensor:
@@ -78,7 +80,7 @@ def _power_of_2(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _trial(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> proof.Trial:
+def _trial(shape: tuple[int, ...], splits: int, dtype: torch.dtype, device: torch.device) -> proof.Trial:
     _, rows, heads, tokens, width = shape
     random = torch.Generator(device).manual_seed(0)
     copies = proof.uncached_copies(device, math.prod(shape) * dtype.itemsize)
@@ -96,7 +98,7 @@ def _trial(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
             cache[..., position:, :] = torch.nan  # as if never written
             expected = cache.clone()
             expected[..., position : position + 1, :] = torch.stack((k, v))
-            found = decode_attention(qkv, cache, torch.full_like(last, position), tempered)
+            found = torch.ops.itarflow.decode_attention(qkv, cache, torch.full_like(last, position), tempered, splits)
             some = [0, rows - 1]
             queries = q[some].double() / (1 if tempered is None else tempered[some].double()[:, None, None, None])
             exact = F.scaled_dot_product_attention(queries, *expected[:, some, :, : position + 1].double())
@@ -112,4 +114,7 @@ def _trial(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         cache.index_copy_(3, last, qkv.view(rows, 1, 3, heads, width)[:, :, 1:].permute(2, 0, 3, 1, 4))
         return attention(q, cache[0], cache[1], bias)
 
-    return proof.Trial(cases(), lambda turn: decode_attention(qkv, caches[turn % copies], last), plain)
+    def own(turn: int) -> Tensor:
+        return torch.ops.itarflow.decode_attention(qkv, caches[turn % copies], last, None, splits)
+
+    return proof.Trial(cases(), own, plain)

@@ -11,8 +11,8 @@ import importlib.util
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -32,11 +32,12 @@ _SLOWEST = 1.25
 """Of the time of PyTorch's functions. A choice between equals would fall by chance, and they round differently: the
 same seed is to give the same image in each process."""
 _CALLS, _REPEATS = 20, 5
-_PAUSE = 5_000_000
-"""Cycles of a GPU, 2 to 4 ms, in which the host can launch all calls of a timing."""
+_PAUSE, _LONGEST_PAUSE = 5_000_000, 200_000_000
+"""Cycles of a GPU, 2 to 4 ms at first, in which the host can launch all calls of a timing."""
 _VERDICTS: dict[Hashable, bool] = {}
 _WARNED: set[str] = set()
 _LOCK = threading.RLock()
+_OFF = threading.local()
 _LIBRARY = torch.library.Library("itarflow", "FRAGMENT")
 
 
@@ -59,7 +60,7 @@ def is_proven(name: str, device: torch.device, key: tuple[Hashable, ...], prepar
         key: the variant: the dtype first, and sizes.
         prepare: makes the trial.
     """
-    if cpu.PLAIN:
+    if cpu.PLAIN or getattr(_OFF, "here", False):
         return False
     verdict = _VERDICTS.get((name, device, key))
     if verdict is not None:
@@ -70,6 +71,17 @@ def is_proven(name: str, device: torch.device, key: tuple[Hashable, ...], prepar
         if (name, device, key) not in _VERDICTS:
             _VERDICTS[name, device, key] = _try(name, device, key, prepare)
         return _VERDICTS[name, device, key]
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Within, this thread takes PyTorch's functions, and tries no kernel."""
+    before = getattr(_OFF, "here", False)
+    _OFF.here = True
+    try:
+        yield
+    finally:
+        _OFF.here = before
 
 
 @cache
@@ -149,9 +161,8 @@ def _try(name: str, device: torch.device, key: tuple[Hashable, ...], prepare: Ca
     except Exception as error:  # of Triton, of the compiler that it calls, of the driver
         from itarflow.runtime.devices import is_out_of_memory  # which takes long to import
 
-        if is_out_of_memory(error):
-            logging.getLogger(__name__).info("no memory to try the kernel of %s %s, which is not used", name, key)
-            return False
+        if is_out_of_memory(error):  # who asked may have some to give back, and ask again
+            raise
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         _give_up(name, device, f"it can't be built or run ({type(error).__name__}: {reason})")
         return False
@@ -166,17 +177,20 @@ def _deviation(found: Tensor, exact: Tensor) -> float:
 
 def _milliseconds(call: Callable[[int], object]) -> float:
     """What the device needs for a call, when launches wait for nothing, as in a CUDA graph."""
-    times = []
-    for _ in range(1 + _REPEATS):
+    times: list[float] = []
+    pause = _PAUSE
+    while len(times) <= _REPEATS:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         if hasattr(torch.cuda, "_sleep"):
-            torch.cuda._sleep(_PAUSE)
+            torch.cuda._sleep(pause)
         began.record()
         for turn in range(_CALLS):
             call(turn)
+        too_short = began.query() and pause < _LONGEST_PAUSE  # the device has begun before the host was done
         ended.record()
         ended.synchronize()
-        times.append(began.elapsed_time(ended) / _CALLS)
+        pause *= 2 if too_short else 1
+        times += [] if too_short else [began.elapsed_time(ended) / _CALLS]
     return sorted(times[1:])[_REPEATS // 2]
 
 

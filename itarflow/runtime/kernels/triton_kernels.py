@@ -17,7 +17,8 @@ _MANY = 3072
 """Outputs of which a program of `_thin` takes 32, not 16: there are still about 100 programs."""
 
 
-@triton.jit(do_not_specialize=["tempered"])
+# Positions lie 8 bytes apart: specialised, every other one would want a kernel of its own, loaded while recording.
+@triton.jit(do_not_specialize=["tempered", "position"])
 def _decode(
     qkv,
     cache,
