@@ -23,6 +23,7 @@ from torch import Tensor
 from itarflow.codec import Vae
 from itarflow.data import sources
 from itarflow.flow import TARFlow
+from itarflow.runtime.recording import release_recordings
 
 torch.set_num_threads(1)  # on tensors this small, threads only cost time
 
@@ -44,6 +45,12 @@ def _digits_are_encoded_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sources, "_digits", functools.cache(sources._digits))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _recordings_of_other_tests_are_gone() -> None:
+    """What flows of other tests still hold would be given back, and tried again, before a batch is halved."""
+    release_recordings()
 
 
 TINY: dict[str, Any] = {

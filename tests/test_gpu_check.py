@@ -26,7 +26,7 @@ from gpu_check import STEPS, Budget, Options, check, told
 from test_benchmarks import clone
 
 from itarflow.inverse import Jacobi
-from itarflow.runtime.recording import record
+from itarflow.runtime.recording import Lane
 
 QUICK = ("env", "kernels", "right", "inverse", "token", "jacobi", "score", "train", "pipeline", "imagenet64", "peer")
 """Steps that start no process."""
@@ -279,12 +279,12 @@ def test_evaluations_are_counted_and_change_nothing(make_flow, make_inputs):
 def test_recordings_are_counted_and_can_be_prevented():
     one = torch.ones(1, device="cuda")
     with hooks.recordings_counted() as seconds:
-        assert record(lambda x: x + 1, one)(one).item() == 2
+        assert Lane(one.device).record(lambda x: x + 1, one)(one).item() == 2
     assert len(seconds) == 1
     with hooks.without_recordings(), pytest.warns(UserWarning, match="recording is off"):
-        assert record(lambda x: x + 1, one)(one).item() == 2
+        assert Lane(one.device).record(lambda x: x + 1, one)(one).item() == 2
     with hooks.recordings_counted() as seconds:
-        record(lambda x: x + 1, one)
+        Lane(one.device).record(lambda x: x + 1, one)
     assert len(seconds) == 1
 
 

@@ -17,7 +17,7 @@ from itarflow.data.prepare.codes_card import training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.data.prepare.manifest import say_understood
-from itarflow.runtime.devices import is_out_of_memory, tuned_convolutions
+from itarflow.runtime.devices import is_out_of_memory
 from itarflow.runtime.errors import RunError
 from itarflow.runtime.files import check_writable, folder_lock
 from itarflow.runtime.launch import joined
@@ -99,7 +99,7 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
     plan = plan or plan_encoding(config)
     start = time.monotonic()
     bar = shared_images(state, console, "encoding", plan.num_images, plan.num_images - missing)
-    with tuned_convolutions(), bar as count:
+    with bar as count:
         encode_share(
             plan,
             device=state.device,

@@ -12,6 +12,7 @@ import signal
 import socket
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,13 +120,15 @@ _AHEAD = 4
 def check_workers(num_workers: int, batch_bytes: int = 0) -> None:
     """Refuse worker processes that could not hand over a batch, and would be waited for without end.
 
+    Where the memory for exchange between processes may have no room for their batches, which ends a worker without a
+    word, it is said.
+
     Args:
         num_workers: of this process; as many for each of the launch on this machine.
         batch_bytes: what a batch takes; 0 = not known.
 
     Raises:
-        DataError: the path of the folder for temporary files is too long for the sockets of Unix; or the memory for
-            exchange between processes has no room for the batches, which ends a worker without a word.
+        DataError: the path of the folder for temporary files is too long for the sockets of Unix.
     """
     _check_shared_memory(num_workers, batch_bytes)
     folder = tempfile.gettempdir()
@@ -141,13 +144,16 @@ def _check_shared_memory(num_workers: int, batch_bytes: int) -> None:
     if not num_workers or not _SHARED.is_dir():
         return
     found = os.statvfs(_SHARED)
+    if not found.f_blocks:  # without a limit
+        return
     free, of_worker = found.f_bavail * found.f_frsize, processes_here() * _AHEAD * batch_bytes
     if num_workers * of_worker > free:
-        raise DataError(
+        warnings.warn(
             f"{_SHARED}, by which processes hand over images, has {human_bytes(free)} free, but {num_workers} workers "
             f"for each of {processes_here()} processes may need {human_bytes(num_workers * of_worker)}. A container "
             "gets more by --ipc=host or --shm-size=16g of docker run; or take fewer workers: --data.num-workers "
-            f"{free // of_worker}"
+            f"{free // of_worker}",
+            stacklevel=3,
         )
 
 

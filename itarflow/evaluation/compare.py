@@ -29,7 +29,7 @@ from itarflow.evaluation.samples.generate import Batch, Generation, generate, gi
 from itarflow.pipeline.call import positive
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MIN
-from itarflow.runtime.devices import float32_products
+from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.files import check_writable, write_json
 from itarflow.runtime.pictures import balanced_columns, blank_figure, draw_comparison, image_grid, save_picture
 from itarflow.runtime.progress import image_progress
@@ -94,7 +94,7 @@ def nats_per_dim(name: str, pipeline: ITARFlowPipeline, batch_size: int) -> Metr
     flow = pipeline.flow
     level = flow.config.noise_range[0] if flow.config.noise_range else pipeline.scheduler.config.t_min
 
-    @float32_products()
+    @tf32_products(False)
     def measure(made: Batch) -> float | None:
         if made.codes is None:
             return None

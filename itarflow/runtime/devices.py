@@ -149,13 +149,6 @@ def tf32_products(allowed: bool = True) -> Iterator[None]:
             found.restore()
 
 
-@contextmanager
-def float32_products() -> Iterator[None]:
-    """Inside, products of float32 matrices and convolutions are float32 on every device, for evaluations."""
-    with tf32_products(False):
-        yield
-
-
 @dataclass(frozen=True)
 class _TF32Settings:
     """Of all that `_set_old` changes."""
@@ -207,10 +200,20 @@ def _set_old(products: str, convolutions: bool) -> None:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """Inside, torch does not advise against the old interface."""
+    """Inside, torch does not advise against the old interface. It does so once, and so does this.
+
+    To touch the filters of warnings makes those return that are shown once: in a training, at each step.
+    """
+    if _ADVISED:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Please use the new API", category=UserWarning)
         yield
+    _ADVISED.append(True)
+
+
+_ADVISED: list[bool] = []
 
 
 def usable_cores() -> int:

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from itarflow.runtime import devices
 from itarflow.runtime.devices import (
     check_own_gpu,
-    float32_products,
     in_batches,
     is_out_of_memory,
     on_cpu,
@@ -245,7 +244,7 @@ def setting(request):
 def test_tf32_is_set_inside_alone_however_it_was_set_before(setting, allowed):
     before = precisions()
     with tf32_products(allowed):
-        with float32_products():
+        with tf32_products(False):
             assert_tf32(False)
         assert_tf32(allowed)
     assert precisions() == before
@@ -271,7 +270,7 @@ def test_torch_before_2_9_has_the_old_settings_alone(setting, monkeypatch):
     monkeypatch.setattr(devices, "_operations", tuple)
     with tf32_products():
         assert_tf32(True)
-        with float32_products():
+        with tf32_products(False):
             assert_tf32(False)
     assert precisions()[:2] == before
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from itarflow.codec import Posterior
 from itarflow.flow.noise import LEVELS_PER_UNIT, dequantise
 from itarflow.flow.tarflow import LOG_2PI, TARFlow
-from itarflow.runtime.devices import float32_products
+from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.seeds import mixed_seed
 
 Kind = Literal["uniform", "gaussian"]
@@ -136,7 +136,7 @@ def _levels(noise_range: Sequence[float] | None, count: int) -> tuple[float, ...
 
 
 @torch.no_grad()
-@float32_products()
+@tf32_products(False)
 def likelihoods(
     flow: TARFlow,
     images: Posterior,

@@ -28,7 +28,7 @@ from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append,
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.runtime.devices import float32_products
+from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, folder_lock, weights_digest
 from itarflow.runtime.launch import joined
@@ -294,7 +294,7 @@ def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: Par
         if numbers:
             images = torch.stack([read for read in batch.values() if isinstance(read, Tensor)]).to(device)
             labels = None if work.labels is None else work.labels[numbers].to(device)
-            with torch.no_grad(), float32_products():
+            with torch.no_grad(), tf32_products(False):
                 posterior = codec.encode(to_pixels(images))
             found = likelihoods(
                 flow,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from itarflow.runtime.devices import float32_products
+from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.files import file_sha256, weights_digest
 
 INCEPTION = "inception-v3-compat"
@@ -122,7 +122,7 @@ class _Network:
                 f"images are {images.dtype} {tuple(images.shape)}; expected uint8 (B, C, H, W), C = 1 or 3."
             )
         rgb = images.to(self._device).expand(-1, 3, -1, -1)
-        with float32_products(), torch.autocast(self._device.type, enabled=False):
+        with tf32_products(False), torch.autocast(self._device.type, enabled=False):
             parts = [self._ask(self._network, part) for part in rgb.split(self._slice or len(rgb))]
         return _together(parts)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from itarflow.evaluation.metrics.extractors import INCEPTION, Extractor
 from itarflow.evaluation.metrics.features import Extracted, frechet_distance
 from itarflow.evaluation.metrics.reference import Reference
-from itarflow.runtime.devices import float32_products
+from itarflow.runtime.devices import tf32_products
 
 PUBLISHED_SAMPLES = 50_000
 """From so many samples, papers compute FID."""
@@ -174,7 +174,7 @@ class Scores:
         }
 
 
-@float32_products()
+@tf32_products(False)
 def score(
     samples: Extracted,
     reference: Reference,
