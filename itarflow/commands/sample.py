@@ -29,7 +29,7 @@ from itarflow.runtime.pictures import (
     save_picture,
 )
 from itarflow.runtime.seeds import image_generators
-from itarflow.runtime.text import display_name, listed, printable
+from itarflow.runtime.text import display_name, listed, printable, short_names
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class Sample(OneGuidance):
                 self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, dtype=dtype, device=device
             )
         plan = self._plan(pipe, labels)
-        facts = {"checkpoint": display_name(self.checkpoint), "seed": self.seed}
+        name = display_name(self.checkpoint)  # of a run it is "pipeline", as of any other
+        name = short_names([self.checkpoint])[0] if name in ("pipeline", "vae") else name
+        facts = {"checkpoint": name, "seed": self.seed}
         images = self._images(pipe, labels, denoiser, dtype)
         if plan is None:
             self.output.mkdir(parents=True, exist_ok=True)

@@ -94,6 +94,7 @@ class StoredPipeline(DiffusionPipeline):
         folder.mkdir(parents=True, exist_ok=True)
         with locked_folder(folder), staged(folder) as stage:
             super().save_pretrained(stage, **kwargs)
+            _open_to_readers(stage)
             finish_folder(stage, kept_entries(folder))
             if picture is not None:
                 picture.save(stage / PICTURE)
@@ -250,3 +251,10 @@ def _dtypes(given: Any) -> dict[str, torch.dtype]:
     if wrong := [one for one in asked.values() if not isinstance(one, torch.dtype)]:
         raise ValueError(f"torch_dtype is {wrong[0]!r}; expected a torch.dtype, such as torch.bfloat16.")
     return asked
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give weights the permissions of the index; some versions of safetensors let their owner alone read them."""
+    mode = (folder / INDEX).stat().st_mode
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)

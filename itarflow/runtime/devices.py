@@ -113,7 +113,13 @@ Precision = Literal["float32", "bf16"]
 
 
 def asked_dtype(precision: Precision | None, *, exact: bool = False) -> torch.dtype | None:
-    """The dtype of that name; None = `sampling_dtype` decides, unless the result is to be exact: then float32."""
+    """The dtype of that name; None = `sampling_dtype` decides, unless the result is to be exact: then float32.
+
+    Raises:
+        ValueError: the result is to be exact, and the precision is not float32.
+    """
+    if exact and precision not in (None, "float32"):
+        raise ValueError(f"--exact inverts in float32, but --inverse-dtype is {precision}; leave one of them out.")
     if precision is None:
         return torch.float32 if exact else None
     return {"float32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -125,6 +125,12 @@ def test_with_one_generator_an_image_each_depends_on_its_own_alone(pipe):
         assert_same(image, images_of(pipe, "cat", generator=[seeded(seed)])[0])
 
 
+def test_weights_can_be_read_by_whom_the_rest_can_be(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    modes = {path.name: path.stat().st_mode for path in tmp_path.rglob("*.*") if path.is_file()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_a_list_of_generators_makes_the_images_of_one(pipe):
     (alone,) = images_of(pipe, "cat", generator=[seeded(5)])
     assert_same(images_of(pipe, "cat", num_images=3, generator=seeded(5))[0], alone)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from itarflow.runtime import devices
 from itarflow.runtime.devices import (
+    asked_dtype,
     check_own_gpu,
     in_batches,
     is_out_of_memory,
@@ -412,3 +413,10 @@ def test_processes_that_share_a_gpu_are_refused(monkeypatch):
         check_own_gpu(shared)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
     check_own_gpu(shared)
+
+
+def test_exact_and_half_precision_don_t_go_together():
+    assert asked_dtype(None, exact=True) == asked_dtype("float32", exact=True) == torch.float32
+    assert (asked_dtype(None), asked_dtype("bf16")) == (None, torch.bfloat16)
+    with pytest.raises(ValueError, match="--exact inverts in float32, but --inverse-dtype is bf16"):
+        asked_dtype("bf16", exact=True)
