@@ -92,7 +92,7 @@ def reporting(console: Console, advice: str, *, device: str | None = None) -> It
     """
     try:
         state = joined(timedelta(hours=2))  # in which the slowest process samples its share of a grid
-        if device is None:
+        if device is None and state.num_processes == 1:  # of several each has been tried
             check_own_gpu(state)
         yield
     except (DataError, ImportError, OSError, RunError, TrainingError, ValueError) as error:

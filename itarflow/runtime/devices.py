@@ -103,8 +103,8 @@ def check_own_gpu(state: PartialState) -> None:
     if owner != own:
         raise ValueError(
             f"processes {owner} and {own} would share one GPU, {device_name(state.device)}, but each needs its own: "
-            f"start as many processes on a machine as it has GPUs, {torch.cuda.device_count()} here, or give each "
-            "another one by CUDA_VISIBLE_DEVICES."
+            f"start as many processes on a machine as it has GPUs, {torch.cuda.device_count()} here, by `accelerate "
+            "launch` or torchrun, and let each see all of them."
         )
 
 

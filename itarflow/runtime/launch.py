@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,12 @@ _TURN = 5.0
 """Seconds between two signs of life."""
 _SILENT = 24
 """Turns without one after which a process counts as dead: two minutes. Stopped together, all count on together."""
-_LATE = 360
-"""Turns within which it must have begun: it may still be importing, from a slow disk."""
+_LATE = 4320
+"""Turns within which it must have begun: six hours, in which a script may download before it joins."""
 _GRACE = 10.0
 """Seconds in which a process that has heard of a failure may still say something itself, or be ended by a launcher."""
 _FAILED, _LEFT = "itarflow failed", -(2**40)
+Answer = TypeVar("Answer")
 
 
 def joined(timeout: timedelta = timedelta(days=7)) -> PartialState:
@@ -50,12 +51,11 @@ def joined(timeout: timedelta = timedelta(days=7)) -> PartialState:
     state = PartialState(cpu=on_cpu(), timeout=timeout)
     if state.num_processes > 1 and dist.is_initialized() and _watch() is None:
         watch = _Watch(state.process_index, state.num_processes)
-        _WATCH.append(watch)
         watch.start()
+        _WATCH.append(watch)
         atexit.register(watch.leave)
         sys.excepthook = _ending(sys.excepthook)
-    if state.num_processes > 1:  # one process may be asked for another device
-        check_own_gpu(state)
+        check_own_gpu(state)  # of several; one process may be asked for another device
     return state
 
 
@@ -104,7 +104,21 @@ def end(text: str, status: int = 1) -> NoReturn:
 def part() -> None:
     """End the watch: the processes end in order, all of which have come here."""
     for watch in _WATCH:
-        watch.over.set()
+        watch.stop()
+
+
+def answered(ask: Callable[[], Answer]) -> Answer | None:
+    """What the store answers; None if it doesn't, within seconds: its process may be stopped, or gone."""
+    answers: list[Answer] = []
+
+    def asking() -> None:
+        with suppress(RuntimeError):
+            answers.append(ask())
+
+    thread = threading.Thread(target=asking, daemon=True)
+    thread.start()
+    thread.join(_GRACE)
+    return answers[0] if answers else None
 
 
 def failure_elsewhere(error: BaseException) -> str | None:
@@ -138,49 +152,48 @@ def wait_for_main(state: Any) -> None:
 
 
 class _Watch(threading.Thread):
-    """Counts, listens to whether the next process does, and ends this one if not, or if any has failed."""
+    """Counts, listens to whether the next process does, and ends this one if not, or if any has failed.
+
+    A store that does not answer is waited for: its process may be stopped. If its machine is gone, TCP says so, after
+    a quarter of an hour or so.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
         super().__init__(name="itarflow-watch", daemon=True)
         self.over, self.text = threading.Event(), ""
-        self._rank, self._size, self._turns, self._ending = rank, size, 0, False
+        self._rank, self._size = rank, size
         store = dist.distributed_c10d._get_default_store()
         # A connection of its own, if torch has that: one that waits for something keeps others waiting.
         self._store: dist.Store = getattr(store, "clone", lambda: store)()
         self._store.add(f"itarflow life {rank}", 1)
-        self._listener = threading.Thread(target=self._listen, name="itarflow-listener", daemon=True)
 
     def run(self) -> None:
-        """See the class. Whether the store answers is seen from outside of the thread that asks it."""
-        self._listener.start()
-        turns, silent = 0, 0
-        while dist.is_initialized() and not self.over.wait(_TURN):
-            silent = silent + 1 if self._turns == turns else 0
-            turns = self._turns
-            if silent >= _SILENT:
+        """See the class."""
+        try:
+            self._listen()
+        except RuntimeError:  # the connection is closed; the first process may have ended in order, as this one soon
+            if not self.over.wait(_SILENT * _TURN) and dist.is_initialized():
                 self._hear(f"process {self._rank} of {self._size} has lost the first one: its machine may be gone")
-        if self.text and not self._ending:
+        if self.text:
             time.sleep(_GRACE)
-            print(f"Error: {self.text}\nAll processes end.", file=sys.stderr, flush=True)  # noqa: T201
+            with suppress(OSError, ValueError):
+                print(f"Error: {self.text}\nAll processes end.", file=sys.stderr, flush=True)  # noqa: T201
             os._exit(1)
 
     def _listen(self) -> None:
         other, last, silent = (self._rank + 1) % self._size, 0, 0
-        while dist.is_initialized() and not self.over.is_set():
-            with suppress(RuntimeError):  # no answer: `run` counts how often
-                self._store.add(f"itarflow life {self._rank}", 1)
-                if self._store.check([_FAILED]):
-                    self._hear(self._store.get(_FAILED).decode())
+        while not self.over.wait(_TURN) and dist.is_initialized():
+            self._store.add(f"itarflow life {self._rank}", 1)
+            if self._store.check([_FAILED]):
+                self._hear(self._store.get(_FAILED).decode())
+            life = self._store.add(f"itarflow life {other}", 0)
+            while life < 0 and other != self._rank:  # it has ended in order
+                other, last, silent = (other + 1) % self._size, 0, 0
                 life = self._store.add(f"itarflow life {other}", 0)
-                while life < 0 and other != self._rank:  # it has ended in order
-                    other, last, silent = (other + 1) % self._size, 0, 0
-                    life = self._store.add(f"itarflow life {other}", 0)
-                silent = silent + 1 if life == last else 0
-                last = life
-                if silent >= (_SILENT if life else _LATE):
-                    self._tell("is silent: it has been killed, or its machine is gone", other)
-                self._turns += 1
-            self.over.wait(_TURN)
+            silent = silent + 1 if life == last else 0
+            last = life
+            if silent >= (_SILENT if life else _LATE):
+                self._tell("is silent: it has been killed, or its machine is gone", other)
 
     def _hear(self, text: str) -> None:
         self.text = text
@@ -188,20 +201,25 @@ class _Watch(threading.Thread):
 
     def tell(self, text: str) -> None:
         """Tell all that this process ends; what was told first stays."""
-        self._ending = True
-        self._tell(text, self._rank)
+        self.over.set()  # before it hears of itself
+        answered(lambda: self._tell(text, self._rank))
         if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             time.sleep(2 * _TURN)  # the store, which the others are to ask once more, ends with this process
 
     def _tell(self, text: str, rank: int) -> None:
-        with suppress(RuntimeError):
-            self._store.compare_set(_FAILED, "", f"process {rank} of {self._size} {text}")
+        self._store.compare_set(_FAILED, "", f"process {rank} of {self._size} {text}")
 
     def leave(self) -> None:
         """Say that this process ends in order, unless all have parted before."""
         with suppress(RuntimeError):
             if dist.is_initialized() and not self.over.is_set():
                 self._store.add(f"itarflow life {self._rank}", _LEFT)
+        self.stop()
+
+    def stop(self) -> None:
+        """End the watch. Python's end would abort the process, were a thread still asking the store then."""
+        self.over.set()
+        self.join(_GRACE)
 
 
 _WATCH: list[_Watch] = []
@@ -219,11 +237,13 @@ def _ending(
     """What Python does with an exception that nobody catches: as before, but then all processes end."""
 
     def ending(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        text = failure_elsewhere(error)
-        if text is None:
-            hook(kind, error, traceback)
-        else:
-            print(f"Error: {text}", file=sys.stderr)  # noqa: T201
-        end(f"{kind.__name__}: {error}".rstrip(": "), 130 if issubclass(kind, KeyboardInterrupt) else 1)
+        try:
+            text = failure_elsewhere(error)
+            if text is None:
+                hook(kind, error, traceback)
+            else:
+                print(f"Error: {text}", file=sys.stderr)  # noqa: T201
+        finally:  # also where nothing can be printed
+            end(f"{kind.__name__}: {error}".rstrip(": "), 130 if issubclass(kind, KeyboardInterrupt) else 1)
 
     return ending

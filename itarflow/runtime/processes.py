@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from itarflow.runtime.errors import RunError
-from itarflow.runtime.launch import end, failure_elsewhere, has_joined, wait_for_main
+from itarflow.runtime.launch import answered, end, failure_elsewhere, has_joined, wait_for_main
 from itarflow.runtime.progress import image_progress
 
 Opened = TypeVar("Opened")
@@ -78,19 +78,14 @@ def say_once(text: str, say: Callable[[], object]) -> None:
         say()
         return
     key = f"itarflow {hashlib.sha256(text.encode()).hexdigest()}"
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        first = store.add(key, 1) == 1
-    except (RuntimeError, ValueError):  # the process with the store is gone: better twice than never
+    store = dist.distributed_c10d._get_default_store()
+    before = answered(lambda: store.add(key, 1) - 1)
+    if not before:  # or no answer: better twice than never
         say()
-        return
-    if first:
-        say()
-    with suppress(RuntimeError, ValueError):
-        if first:
-            store.set(f"{key} said", "")
-        else:
-            store.wait([f"{key} said"], _PATIENCE)
+    if before == 0:
+        answered(lambda: store.set(f"{key} said", ""))
+    elif before:
+        answered(lambda: store.wait([f"{key} said"], _PATIENCE))
 
 
 def after_main(what: str) -> None:

@@ -25,7 +25,7 @@ from itarflow.data.loader import Batch, batches
 from itarflow.data.order import training_sampler
 from itarflow.runtime.devices import memory_gib, tf32_products
 from itarflow.runtime.errors import DataError, TrainingError
-from itarflow.runtime.launch import part
+from itarflow.runtime.launch import part, wait_for_main
 from itarflow.runtime.processes import agreed, on_main
 from itarflow.runtime.progress import training_progress
 from itarflow.runtime.signals import Interrupted, StopSignal
@@ -174,8 +174,10 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         except Interrupted:
             self._close()  # all processes have agreed to stop
             raise
-        except BaseException:
+        except BaseException as error:
             self._finish_trackers()  # others may be waiting for this one: the connection is not closed in order
+            if isinstance(error, TrainingError):  # of all processes: the first that ends would end the others
+                wait_for_main(self.accelerator)
             raise
         self._close()
         return result
@@ -253,7 +255,6 @@ class Loop(ABC, Generic[StepOutputT, Result]):
         accelerator.state.destroy_process_group()
 
     def _finish_trackers(self) -> None:
-        """Flush the trackers."""
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -267,8 +268,7 @@ class Loop(ABC, Generic[StepOutputT, Result]):
             num_processes=self.accelerator.num_processes,
             process_index=self.accelerator.process_index,
             accumulation=train.accumulation,
-            seed=train.seed,
-            start_step=self.state.step, shuffle_buffer=data.shuffle_buffer,
+            seed=train.seed, start_step=self.state.step, shuffle_buffer=data.shuffle_buffer,
         )  # fmt: skip
         return batches(self.data.train, sampler, data.num_workers)
 
