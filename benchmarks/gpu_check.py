@@ -1,11 +1,10 @@
 """One call on one GPU: is everything right there, and how fast is it? In eight and a half minutes at most.
 
 python benchmarks/gpu_check.py --out check --peer ../ml-itarflow
-python benchmarks/gpu_check.py --out check --only cifar10 study --data cifar10 --minutes 5 --seconds 580
-python benchmarks/gpu_check.py --out check --dry       # on a CPU, with tiny sizes: whether the script itself is right
 
-Each step is on its own: what fails is told, and the rest goes on. What has been found is in OUT/gpu_check.json after
-each step, and in OUT/gpu_check.md in the end: a section for RESULTS.md. It asks nothing of the network.
+Each step is on its own: what fails is told, and the rest goes on. What has been found is in a JSON file of OUT after
+each step, and in the end in a page beside it, whose path is printed last: a section for RESULTS.md. What an earlier
+call has found stays. It asks nothing of the network.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from gpu.figures import Check, Done, Figure, deviations, page
 from gpu.targets import targets
-from gpu.worker import Step, Worker, run_here
+from gpu.worker import Step, Worker, run_here, unready
 
 NEEDED = ("torch", "accelerate", "diffusers", "datasets", "msgspec", "safetensors", "einops", "scipy", "sklearn",
           "psutil", "filelock", "rich", "tyro")  # fmt: skip
@@ -71,7 +70,7 @@ class Options:
     out: Path = Path("gpu_check")
     """Folder for all that is written."""
     only: tuple[str, ...] = ()
-    """Steps to run; () = all but cifar10 and study, which take what time there is."""
+    """Steps to run; without it all but cifar10 and study, which take what time there is."""
     seconds: float = 505.0
     """For all of it. Steps that no longer fit are left out, and named."""
     peer: Path | None = None
@@ -83,7 +82,8 @@ class Options:
     minutes: float = 6.0
     """For the training of the step cifar10."""
     dry: bool = False
-    """Run on the CPU with tiny sizes, each step to its end. Its figures mean nothing."""
+    """Run on the CPU with tiny sizes, whether the script itself is right: its figures mean nothing. A step without
+    what it needs is left out."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.only if name not in STEPS]
@@ -97,6 +97,10 @@ class Options:
                 raise ValueError(f"{name} {folder} is not there; check the path, or leave it out.")
 
 
+class UnableError(Exception):
+    """No step can run here."""
+
+
 def check(options: Options, command: str, began: float, say: Callable[[str], None] = print) -> Check:
     """Run the steps, and write what they find.
 
@@ -104,12 +108,25 @@ def check(options: Options, command: str, began: float, say: Callable[[str], Non
         options: what is checked.
         command: by which.
         began: when the time began, of `time.monotonic()`.
-        say: tells of each step.
+        say: tells of each step, and the page with its path in the end.
+
+    Raises:
+        UnableError: if no step can run here, for want of a GPU or of a package.
     """
+    worker = Worker()
+    unable = unready(dry=True) if options.dry else worker.start(began + options.seconds)
+    if unable is not None:
+        raise UnableError(unable)
+    try:
+        return _checked(options, command, began, say, worker)
+    finally:
+        worker.stop()
+
+
+def _checked(options: Options, command: str, began: float, say: Callable[[str], None], worker: Worker) -> Check:
     options.out.mkdir(parents=True, exist_ok=True)
     file = _free(options.out, "gpu_check", ".json")
     found = Check(command=command, device="", dry=options.dry, steps=[])
-    worker = Worker()
     try:
         for name in options.only or [name for name, budget in STEPS.items() if not budget.alone]:
             done = Done(name=name)
@@ -118,11 +135,15 @@ def check(options: Options, command: str, began: float, say: Callable[[str], Non
             _run(options, done, left, worker)
             found = Check(command=command, device=_device(found), dry=options.dry, steps=found.steps)
             file.write_text(json.dumps(found.to_json(), indent=1, default=str) + "\n")
-            end = "" if done.failed is None else f": {done.failed}"
-            say(f"{name}: {len(done.figures)} figures in {done.seconds:.1f} s{end}")
+            left_out = [figure for figure in done.figures if figure.left_out is not None]
+            ends = [] if done.failed is None else [done.failed]
+            ends += [f"{figure.what} left out, {figure.left_out}" for figure in left_out]
+            figures = len(done.figures) - len(left_out)
+            say(f"{name}: {figures} figures in {done.seconds:.1f} s{': ' * bool(ends)}{'; '.join(ends)}")
     finally:
-        worker.stop()
-        file.with_suffix(".md").write_text(told(found))
+        written = file.with_suffix(".md")
+        written.write_text(told(found))
+        say(f"\n{told(found)}\nThis page is in {written}")
     return found
 
 
@@ -173,19 +194,26 @@ def _free(folder: Path, stem: str, suffix: str) -> Path:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command line; exits with 1 if anything deviated."""
+    """The command line; exits with 1 if anything deviated, with 2 if nothing can run."""
     began = time.monotonic()
     words = sys.argv[1:] if args is None else list(args)
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        sys.exit(f"Error: {', '.join(missing)} can't be imported; benchmarks/README.md says which wheels to bring.")
+        _refuse(f"{', '.join(missing)} can't be imported; benchmarks/README.md says which wheels to bring.")
     import tyro  # now that it is known to be there
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     options = tyro.cli(Options, prog="benchmarks/gpu_check.py", description=__doc__, args=words)
-    found = check(options, shlex.join(["python", "benchmarks/gpu_check.py", *words]), began)
-    print(f"\n{told(found)}")
+    try:
+        found = check(options, shlex.join(["python", "benchmarks/gpu_check.py", *words]), began)
+    except UnableError as error:
+        _refuse(str(error))
     if any(True for _ in deviations(found)):
         sys.exit(1)
+
+
+def _refuse(why: str) -> NoReturn:
+    print(f"Error: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,13 +22,14 @@ from gpu import hooks
 from gpu.figures import Check, Done, Figure, page
 from gpu.setting import Setting
 from gpu.targets import targets
-from gpu.worker import Step, Worker, run_here
+from gpu.worker import Step, Worker, run_here, unready
 from gpu_check import STEPS, Budget, Options, check, told
 from test_benchmarks import clone
 
 from itarflow.inverse import Jacobi
 from itarflow.runtime.recording import Lane
 
+ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("env", "kernels", "right", "inverse", "token", "jacobi", "score", "train", "pipeline", "imagenet64", "peer")
 """Steps that start no process."""
 
@@ -124,6 +126,14 @@ def dying(setting):
     yield Figure(what="before")
     os._exit(11)
 
+def lacking(setting):
+    yield Figure(what="before")
+    import no_such_package.part
+
+def faulty(setting):
+    yield Figure(what="before")
+    import gpu.no_such_module
+
 def hanging(setting):
     yield Figure(what="before")
     time.sleep(600)
@@ -149,7 +159,7 @@ def settings(tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_a_step_that_dies_or_hangs_loses_neither_its_figures_nor_the_next_step(tmp_path, module):
-    worker = Worker()
+    worker = Worker(dry=True)
     try:
         for name, seconds, reason in (
             ("failing", 60, "KeyError: 'no such thing'"),
@@ -166,6 +176,39 @@ def test_a_step_that_dies_or_hangs_loses_neither_its_figures_nor_the_next_step(t
         worker.stop()
 
 
+def test_what_wants_a_package_is_left_out_and_a_module_of_ours_that_is_missing_deviates(tmp_path, module):
+    found: list[Figure] = []
+    assert run_here(Step("lacking", module, settings(tmp_path)), found.append) is None
+    assert [(figure.what, figure.left_out) for figure in found] == [
+        ("before", None),
+        ("lacking", "the package no_such_package is not installed"),
+    ]
+    failed = run_here(Step("faulty", module, settings(tmp_path)), [].append)
+    assert failed == "ModuleNotFoundError: No module named 'gpu.no_such_module'"
+
+
+def test_the_flows_are_compared_without_pytest_whose_part_is_left_out(tmp_path):
+    blocked = "import sys\nfor name in ('pytest', '_pytest', 'conftest'): sys.modules[name] = None\n"
+    code = (
+        f"{blocked}sys.path.insert(0, 'benchmarks')\nfrom gpu.right import right, tests\n"
+        "from gpu.setting import Setting\nimport math, pathlib\nfrom gpu.figures import Figure\n"
+        "setting = Setting(dry=True, out=pathlib.Path('.'), peer=None, data=None, features=None, minutes=1.0, "
+        "until=math.inf)\nprint([figure.deviation for figure in right(setting)])\n"
+        "print(tests(setting, Figure(what='tests')).left_out)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [str([None] * 6), "the package pytest is not installed"], done.stderr
+
+
+@pytest.mark.parametrize("step", ["peer", "cifar10"])
+def test_a_step_without_what_it_needs_is_left_out(step, tmp_path):
+    found = dry(tmp_path, step)
+    told = page(found)
+    assert f"| {step} | 0.0 | 0 | left out |" in told
+    assert "Nothing deviated" in told
+    assert "**Left out**" in told
+
+
 def test_kernels_that_were_left_out_deviate_and_other_warnings_are_told(tmp_path, module):
     found: list[Figure] = []
     assert run_here(Step("warning", module, settings(tmp_path)), found.append) is None
@@ -180,6 +223,35 @@ def test_without_a_gpu_it_is_said(tmp_path, module, monkeypatch):
     failed = run_here(Step("fine", module, settings(tmp_path) | {"dry": False}), [].append)
     assert failed is not None
     assert "sees no GPU here; --dry runs on the CPU" in failed
+
+
+def test_without_a_gpu_or_a_package_nothing_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason = unready(dry=False)
+    assert reason is not None
+    assert "sees no GPU here" in reason
+    monkeypatch.setattr(Worker, "start", lambda self, until: reason)
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main(["--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"Error: {reason}\n"
+    assert not (tmp_path / "out").exists()
+
+    def lacks(name: str) -> None:
+        raise RuntimeError("Failed to import diffusers") from ModuleNotFoundError("...", name="no_such_package.models")
+
+    monkeypatch.setattr("importlib.import_module", lacks)
+    assert unready(dry=True) == (
+        "the package no_such_package is not installed; benchmarks/README.md says which wheels to bring."
+    )
+
+
+def test_a_page_that_is_there_stays_and_the_path_of_the_new_one_comes_last(tmp_path):
+    for name in ("gpu_check.md", "gpu_check-2.md"):
+        said: list[str] = []
+        check(Options(dry=True, only=("peer",), out=tmp_path), "a command", time.monotonic(), say=said.append)
+        assert said[-1].splitlines()[-1] == f"This page is in {tmp_path / name}"
+        assert (tmp_path / name).exists()
 
 
 def test_a_step_whose_time_is_over_ends_with_the_figures_that_it_has(tmp_path, module):
@@ -227,14 +299,19 @@ def test_the_page_has_rates_floors_memory_and_what_deviated():
         Figure(what="product", seconds=2e-5, moved_bytes=10**7),
         Figure(what="flow", case="a | b", error=0.25, tolerance=0.1),
         Figure(what="score", images=1, failed="OutOfMemoryError: CUDA out of memory."),
+        Figure(what="official code", left_out="no --peer names a clone of it"),
     ]  # fmt: skip
     lines = page(Check(command="c", device="a GPU", dry=False, steps=[Done(name="all", figures=figures)])).splitlines()
     assert "| inverse | bf16 | 8 | 2 s | 250 ms | 3 s | 2 | 500 | 4 | 10.5 x as fast | 1 (2) |" in lines
     assert "| product | 20 us | 500 |" in lines
-    assert "| flow | a \\| b | 0.25 | 0.1 |" in lines
-    assert lines[-2:] == [
+    assert "| flow, a \\| b | 0.25 | 0.1 |" in lines
+    assert lines[-6:] == [
         "- flow, a | b: error 0.25, expected at most 0.1",
         "- score, 1 image: OutOfMemoryError: CUDA out of memory.",
+        "",
+        "**Left out**",
+        "",
+        "- official code: no --peer names a clone of it",
     ]
 
 

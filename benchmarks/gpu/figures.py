@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -42,13 +44,15 @@ class Figure:
     """Of `error`."""
     failed: str | None = None
     """Why there are no figures."""
+    left_out: str | None = None
+    """Why it was not tried, which is no deviation."""
     more: Mapping[str, Any] = field(default_factory=dict)
     """What is only told in the JSON file, and in the list of details."""
 
     @property
     def deviation(self) -> str | None:
         """What is wrong with it, in a line; None = nothing."""
-        name = ", ".join(part for part in (self.what, self.case, self.dtype, _images(self.images)) if part)
+        name = _named(self)
         if self.failed is not None:
             return f"{name}: {self.failed}"
         if self.error is not None and self.tolerance is not None and not self.error <= self.tolerance:
@@ -87,6 +91,29 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
+def not_installed(package: str) -> str:
+    """Why something is left out."""
+    return f"the package {package} is not installed"
+
+
+def missing_package(error: BaseException) -> str | None:
+    """`not_installed` of the package for whose absence there is this exception; None = it has another reason."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name:
+            package = cause.name.partition(".")[0]
+            # Of a package that is there, a module is missing: that is a fault.
+            return not_installed(package) if find_spec(package) is None else None
+        cause = cause.__cause__
+    return None
+
+
+def named_missing(output: str) -> str | None:
+    """The same of a command, by what it has printed."""
+    found = re.search(r"ModuleNotFoundError: No module named '(\w+)", output)
+    return None if found is None or find_spec(found[1]) is not None else not_installed(found[1])
+
+
 def page(check: Check, targets: Sequence[list[str]] = ()) -> str:
     """A section for RESULTS.md: tables of speed and of errors, and what deviated.
 
@@ -105,11 +132,14 @@ def page(check: Check, targets: Sequence[list[str]] = ()) -> str:
         lines += [*_table(["target", "aimed at", "found", ""], targets), ""]
     compared = [figure for figure in figures if figure.error is not None]
     if compared:
-        rows = [[f.what, f.case, f.dtype, _short(f.error), _short(f.tolerance)] for f in compared]
-        lines += [*_table(["compared", "case", "dtype", "error", "tolerance"], rows), ""]
+        rows = [[_titled(f), f.dtype, _short(f.error), _short(f.tolerance)] for f in compared]
+        lines += [*_table(["compared", "dtype", "error", "tolerance"], rows), ""]
     lines += [*_table(["step", "seconds", "figures", "end"], map(_step, check.steps)), ""]
     wrong = list(deviations(check))
-    lines += ["**What deviated**" if wrong else "Nothing deviated.", "", *(f"- {line}" for line in wrong)]
+    lines += ["**What deviated**", "", *(f"- {line}" for line in wrong)] if wrong else ["Nothing deviated."]
+    left_out = [figure for figure in figures if figure.left_out is not None]
+    if left_out:
+        lines += ["", "**Left out**", "", *(f"- {_named(figure)}: {figure.left_out}" for figure in left_out)]
     details = [(figure, figure.more) for figure in figures if figure.more]
     if details:
         lines += ["", "**Details**", ""]
@@ -125,7 +155,7 @@ def deviations(check: Check) -> Iterator[str]:
         yield from (line for figure in step.figures if (line := figure.deviation) is not None)
 
 
-_HEADS = ["what", "case", "dtype", "images", "time", "an image", "first call", "TFLOP/s", "GB/s", "over floor",
+_HEADS = ["what", "dtype", "images", "time", "an image", "first call", "TFLOP/s", "GB/s", "over floor",
           "official code", "peak GiB (expected)"]  # fmt: skip
 
 
@@ -140,14 +170,16 @@ def _speed(figure: Figure) -> list[str]:
     if figure.peak_bytes is not None and figure.estimated_bytes is not None:
         memory += f" ({_short(figure.estimated_bytes / 2**30)})"
     return [
-        figure.what, figure.case, figure.dtype, str(figure.images or ""), _time(seconds),
+        _titled(figure), figure.dtype, str(figure.images or ""), _time(seconds),
         _time(seconds / figure.images) if figure.images else "", _time(figure.first_seconds), _short(flops),
         _short(moved), _short(floor), "" if peer is None else f"{_short(peer)} x as fast", memory,
     ]  # fmt: skip
 
 
 def _step(step: Done) -> list[str]:
-    return [step.name, f"{step.seconds:.1f}", str(len(step.figures)), "whole" if step.failed is None else step.failed]
+    done = [figure for figure in step.figures if figure.left_out is None]
+    whole = "whole" if len(done) == len(step.figures) else "in part" if done else "left out"
+    return [step.name, f"{step.seconds:.1f}", str(len(done)), whole if step.failed is None else step.failed]
 
 
 def _table(heads: list[str], rows: Iterable[list[str]]) -> list[str]:
@@ -159,8 +191,12 @@ def _table(heads: list[str], rows: Iterable[list[str]]) -> list[str]:
     ]
 
 
+def _titled(figure: Figure) -> str:
+    return ", ".join(part for part in (figure.what, figure.case) if part)
+
+
 def _named(figure: Figure) -> str:
-    return ", ".join(part for part in (figure.what, figure.case, figure.dtype, _images(figure.images)) if part)
+    return ", ".join(part for part in (_titled(figure), figure.dtype, _images(figure.images)) if part)
 
 
 def _mapping(more: Mapping[str, Any]) -> str:

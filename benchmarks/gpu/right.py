@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpu.figures import Figure
+from gpu.figures import Figure, named_missing, not_installed
 from gpu.setting import Setting, distance, tried
 from itarflow.denoisers import FlowDenoiser
 from itarflow.flow import TARFlow, nll_per_dim
@@ -47,17 +47,15 @@ class Given(NamedTuple):
 def right(setting: Setting) -> Iterator[Figure]:
     """All kinds of flows of the tests, in float32 and in bf16; then the tests that need a GPU."""
     sys.path.insert(0, str(ROOT / "tests"))
-    threads = torch.get_num_threads()
-    import conftest  # whose flows are those of all tests
+    import tiny_flows
 
-    torch.set_num_threads(threads)
-    for name, changes in list(conftest.VARIANTS.items())[:: 4 if setting.dry else 1]:
+    for name, changes in list(tiny_flows.VARIANTS.items())[:: 4 if setting.dry else 1]:
         torch.manual_seed(0)
-        flow = TARFlow(**conftest.TINY | changes)
-        conftest.randomise(flow)
+        flow = TARFlow(**tiny_flows.TINY | changes)
+        tiny_flows.randomise(flow)
         yield from _compared(setting, name, flow)
     if not setting.dry:
-        yield tried(Figure(what="pytest -m cuda"), lambda blank: _tests(setting, blank))
+        yield tried(Figure(what="pytest -m cuda"), lambda blank: tests(setting, blank))
 
 
 def _compared(setting: Setting, name: str, flow: TARFlow) -> Iterator[Figure]:
@@ -119,15 +117,19 @@ def _in_bf16(flow: TARFlow, given: Given) -> Computed:
     return {"z": output.z, "score": score, "guided inverse": inverse}
 
 
-def _tests(setting: Setting, blank: Figure) -> Figure:
+def tests(setting: Setting, blank: Figure) -> Figure:
+    """Those that need a GPU, each in its file."""
     if importlib.util.find_spec("pytest") is None:
-        return replace(blank, failed="pytest is not installed")
+        return replace(blank, left_out=not_installed("pytest"))
     files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "@pytest.mark.cuda" in path.read_text()]
     words = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-o", "addopts=", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "ITARFLOW_TEST_CUDA": "1"}
     done = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(setting.left, 10), check=False
     )
+    missing = named_missing(done.stdout + done.stderr)
+    if missing is not None and done.returncode in (2, 4):  # none has run, since one can't be imported
+        return replace(blank, left_out=missing)
     told = done.stdout.splitlines()[-1:] or done.stderr.splitlines()[-1:]
     if done.returncode:
         return replace(blank, failed=f"{' '.join(told)}: {' '.join(done.stdout.splitlines()[-6:-1])}")

@@ -77,7 +77,7 @@ def peer(setting: Setting) -> Iterator[Figure]:
     prepares itself for each length of the cache, for minutes.
     """
     if setting.peer is None:
-        yield Figure(what="official code", more={"": "left out, since no --peer names a clone of it"})
+        yield Figure(what="official code", left_out="no --peer names a clone of it")
         return
     module = official.official_module(setting.peer)
     yield from _agreement(setting, module, setting.flow(TINY))

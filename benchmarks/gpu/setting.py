@@ -16,7 +16,7 @@ from subject import randomised
 from timing import release
 from torch import Tensor
 
-from gpu.figures import Figure, reason
+from gpu.figures import Figure, missing_package, reason
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance
 from itarflow.presets import ModelConfig, itarflow_model
@@ -44,8 +44,8 @@ class Setting:
     """The end of the step, of `time.monotonic()`."""
 
     def __post_init__(self) -> None:
-        if not self.dry and not torch.cuda.is_available():
-            raise ValueError(f"PyTorch {torch.__version__} sees no GPU here; --dry runs on the CPU, with tiny sizes.")
+        if not self.dry and (missing := no_gpu()) is not None:
+            raise ValueError(missing)
 
     @property
     def device(self) -> torch.device:
@@ -125,12 +125,20 @@ class Setting:
         return torch.cuda.max_memory_allocated(self.device)
 
 
+def no_gpu() -> str | None:
+    """What is said where there is none; None = there is one."""
+    if torch.cuda.is_available():
+        return None
+    return f"PyTorch {torch.__version__} sees no GPU here; --dry runs on the CPU, with tiny sizes."
+
+
 def tried(blank: Figure, measure: Callable[[Figure], Figure]) -> Figure:
     """What `measure` makes of a figure, or the figure with the reason why it could not."""
     try:
         return measure(blank)
     except Exception as error:  # of the libraries, of memory, of us: the next case is measured all the same
-        return replace(blank, failed=reason(error))
+        missing = missing_package(error)
+        return replace(blank, failed=reason(error)) if missing is None else replace(blank, left_out=missing)
 
 
 def distance(found: Tensor, expected: Tensor) -> float:

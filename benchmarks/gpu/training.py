@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from costs import floor, training_cost
 
-from gpu.figures import Figure
+from gpu.figures import Figure, named_missing
 from gpu.setting import LEVELS, Setting, tried
 from itarflow.pipeline import ITARFlowPipeline
 from itarflow.runtime.devices import tf32_products
@@ -124,7 +124,7 @@ def recipe(setting: Setting) -> Iterator[Figure]:
 def cifar10(setting: Setting) -> Iterator[Figure]:
     """A small model of CIFAR-10, trained for some minutes; the same command goes on where it was stopped."""
     if setting.data is None:
-        yield Figure(what="CIFAR-10", failed="--data names no folder with its parquet files")
+        yield Figure(what="CIFAR-10", left_out="no --data names a folder with its parquet files")
         return
     run, plan = setting.out / "cifar10", setting.out / "cifar10.json"
     words = [sys.executable, str(BENCHMARKS / "gpu" / "cifar10_recipe.py"), "--data.path", str(setting.data)]
@@ -182,11 +182,12 @@ def _kept(setting: Setting, blank: Figure, run: Path) -> Figure:
 def study(setting: Setting) -> Iterator[Figure]:
     """The noise dilemma with four flows at a GPU's scale; the same command goes on where it was stopped."""
     words = [sys.executable, str(ROOT / "experiments" / "noise_dilemma.py")]
-    if setting.dry:  # its smallest scale takes an hour
+    if setting.dry:
         yield _ran(Figure(what="noise dilemma", case="--help"), setting, [*words, "--help"])
+        yield Figure(what="noise dilemma", left_out="a dry run only asks for --help: its smallest scale takes an hour")
         return
     if setting.data is None:
-        yield Figure(what="noise dilemma", failed="--data names no folder with CIFAR-10's parquet files")
+        yield Figure(what="noise dilemma", left_out="no --data names a folder with CIFAR-10's parquet files")
         return
     words += ["--scale", "gpu", "--data", str(setting.data), "--output", str(setting.out / "study")]
     if setting.features is None:
@@ -227,6 +228,8 @@ def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0, 
     measured = replace(blank, seconds=time.monotonic() - began, more={"": " / ".join(tail[-lines:])} if lines else {})
     if stopped:
         return replace(measured, failed=f"its time was over; the same command goes on: {tail[-1] if tail else ''}")
+    if process.returncode and (missing := named_missing(told)) is not None:
+        return replace(blank, left_out=missing)
     if process.returncode:
         return replace(measured, failed=f"exit status {process.returncode}: {' / '.join(tail[-3:])}")
     return measured

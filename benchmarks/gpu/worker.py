@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from gpu.figures import Done, Figure, reason
+from gpu.figures import Done, Figure, missing_package, reason
 
 
 class Step(NamedTuple):
@@ -31,6 +31,17 @@ class _Ended:
     failed: str | None
     healthy: bool
     """Whether the process can go on with another step."""
+
+
+def unready(dry: bool) -> str | None:
+    """Import what all steps need, and return in a sentence why none can run in this process; None = they can."""
+    try:
+        for name in ("gpu.hooks", "gpu.setting", "itarflow.pipeline", "itarflow.training.train"):
+            importlib.import_module(name)
+        return None if dry else importlib.import_module("gpu.setting").no_gpu()
+    except Exception as error:
+        missing = missing_package(error)
+        return reason(error) if missing is None else f"{missing}; benchmarks/README.md says which wheels to bring."
 
 
 def run_here(step: Step, found: Callable[[Figure], None]) -> str | None:
@@ -52,7 +63,10 @@ def run_here(step: Step, found: Callable[[Figure], None]) -> str | None:
                     else:
                         found(Figure(what="told", more={"": line}))
     except Exception as error:
-        return reason(error)
+        missing = missing_package(error)
+        if missing is None:
+            return reason(error)
+        found(Figure(what=step.name, left_out=missing))
     finally:
         _cleaned(step)
     return None
@@ -61,7 +75,8 @@ def run_here(step: Step, found: Callable[[Figure], None]) -> str | None:
 class Worker:
     """Runs steps in a process that is started when it is needed, and anew after one that left it broken."""
 
-    def __init__(self) -> None:
+    def __init__(self, dry: bool = False) -> None:
+        self._dry = dry
         self._process: Any = None
         self._connection: Connection | None = None
 
@@ -74,14 +89,16 @@ class Worker:
             return None
         spawned = multiprocessing.get_context("spawn")
         self._connection, other = spawned.Pipe()
-        self._process = spawned.Process(target=_serve, args=(other,), daemon=False)
+        self._process = spawned.Process(target=_serve, args=(other, self._dry), daemon=False)
         self._process.start()
         other.close()
         try:
             if self._connection.poll(max(0.0, until - time.monotonic())):
-                self._connection.recv()
-                return None
-            failed = "its process was not ready in time"
+                failed = self._connection.recv()
+                if failed is None:
+                    return None
+            else:
+                failed = "its process was not ready in time"
         except EOFError:
             self._process.join(5)
             failed = f"its process ended with exit status {self._process.exitcode} as it began"
@@ -126,13 +143,10 @@ class Worker:
         self._process = self._connection = None
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, dry: bool) -> None:
     """The process: run what comes, until nobody is there any more."""
     os.setpgrp()
-    os.environ["ITARFLOW_TEST_CUDA"] = "1"  # the tests' flows are used, and their module hides GPUs without it
-    for name in ("gpu.hooks", "gpu.setting", "itarflow.pipeline", "itarflow.training.train"):
-        importlib.import_module(name)
-    connection.send("ready")
+    connection.send(unready(dry))
     while True:
         try:
             step: Step = connection.recv()
@@ -144,12 +158,12 @@ def _serve(connection: Connection) -> None:
 
 def _cleaned(step: Step) -> None:
     """Give memory back, as far as the device still answers."""
-    import torch
-    from timing import release
-
-    from itarflow.runtime.recording import release_recordings
-
     try:
+        import torch
+        from timing import release
+
+        from itarflow.runtime.recording import release_recordings
+
         release_recordings()
         release(torch.device("cpu" if step.setting["dry"] else "cuda"))
     except Exception as error:  # the context is broken, which `_healthy` will find, too
