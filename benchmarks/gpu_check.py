@@ -82,8 +82,7 @@ class Options:
     minutes: float = 6.0
     """For the training of the step cifar10."""
     dry: bool = False
-    """Run on the CPU with tiny sizes, whether the script itself is right: its figures mean nothing. A step without
-    what it needs is left out."""
+    """Run on the CPU with tiny sizes, to see whether the script itself is right. Its figures mean nothing."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.only if name not in STEPS]

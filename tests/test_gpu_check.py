@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import gpu_check
 from gpu import hooks
-from gpu.figures import Check, Done, Figure, page
+from gpu.figures import Check, Done, Figure, named_missing, page
 from gpu.setting import Setting
 from gpu.targets import targets
 from gpu.worker import Step, Worker, run_here, unready
@@ -185,6 +185,9 @@ def test_what_wants_a_package_is_left_out_and_a_module_of_ours_that_is_missing_d
     ]
     failed = run_here(Step("faulty", module, settings(tmp_path)), [].append)
     assert failed == "ModuleNotFoundError: No module named 'gpu.no_such_module'"
+    printed = "Traceback\nModuleNotFoundError: No module named '{}'\n"  # by a command
+    assert named_missing(printed.format("no_such_package.part")) == "the package no_such_package is not installed"
+    assert named_missing(printed.format("itarflow.no_such_module")) is None
 
 
 def test_the_flows_are_compared_without_pytest_whose_part_is_left_out(tmp_path):

@@ -118,7 +118,7 @@ def recipe(setting: Setting) -> Iterator[Figure]:
     if setting.dry:
         words += ["--model.channels", "64", "--model.num-layers", "1", "1", "--sampling.num-images", "4"]
     for case, steps, more in (("fresh", stops[0], []), ("resumed", stops[1], ["--resume"])):
-        yield _ran(Figure(what="digits", case=case), setting, [*words, "--max-steps", str(steps), *more], lines=2)
+        yield _ran(Figure(what="digits", case=case), setting, [*words, "--max-steps", str(steps), *more], lines=1)
 
 
 def cifar10(setting: Setting) -> Iterator[Figure]:
@@ -224,8 +224,10 @@ def _ran(blank: Figure, setting: Setting, words: Sequence[str], lines: int = 0, 
         except subprocess.TimeoutExpired:
             process.kill()
             told, _ = process.communicate()
-    tail = [line.strip() for line in told.splitlines() if any(map(str.isalnum, line))]  # no frames of tables
-    measured = replace(blank, seconds=time.monotonic() - began, more={"": " / ".join(tail[-lines:])} if lines else {})
+    tail = [line.strip(" │") for line in told.splitlines() if any(map(str.isalnum, line))]  # no frames of tables
+    plain = [line for line in tail if "│" not in line]  # nor their rows
+    more = {"": " / ".join(plain[-lines:])} if lines else {}
+    measured = replace(blank, seconds=time.monotonic() - began, more=more)
     if stopped:
         return replace(measured, failed=f"its time was over; the same command goes on: {tail[-1] if tail else ''}")
     if process.returncode and (missing := named_missing(told)) is not None:
