@@ -119,7 +119,6 @@ def test_plans_are_of_one_precision(pipe, bf16_device):
     [
         ((), torch.bfloat16, torch.bfloat16),
         (("--exact",), torch.float32, torch.bfloat16),
-        (("--exact", "--inverse-dtype", "bf16"), torch.bfloat16, torch.bfloat16),
         (("--inverse-dtype", "float32", "--denoise-dtype", "float32"), torch.float32, torch.float32),
     ],
 )
