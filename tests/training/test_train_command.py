@@ -186,14 +186,14 @@ def test_one_device_has_one_column_and_nothing_to_exchange(run):
     assert "Memory of a training step" in printed
     assert "one device" in printed
     assert "DDP" not in printed
-    assert "exchange with other devices" not in printed
+    assert "gathered from other devices" not in printed
     assert "fits into" not in printed
 
 
 @pytest.mark.slow
 def test_several_devices_are_compared_replicated_and_sharded(run):
     printed = run("--dry-run", "--devices", 4, "--memory", 0.5)
-    for words in ("each of 4 devices", "replicated (DDP)", "sharded (FSDP2)", "exchange with other devices",
+    for words in ("each of 4 devices", "replicated (DDP)", "sharded (FSDP2)", "gathered from other devices",
                   "fits into 90% of 0.5 GiB", "fits into 90% of 0.5 GiB, gradient checkpointing",
                   "--train.accumulation 1 for 25 at a time"):  # fmt: skip
         assert words in printed
