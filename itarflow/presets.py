@@ -16,9 +16,9 @@ from itarflow.flow.tarflow import TARFlow
 class ModelConfig:
     """The architecture. Values that differ between blocks are lists, image side first and noise side last."""
 
-    image_size: int | tuple[int, int]
+    image_size: int
     """Side of the square images in pixels; other images are cropped and resized to it. With codec.vae: of their
-    codes, which the VAE's stride has made smaller, such as 32 for images of 256 pixels. Or (height, width)."""
+    codes, which the VAE's stride has made smaller, such as 32 for images of 256 pixels."""
     in_channels: int = 3
     """1 = greyscale, 3 = colour; with codec.vae the channels of the codes, such as 4."""
     num_classes: int = 0
