@@ -9,10 +9,9 @@ import torch
 
 from itarflow.text_encoder import TextEncoder
 
-WORDS = (
-    "a an the of on with and photo picture corgi cat dog beach red blue large small "
-    "zero one two three four five six seven eight nine"
-).split()
+_KNOWN = """a an the of on with and photo picture corgi cat dog beach red blue large small
+zero one two three four five six seven eight nine"""
+WORDS = _KNOWN.split()
 WIDTH, TOKENS = 8, 6
 """E and T of the tiny encoder."""
 
