@@ -70,8 +70,7 @@ class ModelConfig:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images, or of their codes."""
-        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-        return self.in_channels, height, width
+        return self.in_channels, self.image_size, self.image_size
 
     @property
     def context_shape(self) -> tuple[int, int]:
