@@ -51,16 +51,16 @@ def main(options: Options) -> None:
     pipe = ITARFlowPipeline.from_pretrained(options.pipeline)
     labels = [label for label in range(10) for _ in range(options.per_class)]
     began = time.perf_counter()
-    captioned = pipe.flow.config.context_tokens > 0 and pipe.flow.config.num_classes == 0
     asked: dict[str, Any] = {"class_labels": labels}
-    if captioned:
+    if pipe.takes_prompts:
         asked = {"prompt": [options.prompt.format(NAMES[label]) for label in labels]}
     images = pipe(**asked, generator=torch.Generator().manual_seed(options.seed)).images
     seconds = time.perf_counter() - began
     generated = np.stack([np.asarray(image, dtype=np.float64) for image in images]).reshape(len(images), -1)
     right = judge.predict(generated) == np.array(labels)
 
-    table = Table(title=f"Recognised as the requested {'prompt' if captioned else 'class'}", title_justify="left")
+    what = "prompt" if pipe.takes_prompts else "class"
+    table = Table(title=f"Recognised as the requested {what}", title_justify="left")
     for column in ("images", "recognised", "worst class", "SVC on real digits, 10-fold", "sampling"):
         table.add_column(column)
     by_class = right.reshape(10, -1).mean(axis=1)

@@ -19,14 +19,14 @@ from itarflow.text_encoder import TextEncoder
 from itarflow.training.recipe import Recipe
 
 
-def caption_vectors(recipe: Recipe, batch: Batch, device: torch.device) -> Tensor | None:
+def vectors(recipe: Recipe, batch: Batch, device: torch.device) -> Tensor | None:
     """The context (b, T, E) of a batch's captions, in float32 on the device; None unless the flow takes captions."""
     if not recipe.model.takes_captions or batch.context is None:
         return None
     return batch.context.to(device, non_blocking=True).float()
 
 
-def empty_caption(data: ImageData, device: torch.device) -> Tensor | None:
+def empty(data: ImageData, device: torch.device) -> Tensor | None:
     """The null context (1, T, E) in float32 on the device; None if the images have no captions."""
     return None if data.null_context is None else data.null_context[None].to(device).float()
 
@@ -38,10 +38,13 @@ def prompts_of(data: ImageData, indices: Sequence[int]) -> dict[str, Tensor]:
     """
     images = data.held_out if len(data.held_out) else data.train
     batch = next(batches(images, [[index % len(images) for index in indices]]))
-    empty = empty_caption(data, torch.device("cpu"))
-    if batch.context is None or empty is None:
+    null_context = empty(data, torch.device("cpu"))
+    if batch.context is None or null_context is None:
         raise DataError("the images have no captions to sample from")
-    return {"prompt_embeds": batch.context.float(), "negative_prompt_embeds": empty.expand(len(indices), -1, -1)}
+    return {
+        "prompt_embeds": batch.context.float(),
+        "negative_prompt_embeds": null_context.expand(len(indices), -1, -1),
+    }
 
 
 def open_text_encoder(
@@ -86,7 +89,14 @@ def open_text_encoder(
     return found[0] if found else None
 
 
-def caption_facts(data: ImageData, has_encoder: bool) -> dict[str, Any]:
+def example_prompt(data: ImageData) -> str:
+    """A prompt to begin with: the caption of a class, if captions are made of these."""
+    template = "" if data.captions is None else data.captions.card.captions
+    names = data.class_names
+    return template.replace("{}", names[0]) if "{}" in template and names else "a photo"
+
+
+def facts(data: ImageData, has_encoder: bool) -> dict[str, Any]:
     """What a pipeline's record of its training says of captions; {} without."""
     if data.captions is None:
         return {}

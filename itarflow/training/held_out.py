@@ -16,7 +16,7 @@ from itarflow.data.loader import in_order
 from itarflow.flow import noise as noises
 from itarflow.flow.tarflow import TARFlow
 from itarflow.runtime.seeds import mixed_seed
-from itarflow.training.captions import caption_vectors
+from itarflow.training import captions
 from itarflow.training.objective import clean_images
 from itarflow.training.recipe import Recipe
 
@@ -56,7 +56,7 @@ def evaluate_held_out(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, acce
         broken += batch.broken
         images = _held_out_images(recipe, batch.images.to(flow.device), index)
         labels = batch.labels if recipe.model.num_classes else None
-        context = caption_vectors(recipe, batch, flow.device)
+        context = captions.vectors(recipe, batch, flow.device)
         count += len(images)
         for column, level in enumerate(levels or [0.0]):
             generator = torch.Generator(flow.device).manual_seed(mixed_seed(recipe.train.seed, index, column, 1))

@@ -256,7 +256,7 @@ class Recipe:
         model, number = self.model, len(flow.blocks)
         # A flow may have such a block, but its transformer reads nothing and gets no gradient, with which DDP gives up
         # after the first step, and no state that could be read again.
-        if model.image_size in flow.patch_sizes:
+        if model.image_size in flow.patch_sizes and not model.start_token:
             raise ValueError(
                 f"model.patch_size is {model.patch_size} and model.image_size {model.image_size}: the transformer of "
                 "a block of one token has no token to read, and can't be trained. Choose a smaller patch."

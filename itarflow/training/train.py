@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from itarflow.runtime.processes import agreed, main_first, on_main
 from itarflow.runtime.recording import release_recordings
 from itarflow.runtime.signals import StopSignal
 from itarflow.text_encoder import TextEncoder
-from itarflow.training.captions import caption_facts, caption_vectors, empty_caption, open_text_encoder
+from itarflow.training import captions
 from itarflow.training.estimate import estimate
 from itarflow.training.export import (
     export_pipeline,
@@ -41,7 +41,7 @@ from itarflow.training.export import (
     sample_grid,
     training_record,
 )
-from itarflow.training.finished import Finished
+from itarflow.training.finished import Summary
 from itarflow.training.held_out import Evaluation, evaluate_held_out
 from itarflow.training.loop import Loop
 from itarflow.training.metrics import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
@@ -62,16 +62,6 @@ from itarflow.training.sharding import (
     update_average,
     whole_flow,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary(Finished):
-    """The result of a finished training of a flow."""
-
-    held_out: Evaluation
-    """As `evaluate_held_out` returns it."""
-    class_names: tuple[str, ...]
-    grid: Path
 
 
 class _FlowStep(NamedTuple):
@@ -155,7 +145,7 @@ def _train(
     check_run_folder(run, recipe, accelerator, start, allow_changes)
     main_first(accelerator, lambda: open_denoiser(recipe, vae))
     data = open_data(recipe, vae)
-    text = open_text_encoder(recipe, data, accelerator, accelerator.print)
+    text = captions.open_text_encoder(recipe, data, accelerator, accelerator.print)
     if recipe.data.in_memory:
         data = data.decoded()
     with claimed(run, recipe, accelerator, start, allow_changes) as stop:
@@ -193,7 +183,7 @@ class _Training(Loop[_FlowStep, Summary]):
         self.tf32 = recipe.noise.distribution != "dequantise"  # a likelihood's objective is that of its evaluation
         self.vae = vae  # on the CPU; only sample grids and exports need it
         self.text = text  # on the CPU, of the main process; only exports need it
-        self.null_context = empty_caption(data, accelerator.device)
+        self.null_context = captions.empty(data, accelerator.device)
         self.held_out = Evaluation({}, None)
         self.edges = bucket_edges(recipe)
         self.forward_flops = estimate(recipe).forward_flops
@@ -256,13 +246,12 @@ class _Training(Loop[_FlowStep, Summary]):
                 part = draws.part(start, start + size)
                 images = batch.images.to(accelerator.device, non_blocking=True)
                 labels = batch.labels.to(accelerator.device, non_blocking=True)
-                context = caption_vectors(self.recipe, batch, accelerator.device)
+                context = captions.vectors(self.recipe, batch, accelerator.device)
                 with accelerator.accumulate(self.model):
                     bf16 = train.mixed_precision == "bf16"
                     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-                        losses = training_losses(
-                            self.model, self.recipe, images, labels, part, context, self.null_context
-                        )
+                        given = images, labels, part, context, self.null_context
+                        losses = training_losses(self.model, self.recipe, *given)
                     accelerator.backward(losses.loss)
                     if accelerator.sync_gradients:
                         grad_norm = clip_grad_norm(self.model, train.max_grad_norm or math.inf)
@@ -382,7 +371,7 @@ class _Training(Loop[_FlowStep, Summary]):
             "seconds": round(self.state.seconds, 1),
             "bad_steps": self.state.bad_steps,
             "unreadable_images": len(self.monitor.broken),
-            **caption_facts(self.data, self.text is not None),
+            **captions.facts(self.data, self.text is not None),
         }
 
     def load_state(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -400,5 +389,6 @@ class _Training(Loop[_FlowStep, Summary]):
             **vars(self.finished()),
             held_out=self.held_out,
             class_names=self.data.class_names if self.recipe.model.num_classes else (),
+            prompt=captions.example_prompt(self.data) if self.recipe.model.takes_captions else None,
             grid=grid,
         )
