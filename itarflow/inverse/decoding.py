@@ -125,7 +125,7 @@ class CachedConditioner:
     @property
     def reads_exactly(self) -> bool:
         """Whether attention of a single token reads the cache up to its own position, which it looks up itself."""
-        return has_decode_attention(self.cache.tensor[0])
+        return has_decode_attention(self.cache.tensor[0], rotary=self.rotation is not None)
 
     def solve(self, x: Tensor, z: Tensor, start: Tensor, count: int, length: int) -> None:
         """Solve `count` tokens, one after another on the device, which need not wait for the host.
