@@ -11,7 +11,8 @@ import tyro
 from rich.console import Console
 
 from itarflow.commands.console import print_table, resumable, say
-from itarflow.data.prepare.codes_card import patch_size
+from itarflow.commands.encode_dataset import captions_told
+from itarflow.data.prepare.codes_card import context_options, patch_size
 from itarflow.data.prepare.crop import PrepareConfig, Prepared, prepare
 from itarflow.runtime.files import check_writable
 
@@ -43,6 +44,7 @@ class Prepare(PrepareConfig):
             **{f"images in {split}": f"{count:,}" for split, count in prepared.images.items()},
             "broken, left out": f"{broken:,}, see {self.out / 'broken.json'}" if broken else "none",
             "classes": len(prepared.class_names) or "none: unlabelled",
+            **captions_told(prepared.context),
             "files": prepared.shards,
             "size": f"{prepared.num_bytes / 1e6:,.1f} MB",
             "speed": f"{speed:,.0f} images/s" if speed else "nothing was left to do",
@@ -59,8 +61,9 @@ class Prepare(PrepareConfig):
             "data.held-out-split": held_out,
             "model.image-size": self.size,
             "model.in-channels": self.in_channels,
-            "model.num-classes": len(prepared.class_names),
+            "model.num-classes": 0 if prepared.context else len(prepared.class_names),
             "model.patch-size": patch_size(self.size),
+            **context_options(prepared.context),
         }
         words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
         if sum(prepared.images.values()) * self.in_channels * self.size**2 > _MUCH_MEMORY:
