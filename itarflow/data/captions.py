@@ -65,8 +65,8 @@ def _texts(split: str, table: Rows, column: str) -> list[str]:
     if column not in table.features:
         names = printable(listed(map(str, table.features), 20))
         raise DataError(
-            f"split {split!r} has no column {printable(repr(column))} with captions, only [{names}]; name one of texts, "
-            'or write a template with {} for the name of the class, such as "a photo of a {}"'
+            f"split {split!r} has no column {printable(repr(column))} with captions, only [{names}]; name one of "
+            'texts, or write a template with {} for the name of the class, such as "a photo of a {}"'
         )
     feature = table.features[column]
     if isinstance(feature, datasets.ClassLabel):

@@ -282,7 +282,7 @@ class ImageDataset(Dataset[Example]):
             images[index], labels[index], failure, context = self._example(index)
             broken += [failure] if failure else []
             if context is not None:  # few captions, such as of classes, are held once
-                key = hashlib.sha256(context.view(torch.int16).numpy()).digest()
+                key = hashlib.sha256(context.view(torch.int16).numpy().tobytes()).digest()
                 places[index] = distinct.setdefault(key, len(distinct))
                 contexts += [context] if len(distinct) > len(contexts) else []
             if len(broken) > self._max_broken:

@@ -19,8 +19,8 @@ class DataIdentity:
         images: number of images by split or part, such as {"train": 50000, "held out": 1000}.
         class_names: in the order of the labels; () = unlabelled.
         class_counts: images of each class, in that order, of the first part: those to train on.
-        columns: {"image": "img", "label": "fine_label", "caption": "text"}; of a folder of pictures none, nor one for labels that are the
-            names of its folders.
+        columns: {"image": "img", "label": "fine_label", "caption": "text"}; of a folder of pictures no image, nor a
+            label that is the name of its folder.
         left_out: what was not taken, and why, as sentences.
     """
 

@@ -54,7 +54,8 @@ They are measured over all images as they are, not mirrored.
 
 ## Reading a row
 
-Each column {{ "of codes" if context else "but the label" }} holds {{ card.shape[0] * card.shape[1] * card.shape[2] }} values in float16, little-endian, \
+Each column {{ "of codes" if context else "but the label" }} holds \
+{{ card.shape[0] * card.shape[1] * card.shape[2] }} values in float16, little-endian, \
 in the order (channel, row, column):
 
 ```python
@@ -74,18 +75,20 @@ code = np.frombuffer(table["mean"][0].as_py(), "<f2").reshape{{ card.shape }}
 {% if context -%}
 ## Captions
 
-Captions are {{ "texts made of the names of the classes" if "{}" in context.captions else "the texts of the column" }} \
-`{{ context.captions }}`. The text encoder {{ context.encoder.name }}{{ " (" ~ context.encoder.revision ~ ")" if \
-context.encoder.revision else "" }} has made vectors of them, {{ context.encoder.dim }} numbers for each token:
+Captions are \
+{{ "made of the names of the classes," if "{}" in context.captions else "the texts of the column" }} \
+`{{ context.captions }}`. The text encoder {{ context.encoder.name }}\
+{{ " (revision " ~ context.encoder.revision ~ ")" if context.encoder.revision else "" }} has made vectors of them in \
+bfloat16, little-endian, {{ context.encoder.dim }} numbers for each token:
 
 ```python
 context = torch.frombuffer(bytearray(table["context"][0].as_py()), dtype=torch.bfloat16).reshape(-1, \
 {{ context.encoder.dim }})
 ```
 
-A model takes {{ context.encoder.max_tokens }} vectors, these and zeros behind them.{{ " %d captions have more tokens, \
-and are cut." % context.cut if context.cut else "" }} `null_context.safetensors` holds those of the empty caption, for \
-guidance.
+A model takes {{ context.encoder.max_tokens }} vectors: these, and zeros behind them.\
+{{ " %d captions have more tokens and are cut." % context.cut if context.cut else "" }} `null_context.safetensors` \
+holds those of the empty caption, for guidance.
 
 {% endif -%}
 ## Training on them
@@ -188,7 +191,9 @@ def training_command(
 
 def context_options(context: ContextCard | None) -> dict[str, int]:
     """The options of a recipe for a flow that takes these captions."""
-    return {} if context is None else dict(zip(("model.context-tokens", "model.context-dim"), context.shape))
+    return (
+        {} if context is None else dict(zip(("model.context-tokens", "model.context-dim"), context.shape, strict=True))
+    )
 
 
 def patch_size(image_size: int) -> int:

@@ -81,10 +81,10 @@ class Captions:
             f"{human_bytes(found.image_bytes * total)} in all"
         ]
         if found.cut:
+            looked_at = " that were looked at" * (found.looked_at < total)
             lines.append(
-                f"WARNING: {found.cut:,} of {found.looked_at:,} captions{' that were looked at' * (found.looked_at < total)}"
-                f" have more than {tokens} tokens and are cut, such as {found.example[:200]!r}; --context-tokens is "
-                "how many are kept"
+                f"WARNING: {found.cut:,} of {found.looked_at:,} captions{looked_at} have more than {tokens} tokens "
+                f"and are cut, such as {found.example[:200]!r}; --context-tokens is how many are kept"
             )
         console.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)
 
@@ -160,7 +160,9 @@ class Estimate(NamedTuple):
     example: str
 
 
-def plan_captions(config: SourceConfig, texts: Mapping[str, Sequence[str]] | None, stored: Manifest | None) -> Captions | None:  # noqa: E501
+def plan_captions(
+    config: SourceConfig, texts: Mapping[str, Sequence[str]] | None, stored: Manifest | None
+) -> Captions | None:
     """Load the text encoder, and look whether it is the one that a folder was begun with; None without captions.
 
     Raises:

@@ -26,8 +26,8 @@ from itarflow.data.codes import CARD, CodesCard, to_bytes
 from itarflow.data.context import ContextCard
 from itarflow.data.made import Manifest, StoredFile
 from itarflow.data.prepare.codes_card import codes_card, training_command
-from itarflow.data.prepare.encode_plan import Plan
 from itarflow.data.prepare.contexts import FEATURES, begin_captions, finished_card
+from itarflow.data.prepare.encode_plan import Plan
 from itarflow.data.prepare.manifest import check_room, clear_leftovers, stored_manifest
 from itarflow.data.prepare.shards import (
     Content,

@@ -54,8 +54,9 @@ class EncodeConfig(SourceConfig):
     batch_size: int = 32
     """Images that are encoded at a time in each process; lower it if memory runs out."""
     dtype: Precision = "float32"
-    """Precision in which the VAE computes, and, if it is bf16, the text encoder; bf16 and fp16 are faster on GPUs, bf16 on many CPUs, with small errors. In
-    fp16, a VAE whose config says that it overflows (force_upcast) computes in float32 all the same."""
+    """Precision in which the VAE computes; bf16 and fp16 are faster on GPUs, bf16 on many CPUs, with small errors. In
+    fp16, a VAE whose config says that it overflows (force_upcast) computes in float32 all the same. The text encoder
+    computes in bf16 or float32."""
     tiled: bool = False
     """Encode large images in overlapping tiles, if they do not fit otherwise; the codes differ slightly."""
     shard_size: int = 2_560
@@ -164,7 +165,9 @@ def plan_encoding(config: EncodeConfig) -> Plan:
 
 def _check(config: EncodeConfig) -> None:
     """Refuse what is wrong in the settings alone."""
-    check_settings(config, {"size": 1, "shard_size": 1, "batch_size": 1, "max_broken": 0, "num_workers": 0, "context_tokens": 1})
+    check_settings(
+        config, {"size": 1, "shard_size": 1, "batch_size": 1, "max_broken": 0, "num_workers": 0, "context_tokens": 1}
+    )
     if config.dtype not in get_args(Precision):
         raise DataError(f"dtype {config.dtype!r} is unknown; use one of {', '.join(get_args(Precision))}")
 
