@@ -167,8 +167,8 @@ def test_a_template_makes_captions_of_classes(kind: str, tmp_path: Path, models:
     assert (out / "README.md").exists() is (kind == "codes")
     if kind == "codes":
         told = (out / "README.md").read_text()
-        for words in ("`a photo of a {}`", "text-to-image", "null_context.safetensors", "recipes/starflow_text.py",
-                      f"--model.context-tokens {TOKENS} --model.context-dim {WIDTH}", "--model.num-classes 0"):  # fmt: skip
+        assert f"--model.context-tokens {TOKENS} --model.context-dim {WIDTH}" in told
+        for words in ("`a photo of a {}`", "text-to-image", "null_context.safetensors", "recipes/starflow_text.py"):
             assert words in told
 
 
@@ -331,8 +331,8 @@ def test_columns_that_hold_no_captions(tmp_path: Path, models: Path) -> None:
     ):
         with pytest.raises(DataError, match=words):
             make("codes", tmp_path / "source", tmp_path / "out", models, captions=captions)
+    loose = write_images(tmp_path / "loose", None, classes=["."])
     with pytest.raises(DataError, match="is a template for names of classes, but the images are unlabelled"):
-        loose = write_images(tmp_path / "loose", None, classes=["."])
         make("codes", loose, tmp_path / "out", models, captions="a {}")
     with pytest.raises(DataError, match="context_tokens is 0; expected 1 or more"):
         make("codes", tmp_path / "source", tmp_path / "out", models, context_tokens=0)
