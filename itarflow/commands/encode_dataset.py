@@ -131,8 +131,9 @@ def _print_encoded(config: EncodeConfig, encoded: Encoded, speed: float | None) 
         "size": human_bytes(encoded.num_bytes),
         "speed": f"{speed:,.1f} images/s" if speed else "nothing was left to do",
     })  # fmt: skip
-    command = training_command(card, config.codec, str(config.out), config.split, encoded.context)
-    say(f"Train on them, by a small recipe: {command}")
+    context, recipe = encoded.context, "by a small recipe" if encoded.context is None else "by the recipe for text"
+    command = training_command(card, config.codec, str(config.out), config.split, context, config.text_encoder)
+    say(f"Train on them, {recipe}: {command}")
 
 
 def captions_told(context: ContextCard | None) -> dict[str, str]:

@@ -52,7 +52,7 @@ class Prepare(PrepareConfig):
         say(f"Train on them, by a recipe for small images: {self._training(prepared)}")
 
     def _training(self, prepared: Prepared) -> str:
-        """The command that trains on what was prepared, by the recipe of CIFAR-10."""
+        """The command that trains on what was prepared, by the recipe of CIFAR-10, or of digits with captions."""
         train = "train" if "train" in self.split else self.split[0]
         held_out = next((split for split in self.split if split != train), None)
         options = {
@@ -63,9 +63,11 @@ class Prepare(PrepareConfig):
             "model.in-channels": self.in_channels,
             "model.num-classes": 0 if prepared.context else len(prepared.class_names),
             "model.patch-size": patch_size(self.size),
-            **context_options(prepared.context),
+            **context_options(prepared.context, self.text_encoder),
         }
-        words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
+        words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()
+                 if value is not None or name == "data.held-out-split"]  # fmt: skip
         if sum(prepared.images.values()) * self.in_channels * self.size**2 > _MUCH_MEMORY:
             words.append("--data.no-in-memory")
-        return " ".join(["python recipes/cifar10.py", *words])
+        recipe = "digits_text" if prepared.context else "cifar10"
+        return " ".join([f"python recipes/{recipe}.py", *words])

@@ -19,7 +19,7 @@ from itarflow.codec import VaeIdentity
 from itarflow.data.captions import read_captions
 from itarflow.data.codes import CodeDecoder, check_card, find_card
 from itarflow.data.columns import find_image_column, find_label_column
-from itarflow.data.context import StoredContext, open_context
+from itarflow.data.context import CAPTION, StoredContext, open_context
 from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
 from itarflow.data.identity import DataIdentity
 from itarflow.data.images import Crop, check_image_size, spread_over
@@ -213,6 +213,7 @@ def load_data(
         rows = torch.arange(len(train)), _spread(labels.order[last], count)
     parts = {"train": images(first, rows[0], decoders[0]), "held out": images(last, rows[1], decoders[1])}
     columns = _columns(parts["train"], decoders[0].columns[0], label_column, labels)
+    columns |= {"caption": CAPTION} if captions else {}
     identity = _identity(parts, config.path, labels, columns, left_out, shared=held_out is None)
     return ImageData(train=parts["train"], held_out=parts["held out"], identity=identity, captions=captions)
 

@@ -465,7 +465,8 @@ def test_commands(
     assert told.err.count("WARNING: 1 of 3 captions have more than 6 tokens and are cut, such as 'a small dog") == 1
     assert "1 of more than 6 tokens" in told.out
     assert "6 vectors of 8, by t5" in told.out
-    assert f"--model.context-tokens {TOKENS} --model.context-dim {WIDTH}" in told.out
+    options = f"--model.context-tokens {TOKENS} --model.context-dim {WIDTH} --text.encoder {models / 't5'}"
+    assert options in told.out.replace("\n", "")
     assert not [one for one in recwarn if "a prompt of" in str(one.message)]
     card = find_context(str(tmp_path / "out"))
     assert card is not None

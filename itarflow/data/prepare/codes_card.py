@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -97,7 +98,8 @@ holds those of the empty caption, for guidance.
 {{ command }}
 ```
 
-PATH is the folder of these files, or their name on the Hub. The recipe is a small one to begin with. The VAE must
+PATH is the folder of these files, or their name on the Hub.{{ " The recipe is a small one to begin with." if not \
+context else "" }} The VAE must
 be the one that made the codes: another one is refused.
 
 """
@@ -157,7 +159,12 @@ def codes_card(
 
 
 def training_command(
-    card: CodesCard, codec: CodecConfig, path: str, splits: Sequence[str], context: ContextCard | None = None
+    card: CodesCard,
+    codec: CodecConfig,
+    path: str,
+    splits: Sequence[str],
+    context: ContextCard | None = None,
+    text_encoder: str | None = None,
 ) -> str:
     """The command that trains on codes: by the small recipe for codes, or, with captions, by the one for text.
 
@@ -167,6 +174,7 @@ def training_command(
         path: where the codes are.
         splits: names; it trains on train, or else the first, and measures on the next.
         context: of captions, if there are any.
+        text_encoder: what made them, as it was named.
     """
     train = "train" if "train" in splits else splits[0]
     options = {
@@ -181,7 +189,7 @@ def training_command(
         "model.in-channels": card.shape[0],
         "model.num-classes": 0 if context else len(card.class_names),
         "model.patch-size": patch_size(card.shape[1]),
-        **context_options(context),
+        **context_options(context, text_encoder),
     }
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     flips = [] if card.flips else ["--data.no-horizontal-flip"]
@@ -189,11 +197,13 @@ def training_command(
     return " ".join([f"python recipes/{recipe}.py", *given, *flips])
 
 
-def context_options(context: ContextCard | None) -> dict[str, int]:
-    """The options of a recipe for a flow that takes these captions."""
-    return (
-        {} if context is None else dict(zip(("model.context-tokens", "model.context-dim"), context.shape, strict=True))
-    )
+def context_options(context: ContextCard | None, text_encoder: str | None) -> dict[str, int | str | None]:
+    """The options of a recipe for a flow that takes these captions; of a Hub name of the encoder, the card tells."""
+    if context is None:
+        return {}
+    tokens, dim = context.shape
+    local = text_encoder if text_encoder is not None and Path(text_encoder).expanduser().is_dir() else None
+    return {"model.context-tokens": tokens, "model.context-dim": dim, "text.encoder": local}
 
 
 def patch_size(image_size: int) -> int:
