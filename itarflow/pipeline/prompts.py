@@ -91,7 +91,7 @@ class Prompts:
                 f"{len(unguided)} negative prompts were given for {self._count(texts['prompt'])} prompts; expected "
                 "one, or one each."
             )
-        return replace(self, **texts)
+        return replace(self, prompt=texts["prompt"], negative_prompt=texts["negative_prompt"])
 
     def rows(self, num_images: int | None, each: int | None) -> list[int]:
         """The number of the prompt of each image; of `checked` ones.
