@@ -13,7 +13,6 @@ from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan
 from itarflow.pipeline.prompts import takes_prompts
 from itarflow.pipeline.storage import StoredPipeline
-from itarflow.runtime.devices import sampling_dtype
 from itarflow.runtime.text import listed, printable
 
 _SIZES = ("image_size", "in_channels", "patch_size", "channels", "num_layers", "num_classes")
@@ -25,6 +24,10 @@ _OTHERS = ("noise_conditioned", "noise_range", "volume_preserving", "shared_laye
 
 class DescribedPipeline(StoredPipeline):
     """A stored pipeline that knows what it holds; see `ITARFlowPipeline`."""
+
+    def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
+        """See `ITARFlowPipeline`."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         flow, scheduler, flow_dtype = self.flow.config, self.scheduler.config, self.flow.dtype
@@ -39,10 +42,6 @@ class DescribedPipeline(StoredPipeline):
             f"guidance {self.default_guidance.weight:g}, in {self.sampling_dtype() or flow_dtype}",
         }
         return "\n".join([type(self).__name__, *(f"  {name}: {text}" for name, text in lines.items())])
-
-    def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
-        """The precision of the flow's layers in sampling: the one asked for, or this device's; None = the weights'."""
-        return asked or sampling_dtype(torch.device(self._execution_device), self.flow.dtype)
 
     @property
     def class_names(self) -> list[str]:

@@ -23,7 +23,7 @@ from itarflow.pipeline.labels import Label, label_list, label_number, label_tens
 from itarflow.pipeline.memory import Fitted
 from itarflow.pipeline.plan import InversePlan, place_of, planned
 from itarflow.pipeline.prompts import Prompt, Prompts, encoded, refuse_labels, refuse_prompts, text_encoder_of
-from itarflow.runtime.devices import in_batches
+from itarflow.runtime.devices import in_batches, sampling_dtype
 from itarflow.runtime.seeds import image_generators
 from itarflow.text_encoder import TextEncoder, checked_prompts
 
@@ -294,6 +294,10 @@ class ITARFlowPipeline(DescribedPipeline):
         if (encoder := self._text_encoder) is None:
             raise ValueError("this pipeline has no text encoder, so it can't encode prompts; load it with one.")
         return encoded(encoder, [prompt] if isinstance(prompt, str) else checked_prompts(prompt))
+
+    def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
+        """The precision of the flow's layers in sampling: the one asked for, or this device's; None = the weights'."""
+        return asked or sampling_dtype(torch.device(self._execution_device), self.flow.dtype)
 
     def planned_solver(self, batch_size: int, dtype: torch.dtype | None = None) -> Solver | list[Solver]:
         """The default solver for batches of that size on the pipeline's device; with that `inverse_dtype`."""
