@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from itarflow.codec import PixelCodec, Vae, codec_of, vae_stride
+from itarflow.codec import PixelCodec, Vae, codec_of, image_shape, own_scaling
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, lowest_level
 from itarflow.denoisers.score import Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
@@ -76,11 +76,8 @@ class ITARFlowPipeline(StoredPipeline):
         Guidance.from_json(guidance)  # raises ValueError if it is invalid
         for plan in plans or []:
             InversePlan.from_json(plan).solvers_of(flow)
-        if vae is not None and vae.config.latent_channels != flow.config.in_channels:
-            raise ValueError(
-                f"the VAE's codes have {vae.config.latent_channels} channels, but the flow models "
-                f"{flow.config.in_channels}; expected the VAE that the flow was trained with."
-            )
+        if vae is not None:
+            image_shape(vae, flow.image_shape)  # raises ValueError if it is not the flow's
         self.register_modules(flow=flow, scheduler=scheduler, vae=vae)
         self.register_to_config(
             guidance=guidance, class_names=class_names, training=training, plans=plans, evaluations=evaluations
@@ -282,8 +279,7 @@ class ITARFlowPipeline(StoredPipeline):
         """(C, H, W) of the output images, which are decoded codes if there is a VAE."""
         if self.vae is None:
             return self.flow.image_shape
-        side = self.flow.config.image_size * vae_stride(self.vae)
-        return self.vae.config.out_channels, side, side
+        return image_shape(self.vae, self.flow.image_shape)
 
     def planned_solver(self, batch_size: int, dtype: torch.dtype | None = None) -> Solver | list[Solver]:
         """The default solver for batches of that size on the pipeline's device; with that `inverse_dtype`."""
@@ -390,9 +386,9 @@ class ITARFlowPipeline(StoredPipeline):
         """The VAE's rows of the model card; {} in pixel space."""
         if self.vae is None:
             return {}
-        (_, height, width), config = self.picture_shape, self.vae.config
+        (_, height, width), (factor, shift) = self.picture_shape, own_scaling(self.vae)
         return {
             "codes of": f"{type(self.vae).__name__}, for images of {height} x {width} pixels",
-            "scaling factor of the codes": config.scaling_factor,
-            "shift factor of the codes": config.shift_factor or 0.0,
+            "scaling factor of the codes": factor,
+            "shift factor of the codes": shift,
         }
