@@ -13,7 +13,7 @@ PACKAGE = ROOT / "itarflow"
 # A wing imports only from wings of earlier lines.
 ORDER = [
     {"runtime"},
-    {"inverse", "codec"},
+    {"inverse", "codec", "text_encoder"},
     {"flow", "data"},
     {"presets", "convert", "denoisers"},
     {"pipeline", "plugins"},
