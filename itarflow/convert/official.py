@@ -82,14 +82,15 @@ def load_official(
     """
     path = Path(path)
     told: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size}
+    if in_channels is not None:
+        told["in_channels"] = in_channels
     try:
         state = read_state(path)
         if is_starflow(state):
             told |= {"soft_clip": soft_clip, "softplus": softplus, "seq_order": seq_order}
-            told |= {"in_channels": 4 if in_channels is None else in_channels, "context_tokens": context_tokens}
-            config = starflow_architecture(state, **told)
+            config = starflow_architecture(state, context_tokens=context_tokens, **told)
         else:
-            config = tarflow_architecture(state, in_channels=3 if in_channels is None else in_channels, **told)
+            config = tarflow_architecture(state, **told)
         # Without storage: the weights of a large model are neither drawn nor held twice.
         with torch.device("meta"):
             flow = TARFlow(**config, input_scale=input_scale, noise_range=noise_range)
@@ -234,8 +235,9 @@ def _check_exportable(flow: TARFlow) -> None:
         allowed |= {"noise_conditioned": False, "volume_preserving": False, "input_scale": 1, "shared_layers": 0}
         allowed |= {"patch_size": _first(config.patch_size)}
         allowed |= {"context_tokens": 1} if config.num_classes else {}
-        blocks = len(config.num_layers)
-        allowed |= {"context_blocks": 1} if config.context_blocks not in (None, blocks) else {}
+        allowed |= {"context_blocks": 1} if config.context_blocks not in (None, len(flow.blocks)) else {}
+        shallow = [block.transformer.channels for block, _ in flow._blocks()][:-1]
+        allowed |= {"channels": shallow[0]} if len(set(shallow)) > 1 else {}
     else:
         allowed |= dict.fromkeys(_STARFLOW_FIELDS, 0)
         if code == "ml-tarflow":

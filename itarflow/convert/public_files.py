@@ -23,9 +23,11 @@ class License:
     name: str | None
     """An identifier of the Hub; None = the owners name none for the weights."""
     notice: str
-    """A sentence for the card of a converted file."""
-    research_only: bool = False
-    """Whether the licence is kept: another one can't be put on the card."""
+    """For the card of a converted file."""
+    kept: bool = False
+    """Whether a converted file stays under it, so that another name on its card is refused."""
+    text: str | None = None
+    """Where the agreement is, a copy of which goes with the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +110,9 @@ _APPLE_CODE = License(
 _APPLE_RESEARCH = License(
     name="apple-amlr",
     notice="Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License "
-    "Agreement.",
-    research_only=True,
+    "Agreement. These weights are a Model Derivative of it, for non-commercial research alone.",
+    kept=True,
+    text="https://github.com/apple/ml-starflow/blob/main/LICENSE_MODEL",
 )
 _GS_JACOBI = License(
     name="apache-2.0",

@@ -50,7 +50,8 @@ _IGNORED = r"var|feat_rope\.freqs_(cos|sin)|blocks\.\d+\.attn_mask"
 
 def is_starflow(state: Mapping[str, Tensor]) -> bool:
     """Whether the names are ml-starflow's."""
-    return any(re.search(r"^feat_rope\.|\.(sos_embed|proj_txt|final_norm)\b", name) for name in state)
+    ours = any(".transformer.layers." in name for name in state)
+    return not ours and any(re.search(r"^feat_rope\.|\.(sos_embed|proj_txt|final_norm)\b", name) for name in state)
 
 
 def starflow_architecture(

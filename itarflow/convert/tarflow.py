@@ -47,6 +47,12 @@ def tarflow_architecture(
     Raises:
         CheckpointError: these are not the weights of a TARFlow, or not for these arguments.
     """
+    if "blocks.0.pos_embed" not in state:
+        raise CheckpointError(
+            f"holds no official TARFlow: its tensors are {listed(state)}; expected blocks.0.pos_embed, ... of a TARFlow "
+            "or iTARFlow, or blocks.0.sos_embed, ... of a STARFlow. "
+            "A folder that itarflow saved is opened with TARFlow.from_pretrained."
+        )
     num_blocks = num_children(state, "blocks")
     embeddings = [tensor_of(state, f"blocks.{index}.pos_embed", "(tokens, channels)") for index in range(num_blocks)]
     inputs = [tensor_of(state, f"blocks.{index}.proj_in.weight", "(channels, values)") for index in range(num_blocks)]
