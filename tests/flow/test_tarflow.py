@@ -10,7 +10,7 @@ from torch.distributions import Normal
 
 from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify
 from itarflow.flow.block import AutoregressiveBlock
-from itarflow.flow.tarflow import updated_prior_variance
+from itarflow.flow.density import updated_prior_variance
 from itarflow.flow.transformer import Attention, Layer
 from itarflow.inverse import Guidance, Jacobi, sequential
 
@@ -105,7 +105,7 @@ def test_another_activation_is_inverted_too(make_flow, make_inputs):
     torch.testing.assert_close(flow.inverse(z, labels, noise_level), images)
 
 
-def changed_layer(self, x, temperature=None):
+def changed_layer(self, x, temperature=None, rotation=None):
     x = x + self.attention(x, temperature)  # without its norm
     return x + self.mlp(self.mlp_norm(x))
 
@@ -454,7 +454,7 @@ def test_a_copy_is_equal_and_shares_nothing(flow, make_inputs):
         ({"num_classes": 2**20 + 1}, "num_classes is 1048577; .* 1,048,576"),
         ({"in_channels": 10**9}, "in_channels is 1000000000"),
         ({"noise_conditioned": "no"}, "noise_conditioned is 'no'; expected True or False"),
-        ({"patch_size": 4}, "patch_size 4 is image_size 4.*smaller patch_size, or set learned_first_token"),
+        ({"patch_size": 4}, "patch_size 4 is image_size 4.*smaller patch_size, or set start_token"),
     ],
     ids=str,
 )
