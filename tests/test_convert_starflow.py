@@ -36,7 +36,11 @@ def told(name: str) -> dict[str, Any]:
     """What a file does not say."""
     spec, _ = case(name)
     names = ("in_channels", "patch_size", "soft_clip", "seq_order")
-    return {**{key: spec[key] for key in names}, "image_size": spec["img_size"], "softplus": bool(spec["use_softplus"])}
+    return {
+        **{key: spec[key] for key in names},
+        "image_size": spec["img_size"],
+        "softplus": bool(spec["use_softplus"]),
+    }
 
 
 def load(name: str) -> TARFlow:
@@ -127,7 +131,7 @@ def test_architecture_is_told_by_the_tensors(name, expected):
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in flow.config.items()}
     expected = {"noise_conditioned": False, "start_token": True, "final_norm": True, "head_dim": 64} | expected
     assert {key: config[key] for key in expected} == expected
-    assert config["first_block_reversed"] and config["softplus_scale"] and config["soft_clip"] == 4
+    assert (config["first_block_reversed"], config["softplus_scale"], config["soft_clip"]) == (True, True, 4)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,9 @@ def test_flow_survives_writing_and_reading_bit_for_bit(arguments, tmp_path):
     )
     assert_same(flow, again)
     skipped = ("_", "context_blocks") if not flow.config.context_dim else ("_",)
-    configs = [{key: value for key, value in one.config.items() if not key.startswith(skipped)} for one in (flow, again)]
+    configs = [
+        {key: value for key, value in one.config.items() if not key.startswith(skipped)} for one in (flow, again)
+    ]
     assert [str(value) for value in configs[0].values()] == [str(value) for value in configs[1].values()]
 
 
@@ -298,7 +304,10 @@ def refusal(path: Path, **arguments: Any) -> str:
         (with_("blocks.0.proj_in.weight", torch.ones(64, 16)), "tokens of 16, 4, 4 values"),
         (with_("blocks.0.proj_in.weight", torch.ones(96, 4)), "96 channels in block 0"),
         (with_("blocks.2.proj_txt.bias", torch.ones(65)), r"proj_txt.bias of shape \(65,\); expected \(64,\)"),
-        (with_("blocks.2.proj_out.bias", torch.full((8,), float("nan"))), "NaN or infinite values in blocks.2.proj_out"),
+        (
+            with_("blocks.2.proj_out.bias", torch.full((8,), float("nan"))),
+            "NaN or infinite values in blocks.2.proj_out",
+        ),
         (with_("blocks.2.proj_out.bias", torch.ones(8).double()), "as torch.float64"),
         (without("^var$"), "has no var, .*image_size"),
         (without("feat_rope|attn_mask"), "neither attn_mask nor feat_rope, .*context_tokens"),
@@ -322,7 +331,10 @@ def test_arguments_that_contradict_the_tensors(official, arguments, message):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"image_size": 4}, "has image_size 12, .*image_size=4"), ({"patch_size": 2}, "has patch_size 4, .*patch_size=2")],
+    [
+        ({"image_size": 4}, "has image_size 12, .*image_size=4"),
+        ({"patch_size": 2}, "has patch_size 4, .*patch_size=2"),
+    ],
 )
 def test_arguments_that_contradict_an_itarflow(arguments, message):
     assert re.search(message, refusal(GOLDEN / "itarflow_cond" / "weights.pth", **arguments))

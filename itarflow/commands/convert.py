@@ -29,7 +29,7 @@ from itarflow.text_encoder import TextEncoder
 
 STARFLOW_T_MAX = 0.3
 Preset = Annotated[
-    str | None, tyro.conf.arg(constructor_factory=lambda: Literal[(*PUBLIC_FILES, None)])  # type: ignore[arg-type,return-value]
+    str | None, tyro.conf.arg(constructor_factory=lambda: Literal[(*PUBLIC_FILES, None)])
 ]
 
 

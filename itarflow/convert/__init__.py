@@ -1,4 +1,4 @@
-"""Official checkpoints of TARFlow (ml-tarflow), iTARFlow (ml-itarflow) and STARFlow (ml-starflow), read and written."""
+"""Official checkpoints of TARFlow (ml-tarflow), iTARFlow (ml-itarflow), STARFlow (ml-starflow), read and written."""
 
 from itarflow.convert.names import name_map, official_name
 from itarflow.convert.official import export_official, load_official, official_state, our_weights

@@ -61,7 +61,7 @@ def official_name(name: str, layers: str = ITARFLOW_LAYERS) -> str:
 
 
 def channel_first(name: str, tensor: Tensor, patch_size: int, back: bool = False) -> Tensor:
-    """A tensor of ml-starflow, whose tokens hold (row, column, channel), for tokens of (channel, row, column), as ours.
+    """A tensor of ml-starflow, whose tokens hold (row, column, channel), for ours, which hold (channel, row, column).
 
     The order of a token's values is free, as long as all blocks agree: z is the same but for that order.
 

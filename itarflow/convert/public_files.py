@@ -1,4 +1,4 @@
-"""The public checkpoints of this family: where they are, and all that their files don't say, as their owners publish it.
+"""The public checkpoints of this family: where they are, and what their files don't say, as their owners publish it.
 
 What the owners don't say is None, and a comment says so. Sources: the README and sample.ipynb of apple/ml-tarflow
 (commit 313120e), the README and configs of apple/ml-starflow (e565a46) and its model card on the Hub, the README of
@@ -90,7 +90,9 @@ class PublicFile:
     def _differences(self, flow: TARFlow) -> dict[str, tuple[Any, Any]]:
         """(found, expected) of each argument that a flow has not as this file."""
         pairs = {key: (getattr(flow.config, key), expected) for key, expected in self.architecture.items()}
-        return {key: (found, expected) for key, (found, expected) in pairs.items() if _plain(found) != _plain(expected)}
+        return {
+            key: (found, expected) for key, (found, expected) in pairs.items() if _plain(found) != _plain(expected)
+        }
 
 
 def likely_presets(flow: TARFlow) -> list[str]:

@@ -39,10 +39,13 @@ _OTHERS = (
     ),
     (
         r"\.(gate_proj|query_norm|key_norm|post_norm)\.|^feat_rope_gen\.",
-        "its layers are those of a Gemma language model (RMSNorm, gated MLPs, grouped queries), which itarflow has not.",
+        "its layers are those of a Gemma language model (RMSNorm, gated MLPs, grouped queries); itarflow has none.",
     ),
     (r"\.adaLN_modulation\.", "its layers are modulated (adaLN), which itarflow's are not."),
-    (r"\.pos_embed$", "its positions are learned (rope 0); expected rotary ones (rope 1), as in the published models."),
+    (
+        r"\.pos_embed$",
+        "its positions are learned (rope 0); expected rotary ones (rope 1), as in the published models.",
+    ),
 )
 """Names of tensors of models that ml-starflow has too, and why they are refused."""
 _IGNORED = r"var|feat_rope\.freqs_(cos|sin)|blocks\.\d+\.attn_mask"
@@ -203,7 +206,9 @@ def _lengths(state: Mapping[str, Tensor]) -> dict[str, int]:
     for name, tensor in state.items():
         if re.fullmatch(_IGNORED, name) is None or name == "var":
             continue
-        rows, columns = tensor_of(state, name, "(tokens, tokens)" if name.endswith("mask") else "(tokens, angles)").shape
+        rows, columns = tensor_of(
+            state, name, "(tokens, tokens)" if name.endswith("mask") else "(tokens, angles)"
+        ).shape
         if columns != (rows if name.endswith("mask") else HEAD_DIM):
             raise CheckpointError(
                 f"has {name} of shape {tuple(tensor.shape)}; expected "
@@ -218,8 +223,8 @@ def _context(state: Mapping[str, Tensor], num_blocks: int, num_text: int) -> tup
     with_text = [index for index in range(num_blocks) if f"blocks.{index}.proj_txt.weight" in state]
     if bool(with_text) != bool(num_text):
         raise CheckpointError(
-            f"has buffers for {num_text} text tokens and proj_txt in {len(with_text)} blocks; expected both or neither."
-            " It is incomplete, or of another architecture."
+            f"has buffers for {num_text} text tokens and proj_txt in {len(with_text)} blocks; expected both or none. "
+            "It is incomplete, or of another architecture."
         )
     if not with_text:
         return 0, 1
@@ -229,5 +234,7 @@ def _context(state: Mapping[str, Tensor], num_blocks: int, num_text: int) -> tup
         )
     widths = {tensor_of(state, f"blocks.{index}.proj_txt.weight", "(channels, text)").shape[1] for index in with_text}
     if len(widths) > 1:
-        raise CheckpointError(f"has proj_txt for text of {listed(map(str, sorted(widths)))} values; expected one width.")
+        raise CheckpointError(
+            f"has proj_txt for text of {listed(map(str, sorted(widths)))} values; expected one width."
+        )
     return widths.pop(), None if len(with_text) == num_blocks > 1 else len(with_text)

@@ -49,8 +49,8 @@ def tarflow_architecture(
     """
     if "blocks.0.pos_embed" not in state:
         raise CheckpointError(
-            f"holds no official TARFlow: its tensors are {listed(state)}; expected blocks.0.pos_embed, ... of a TARFlow "
-            "or iTARFlow, or blocks.0.sos_embed, ... of a STARFlow. "
+            f"holds no official TARFlow: its tensors are {listed(state)}; expected blocks.0.pos_embed, ... of a "
+            "TARFlow or iTARFlow, or blocks.0.sos_embed, ... of a STARFlow. "
             "A folder that itarflow saved is opened with TARFlow.from_pretrained."
         )
     num_blocks = num_children(state, "blocks")

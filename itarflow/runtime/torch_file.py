@@ -118,8 +118,8 @@ def shards_advice(folder: Path) -> str | None:
         return None
     function, name = "dcp_to_torch_save", printable(str(folder))
     return (
-        f"{name} is a folder of .distcp shards, which ml-starflow's training saves with fsdp 1; expected one file. Make "
-        f'it by: python -c "from torch.distributed.checkpoint.format_utils import {function}; '
+        f"{name} is a folder of .distcp shards, which ml-starflow's training saves with fsdp 1; expected one file. "
+        f'Make it by: python -c "from torch.distributed.checkpoint.format_utils import {function}; '
         f"{function}('{name}', '{name}.pth')\""
     )
 
