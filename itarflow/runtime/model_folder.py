@@ -29,6 +29,8 @@ from itarflow.runtime.text import listed, printable
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
 """How diffusers calls the weights of a model."""
+TRANSFORMERS_WEIGHTS = "model"
+"""How transformers does."""
 DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 """Options of a download from the Hub."""
 LARGEST = 2**20
