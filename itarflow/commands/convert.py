@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.console import Console
 
 from itarflow.codec import CodecConfig, load_vae
 from itarflow.commands.console import say
 from itarflow.convert import PUBLIC_FILES, export_official, load_official
-from itarflow.convert.public_files import PublicFile, likely_presets
+from itarflow.convert.public_files import Preset, PublicFile, likely_presets
 from itarflow.denoisers.load import stored_flow
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.flow.tarflow import TARFlow
@@ -22,15 +23,13 @@ from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.runtime.files import check_writable, replace_folder
 from itarflow.runtime.hub import folder_of
+from itarflow.runtime.model_folder import read_heads, weight_files
 from itarflow.runtime.pipeline_index import pipeline_index
 from itarflow.runtime.text import listed, printable
 from itarflow.runtime.torch_file import shards_advice
 from itarflow.text_encoder import TextEncoder
 
 STARFLOW_T_MAX = 0.3
-Preset = Annotated[
-    str | None, tyro.conf.arg(constructor_factory=lambda: Literal[(*PUBLIC_FILES, None)])
-]
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,9 @@ class Convert:
     """Write the official format from ours."""
     overwrite: bool = False
     """Replace the target if it exists."""
-    preset: Preset = None
-    """Which public file it is: all that it does not record is then as its owners publish it, and so is the sampling.
-    Options that are given besides go first."""
+    preset: Preset | None = None
+    """Which public file it is: what it does not record, and how it samples, is then as its owners publish it, but for
+    what other options say. The card names source and licence."""
     in_channels: int | None = None
     """Channels of the images or codes, which the file does not record. None = 3, or 4 of a STARFlow."""
     image_size: tuple[int, ...] | None = None
@@ -83,8 +82,7 @@ class Convert:
         """Carry the command out."""
         self._check()
         if self.to_official:
-            folder = folder_of(self.source, ("*.json", "*.safetensors"), expected="a pipeline of itarflow")
-            flow = stored_flow(folder, pipeline_index(folder))
+            flow = _stored(self.source)
             say(f"official checkpoint in {export_official(flow, self.target)}")
             return
         public = None if self.preset is None else PUBLIC_FILES[self.preset]
@@ -221,3 +219,12 @@ class Convert:
 
 def _note(text: str) -> None:
     Console().print(f"[yellow]{text}")
+
+
+def _stored(source: str) -> TARFlow:
+    """The flow of a pipeline in the type that it is stored in, without its other parts."""
+    folder = folder_of(source, ("*.json", "*.safetensors"), expected="a pipeline of itarflow")
+    index = pipeline_index(folder)
+    stored = {head.dtype for head in read_heads(weight_files(folder / "flow")).values()}
+    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return stored_flow(folder, index, dtype=halves.get(stored.pop()) if len(stored) == 1 else None)

@@ -10,10 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
+
+Preset = Literal["afhq256", "gsj_afhq256", "gsj_imagenet64_uncond", "gsj_imagenet64", "gsj_imagenet128", "starflow_3b"]
+"""Names of the public files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ class PublicFile:
         }
 
 
-def likely_presets(flow: TARFlow) -> list[str]:
+def likely_presets(flow: TARFlow) -> list[Preset]:
     """The presets whose files have the architecture of a flow."""
     return [name for name, public in PUBLIC_FILES.items() if not public._differences(flow)]
 
@@ -138,7 +141,7 @@ def _tarflow(image_size: int, patch_size: int, channels: int, num_classes: int) 
     }
 
 
-PUBLIC_FILES: dict[str, PublicFile] = {
+PUBLIC_FILES: dict[Preset, PublicFile] = {
     "afhq256": PublicFile(
         file="afhq_model_8_768_8_8_0.07.pth",
         source="https://ml-site.cdn-apple.com/models/tarflow/afhq256/afhq_model_8_768_8_8_0.07.pth",
@@ -214,4 +217,4 @@ PUBLIC_FILES: dict[str, PublicFile] = {
         license=_APPLE_RESEARCH,
     ),
 }
-"""By the name that `itarflow convert --preset` takes. Guidance is in all blocks, but for STARFlow's."""
+"""By the name that `itarflow convert --preset` takes. All blocks are guided, but for STARFlow's, whose first is."""
