@@ -209,12 +209,12 @@ class Convert:
         changes = "Tensors were renamed" + (", and the values in a token put into another order" * moved)
         changes += f"; stored as {str(flow.dtype).removeprefix('torch.')}. Buffers without information were left out."
         record: dict[str, Any] = {"name": Path(self.source).stem, "converted": {"changes": changes}}
-        if public is not None:
-            record["name"] = self.preset
-            record["converted"] |= {"file": public.file, "source": public.source}
-            record["noise_std"] = public.noise_std
-            record["license"] = asdict(public.license)
-        return record
+        if public is None:
+            return record
+        record["converted"]["source"] = public.source
+        published = {"noise_std": public.noise_std, "denoise_factor": public.denoise_factor, "published_fid": public.fid}
+        known = {key: value for key, value in published.items() if value is not None}
+        return {**record, "name": self.preset, **known, "license": asdict(public.license)}
 
 
 def _note(text: str) -> None:

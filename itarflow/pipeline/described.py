@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 
-from itarflow.codec import vae_stride
+from itarflow.codec import image_shape, own_scaling
 from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan
 from itarflow.pipeline.prompts import takes_prompts
 from itarflow.pipeline.storage import StoredPipeline
-from itarflow.runtime.devices import sampling_dtype
 from itarflow.runtime.text import listed, printable
 
 _SIZES = ("image_size", "in_channels", "patch_size", "channels", "num_layers", "num_classes")
@@ -25,6 +24,10 @@ _OTHERS = ("noise_conditioned", "noise_range", "volume_preserving", "shared_laye
 
 class DescribedPipeline(StoredPipeline):
     """A stored pipeline that knows what it holds; see `ITARFlowPipeline`."""
+
+    def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
+        """See `ITARFlowPipeline`."""
+        raise NotImplementedError
 
     def __repr__(self) -> str:
         flow, scheduler, flow_dtype = self.flow.config, self.scheduler.config, self.flow.dtype
@@ -39,10 +42,6 @@ class DescribedPipeline(StoredPipeline):
             f"guidance {self.default_guidance.weight:g}, in {self.sampling_dtype() or flow_dtype}",
         }
         return "\n".join([type(self).__name__, *(f"  {name}: {text}" for name, text in lines.items())])
-
-    def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
-        """The precision of the flow's layers in sampling: the one asked for, or this device's; None = the weights'."""
-        return asked or sampling_dtype(torch.device(self._execution_device), self.flow.dtype)
 
     @property
     def class_names(self) -> list[str]:
@@ -67,11 +66,7 @@ class DescribedPipeline(StoredPipeline):
     @property
     def picture_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the output images, which are decoded codes if there is a VAE."""
-        channels, height, width = self.flow.image_shape
-        if self.vae is None:
-            return channels, height, width
-        stride = vae_stride(self.vae)
-        return self.vae.config.out_channels, height * stride, width * stride
+        return self.flow.image_shape if self.vae is None else image_shape(self.vae, self.flow.image_shape)
 
     def model_card(
         self,
@@ -108,11 +103,11 @@ class DescribedPipeline(StoredPipeline):
         """The VAE's rows of the model card; {} in pixel space."""
         if self.vae is None:
             return {}
-        (_, height, width), config = self.picture_shape, self.vae.config
+        (_, height, width), (factor, shift) = self.picture_shape, own_scaling(self.vae)
         return {
             "codes of": f"{type(self.vae).__name__}, for images of {height} x {width} pixels",
-            "scaling factor of the codes": config.scaling_factor,
-            "shift factor of the codes": config.shift_factor or 0.0,
+            "scaling factor of the codes": factor,
+            "shift factor of the codes": shift,
         }
 
     def prompt_facts(self) -> dict[str, Any]:

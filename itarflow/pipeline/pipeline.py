@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from itarflow.codec import PixelCodec, Vae, codec_of
+from itarflow.codec import PixelCodec, Vae, codec_of, image_shape
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, lowest_level
 from itarflow.denoisers.score import Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
@@ -23,7 +23,7 @@ from itarflow.pipeline.labels import Label, label_list, label_number, label_tens
 from itarflow.pipeline.memory import Fitted
 from itarflow.pipeline.plan import InversePlan, place_of, planned
 from itarflow.pipeline.prompts import Prompt, Prompts, encoded, refuse_labels, refuse_prompts, text_encoder_of
-from itarflow.runtime.devices import in_batches
+from itarflow.runtime.devices import in_batches, sampling_dtype
 from itarflow.runtime.seeds import image_generators
 from itarflow.text_encoder import TextEncoder, checked_prompts
 
@@ -81,11 +81,8 @@ class ITARFlowPipeline(DescribedPipeline):
         Guidance.from_json(guidance)  # raises ValueError if it is invalid
         for plan in plans or []:
             InversePlan.from_json(plan).solvers_of(flow)
-        if vae is not None and vae.config.latent_channels != flow.config.in_channels:
-            raise ValueError(
-                f"the VAE's codes have {vae.config.latent_channels} channels, but the flow models "
-                f"{flow.config.in_channels}; expected the VAE that the flow was trained with."
-            )
+        if vae is not None:
+            image_shape(vae, flow.image_shape)  # raises ValueError if it is not the flow's
         text_encoder_of(text_encoder, tokenizer, flow)  # raises ValueError if they do not fit
         self.register_modules(flow=flow, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(
@@ -294,6 +291,10 @@ class ITARFlowPipeline(DescribedPipeline):
         if (encoder := self._text_encoder) is None:
             raise ValueError("this pipeline has no text encoder, so it can't encode prompts; load it with one.")
         return encoded(encoder, [prompt] if isinstance(prompt, str) else checked_prompts(prompt))
+
+    def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
+        """The precision of the flow's layers in sampling: the one asked for, or this device's; None = the weights'."""
+        return asked or sampling_dtype(torch.device(self._execution_device), self.flow.dtype)
 
     def planned_solver(self, batch_size: int, dtype: torch.dtype | None = None) -> Solver | list[Solver]:
         """The default solver for batches of that size on the pipeline's device; with that `inverse_dtype`."""

@@ -52,7 +52,7 @@ from itarflow.text_encoder import load_encoder, load_tokenizer
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
 
-_FILES = ("*.json", "*.safetensors", "tokenizer/spiece.model", CARD)
+_FILES = ("*.json", "*.safetensors", CARD)
 _EXPECTED = (
     "a pipeline, such as runs/NAME/pipeline of a finished training run; an official .pth file is turned into one by "
     "`itarflow convert`"
