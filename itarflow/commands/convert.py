@@ -212,7 +212,11 @@ class Convert:
         if public is None:
             return record
         record["converted"]["source"] = public.source
-        published = {"noise_std": public.noise_std, "denoise_factor": public.denoise_factor, "published_fid": public.fid}
+        published = {
+            "noise_std": public.noise_std,
+            "denoise_factor": public.denoise_factor,
+            "published_fid": public.fid,
+        }
         known = {key: value for key, value in published.items() if value is not None}
         return {**record, "name": self.preset, **known, "license": asdict(public.license)}
 
