@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from itarflow.codec import vae_stride
+from itarflow.codec import image_shape, own_scaling
 from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan
@@ -66,11 +66,7 @@ class DescribedPipeline(StoredPipeline):
     @property
     def picture_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the output images, which are decoded codes if there is a VAE."""
-        channels, height, width = self.flow.image_shape
-        if self.vae is None:
-            return channels, height, width
-        stride = vae_stride(self.vae)
-        return self.vae.config.out_channels, height * stride, width * stride
+        return self.flow.image_shape if self.vae is None else image_shape(self.vae, self.flow.image_shape)
 
     def model_card(
         self,
@@ -107,11 +103,11 @@ class DescribedPipeline(StoredPipeline):
         """The VAE's rows of the model card; {} in pixel space."""
         if self.vae is None:
             return {}
-        (_, height, width), config = self.picture_shape, self.vae.config
+        (_, height, width), (factor, shift) = self.picture_shape, own_scaling(self.vae)
         return {
             "codes of": f"{type(self.vae).__name__}, for images of {height} x {width} pixels",
-            "scaling factor of the codes": config.scaling_factor,
-            "shift factor of the codes": config.shift_factor or 0.0,
+            "scaling factor of the codes": factor,
+            "shift factor of the codes": shift,
         }
 
     def prompt_facts(self) -> dict[str, Any]:

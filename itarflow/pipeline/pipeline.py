@@ -11,7 +11,7 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from itarflow.codec import PixelCodec, Vae, codec_of
+from itarflow.codec import PixelCodec, Vae, codec_of, image_shape
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, lowest_level
 from itarflow.denoisers.score import Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
@@ -81,11 +81,8 @@ class ITARFlowPipeline(DescribedPipeline):
         Guidance.from_json(guidance)  # raises ValueError if it is invalid
         for plan in plans or []:
             InversePlan.from_json(plan).solvers_of(flow)
-        if vae is not None and vae.config.latent_channels != flow.config.in_channels:
-            raise ValueError(
-                f"the VAE's codes have {vae.config.latent_channels} channels, but the flow models "
-                f"{flow.config.in_channels}; expected the VAE that the flow was trained with."
-            )
+        if vae is not None:
+            image_shape(vae, flow.image_shape)  # raises ValueError if it is not the flow's
         text_encoder_of(text_encoder, tokenizer, flow)  # raises ValueError if they do not fit
         self.register_modules(flow=flow, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(

@@ -39,6 +39,7 @@ _LARGEST_FLOAT = torch.finfo(torch.float32).max
 _OF_DIFFUSERS = ("low_cpu_mem_usage", "disable_mmap", "offload_folder", "offload_state_dict", "max_memory", "provider",
                  "sess_options", "user_agent", "dduf_entries", "use_flashpack")  # fmt: skip
 _TYPES = ("F32", "F16", "BF16", "F64")
+_COUNTER = ".num_batches_tracked"  # a whole number of a batch norm
 _POSITIVE = ("num_groups", "head_dim", "layers_per_block", "num_layers", "num_attention_heads")
 Model = TypeVar("Model", bound=nn.Module)
 _HEADER_LIMIT = 100_000_000  # the format's own
@@ -124,7 +125,7 @@ def read_head(path: Path) -> dict[str, StoredTensor]:
     if end != total - 8 - length:
         raise damaged(f"it has {total:,} bytes; its head tells of {8 + length + end:,}")
     for name, entry in entries.items():
-        if entry["dtype"] not in _TYPES:
+        if entry["dtype"] not in _TYPES and not name.endswith(_COUNTER):
             raise DataError(
                 f"{path} holds {printable(name)} as {printable(entry['dtype'])}; expected weights of one of "
                 f"{', '.join(_TYPES)}: it is damaged or of another kind"

@@ -22,7 +22,7 @@ CHECKSUMS = "_sha256"
 """Entry of model_index.json: the SHA-256 of each file of weights, by its path. diffusers leaves out what begins so."""
 SHARED = "_shared"
 """Entry of model_index.json: the id of the repository on the Hub and the license, for the card; None where unknown."""
-VAE_KINDS = ("AutoencoderKL", "AutoencoderTiny")
+VAE_KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderRAE")
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 TEXT_PARTS = {
     ENCODER: ("T5EncoderModel",),

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_stride
+from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_traits
 from itarflow.data.dataset import ImageDataset, too_many_broken
 from itarflow.data.images import Crop, spread_over
 from itarflow.data.load import DataConfig, load_data
@@ -188,7 +188,8 @@ def _open(config: BpdConfig) -> _Work:
     )
     channels, size, _ = flow.image_shape
     if pipe.vae is not None:
-        channels, size = pipe.vae.config.in_channels, size * vae_stride(pipe.vae)
+        traits = vae_traits(pipe.vae)
+        channels, size = traits.in_channels, size * traits.stride
     opened = load_data(
         DataConfig(
             path=config.data,
