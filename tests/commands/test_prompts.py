@@ -29,7 +29,7 @@ def save_pipe(folder: Path, text: bool = True, **changes: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         flow = TARFlow(4, **{**sizes, "context_dim": WIDTH, "context_tokens": TOKENS, "rotary_side": 2,
-                             "start_token": True, **changes})  # fmt: skip
+                             "start_token": True, "soft_clip": 1.0, **changes})  # fmt: skip
     randomise(flow)
     parts = {"text_encoder": tiny_t5(), "tokenizer": tiny_tokenizer()} if text else {}
     guidance = {"weight": 1.0, "rule": "gaussian", "schedule": "constant", "blocks": 1}
@@ -129,8 +129,8 @@ def test_evaluate_takes_prompts_in_turn(monkeypatch, capsys, tmp_path):
     run = terminal(TinyExtractor(), monkeypatch, capsys, tmp_path)
     save_pipe(tmp_path / "paint", in_channels=1)
     Path("captions.txt").write_text("\n".join([*PROMPTS, "", "a dog"]))
-    printed = run("evaluate", "--prompts", "captions.txt", checkpoint="paint")
-    assert "prompts captions.txt" in printed or "figures in" in printed
+    run("evaluate", "--prompts", "captions.txt", checkpoint="paint")
+    assert "prompts captions.txt, seed 0" in Path("paint/README.md").read_text()
     report = json.loads(Path("evaluation/evaluation.json").read_text())
     assert report["prompts"] == "captions.txt"
     assert set(report["ways"]) == {"raw", "self", "iterative"}
@@ -166,3 +166,19 @@ def test_sweep_takes_prompts(monkeypatch, capsys, tmp_path):
     Path("captions.txt").write_text("\n".join(PROMPTS))
     run("sweep", "--prompts", "captions.txt", "--guidance-weights", 0, 1, checkpoint="paint")
     assert Path("sweep").is_dir()
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_profile_finds_a_plan_for_prompts(run, refused, checkpoint, write):
+    card = (checkpoint / "README.md").read_text()
+    words = ("--batch-sizes", 1, "--num-images", 2, "--repeats", 1, "--windows", 2)
+    words += () if write else ("--no-write",)
+    run("profile", checkpoint, *words, *named(*PROMPTS))
+    pipe = ITARFlowPipeline.from_pretrained(checkpoint)
+    assert len(pipe.inverse_plans) == int(write)
+    assert pipe.text_encoder is not None
+    changed = (checkpoint / "README.md").read_text()
+    assert (changed != card) == write
+    assert "read by a T5EncoderModel" in changed
+    assert "has no prompts" in refused("profile", checkpoint, *words, *named("a cat"), "--data", "digits")
+    assert "give one, such as --prompt" in refused("profile", checkpoint, *words)
