@@ -29,6 +29,7 @@ from itarflow.text_encoder import TextIdentity
 CAPTION, CONTEXT = "caption", "context"
 """Columns of the text and of its vectors."""
 _TENSOR = "null_context"
+_EXPONENT = np.int16(0x7F80)  # of a bfloat16: all of its bits are set in what is not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +87,10 @@ class ContextDecoder:
                 f"column {CONTEXT!r} holds {found}; expected bfloat16 of 1 to {self.tokens} vectors of {self.dim}, so "
                 f"a multiple of {of_token} bytes"
             )
-        context = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).view(torch.bfloat16)
-        if not bool(context.isfinite().all()):
+        bits = np.frombuffer(data, "<i2").astype(np.int16)
+        if ((bits & _EXPONENT) == _EXPONENT).any():
             raise DataError(f"column {CONTEXT!r} holds values that are not finite")
-        return context.reshape(-1, self.dim)
+        return torch.from_numpy(bits).view(torch.bfloat16).reshape(-1, self.dim)
 
     def padded(self, contexts: Sequence[Tensor]) -> Tensor:
         """The vectors of B captions, each (L, E), as one bfloat16 (B, T, E), with zeros behind them."""
