@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from itarflow.codec import CodecConfig, VaeCodec, load_vae, stored_codes, to_pixels, to_uint8, vae_identity
+from itarflow.codec import CodecConfig, VaeCodec, load_vae, stored_codes, to_pixels, to_uint8, vae_identity, vae_traits
 from itarflow.data import DataConfig, load_data
 from itarflow.training.decoder.losses import psnr
 
@@ -43,11 +43,11 @@ class Options:
 def run(options: Options) -> Table:
     """Measure, and tell as a table."""
     vae = load_vae(CodecConfig(vae=options.vae))
-    codec, channels = VaeCodec(vae, slice_size=8), vae.config.latent_channels
+    codec, channels = VaeCodec(vae, slice_size=8), vae_traits(vae).channels
     config = DataConfig(
         path=options.data, held_out_split=options.held_out_split, held_out_images=options.images, horizontal_flip=False
     )
-    pictures = load_data(config, image_size=options.size, in_channels=vae.config.in_channels).held_out
+    pictures = load_data(config, image_size=options.size, in_channels=vae_traits(vae).in_channels).held_out
     images = to_pixels(torch.stack([pictures[index].image for index in range(len(pictures))]))
     direct = codec.encode(images)
     cached_set = load_data(

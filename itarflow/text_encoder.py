@@ -23,18 +23,14 @@ from itarflow.runtime.devices import in_batches
 from itarflow.runtime.files import weights_digest
 from itarflow.runtime.hub import folder_of
 from itarflow.runtime.json_file import as_type, read_json
-from itarflow.runtime.model_folder import CONFIG, check_finite, read_heads, weight_files
+from itarflow.runtime.model_folder import CONFIG, TRANSFORMERS_WEIGHTS, check_finite, read_heads, weight_files
+from itarflow.runtime.pipeline_index import ENCODER, TEXT_PARTS, TOKENIZER
 from itarflow.runtime.text import listed, printable
 
-ENCODER, TOKENIZER = "text_encoder", "tokenizer"
-"""How the two are called in a pipeline and in its folder."""
-ENCODER_KIND = "T5EncoderModel"
-ENCODER_WEIGHTS = "model"
-"""How transformers calls the weights of a model."""
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                     "spiece.model")  # fmt: skip
-_ENCODER_FILES = (CONFIG, f"{ENCODER_WEIGHTS}.safetensors", f"{ENCODER_WEIGHTS}-*.safetensors",
-                  f"{ENCODER_WEIGHTS}.safetensors.index.json")  # fmt: skip
+_ENCODER_FILES = (CONFIG, f"{TRANSFORMERS_WEIGHTS}.safetensors", f"{TRANSFORMERS_WEIGHTS}-*.safetensors",
+                  f"{TRANSFORMERS_WEIGHTS}.safetensors.index.json")  # fmt: skip
 _BATCH = 32
 """Texts that are encoded at a time; if memory runs out, fewer."""
 _Size = Annotated[int, Meta(ge=1, le=2**20)]
@@ -91,7 +87,7 @@ class TextEncoder:
         kind = _transformers().T5EncoderModel
         if not isinstance(encoder, kind):
             raise ValueError(
-                f"the text encoder is a {type(encoder).__name__}; expected a {ENCODER_KIND} of transformers, such as "
+                f"the text encoder is a {type(encoder).__name__}; expected a T5EncoderModel of transformers, such as "
                 "of google/flan-t5-xl."
             )
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
@@ -129,7 +125,7 @@ class TextEncoder:
             ValueError: max_tokens < 1.
         """
         _transformers()
-        files = (*_ENCODER_FILES, *_TOKENIZER_FILES)
+        files = (*_ENCODER_FILES, *TOKENIZER_FILES)
         patterns = [*files, *(f"{ENCODER}/{file}" for file in files), *(f"{TOKENIZER}/{file}" for file in files)]
         try:
             folder = folder_of(name, patterns, expected="a T5 text encoder", revision=revision)
@@ -276,7 +272,7 @@ def load_encoder(folder: Path, variant: str | None = None, dtype: torch.dtype | 
     if (kind := values.get("model_type")) != "t5":
         raise OSError(f"it is of the kind {printable(str(kind))!r}, as {CONFIG} says; expected 't5'")
     sizes = as_type({key: value for key, value in values.items() if key in _SETTINGS}, _T5Sizes, str(path))
-    heads = read_heads(weight_files(folder, variant, stem=ENCODER_WEIGHTS))
+    heads = read_heads(weight_files(folder, variant, stem=TRANSFORMERS_WEIGHTS))
     if sizes["num_layers"] > len(heads):
         raise OSError(f"{path} tells of {sizes['num_layers']:,} layers; its weights have {len(heads):,} tensors")
     config = transformers.T5Config(**{key: value for key, value in values.items() if key not in _OF_TRANSFORMERS})
@@ -325,8 +321,14 @@ def load_tokenizer(folder: Path) -> Any:
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise OSError(
-            f"{folder} holds no tokenizer: tokenizer.json is missing; expected one of {listed(_TOKENIZER_FILES)}"
+            f"{folder} holds no tokenizer: tokenizer.json is missing; expected one of {listed(TOKENIZER_FILES)}"
         )
+    if (config := folder / "tokenizer_config.json").is_file():
+        kind = read_json(config, dict[str, Any]).get("tokenizer_class")
+        if kind not in (None, *TEXT_PARTS[TOKENIZER]):
+            raise OSError(
+                f"its tokenizer is a {printable(str(kind))}; expected one of {', '.join(TEXT_PARTS[TOKENIZER])}"
+            )
     return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 

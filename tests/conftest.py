@@ -107,17 +107,33 @@ def make_inputs() -> Callable[..., Inputs]:
 
 
 def tiny_vae(kind: str = "AutoencoderKL", seed: int = 0, **config: Any) -> Vae:
-    """An autoencoder of stride 2 with random weights, for grey images by default."""
+    """An autoencoder with random weights; of stride 2 and for grey images by default, but for an AutoencoderRAE."""
     sizes: dict[str, Any] = {"in_channels": 1, "out_channels": 1}
     if kind == "AutoencoderKL":
         sizes |= {"block_out_channels": (8, 8), "norm_num_groups": 4, "scaling_factor": 0.4, "shift_factor": 0.1}
         sizes |= {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    elif kind == "AutoencoderKLFlux2":  # patches of 2 x 2 of latents of stride 1
+        sizes |= {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": 2, "sample_size": 32}
+        sizes |= {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",)}
+    elif kind == "AutoencoderDC":
+        sizes = {"in_channels": 1, "latent_channels": 4, "attention_head_dim": 4}
+        for part in ("encoder", "decoder"):
+            sizes |= {f"{part}_block_out_channels": (8, 8), f"{part}_layers_per_block": (1, 1)}
+            sizes |= {f"{part}_qkv_multiscales": ((), ())}
+    elif kind == "AutoencoderRAE":  # RGB images of 8 x 8 pixels, codes of 64 x 2 x 2
+        sizes = {"encoder_hidden_size": 64, "encoder_input_size": 28, "encoder_num_hidden_layers": 1, "patch_size": 4}
+        sizes |= {"decoder_hidden_size": 32, "decoder_intermediate_size": 48, "decoder_num_hidden_layers": 1}
+        sizes |= {"decoder_num_attention_heads": 2, "latents_mean": [[[0.1]]] * 64, "latents_std": [[[0.8]]] * 64}
     else:
         sizes |= {f"{part}_block_out_channels": (8, 8) for part in ("encoder", "decoder")}
         sizes |= {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return getattr(diffusers, kind)(**sizes | config).eval().requires_grad_(False)
+        vae = getattr(diffusers, kind)(**sizes | config).eval().requires_grad_(False)
+        if kind == "AutoencoderKLFlux2":
+            vae.bn.running_mean.normal_()
+            vae.bn.running_var.uniform_(0.5, 2)
+        return vae
 
 
 @pytest.fixture(params=VARIANTS)

@@ -147,11 +147,13 @@ def num_parameters(config: Any, sizes: Sequence[BlockSize]) -> int:
     layer, depth = 4 + 2 * config.mlp_ratio, config.shared_layers
     total = layer * depth * sizes[0].channels ** 2
     image_height, image_width = height_and_width(config.image_size)
-    for patch, width, layers in sizes:
+    context_from = 0 if config.context_blocks is None else len(sizes) - config.context_blocks
+    for index, (patch, width, layers) in enumerate(sizes):
         tokens = 0 if config.rotary_side else (image_height // patch) * (image_width // patch)
         values = config.in_channels * patch**2
         outputs = values * (1 if config.volume_preserving else 2) * (2 if config.learned_first_token else 1)
-        vectors = tokens + config.num_classes + config.context_dim + values + outputs
+        conditions = config.num_classes * (not config.context_tokens) + config.context_dim * (index >= context_from)
+        vectors = tokens + conditions + values + outputs
         squares = layer * max(layers - depth, 0) + 8 * config.noise_conditioned + config.learned_first_token
         total += width * (vectors + squares * width)
     return total
@@ -219,7 +221,7 @@ def checked_context(
             )
         labels = torch.full((batch_size,), NULL_LABEL, device=device) if labels is None else labels
         index = torch.where(labels < 0, config.num_classes, labels)
-        return torch.nn.functional.one_hot(index, config.context_dim)[:, None]
+        return torch.nn.functional.one_hot(index, config.context_dim).float()[:, None]
     if not config.context_tokens:
         raise ValueError("context was given, but this flow has no condition vectors (context_tokens=0); leave it out.")
     if labels is not None:

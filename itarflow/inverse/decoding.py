@@ -125,7 +125,7 @@ class CachedConditioner:
     @property
     def reads_exactly(self) -> bool:
         """Whether attention of a single token reads the cache up to its own position, which it looks up itself."""
-        return has_decode_attention(self.cache.tensor[0])
+        return has_decode_attention(self.cache.tensor[0], rotary=self.rotation is not None)
 
     def solve(self, x: Tensor, z: Tensor, start: Tensor, count: int, length: int) -> None:
         """Solve `count` tokens, one after another on the device, which need not wait for the host.
@@ -269,12 +269,11 @@ def _attend(
     """qkv (B', n, 3C) and the cache (2, B', H, room, E) of a layer -> (B', n, C)."""
     batch_size, count, _ = qkv.shape
     on_device = isinstance(window.positions, Tensor) and window.positions.ndim == 1
-    by_head = qkv.view(batch_size, count, 3, cache.shape[2], cache.shape[4])
-    if rotation is not None:
-        rotate_in_place(by_head.narrow(2, 0, 2), rotation)
     if on_device and window.mask is None:
-        return decode_attention(qkv, cache, cast(Tensor, window.positions), temperature)
-    qkv = by_head
+        return decode_attention(qkv, cache, cast(Tensor, window.positions), temperature, rotation)
+    qkv = qkv.view(batch_size, count, 3, cache.shape[2], cache.shape[4])
+    if rotation is not None:
+        rotate_in_place(qkv.narrow(2, 0, 2), rotation)
     q = qkv.select(2, 0).transpose(1, 2)
     if isinstance(window.positions, slice):
         start = window.positions.start

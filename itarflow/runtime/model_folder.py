@@ -29,6 +29,8 @@ from itarflow.runtime.text import listed, printable
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
 """How diffusers calls the weights of a model."""
+TRANSFORMERS_WEIGHTS = "model"
+"""How transformers does."""
 DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 """Options of a download from the Hub."""
 LARGEST = 2**20
@@ -37,6 +39,7 @@ _LARGEST_FLOAT = torch.finfo(torch.float32).max
 _OF_DIFFUSERS = ("low_cpu_mem_usage", "disable_mmap", "offload_folder", "offload_state_dict", "max_memory", "provider",
                  "sess_options", "user_agent", "dduf_entries", "use_flashpack")  # fmt: skip
 _TYPES = ("F32", "F16", "BF16", "F64")
+_COUNTER = ".num_batches_tracked"  # a whole number of a batch norm
 _POSITIVE = ("num_groups", "head_dim", "layers_per_block", "num_layers", "num_attention_heads")
 Model = TypeVar("Model", bound=nn.Module)
 _HEADER_LIMIT = 100_000_000  # the format's own
@@ -122,7 +125,7 @@ def read_head(path: Path) -> dict[str, StoredTensor]:
     if end != total - 8 - length:
         raise damaged(f"it has {total:,} bytes; its head tells of {8 + length + end:,}")
     for name, entry in entries.items():
-        if entry["dtype"] not in _TYPES:
+        if entry["dtype"] not in _TYPES and not name.endswith(_COUNTER):
             raise DataError(
                 f"{path} holds {printable(name)} as {printable(entry['dtype'])}; expected weights of one of "
                 f"{', '.join(_TYPES)}: it is damaged or of another kind"

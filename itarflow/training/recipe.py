@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity
+from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity, vae_traits
 from itarflow.data.load import DataConfig, ImageData, load_data
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
@@ -278,10 +278,11 @@ def open_vae(recipe: Recipe) -> Vae | None:
     if recipe.codec.vae is None:
         return None
     vae = load_vae(recipe.codec)
-    if vae.config.latent_channels != recipe.model.in_channels:
+    channels = vae_traits(vae).channels
+    if channels != recipe.model.in_channels:
         raise ValueError(
-            f"the codes of {recipe.codec.vae} have {vae.config.latent_channels} channels, but model.in_channels is "
-            f"{recipe.model.in_channels}; set --model.in-channels {vae.config.latent_channels}, or name another VAE."
+            f"the codes of {recipe.codec.vae} have {channels} channels, but model.in_channels is "
+            f"{recipe.model.in_channels}; set --model.in-channels {channels}, or name another VAE."
         )
     found = vae_identity(vae).encoder
     if recipe.codec.encoder not in (None, found):

@@ -4,7 +4,10 @@ import copy
 import json
 import re
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from conftest import randomise, tiny_vae
@@ -19,15 +22,34 @@ from itarflow.codec import (
     code_shape,
     codec_of,
     differing,
+    image_shape,
     load_vae,
+    own_scaling,
     stored_codes,
     to_pixels,
     to_uint8,
     vae_identity,
-    vae_stride,
+    vae_traits,
 )
 
-KINDS = ("AutoencoderKL", "AutoencoderTiny")
+KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderRAE")
+
+
+CODES = {"AutoencoderKLFlux2": (8, 4, 6)} | {kind: (4, 4, 6) for kind in KINDS if kind != "AutoencoderKLFlux2"}
+"""Shapes of the codes of images of 8 x 12 pixels."""
+
+
+def vae_of(kind, **options):
+    """A tiny VAE; the test is left out where an AutoencoderRAE can't be built."""
+    if kind == "AutoencoderRAE":
+        pytest.importorskip("transformers")
+        if not hasattr(diffusers, kind):
+            pytest.skip("not in this version of diffusers")
+    return tiny_vae(kind, **options)
+
+
+def images_for(vae, count=3):
+    return images(count, 8, vae_traits(vae).in_channels)
 
 
 def images(count=3, size=8, channels=1, seed=0):
@@ -98,10 +120,10 @@ def test_a_posterior_is_sampled_with_its_own_spread():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_slices_change_nothing(kind):
-    vae = tiny_vae(kind)
+    vae = vae_of(kind)
     whole, sliced = VaeCodec(vae), VaeCodec(vae, slice_size=2)
-    codes = whole.encode(images(5)).mean
-    torch.testing.assert_close(sliced.encode(images(5)).mean, codes)
+    codes = whole.encode(images_for(vae, 5)).mean
+    torch.testing.assert_close(sliced.encode(images_for(vae, 5)).mean, codes)
     torch.testing.assert_close(sliced.decode(codes), whole.decode(codes))
 
 
@@ -137,7 +159,7 @@ def test_a_vae_that_overflows_in_half_precision_computes_in_float32():
         (lambda vae: VaeCodec(vae).encode(images(1, 8, 3)), "3 channels.* of 1"),
         (
             lambda vae: VaeCodec(vae).decode(torch.zeros(1, 3, 4, 4)),
-            r"\(1, 3, 4, 4\); this VAE expects \(B, 4, H, W\)",
+            r"\(3, 4, 4\); this VAE expects \(4, H, W\)",
         ),
         (lambda vae: VaeCodec(vae, slice_size=0), "slice_size is 0"),
         (lambda _: VaeCodec(tiny_vae("AutoencoderTiny"), tiled=True), "stride 2.* stride 8"),
@@ -150,26 +172,28 @@ def test_what_does_not_fit_a_vae_is_refused(call, words):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shape_of_codes(kind):
-    vae = tiny_vae(kind)
-    assert vae_stride(vae) == 2
-    assert (
-        code_shape(vae, (1, 8, 12))
-        == (4, 4, 6)
-        == tuple(VaeCodec(vae).encode(torch.zeros(1, 1, 8, 12)).mean.shape[1:])
-    )
+    vae = vae_of(kind)
+    stride, shape, pixels = (4, (64, 2, 2), (3, 8, 8)) if kind == "AutoencoderRAE" else (2, CODES[kind], (1, 8, 12))
+    assert vae_traits(vae).stride == stride
+    codes = VaeCodec(vae).encode(torch.zeros(1, *pixels)).mean
+    assert code_shape(vae, pixels) == shape == tuple(codes.shape[1:])
+    assert image_shape(vae, shape) == pixels == tuple(VaeCodec(vae).decode(codes).shape[1:])
+    assert vae_traits(vae).variance == (VaeCodec(vae).encode(torch.zeros(1, *pixels)).log_variance is not None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_identity_of_a_vae_is_that_of_its_encoder_and_scaling(kind):
-    vae = tiny_vae(kind)
+    vae = vae_of(kind)
     identity = vae_identity(vae)
     other_decoder, other_encoder = copy.deepcopy(vae), copy.deepcopy(vae)
     randomise(other_decoder.decoder)
     randomise(other_encoder.encoder)
     assert vae_identity(other_decoder) == identity
     assert [line.split(":")[0] for line in differing(identity, vae_identity(other_encoder))] == ["encoder"]
-    rescaled = tiny_vae(kind, scaling_factor=0.9)
+    rescaled = copy.deepcopy(vae)
+    rescaled.register_to_config(scaling_factor=0.9)
     assert differing(identity, vae_identity(rescaled)) == [f"scaling_factor: {identity.scaling_factor} -> 0.9"]
+    assert not torch.equal(VaeCodec(rescaled).encode(images_for(vae)).mean, VaeCodec(vae).encode(images_for(vae)).mean)
     low = copy.deepcopy(vae).bfloat16()
     assert vae_identity(low) == vae_identity(copy.deepcopy(low).float())  # the same values, stored differently
 
@@ -187,6 +211,152 @@ def test_a_vae_is_found_in_its_folder_or_in_that_of_a_pipeline(tmp_path):
     )
     rescaled.save_pretrained(tmp_path / "rescaled")
     assert json.loads((tmp_path / "rescaled" / "config.json").read_text())["scaling_factor"] == 2.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_goes_to_disk_and_back_with_another_scaling(kind, tmp_path):
+    vae = vae_of(kind)
+    plain = VaeCodec(vae).encode(images_for(vae))
+    vae.save_pretrained(tmp_path / "plain")
+    loaded = load_vae(CodecConfig(vae=str(tmp_path / "plain")))
+    assert vae_identity(loaded) == vae_identity(vae)
+    assert VaeCodec(loaded).encode(images_for(vae)).mean.equal(plain.mean)
+    (factor, shift), changed = own_scaling(vae), CodecConfig(vae=str(tmp_path / "plain"), scaling_factor=1.5)
+    rescaled = load_vae(changed if vae_identity(vae).latents_std else replace(changed, shift_factor=0.25))
+    if not vae_identity(vae).latents_std:
+        plain = plain._replace(mean=plain.mean + (shift - 0.25) * factor)
+    seen = VaeCodec(rescaled).encode(images_for(vae))
+    torch.testing.assert_close(seen.mean, plain.mean / factor * 1.5)
+    torch.testing.assert_close(
+        VaeCodec(rescaled).decode(seen.mean),
+        VaeCodec(vae).decode(VaeCodec(vae).encode(images_for(vae)).mean),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    rescaled.save_pretrained(tmp_path / "rescaled")
+    assert vae_identity(load_vae(CodecConfig(vae=str(tmp_path / "rescaled")))) == vae_identity(rescaled)
+
+
+def test_codes_of_a_deep_compression_autoencoder_are_its_latents():
+    vae = tiny_vae("AutoencoderDC", scaling_factor=2.0)
+    latents = vae.encode(images()).latent
+    torch.testing.assert_close(VaeCodec(vae).encode(images()).mean, latents * 2)
+    torch.testing.assert_close(VaeCodec(vae).decode(latents * 2), vae.decode(latents).sample)
+
+
+def test_codes_of_a_flux2_autoencoder_are_those_of_the_pipeline_of_diffusers():
+    from diffusers import Flux2Pipeline
+
+    vae = tiny_vae("AutoencoderKLFlux2")
+    codes = VaeCodec(vae).encode(images())
+    encode = Flux2Pipeline._encode_vae_image
+    owner = SimpleNamespace(vae=vae, _patchify_latents=Flux2Pipeline._patchify_latents)
+    torch.testing.assert_close(codes.mean, encode(owner, images(), None))
+    deviation = vae.encode(images()).latent_dist.std
+    factor = (vae.bn.running_var + vae.config.batch_norm_eps).rsqrt()[:, None, None]
+    expected = Flux2Pipeline._patchify_latents(deviation) * factor
+    torch.testing.assert_close((0.5 * codes.log_variance).exp(), expected)
+    torch.testing.assert_close(
+        VaeCodec(vae).decode(codes.mean), vae.decode(vae.encode(images()).latent_dist.mean).sample
+    )
+
+
+@pytest.mark.parametrize("encoder_type", ["dinov2", "mae"])
+def test_a_representation_autoencoder_sees_images_in_0_to_1_and_scales_by_itself(encoder_type):
+    vae = vae_of("AutoencoderRAE", encoder_type=encoder_type)
+    latents = vae.encode((images(3, 8, 3) + 1) / 2).latent
+    codec = VaeCodec(copy.deepcopy(vae).to(memory_format=torch.channels_last))
+    codes = codec.encode(images(3, 8, 3)).mean
+    torch.testing.assert_close(codes, latents)
+    decoded = codec.decode(codes.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(decoded, 2 * vae.decode(latents).sample - 1, rtol=1e-4, atol=1e-5)
+    other = copy.deepcopy(vae)
+    other._latents_std += 0.1
+    assert [line.split(":")[0] for line in differing(vae_identity(vae), vae_identity(other))] == ["encoder"]
+
+
+@pytest.mark.parametrize("encoder_type", ["dinov2", "mae"])
+def test_names_of_transformers_4_in_a_representation_autoencoder_are_understood(encoder_type, tmp_path):
+    vae = vae_of("AutoencoderRAE", encoder_type=encoder_type)
+    vae.save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    older = {"attention.o_proj": "attention.output.dense", "encoder.layers.": "encoder.encoder.layer."}
+    older |= {f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in ("query", "key", "value")}
+    older |= {"mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"} if encoder_type == "mae" else {}
+    renamed = {}
+    for name, tensor in load_file(file).items():
+        old = name
+        for new, before in older.items() if name.startswith("encoder.") else ():
+            old = old.replace(new, before)
+        renamed[old] = tensor
+    assert sum(name not in vae.state_dict() for name in renamed) >= 8
+    save_file(renamed | {"decoder.decoder_pos_embed": torch.zeros(1, 5, 32)}, file)
+    loaded = load_vae(CodecConfig(vae=str(tmp_path)))
+    assert vae_identity(loaded) == vae_identity(vae)
+    assert VaeCodec(loaded).encode(images(3, 8, 3)).mean.equal(VaeCodec(vae).encode(images(3, 8, 3)).mean)
+    del renamed["encoder.embeddings.cls_token"]
+    save_file(renamed, file)
+    with pytest.raises(OSError, match="its weights hold"):
+        load_vae(CodecConfig(vae=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"latents_std": [[[-0.5]]] * 64}, "_latents_std holds -0.5; expected numbers > 0"),
+        (
+            {"latents_mean": [0.1] * 64},
+            r"_latents_mean has shape \(64,\), which does not go with codes of \(64, 2, 2\)",
+        ),
+        ({"reshape_to_2d": False}, "its codes are no grid"),
+    ],
+)
+def test_representation_autoencoders_without_usable_codes_are_refused(options, words, tmp_path):
+    vae_of("AutoencoderRAE", **options).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match=words):
+        load_vae(CodecConfig(vae=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("AutoencoderKLWan", "it is AutoencoderKLWan, which encodes videos"),
+        ("AutoencoderKLQwenImage", "which encodes videos"),
+        ("AutoencoderOobleck", "which encodes sound"),
+        ("VQModel", "it is VQModel, whose codes are"),
+        ("AutoencoderKLHunyuanImage", "which is not among those"),
+    ],
+)
+def test_autoencoders_of_other_things_are_refused_by_name(kind, words, tmp_path):
+    tiny_vae().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": kind}))
+    with pytest.raises(OSError, match=words):
+        load_vae(CodecConfig(vae=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("lacking", "words"), [("diffusers", "not in this|has not; pip install"), ("transformers", "is of transformers")]
+)
+def test_a_missing_library_is_named(lacking, words, tmp_path, monkeypatch):
+    vae_of("AutoencoderRAE").save_pretrained(tmp_path)
+    if lacking == "diffusers":
+        monkeypatch.delattr(diffusers, "AutoencoderRAE")
+        monkeypatch.setattr("itarflow.codec.load.diffusers", SimpleNamespace(__version__="0.36.0"))
+    else:
+        monkeypatch.setattr("itarflow.codec.load.is_transformers_available", lambda: False)
+    with pytest.raises(OSError, match=words):
+        load_vae(CodecConfig(vae=str(tmp_path)))
+
+
+def test_a_representation_autoencoder_is_for_images_of_one_size():
+    vae = vae_of("AutoencoderRAE")
+    with pytest.raises(ValueError, match="images are 16 x 16 pixels; this AutoencoderRAE is for 8 x 8 alone"):
+        VaeCodec(vae).encode(images(1, 16, 3))
+    with pytest.raises(ValueError, match=r"codes have shape \(64, 4, 4\); this VAE expects \(64, 2, 2\)"):
+        VaeCodec(vae).decode(torch.zeros(1, 64, 4, 4))
+    with pytest.raises(ValueError, match="sees whole images alone"):
+        VaeCodec(vae, tiled=True)
 
 
 def test_what_is_no_vae_is_refused(tmp_path):
@@ -208,7 +378,7 @@ def test_what_is_no_vae_is_refused(tmp_path):
     incomplete = load_file(tmp_path / "whole" / weights.name)
     del incomplete["quant_conv.weight"]
     save_file(incomplete, tmp_path / "whole" / weights.name)
-    with pytest.raises(OSError, match=r"1 tensors .*quant_conv\.weight"):
+    with pytest.raises(OSError, match=r"missing: quant_conv\.weight"):
         load_vae(CodecConfig(vae=str(tmp_path / "whole")))
     with pytest.raises(OSError, match="is neither a folder here nor a Hub id"):
         load_vae(CodecConfig(vae="/nowhere/vae"))

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import few_variants, randomise
+from tiny_flows import condition_of
 from torch.distributions import Normal
 
 from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify
@@ -170,7 +171,7 @@ def test_trajectory_goes_from_z_through_every_block_to_the_images(flow, make_inp
     torch.testing.assert_close(path[0], unpatchify(z, flow.patch_sizes[-1], 4) / flow.config.input_scale)
     torch.testing.assert_close(path[-1], flow.inverse(z, labels, noise_level))
     for before, after, block, patch in zip(path, path[1:], flow.blocks[::-1], flow.patch_sizes[::-1], strict=False):
-        condition = block.condition(3, labels, noise_level)
+        condition = condition_of(flow, block, labels, noise_level)
         mapped = block(patchify(after * flow.config.input_scale, patch), condition).z
         torch.testing.assert_close(mapped, patchify(before * flow.config.input_scale, patch), atol=1e-4, rtol=1e-4)
 

@@ -167,7 +167,7 @@ def test_layers_that_the_weights_do_not_have_are_not_built(folder, changes):
         ("scheduler", ["subprocess", "Popen"]),
         ("scheduler", ["diffusers", "DDIMScheduler"]),
         ("vae", ["evil", "AutoencoderKL"]),
-        ("vae", ["diffusers", "AutoencoderDC"]),
+        ("vae", ["diffusers", "AutoencoderKLWan"]),
         ("vae", "AutoencoderKL"),
         ("_class_name", "DDPMPipeline"),
         ("_class_name", ["evil", "ITARFlowPipeline"]),

@@ -134,7 +134,7 @@ def test_a_pipeline_without_its_vae_gives_codes(make_flow):
 
 
 def test_a_vae_of_other_codes_is_refused_by_the_pipeline(make_flow):
-    with pytest.raises(ValueError, match=r"4 channels.* 2"):
+    with pytest.raises(ValueError, match=r"\(2, 4, 4\); this VAE expects \(4, H, W\)"):
         ITARFlowPipeline(make_flow(), DenoiseScheduler(t_max=0.5, t_min=0.05), vae=tiny_vae())
 
 

@@ -70,8 +70,8 @@ code = np.frombuffer(table["mean"][0].as_py(), "<f2").reshape{{ card.shape }}
 {% for name in columns -%}
 - `{{ name }}`: {{ meaning[name] }}
 {% endfor %}
-`AutoencoderKL.decode` and `AutoencoderTiny.decode` of diffusers take \
-`code / {{ vae.scaling_factor }} * {{ spread }} + {{ shift }}`.
+`itarflow.codec.VaeCodec` decodes them; `{{ vae.kind }}.decode` of diffusers takes the latent, of which the code is as
+the table says.
 
 {% if context -%}
 ## Captions

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from diffusers import AutoencoderKL
 
 from itarflow import __version__
-from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity
+from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity, vae_traits
 from itarflow.data.codes import CARD, CodesCard
 from itarflow.data.dataset import ImageDataset
 from itarflow.data.made import Manifest
@@ -37,7 +36,7 @@ class EncodeConfig(SourceConfig):
     """What to encode, and how."""
 
     vae: str
-    """An autoencoder in diffusers' format, AutoencoderKL or AutoencoderTiny: a folder, or a name on the Hub such as
+    """An autoencoder in diffusers' format, such as an AutoencoderKL: a folder, or a name on the Hub such as
     stabilityai/sd-vae-ft-ema. Images are read as grey or RGB, as it takes them."""
     revision: str | None = None
     """Branch, tag or commit of a VAE on the Hub."""
@@ -130,7 +129,8 @@ def plan_encoding(config: EncodeConfig) -> Plan:
     settings, stored = _settings(config), stored_manifest(config, CARD)
     check_settings_there(config.out, stored, settings)
     vae = load_vae(config.codec)
-    in_channels = vae.config.in_channels
+    traits = vae_traits(vae)
+    in_channels = traits.in_channels
     if in_channels not in (1, 3):
         raise DataError(f"the VAE {config.vae} takes images of {in_channels} channels; expected 1 (grey) or 3 (RGB)")
     code_shape(vae, (in_channels, config.size, config.size))
@@ -144,7 +144,7 @@ def plan_encoding(config: EncodeConfig) -> Plan:
         image_size=config.size,
         crop=config.crop,
         flips=config.flips,
-        variance=isinstance(vae, AutoencoderKL),
+        variance=traits.variance,
         class_names=source.class_names,
         finished=False,
     )

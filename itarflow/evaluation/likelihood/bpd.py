@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_stride
+from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_traits
 from itarflow.data.dataset import ImageDataset, too_many_broken
 from itarflow.data.images import Crop, spread_over
 from itarflow.data.load import DataConfig, load_data
@@ -28,6 +28,7 @@ from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append,
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.prompts import refuse_flow_of_prompts
 from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, folder_lock, weights_digest
@@ -174,6 +175,7 @@ def _check_counts(config: BpdConfig) -> None:
 
 def _open(config: BpdConfig) -> _Work:
     pipe = ITARFlowPipeline.from_pretrained(config.checkpoint)
+    refuse_flow_of_prompts(pipe.flow, "bpd")
     flow: TARFlow = pipe.flow.float().eval().requires_grad_(False)
     schedule = pipe.scheduler.config
     noises = noises_of(
@@ -186,7 +188,8 @@ def _open(config: BpdConfig) -> _Work:
     )
     channels, size, _ = flow.image_shape
     if pipe.vae is not None:
-        channels, size = pipe.vae.config.in_channels, size * vae_stride(pipe.vae)
+        traits = vae_traits(pipe.vae)
+        channels, size = traits.in_channels, size * traits.stride
     opened = load_data(
         DataConfig(
             path=config.data,

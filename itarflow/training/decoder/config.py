@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor, nn
 
-from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, to_pixels, to_uint8
+from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, to_pixels, to_uint8, vae_traits
 from itarflow.data.images import spread_over
 from itarflow.data.load import DataConfig, ImageDataset
 from itarflow.data.loader import in_order
@@ -84,7 +84,7 @@ class DecoderConfig:
     """The config of a fine-tuning: VAE, images and noise."""
 
     vae: str
-    """The autoencoder in diffusers' format, AutoencoderKL or AutoencoderTiny: a folder, or a name on the Hub such as
+    """The autoencoder in diffusers' format, such as an AutoencoderKL: a folder, or a name on the Hub such as
     stabilityai/sd-vae-ft-ema."""
     revision: str | None = None
     """Branch, tag or commit of a VAE on the Hub."""
@@ -153,10 +153,16 @@ class DecoderConfig:
         Raises:
             ValueError: naming the settings.
         """
-        channels = vae.config.in_channels
-        if vae.config.out_channels != channels:
+        traits = vae_traits(vae)
+        channels = traits.in_channels
+        if traits.out_channels != channels:
             raise ValueError(
-                f"the VAE {self.vae!r} encodes images of {channels} channels, but decodes {vae.config.out_channels}."
+                f"the VAE {self.vae!r} encodes images of {channels} channels, but decodes {traits.out_channels}."
+            )
+        if self.train.gradient_checkpointing and not vae._supports_gradient_checkpointing:
+            raise ValueError(
+                f"train.gradient_checkpointing is on, which diffusers can't do for an {type(vae).__name__}; switch it "
+                "off."
             )
         for size in (self.size, self.trained_size):
             code_shape(vae, (channels, size, size))

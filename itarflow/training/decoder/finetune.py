@@ -19,7 +19,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels
+from itarflow.codec import Vae, VaeCodec, code_shape, load_vae, to_pixels, vae_traits
 from itarflow.data.load import ImageData, load_data
 from itarflow.data.loader import Batch, check_workers
 from itarflow.pipeline.folder import finish_vae
@@ -101,14 +101,14 @@ def fine_tune(
     vae = main_first(accelerator, lambda: load_vae(config.codec))
     config.check(vae, accelerator.num_processes)
     perceptual = main_first(accelerator, load_lpips) if config.loss.lpips else None
-    data = load_data(config.data, image_size=config.size, in_channels=vae.config.in_channels)
+    data = load_data(config.data, image_size=config.size, in_channels=vae_traits(vae).in_channels)
     if len(data.held_out) == 0:
         raise ValueError("data.held_out_images is 0: there is nothing to measure the decoder on; expected 1 or more.")
     if config.data.in_memory:
         data = data.decoded()
     else:
         micro_batch = config.train.batch_size // accelerator.num_processes // config.train.accumulation
-        check_workers(config.data.num_workers, micro_batch * vae.config.in_channels * config.size**2)
+        check_workers(config.data.num_workers, micro_batch * vae_traits(vae).in_channels * config.size**2)
     with ExitStack() as within:
         within.enter_context(tf32_products(False))  # what is measured is float32; `Loop` allows TF32 for steps
         within.enter_context(tuned_convolutions())
@@ -164,7 +164,7 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
         self.before_images = self._decoded_examples()
         self.after: dict[str, float] = {}
         set_seed(config.train.seed)
-        self.critic = PatchCritic(vae.config.in_channels) if config.loss.adversarial else None
+        self.critic = PatchCritic(vae_traits(vae).in_channels) if config.loss.adversarial else None
         self.model = accelerator.prepare(self.decoding)
         self.critic_model: nn.Module | None = None if self.critic is None else accelerator.prepare(self.critic)
         self.optimizer = self._optimizer(self.model, config.train.betas[0], config.train.weight_decay)
@@ -212,7 +212,7 @@ class _Tuning(Loop[_DecoderStep, Tuned]):
         train, accelerator = self.config.train, self.accelerator
         self._set_learning_rate(number)
         size = self.config.trained_size
-        channels = self.vae.config.in_channels
+        channels = vae_traits(self.vae).in_channels
         draws = draw(self.config, code_shape(self.vae, (channels, size, size)), number, accelerator.device)
         critical = self.critic_model is not None and number >= self.config.loss.adversarial_start
         found: list[dict[str, Tensor]] = []
