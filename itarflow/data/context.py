@@ -102,7 +102,7 @@ class ContextDecoder:
 
 def to_bytes(vectors: Tensor) -> bytes:
     """Vectors of a caption (T, E) as a data set stores them: without the zero vectors at their end."""
-    rounded = vectors.to(torch.bfloat16).cpu()
+    rounded = vectors.cpu().to(torch.bfloat16)
     length = int(rounded.any(-1).nonzero().max()) + 1 if rounded.any() else 1
     return rounded[:length].contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
 
@@ -148,9 +148,10 @@ def open_context(path: str, shape: tuple[int, int]) -> StoredContext:
     card, folder = find_context(path), folder_of_cards(path)
     if card is None or folder is None:
         raise DataError(
-            f"the images in {path} have no captions, but the model takes them (model.context_dim is {shape[1]}). Make "
-            "them by --captions of vae/encode_dataset.py, or of `itarflow prepare`, for models of pixels; or train "
-            "without, by --model.context-dim 0 --model.context-tokens 0"
+            f"the images in {path} have no captions (codes.json or prepare.json beside them tells of none), but the "
+            f"model takes them: model.context_dim is {shape[1]}. Make them by --captions of vae/encode_dataset.py, or "
+            "of `itarflow prepare`, for models of pixels; or train without, by --model.context-dim 0 "
+            "--model.context-tokens 0"
         )
     check_context(card, path, shape)
     null_context = read_null_context(folder, card.shape)
