@@ -43,6 +43,25 @@ class ModelConfig:
     """Width of an attention head."""
     mlp_ratio: int = 4
     """Hidden width of the MLPs, in units of channels."""
+    rotary_side: int = 0
+    """Rotary positions, for square images of so many tokens a side, as in STARFlow. 0 = learned positions."""
+    start_token: bool = False
+    """Let each block transform its first token too, by what its transformer makes of a learned token before it."""
+    final_norm: bool = False
+    """An RMS norm before each block's last projection."""
+    soft_clip: float = 0.0
+    """c in c tanh(o / c), of all outputs o of a block; 0 = they are not clipped."""
+    softplus_scale: bool = False
+    """Scales that are a softplus of the output, instead of its exponential."""
+    first_block_reversed: bool = False
+    """Let the blocks 0, 2, ... read the image backwards, instead of 1, 3, ..."""
+    context_dim: int = 0
+    """Width of the condition vectors, such as a text encoder's; 0 = none."""
+    context_tokens: int = 0
+    """Number of condition vectors, which come before the image. With num_classes 1: the label, and context_dim is
+    num_classes + 1."""
+    context_blocks: int | None = 1
+    """How many blocks read them, counted from the noise side. None = all."""
 
     def build(self, noise_range: Sequence[float] | None = None) -> TARFlow:
         """The flow, freshly initialised; raises ValueError where the settings do not fit together."""

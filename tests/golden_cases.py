@@ -24,8 +24,8 @@ from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
 from itarflow.denoisers.ode import Method, noise_levels
 from itarflow.flow import NoiseConfig, TARFlow, nll_per_dim
 from itarflow.flow.block import FlowOutput
+from itarflow.flow.density import updated_prior_variance
 from itarflow.flow.noise import dequantise, lognormal_level, loss_weight, quadratic_level, uniform_level
-from itarflow.flow.tarflow import updated_prior_variance
 from itarflow.inverse import Guidance
 
 GOLDEN = Path(__file__).parent / "golden"

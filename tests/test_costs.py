@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,13 +36,20 @@ def _products_of_pytorch(monkeypatch):
     monkeypatch.setattr("itarflow.runtime.kernels.cpu.ONEDNN", False)
 
 
-def square(flow: TARFlow, batch_size: int) -> int:
-    """FLOPs of a forward pass's attention that are counted above the diagonal, where nothing is looked at."""
+def square(flow: TARFlow, batch_size: int, prefixes: bool = False) -> int:
+    """FLOPs of a forward pass's attention that are counted above the diagonal, where nothing is looked at.
+
+    Args:
+        flow: any.
+        batch_size: B.
+        prefixes: of what comes before the tokens, alone.
+    """
     count = 0
     for block in flow.blocks:
-        steps = block.num_tokens - 1
+        rows = block.context_tokens + (block.start_token is not None)
+        rows += 0 if prefixes else block.num_tokens - 1
         layers = sum(len(transformer.layers) for transformer in (*block.backbone, block.transformer))
-        count += batch_size * 4 * layers * block.transformer.channels * steps * (steps - 1) // 2
+        count += batch_size * 4 * layers * block.transformer.channels * rows * (rows - 1) // 2
     return count
 
 
@@ -85,7 +93,15 @@ def test_flops_of_an_inverse_are_those_counted(flow, make_inputs, guidance):
     z = torch.zeros(2, *flow.z_shape)
     flow.inverse(z, labels, level)  # the first one also compares the layers with their cached form
     real = counted(lambda: flow.inverse(z, labels, level, guidance=guidance))
-    assert total(inverse_costs(flow, 2, torch.float32, guidance)).flops == real
+    guided = [block for index, block in enumerate(reversed(flow.blocks)) if is_guided(block, index, guidance)]
+    both = SimpleNamespace(blocks=guided)
+    above = square(flow, 2, prefixes=True) + square(both, 2, prefixes=True)
+    assert total(inverse_costs(flow, 2, torch.float32, guidance)).flops == real - above
+
+
+def is_guided(block: Any, from_noise: int, guidance: Guidance | None) -> bool:
+    knows = block.class_embedding is not None or block.context_tokens > 0
+    return guidance is not None and guidance.guides(from_noise) and (knows or guidance.temperature != 1)
 
 
 class Products(TorchFunctionMode):
@@ -102,6 +118,8 @@ class Products(TorchFunctionMode):
             self.linear += args[0].numel() + result.numel()
         elif func is F.layer_norm:
             self.weights += kwargs["weight"].numel() + kwargs["bias"].numel()
+        elif func is F.rms_norm:
+            self.weights += kwargs["weight"].numel()
         elif func is F.scaled_dot_product_attention:
             q, k, v = args
             self.keys_and_values += k.numel() + v.numel()
@@ -116,20 +134,23 @@ def test_bytes_of_an_inverse_are_those_read(flow, make_inputs, guidance):
     flow.inverse(z, labels, level)  # as above
     with Products() as read:
         flow.inverse(z, labels, level, guidance=guidance)
-    blocks = [block for block in flow.blocks if block.num_tokens > 1]
-    positions = sum((block.num_tokens - 1) * block.transformer.channels for block in blocks)
+    placed = [block for block in flow.blocks if block.position_embedding is not None]
+    positions = sum((block.num_tokens - 1) * block.transformer.channels for block in placed)
+    starts = sum(block.start_token.numel() for block in flow.blocks if block.start_token is not None)
     tables = sum(block.class_embedding.weight.numel() for block in flow.blocks if block.class_embedding is not None)
     # In a guided block, noise level and first token are embedded for each pass: that could be done at once.
     twice = 0
     if guidance is not None and labels is not None:
-        again = [m for m in (flow.blocks[-1].noise_embedding, flow.blocks[-1].first_token) if m is not None]
+        last = flow.blocks[-1]
+        again = [m for m in (last.noise_embedding, last.first_token, last.proj_context) if m is not None]
         twice = sum(parameter.numel() for module in again for parameter in module.parameters())
-    guided = guidance is not None and labels is not None
-    written = 0  # a cache has room for the last token too, which needs none
-    for index, block in enumerate(flow.blocks):
-        shape = block.cache_shape(4 if guided and index == len(flow.blocks) - 1 else 2)
-        written += math.prod(shape) * (block.num_tokens - 1) // block.num_tokens
-    expected = read.weights - twice + positions + tables + read.keys_and_values + written
+    written = 0
+    for index, block in enumerate(reversed(flow.blocks)):
+        shape = block.cache_shape(4 if is_guided(block, index, guidance) else 2)
+        written += math.prod(shape)
+        if block.start_token is None:  # there is room for the last token too, which needs none
+            written -= math.prod(shape) // shape[4]
+    expected = read.weights - twice + positions + starts + tables + read.keys_and_values + written
     assert total(inverse_costs(flow, 2, torch.bfloat16, guidance)).moved_bytes == 2 * expected
 
 

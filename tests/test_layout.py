@@ -13,7 +13,7 @@ PACKAGE = ROOT / "itarflow"
 # A wing imports only from wings of earlier lines.
 ORDER = [
     {"runtime"},
-    {"inverse", "codec"},
+    {"inverse", "codec", "text_encoder"},
     {"flow", "data"},
     {"presets", "convert", "denoisers"},
     {"pipeline", "plugins"},
@@ -69,7 +69,7 @@ def test_the_method_is_small_and_knows_nothing_but_the_ground():
     rooms = [file for file in files if file.name != "__init__.py"]
     lines = sum(len(file.read_text().splitlines()) for file in files)
     assert len(rooms) <= 12
-    assert lines <= 2500
+    assert lines <= 3000
     for file in files:
         if file.parent.name == "denoisers":
             continue  # its face has diffusion models too

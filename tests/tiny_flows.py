@@ -26,6 +26,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_noise_level": {"noise_conditioned": False, "channels": (8, 12)},
     "unconditional": {"num_classes": 0, "noise_conditioned": False, "num_layers": (1, 1, 1)},
     "one_token": {"patch_size": 4, "learned_first_token": True},
+    "starflow": {
+        "channels": 16,
+        "head_dim": 16,
+        "rotary_side": 2,
+        "start_token": True,
+        "final_norm": True,
+        "soft_clip": 4.0,
+        "softplus_scale": True,
+        "first_block_reversed": True,
+        "context_tokens": 1,
+        "context_dim": 4,
+    },
     "all_at_once": {
         "patch_size": (1, 2),
         "in_channels": 1,
@@ -36,6 +48,29 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 """Every setting of a flow, on and off."""
+
+
+STARFLOW_TEXT: dict[str, Any] = VARIANTS["starflow"] | {
+    "num_classes": 0,
+    "context_tokens": 3,
+    "context_dim": 5,
+    "context_blocks": None,
+    "patch_size": (2, 1),
+    "noise_conditioned": False,
+}
+"""A flow of texts, read by all blocks."""
+
+
+def condition_of(
+    flow: Any, block: Any, labels: Any, noise_level: Any, temperature: float = 1.0, batch_size: int = 3
+) -> Any:
+    """The condition of a block of the flow."""
+    return flow._checked_condition(batch_size, labels, noise_level, None).of(block, temperature)
+
+
+def first_sample(condition: Any) -> Any:
+    """The condition of the first sample alone, without gradients."""
+    return type(condition)(*(None if part is None else part[:1].detach() for part in condition))
 
 
 def randomise(module: torch.nn.Module, seed: int = 0, std: float = 0.12) -> None:

@@ -13,6 +13,7 @@ from diffusers.utils.logging import disable_progress_bar
 from rich.console import Console
 
 from itarflow.commands.console import parsed, print_table, resumable, say
+from itarflow.data.context import ContextCard
 from itarflow.data.prepare.codes_card import training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
@@ -48,7 +49,7 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
         config = parsed(Command, description=description, args=args)
         with resumable(config.out):
             done = encode(config, console=Console(stderr=True))
-    except (OSError, RunError, ValueError) as error:
+    except (ImportError, OSError, RunError, ValueError) as error:
         refuse(error)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -91,6 +92,8 @@ def _encode(config: EncodeConfig, console: Console | None, locks: ExitStack) -> 
         nonlocal plan, missing
         plan = plan_encoding(config)
         say_understood(console, plan.manifest.source)
+        if plan.captions:
+            plan.captions.say(console)
         check_writable(config.out)
         locks.enter_context(folder_lock(config.out))
         missing = begin(plan, console)
@@ -120,6 +123,7 @@ def _print_encoded(config: EncodeConfig, encoded: Encoded, speed: float | None) 
         **{f"images in {split}": f"{count:,}" for split, count in encoded.images.items()},
         "broken, left out": f"{broken:,}, see {config.out / 'broken.json'}" if broken else "none",
         "classes": len(card.class_names) or "none: unlabelled",
+        **captions_told(encoded.context),
         "codes": f"{channels} channels of {height} x {width}" + (", straight and mirrored" if card.flips else ""),
         "mean of each channel": " ".join(f"{mean:.3f}" for mean in card.code_mean),
         "standard deviation": " ".join(f"{std:.3f}" for std in card.code_std),
@@ -127,4 +131,15 @@ def _print_encoded(config: EncodeConfig, encoded: Encoded, speed: float | None) 
         "size": human_bytes(encoded.num_bytes),
         "speed": f"{speed:,.1f} images/s" if speed else "nothing was left to do",
     })  # fmt: skip
-    say(f"Train on them, by a small recipe: {training_command(card, config.codec, str(config.out), config.split)}")
+    context, recipe = encoded.context, "by a small recipe" if encoded.context is None else "by the recipe for text"
+    command = training_command(card, config.codec, str(config.out), config.split, context, config.text_encoder)
+    say(f"Train on them, {recipe}: {command}")
+
+
+def captions_told(context: ContextCard | None) -> dict[str, str]:
+    """What a summary says of captions."""
+    if context is None:
+        return {}
+    tokens, dim = context.shape
+    told = {"captions": context.captions, "context": f"{tokens} vectors of {dim}, by {context.encoder.name}"}
+    return told | ({"captions cut": f"{context.cut:,} of more than {tokens} tokens"} if context.cut else {})

@@ -34,6 +34,7 @@ class Info:
             **_public(config, without=("noise_conditioned", "noise_range")),
         })  # fmt: skip
         _table("Codes", pipe.vae_facts())
+        _table("Prompts", pipe.prompt_facts())
         _table("Sampling defaults", {
             **_public(pipe.scheduler.config),
             **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},

@@ -11,7 +11,8 @@ import tyro
 from rich.console import Console
 
 from itarflow.commands.console import print_table, resumable, say
-from itarflow.data.prepare.codes_card import patch_size
+from itarflow.commands.encode_dataset import captions_told
+from itarflow.data.prepare.codes_card import context_options, patch_size
 from itarflow.data.prepare.crop import PrepareConfig, Prepared, prepare
 from itarflow.runtime.files import check_writable
 
@@ -43,6 +44,7 @@ class Prepare(PrepareConfig):
             **{f"images in {split}": f"{count:,}" for split, count in prepared.images.items()},
             "broken, left out": f"{broken:,}, see {self.out / 'broken.json'}" if broken else "none",
             "classes": len(prepared.class_names) or "none: unlabelled",
+            **captions_told(prepared.context),
             "files": prepared.shards,
             "size": f"{prepared.num_bytes / 1e6:,.1f} MB",
             "speed": f"{speed:,.0f} images/s" if speed else "nothing was left to do",
@@ -50,7 +52,7 @@ class Prepare(PrepareConfig):
         say(f"Train on them, by a recipe for small images: {self._training(prepared)}")
 
     def _training(self, prepared: Prepared) -> str:
-        """The command that trains on what was prepared, by the recipe of CIFAR-10."""
+        """The command that trains on what was prepared, by the recipe of CIFAR-10, or of digits with captions."""
         train = "train" if "train" in self.split else self.split[0]
         held_out = next((split for split in self.split if split != train), None)
         options = {
@@ -59,10 +61,13 @@ class Prepare(PrepareConfig):
             "data.held-out-split": held_out,
             "model.image-size": self.size,
             "model.in-channels": self.in_channels,
-            "model.num-classes": len(prepared.class_names),
+            "model.num-classes": 0 if prepared.context else len(prepared.class_names),
             "model.patch-size": patch_size(self.size),
+            **context_options(prepared.context, self.text_encoder),
         }
-        words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
+        words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()
+                 if value is not None or name == "data.held-out-split"]  # fmt: skip
         if sum(prepared.images.values()) * self.in_channels * self.size**2 > _MUCH_MEMORY:
             words.append("--data.no-in-memory")
-        return " ".join(["python recipes/cifar10.py", *words])
+        recipe = "digits_text" if prepared.context else "cifar10"
+        return " ".join([f"python recipes/{recipe}.py", *words])

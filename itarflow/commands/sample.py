@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +10,13 @@ from typing import Annotated
 import torch
 import tyro
 from PIL import Image
+from torch import Tensor
 
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
-from itarflow.commands.class_labels import check_seed, chosen_labels, class_name
+from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import say
 from itarflow.commands.guidance import OneGuidance
+from itarflow.commands.prompts import Subjects, encode_once, part_of, prompts_in, subjects_of, take_encoder
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Method, Spacing
 from itarflow.denoisers.score import Denoiser
@@ -43,17 +45,25 @@ class Sample(OneGuidance):
     """A folder with a pipeline, such as runs/digits/pipeline, or a Hugging Face Hub id (NAME/MODEL). Comes first."""
     output: Path = Path("samples.png")
     """An image file for a grid of all images, or a new folder (any name without suffix) for one file an image. A PNG
-    carries checkpoint, seed and labels as texts."""
+    carries checkpoint, seed and labels or prompts as texts."""
     class_labels: tuple[str, ...] | None = None
     """Labels, by number as in Python, or by name; -1 = no label. None = every class in turn, or no labels if the model
     has none. A name that begins with a dash is given as --class-labels=-name."""
+    prompt: Annotated[tuple[str, ...] | None, tyro.conf.UseAppendAction] = None
+    """A text to make an image from, of a checkpoint that takes prompts, such as 'a corgi on the beach'; '' is none in
+    particular. Several: --prompt 'one' --prompt 'another'."""
+    prompts: Path | None = None
+    """A file with one prompt a line."""
+    text_encoder: str | None = None
+    """The text encoder that the checkpoint was trained with, if it holds none: a folder or a Hub id of a T5, such as
+    google/flan-t5-xl."""
     num_images: int | None = None
-    """How many images; labels are repeated in turn. None = one a label, or 16 if there are no labels."""
+    """How many images; labels and prompts are repeated in turn. None = one each, or 16 if there are no labels."""
     seed: int = 0
-    """Image number i depends on the seed, on i and on its label, not on how many are made. How many are made at a time
-    changes it by rounding; by a little more if the checkpoint has a plan and --exact is not given."""
+    """Image number i depends on the seed, on i and on its label or prompt, not on how many are made. How many are made
+    at a time changes it by rounding; by a little more if the checkpoint has a plan and --exact is not given."""
     captions: bool = True
-    """Write the names of the classes above the images of a grid."""
+    """Write the names of the classes, or the prompts, above the images of a grid."""
     num_denoise_steps: int | None = None
     """Score evaluations, 1 or more. None = the checkpoint's."""
     method: Method | None = None
@@ -92,35 +102,45 @@ class Sample(OneGuidance):
         check_seed(self.seed)
         _check_output(self.output)
         device = usable_device(self.device)
+        prompts = self._prompts()
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
+        subjects = subjects_of(pipe, self.class_labels, prompts, self.num_images)
         if self.decoder is not None:
             pipe.register_modules(vae=_matching_vae(pipe, self.decoder))
+        plan, embeds = self._plan(pipe, subjects), dict[str, Tensor]()
+        if subjects.prompts is not None:  # before the flow needs the memory
+            embeds = encode_once(take_encoder(pipe, self.text_encoder), subjects.prompts, device)
         pipe.to(device)
         pipe.set_progress_bar_config(desc="sampling", unit=" image steps")  # tokens and denoising of each image
-        labels = chosen_labels(pipe, self.class_labels, self.num_images)
         dtype = asked_dtype(self.denoise_dtype)
         denoiser = None
         if self.denoiser is not None:
             denoiser = load_denoiser(
                 self.denoiser, vae=pipe.vae, slice_size=self.denoise_batch_size, dtype=dtype, device=device
             )
-        plan = self._plan(pipe, labels)
         name = display_name(self.checkpoint)  # of a run it is "pipeline", as of any other
         name = short_names([self.checkpoint])[0] if name in ("pipeline", "vae") else name
         facts = {"checkpoint": name, "seed": self.seed}
-        images = self._images(pipe, labels, denoiser, dtype)
+        images = self._images(pipe, subjects, embeds, denoiser, dtype)
         if plan is None:
             self.output.mkdir(parents=True, exist_ok=True)
             for index, image in enumerate(images):
-                name = class_name(pipe, labels[index]) or "none"
-                save_picture(image, self.output / f"{index:06d}.png", {**facts, "number": index, "label": name})
+                told = {**facts, "number": index, **subjects.facts_of(index)}
+                save_picture(image, self.output / subjects.file(index), told)
         else:
-            named = {"labels": ", ".join(class_name(pipe, label) or "none" for label in labels)}
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            save_picture(plan.drawn(list(images)), self.output, {**facts, **named})
-        say(f"{len(labels)} {'image' if len(labels) == 1 else 'images'} in {self.output}")
+            save_picture(plan.drawn(list(images)), self.output, {**facts, **subjects.facts()})
+        say(f"{len(subjects)} {'image' if len(subjects) == 1 else 'images'} in {self.output}")
 
-    def _plan(self, pipe: ITARFlowPipeline, labels: list[int | None]) -> Grid | None:
+    def _prompts(self) -> Sequence[str] | None:
+        """The prompts that were given; None = none were."""
+        if self.prompts is None:
+            return self.prompt
+        if self.prompt is not None:
+            raise ValueError("--prompt and --prompts were given; expected one of them.")
+        return prompts_in(self.prompts)
+
+    def _plan(self, pipe: ITARFlowPipeline, subjects: Subjects) -> Grid | None:
         """How the grid is laid out, checked; None = there is none.
 
         Raises:
@@ -128,28 +148,30 @@ class Sample(OneGuidance):
         """
         if not self.output.suffix:
             return None
-        kinds = len(set(labels))
-        columns = kinds if 2 <= kinds <= 12 else balanced_columns(len(labels))
-        names = [class_name(pipe, label) for label in labels]
-        grid = Grid(columns, names if self.captions and len(labels) > 1 and any(names) else None)
+        names, count = subjects.names, len(subjects)
+        kinds = len(set(names))
+        columns = kinds if 2 <= kinds <= 12 else balanced_columns(count)
+        grid = Grid(columns, names if self.captions and count > 1 and any(names) else None)
         channels, height, width = pipe.picture_shape
-        check_picture(self.output, grid.size(width, height, len(labels)), "L" if channels == 1 else "RGB")
+        check_picture(self.output, grid.size(width, height, count), "L" if channels == 1 else "RGB")
         return grid
 
     def _images(
         self,
         pipe: ITARFlowPipeline,
-        labels: list[int | None],
+        subjects: Subjects,
+        embeds: dict[str, Tensor],
         denoiser: Denoiser | None,
         dtype: torch.dtype | None,
     ) -> Iterator[Image.Image]:
         """The images in order, batch by batch, so that what is done can be saved before the next begins."""
-        generators = image_generators(torch.Generator().manual_seed(self.seed), len(labels))
+        generators = image_generators(torch.Generator().manual_seed(self.seed), len(subjects))
         guidance = self.guidance_of(pipe.default_guidance)
-        for start in range(0, len(labels), self.batch_size):
+        for start in range(0, len(subjects), self.batch_size):
             part = slice(start, start + self.batch_size)
             yield from pipe(
-                class_labels=labels[part],
+                class_labels=None if embeds else subjects.labels[part],
+                **part_of(embeds, part),
                 guidance=guidance,
                 num_denoise_steps=self.num_denoise_steps,
                 method=self.method,

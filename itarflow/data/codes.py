@@ -27,6 +27,10 @@ from itarflow.runtime.text import printable
 
 CARD = "codes.json"
 """Name of the card in the folder of the parquet files."""
+PREPARED = "prepare.json"
+"""Name of what takes its place beside prepared images."""
+NULL_CONTEXT = "null_context.safetensors"
+"""Name of the file with the vectors of the empty caption, beside images or codes with captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,15 +144,24 @@ def find_card(path: str) -> CodesCard | None:
     Raises:
         DataError: the card is damaged.
     """
+    folder = folder_of_cards(path)
+    return read_card(folder / CARD) if folder is not None and (folder / CARD).is_file() else None
+
+
+def folder_of_cards(path: str) -> Path | None:
+    """The local folder that would hold the cards of the data set that `DataConfig.path` names; None if there is none.
+
+    Of a data set on the Hub they are downloaded, and nothing else.
+    """
     if path == "digits":
         return None
     place = Path(path).expanduser()
     try:
         files = glob.has_magic(path) or place.suffix == ".parquet"
-        folder = place.parent if files else folder_of(path, [CARD], expected="codes", repo_type="dataset")
+        cards = (CARD, PREPARED, NULL_CONTEXT)
+        return place.parent if files else folder_of(path, cards, expected="codes", repo_type="dataset")
     except OSError:  # no such data set, or no network: opening it will raise
         return None
-    return read_card(folder / CARD) if (folder / CARD).is_file() else None
 
 
 def read_card(file: Path) -> CodesCard:

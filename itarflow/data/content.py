@@ -56,6 +56,10 @@ def paths_of(values: pa.ChunkedArray) -> Iterator[str]:
 
 def _parts_of(values: pa.ChunkedArray, place: OwnPlace | None) -> Iterator[bytes]:
     """Of a column: sizes, names and sizes of files, first bytes of some rows."""
+    if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):  # captions: all of each
+        texts = values.to_pylist()
+        yield b"".join(b"%d:%b" % (len(text), text) for text in ((text or "").encode() for text in texts))
+        return
     picture = pa.types.is_struct(values.type)
     fields = {field.name for field in values.type} if picture else set()
     for chunk in values.chunks:

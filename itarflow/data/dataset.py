@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from itarflow.data.content import content_of, paths_of
+from itarflow.data.context import ContextDecoder
 from itarflow.data.images import Crop, convert_image, crop_image, to_array
 from itarflow.data.parquet import DamagedRowError, ParquetRows
 from itarflow.data.picture_file import OwnPlace, open_picture
@@ -29,12 +30,14 @@ from itarflow.runtime.text import printable
 class Example(NamedTuple):
     """An image, its label (-1 = none), and "name: reason" if another image had to replace it.
 
-    The image is as the set's decoder makes it: uint8 (C, H, W), or of a code float16 (V, P, C, H, W).
+    The image is as the set's decoder makes it: uint8 (C, H, W), or of a code float16 (V, P, C, H, W). If captions are
+    read, `context` is the bfloat16 (T, E) of its caption, padded with zeros.
     """
 
     image: Tensor
     label: int
     broken: str | None
+    context: Tensor | None = None
 
 
 class Decoder(Protocol):
@@ -97,6 +100,14 @@ class PictureDecoder:
         return torch.from_numpy(to_array(square, self.in_channels))
 
 
+class _Held(NamedTuple):
+    """A set in memory: examples (N, ...), and of the distinct captions (L, E) which one each has; labels are apart."""
+
+    images: Tensor
+    contexts: tuple[Tensor, ...]
+    places: Tensor
+
+
 class ImageDataset(Dataset[Example]):
     """Map-style set of images or stored codes, decoded on access or (see `decoded`) once for all.
 
@@ -109,6 +120,7 @@ class ImageDataset(Dataset[Example]):
         indices: (N,) rows that make up the set, ascending.
         labels: (N,) int64 class of each, -1 = none.
         max_broken: give up when more images than this, one after another, cannot be read.
+        context: makes the vectors of a row's caption; None = captions are not read.
     """
 
     def __init__(
@@ -119,16 +131,18 @@ class ImageDataset(Dataset[Example]):
         indices: Tensor,
         labels: Tensor,
         max_broken: int = 100,
+        context: ContextDecoder | None = None,
     ) -> None:
-        columns = rows.select_columns(list(decoder.columns))
+        self._columns = [*decoder.columns, *(context.columns if context else ())]
+        columns = rows.select_columns(self._columns)
         if isinstance(columns, datasets.Dataset) and isinstance(decoder, PictureDecoder):
             # Undecoded, because with decoding by `datasets` one broken file would end the run.
             columns = columns.cast_column(decoder.column, datasets.Image(decode=False))
         self._rows: Rows = columns
-        self._decoder = decoder
+        self._decoder, self._context = decoder, context
         self._indices, self._labels = indices, labels
         self._max_broken = max_broken
-        self._images: Tensor | None = None
+        self._held: _Held | None = None
         self._broken: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -147,7 +161,13 @@ class ImageDataset(Dataset[Example]):
     @property
     def images(self) -> Tensor | None:
         """The examples (N, ...) of a set that was decoded into memory, else None."""
-        return self._images
+        return self._held.images if self._held else None
+
+    def contexts(self, indices: Sequence[int]) -> Tensor | None:
+        """Of a set in memory the bfloat16 (B, T, E) of the captions at `indices`; None if captions are not read."""
+        if self._held is None or self._context is None:
+            return None
+        return self._context.padded([self._held.contexts[place] for place in self._held.places[indices].tolist()])
 
     @property
     def broken(self) -> tuple[str, ...]:
@@ -157,7 +177,7 @@ class ImageDataset(Dataset[Example]):
     @property
     def row_groups(self) -> Tensor | None:
         """(G,) int64 how many images lie in each row group, one after another; None if any image is as near."""
-        if self._images is not None or not isinstance(self._rows, ParquetRows):
+        if self._held is not None or not isinstance(self._rows, ParquetRows):
             return None
         begins = torch.searchsorted(self._indices, torch.from_numpy(self._rows.group_starts))
         return begins.diff()
@@ -181,6 +201,7 @@ class ImageDataset(Dataset[Example]):
         (their ETags elsewhere); of what `datasets` holds its own fingerprint; besides, the decoder and the rows.
         """
         digest = hashlib.sha256(repr(self._decoder).encode())
+        digest.update(repr(self._context).encode() if self._context else b"")
         digest.update(self._indices.numpy().tobytes())
         if isinstance(self._rows, ParquetRows):
             states = self._rows.states()
@@ -207,7 +228,7 @@ class ImageDataset(Dataset[Example]):
         It depends neither on the decoder nor on which rows make up the set. No image is decoded.
         """
         place = self._decoder.place if isinstance(self._decoder, PictureDecoder) else None
-        return content_of(self._rows, self._decoder.columns, place)
+        return content_of(self._rows, self._columns, place)
 
     def __getitem__(self, index: int) -> Example:
         """Example at `index` in 0..N-1.
@@ -218,15 +239,25 @@ class ImageDataset(Dataset[Example]):
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a data set with {len(self)} images")
-        if self._images is not None:
-            return Example(self._images[index], int(self._labels[index]), None)
+        if self._held is not None:
+            contexts = self.contexts([index])
+            context = None if contexts is None else contexts[0]
+            return Example(self._held.images[index], int(self._labels[index]), None, context)
+        example = self._example(index)
+        if self._context is None or example.context is None:
+            return example
+        return example._replace(context=self._context.padded([example.context])[0])
+
+    def _example(self, index: int) -> Example:
+        """See `__getitem__`; its context is (L, E), not padded."""
         failures: list[str] = []
         for step in range(min(len(self), self._max_broken + 1)):
             candidate = (index + step) % len(self)
-            image = self.read(candidate)
-            if isinstance(image, Tensor):
-                return Example(image, int(self._labels[candidate]), failures[0] if failures else None)
-            failures.append(image)
+            found = self._read(candidate)
+            if not isinstance(found, str):
+                image, context = found
+                return Example(image, int(self._labels[candidate]), failures[0] if failures else None, context)
+            failures.append(found)
         if len(failures) == len(self):
             raise DataError(
                 f"none of {len(self)} images can be read; expected pictures: look at the first ones:\n  "
@@ -246,22 +277,32 @@ class ImageDataset(Dataset[Example]):
         title = f"reading {len(self):,} images" + (f" into {megabytes:,.0f} MB" if megabytes >= 1 else "")
         # One bar a machine, not one a process.
         silent = len(self) == 0 or os.environ.get("LOCAL_RANK", "0") != "0"
+        places, distinct, contexts = torch.zeros_like(labels), dict[bytes, int](), list[Tensor]()
         for index in track(range(len(self)), title, console=Console(stderr=True), disable=silent):
-            images[index], labels[index], failure = self[index]
+            images[index], labels[index], failure, context = self._example(index)
             broken += [failure] if failure else []
+            if context is not None:  # few captions, such as of classes, are held once
+                key = hashlib.sha256(context.view(torch.int16).numpy().tobytes()).digest()
+                places[index] = distinct.setdefault(key, len(distinct))
+                contexts += [context] if len(distinct) > len(contexts) else []
             if len(broken) > self._max_broken:
                 raise too_many_broken(broken, self._max_broken)
         result = copy.copy(self)
-        result._images, result._labels, result._broken = images, labels, tuple(broken)
+        result._held, result._labels, result._broken = _Held(images, tuple(contexts), places), labels, tuple(broken)
         return result
 
     def read(self, index: int) -> Tensor | str:
         """Decode the image at `index` itself, or say "name: reason" why there is none."""
+        found = self._read(index)
+        return found if isinstance(found, str) else found[0]
+
+    def _read(self, index: int) -> tuple[Tensor, Tensor | None] | str:
+        """The image at `index` and the (L, E) of its caption, or "name: reason"."""
         row = int(self._indices[index])
         values: dict[str, Any] = {}
         try:
             values = self._rows[row]
-            return self._decoder(values)
+            return self._decoder(values), self._context(values) if self._context else None
         except DamagedRowError as error:  # which names file and row
             return str(error)
         except Exception as error:  # nothing is hidden: the reason is reported

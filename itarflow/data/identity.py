@@ -19,8 +19,8 @@ class DataIdentity:
         images: number of images by split or part, such as {"train": 50000, "held out": 1000}.
         class_names: in the order of the labels; () = unlabelled.
         class_counts: images of each class, in that order, of the first part: those to train on.
-        columns: {"image": "img", "label": "fine_label"}; of a folder of pictures none, nor one for labels that are the
-            names of its folders.
+        columns: {"image": "img", "label": "fine_label", "caption": "text"}; of a folder of pictures no image, nor a
+            label that is the name of its folder.
         left_out: what was not taken, and why, as sentences.
     """
 
@@ -86,6 +86,8 @@ def described(identity: DataIdentity) -> list[str]:
     if empty:
         few = "has" if len(empty) == 1 else "have"
         lines.append(f"WARNING: {len(empty):,} of {classes} {few} no training images: {listed(empty)}")
+    if "caption" in columns:
+        lines.append(f"captions: of column {columns['caption']}")
     lines += [f"left out: {sentence}" for sentence in identity.left_out]
     return [printable(line) for line in lines]
 

@@ -67,7 +67,7 @@ def read_labels(tables: Mapping[str, datasets.Dataset | ParquetRows], column: st
                 f"label_column {column!r} holds {other} in {part}, but {kind} in {first}; expected the same: write "
                 "both alike, or open one only"
             )
-    values = {part: _values(rows, column) for part, rows in tables.items()}
+    values = {part: column_values(rows, column) for part, rows in tables.items()}
     if kind == "names":
         return _named(tables, column, values)
     found = _texts(column, values) if kind == "text" else _numbers(tables, column, values)
@@ -88,7 +88,8 @@ def _kind(part: str, rows: datasets.Dataset | ParquetRows, column: str) -> str:
     return "text" if "string" in str(getattr(feature, "dtype", "")) else "numbers"
 
 
-def _values(rows: datasets.Dataset | ParquetRows, column: str) -> pa.ChunkedArray:
+def column_values(rows: datasets.Dataset | ParquetRows, column: str) -> pa.ChunkedArray:
+    """All values of a column, of which nothing else is read."""
     if isinstance(rows, ParquetRows):
         return rows.column(column)
     return rows.select_columns([column]).with_format("arrow")[:][column]

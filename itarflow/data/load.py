@@ -10,13 +10,16 @@ import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from itarflow.codec import VaeIdentity
+from itarflow.data.captions import read_captions
 from itarflow.data.codes import CodeDecoder, check_card, find_card
 from itarflow.data.columns import find_image_column, find_label_column
+from itarflow.data.context import CAPTION, StoredContext, open_context
 from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
 from itarflow.data.identity import DataIdentity
 from itarflow.data.images import Crop, check_image_size, spread_over
@@ -85,17 +88,23 @@ class ImageData:
     """The data of a run: training images, held-out images, and the identity of the set that they are of.
 
     `held_out` is empty if the configuration asks for that; `identity` says what was understood of the data set, and
-    of what was left out.
+    of what was left out; `captions` are None if they are not read.
     """
 
     train: ImageDataset
     held_out: ImageDataset
     identity: DataIdentity
+    captions: StoredContext | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """In the order of the labels; () for unlabelled images."""
         return self.identity.class_names
+
+    @property
+    def null_context(self) -> Tensor | None:
+        """bfloat16 (T, E) of the empty caption, as each item and batch has a `context`; None without captions."""
+        return self.captions.null_context if self.captions else None
 
     def decoded(self) -> ImageData:
         """The same images, held in memory; see `ImageDataset.decoded`."""
@@ -109,6 +118,7 @@ def load_data(
     in_channels: int,
     vae: VaeIdentity | None = None,
     variance: bool = True,
+    context: tuple[int, int] | None = None,
 ) -> ImageData:
     """Open the data set that `config` names, choose held-out images, and try to read one image of each.
 
@@ -120,6 +130,8 @@ def load_data(
         in_channels: 3 for RGB, 1 for grey; or the channels of the codes.
         vae: None = images; else codes that this VAE has made.
         variance: of codes, whether to read the posterior's log-variance, if it is there.
+        context: (T, E) of the condition vectors that a model takes for a caption: they are read with each image. None
+            = captions are not read.
 
     Returns:
         Training images, held-out images, and what was understood of the set.
@@ -155,6 +167,7 @@ def load_data(
             flips=config.horizontal_flip,
             crop=config.crop,
         )
+    captions = None if context is None else open_context(config.path, context)
     train, held_out, left_out = open_splits(
         config.path,
         name=config.name,
@@ -171,14 +184,20 @@ def load_data(
         decoders = (PictureDecoder(column, image_size, in_channels, config.crop, own_place(config.path)),) * 2
     else:
         decoders = (CodeDecoder(card, config.horizontal_flip, variance), CodeDecoder(card, False, variance))
-    _check_columns(tables, decoders[0].columns)
+    of_context = captions.decoder if captions else None
+    _check_columns(tables, [*decoders[0].columns, *(of_context.columns if of_context else ())])
     label_column = find_label_column(train.features, config.label_column)
     labels = read_labels(tables, label_column, wanted=config.label_column is not None)
 
     def images(part: str, indices: Tensor, decoder: Decoder) -> ImageDataset:
         classes = labels.classes[part][indices]
         dataset = ImageDataset(
-            tables[part], decoder=decoder, indices=indices, labels=classes, max_broken=config.max_broken
+            tables[part],
+            decoder=decoder,
+            indices=indices,
+            labels=classes,
+            max_broken=config.max_broken,
+            context=of_context,
         )
         if len(dataset) > 0:
             dataset[0]  # errors of the column or the files show now, not once the model is built
@@ -194,13 +213,28 @@ def load_data(
         rows = torch.arange(len(train)), _spread(labels.order[last], count)
     parts = {"train": images(first, rows[0], decoders[0]), "held out": images(last, rows[1], decoders[1])}
     columns = _columns(parts["train"], decoders[0].columns[0], label_column, labels)
+    columns |= {"caption": CAPTION} if captions else {}
     identity = _identity(parts, config.path, labels, columns, left_out, shared=held_out is None)
-    return ImageData(train=parts["train"], held_out=parts["held out"], identity=identity)
+    return ImageData(train=parts["train"], held_out=parts["held out"], identity=identity, captions=captions)
+
+
+class Splits(NamedTuple):
+    """Whole splits by their names, what was understood of the set, and, if asked for, the captions of each split."""
+
+    sets: dict[str, ImageDataset]
+    identity: DataIdentity
+    captions: Mapping[str, Sequence[str]] | None = None
 
 
 def load_splits(
-    config: DataConfig, splits: Sequence[str], *, image_size: int, in_channels: int
-) -> tuple[dict[str, ImageDataset], DataIdentity]:
+    config: DataConfig,
+    splits: Sequence[str],
+    *,
+    image_size: int,
+    in_channels: int,
+    captions: str | None = None,
+    empty_captions: bool = False,
+) -> Splits:
     """Open whole splits with the classes that they share. Nothing is decoded.
 
     Args:
@@ -208,6 +242,8 @@ def load_splits(
         splits: names of the splits.
         image_size: height and width of the images in pixels.
         in_channels: 3 for RGB, 1 for grey.
+        captions: a column of texts, or a template with {} for the name of the class; None = captions are not read.
+        empty_captions: whether images may lack one; they get the empty caption then.
 
     Returns:
         All images of each split by its name, in the order of the source, and what was understood of the set.
@@ -238,7 +274,11 @@ def load_splits(
         for split, table, classes in zip(splits, tables.values(), labels.classes.values(), strict=True)
     }
     columns = _columns(sets[splits[0]], image_column, label_column, labels)
-    return sets, _identity(sets, config.path, labels, columns, opened.left_out)
+    if captions is None:
+        return Splits(sets, _identity(sets, config.path, labels, columns, opened.left_out))
+    texts = read_captions(opened.splits, sets, captions, labels.names, allow_empty=empty_captions)
+    columns |= {"caption": captions} if "{}" not in captions else {}
+    return Splits(sets, _identity(sets, config.path, labels, columns, opened.left_out, captions=texts), texts)
 
 
 def _check_columns(tables: Mapping[str, Rows], columns: Sequence[str]) -> None:
@@ -277,12 +317,15 @@ def _identity(
     left_out: tuple[str, ...],
     *,
     shared: bool = False,
+    captions: Mapping[str, Sequence[str]] | None = None,
 ) -> DataIdentity:
     """What was understood of the data set at `path`; `shared`: its parts are of one table."""
     digest, kind = hashlib.sha256(), "rows"
     for number, (name, images) in enumerate(parts.items()):
         digest.update(f"{name} {len(images)}\n".encode())
         digest.update(images.indices.numpy().tobytes() + images.labels.numpy().tobytes())
+        for text in captions[name] if captions else ():
+            digest.update(b"%d:%b" % (len(text.encode()), text.encode()))
         # The digits are encoded anew at each start: their bytes depend on the version of Pillow.
         if path != "digits" and not (shared and number):
             kind, _, content = images.content().partition(":")

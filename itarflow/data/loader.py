@@ -31,19 +31,22 @@ from itarflow.runtime.text import human_bytes
 class Batch(NamedTuple):
     """Images, int64 labels (B,), -1 = none, and "name: reason" of each replaced image.
 
-    The images are uint8 (B, C, H, W), or stored codes, float16 (B, V, P, C, H, W); see `codec.stored_codes`.
+    The images are uint8 (B, C, H, W), or stored codes, float16 (B, V, P, C, H, W); see `codec.stored_codes`. If
+    captions are read, `context` is the bfloat16 (B, T, E) of their vectors, padded with zeros.
     """
 
     images: Tensor
     labels: Tensor
     broken: tuple[str, ...]
+    context: Tensor | None = None
 
     def on_its_way(self) -> Batch:
         """In pinned memory if the process computes on a GPU, which can then copy it while the process goes on."""
         # Not by the loader's own thread, which a worker that dies would end without a word.
         if not torch.cuda.is_initialized():
             return self
-        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken)
+        context = None if self.context is None else self.context.pin_memory()
+        return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.broken, context)
 
 
 def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: int = 0) -> Iterator[Batch]:
@@ -63,7 +66,8 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
     """
     if dataset.images is not None:
         for indices in sampler:
-            yield Batch(dataset.images[indices], dataset.labels[indices], ()).on_its_way()
+            context = dataset.contexts(indices)
+            yield Batch(dataset.images[indices], dataset.labels[indices], (), context).on_its_way()
         return
     parts = 1
     if isinstance(sampler, StreamedBatchSampler):
@@ -238,8 +242,9 @@ def _divided(lists: Iterable[list[int]], parts: int) -> Iterator[list[int]]:
 def _joined(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
-    images, labels, broken = zip(*parts, strict=True)
-    return Batch(torch.cat(images), torch.cat(labels), tuple(itertools.chain(*broken)))
+    images, labels, broken, contexts = zip(*parts, strict=True)
+    context = None if contexts[0] is None else torch.cat(contexts)
+    return Batch(torch.cat(images), torch.cat(labels), tuple(itertools.chain(*broken)), context)
 
 
 class _Reporting(Dataset[Example | DataError]):
@@ -259,5 +264,8 @@ def _collate(examples: Sequence[Example | DataError]) -> Batch | DataError:
     for example in examples:
         if isinstance(example, DataError):
             return example
-    images, labels, broken = zip(*(example for example in examples if isinstance(example, Example)), strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(filter(None, broken)))
+    images, labels, broken, contexts = zip(
+        *(example for example in examples if isinstance(example, Example)), strict=True
+    )
+    context = None if contexts[0] is None else torch.stack(contexts)
+    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(filter(None, broken)), context)

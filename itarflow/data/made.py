@@ -18,15 +18,13 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from msgspec import Meta
 
-from itarflow.data.codes import CARD, CodesCard
+from itarflow.data.codes import CARD, PREPARED, CodesCard
+from itarflow.data.context import ContextCard
 from itarflow.data.identity import DataIdentity
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import open_regular
 from itarflow.runtime.json_file import parse_json, read_json
 from itarflow.runtime.text import listed, printable
-
-PREPARED = "prepare.json"
-"""Name of the manifest of prepared images; that of codes is `codes.CARD`."""
 
 _KEY = b"itarflow"
 _Count = Annotated[int, Meta(ge=0)]
@@ -66,6 +64,7 @@ class Manifest:
         shards: number of the files.
         finished: whether all of them are there.
         card: of codes.
+        context: of captions.
         images: by split.
         broken: number of images that were left out, by split.
         files: () until all are written.
@@ -77,6 +76,7 @@ class Manifest:
     shards: _Count
     finished: bool = False
     card: CodesCard | None = None
+    context: ContextCard | None = None
     images: dict[str, _Count] = field(default_factory=dict)
     broken: dict[str, _Count] = field(default_factory=dict)
     files: tuple[StoredFile, ...] = ()

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from rich.console import Console
 from rich.progress import track
 
+from itarflow.data.context import CONTEXT
 from itarflow.data.parquet_schema import check_class_names, stated_features
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.text import printable
@@ -201,7 +202,9 @@ class ParquetRows:
             return self._groups[key]
         try:
             with _open(file) as stream:
-                parquet = pq.ParquetFile(stream, page_checksum_verification=True)
+                # Equal vectors of captions are held once; of codes and images, none are equal.
+                once = [name for name in self._features if name == CONTEXT]
+                parquet = pq.ParquetFile(stream, page_checksum_verification=True, read_dictionary=once)
                 group: pa.Table | str = parquet.read_row_group(number, list(self._features), use_threads=False)
         # Damage and file systems make for nearly any exception. Nothing is hidden: the reason is reported.
         except Exception as error:

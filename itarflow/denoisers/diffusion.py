@@ -111,7 +111,13 @@ class DiffusionDenoiser:
             self._check_levels(f"{name}: ", np.array([level]))
 
     @torch.no_grad()
-    def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
+    def __call__(
+        self,
+        noisy: Tensor,
+        labels: Tensor | None,
+        noise_level: Tensor | float,
+        context: Tensor | None = None,  # noqa: ARG002
+    ) -> Tensor:
         """The model's estimate of the clean images, which stands in for Tweedie's (iTARFlow, table 7).
 
             y = a x_t,  a = 1 / sqrt(1 + t^2)
@@ -124,6 +130,7 @@ class DiffusionDenoiser:
             labels: (B,) int64, -1 = none; None = none at all. A model without classes ignores them.
             noise_level: (B,) or one number, inside `noise_range`; up to 1 % beyond counts as its end. The values of a
                 tensor on a GPU are not checked, since that would synchronise: `check` them before.
+            context: not used; the model denoises without it.
 
         Returns:
             (B, C, H, W), float32, or float64 if noisy is.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -85,6 +86,7 @@ def denoise(
     *,
     generator: Generators = None,
     callback: Callback | None = None,
+    context: Tensor | None = None,
 ) -> Tensor:
     """Follow the ODE from t_max to t_min in num_steps - 1 steps, and from there to 0 in one.
 
@@ -99,6 +101,7 @@ def denoise(
         schedule: noise levels and solver.
         generator: for the method "sde"; a list gives each image its own.
         callback: called before each step.
+        context: (B, T, E) condition vectors, handed to the denoiser by that name; None = it is called without.
 
     Returns:
         (B, C, H, W) in float32, on noisy's device.
@@ -111,6 +114,9 @@ def denoise(
     follow, num_levels = SOLVERS[config.method]
     levels = noise_levels(config.t_max, config.t_min, num_levels(config.num_denoise_steps), config.spacing)
 
+    call: Callable[..., Tensor] = denoiser
+    if context is not None:
+        call = partial(call, context=context)
     asked = 0
 
     def estimate(x: Tensor, t: float) -> Tensor:
@@ -118,7 +124,7 @@ def denoise(
         asked += 1
         if asked > config.num_denoise_steps:
             raise ValueError(f"{config.method!r} takes more evaluations than num_denoise_steps; see num_levels.")
-        x0 = denoiser(x, labels, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
+        x0 = call(x, labels, torch.full((len(x),), t, device=x.device, dtype=x.dtype))
         return x0.clamp(-1, 1) if config.clip else x0
 
     report = callback or (lambda *_: None)

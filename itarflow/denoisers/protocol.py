@@ -1,5 +1,7 @@
 """Denoisers: any function (noisy, labels, noise_level) -> clean estimate.
 
+One that denoises what was made by condition vectors, such as a text's, takes these, too, as `context`.
+
 The model that generates and the one that denoises may differ (iTARFlow, table 6).
 """
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from itarflow.denoisers.protocol import CheckedDenoiser as CheckedDenoiser
 from itarflow.denoisers.protocol import Denoiser as Denoiser
-from itarflow.flow.checks import checked_labels
-from itarflow.flow.tarflow import TARFlow, log_density
+from itarflow.flow.checks import checked_context, checked_labels
+from itarflow.flow.density import log_density
+from itarflow.flow.tarflow import TARFlow
 from itarflow.flow.transformer import Layer
 from itarflow.runtime.devices import in_batches
 from itarflow.runtime.modules import frozen_view, recomputed
@@ -124,7 +125,13 @@ class FlowDenoiser:
         for name, level in named_ends(levels):
             check_level(self.flow, name, level)
 
-    def score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float | None = None) -> Tensor:
+    def score(
+        self,
+        noisy: Tensor,
+        labels: Tensor | None,
+        noise_level: Tensor | float | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
         """grad_x log p(x_t, t | labels), by autograd through the flow; (B, C, H, W), at least float32.
 
         It is what moves x_t along the ODE dx = -t grad_x log p(x, t) dt (iTARFlow, section 3.2).
@@ -135,6 +142,7 @@ class FlowDenoiser:
             noise_level: (B,) or one number, inside the flow's noise_range; not used, and not needed, without noise
                 conditioning. The values of a tensor on a GPU are not checked, since that would synchronise: `check`
                 them before.
+            context: (B, T, E), see `TARFlow.forward`.
 
         Raises:
             ValueError: as `TARFlow.log_prob`.
@@ -142,14 +150,16 @@ class FlowDenoiser:
         if not (isinstance(noise_level, Tensor) and noise_level.device.type != "cpu"):
             self.flow.check_noise_range(noise_level)
         labels = checked_labels(labels, len(noisy), self.flow.config.num_classes, noisy.device)
+        context = checked_context(context, labels, len(noisy), self.flow.config, noisy.device)
+        labels = labels if context is None else None
         level = None if noise_level is None else _tensor(noise_level, noisy)
         each = level if level is not None and len(level) != 1 else None
         if each is not None and len(each) != len(noisy):
             raise ValueError(f"noise_level has shape {tuple(each.shape)}; expected ({len(noisy)},), one an image.")
 
         def score_of(part: slice) -> Tensor:
-            given = level if each is None else each[part]
-            return self._score(noisy[part], None if labels is None else labels[part], given)
+            chosen = [None if one is None else one[part] for one in (labels, each, context)]
+            return self._score(noisy[part], chosen[0], level if each is None else chosen[1], chosen[2])
 
         option = "slice_size, which a pipeline calls denoise_batch_size"
         parts, size = in_batches(score_of, len(noisy), self.slice_size or len(noisy), "the score of", option)
@@ -157,17 +167,22 @@ class FlowDenoiser:
             self.slice_size = size
         return torch.cat(parts)
 
-    def _score(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | None) -> Tensor:
+    def _score(
+        self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | None, context: Tensor | None
+    ) -> Tensor:
         # The caller may be in inference mode, whose tensors can't be differentiated: leave it, and copy.
         with torch.inference_mode(False), torch.enable_grad(), self._precision(noisy.device.type):
             x = noisy.detach().clone().to(torch.promote_types(noisy.dtype, torch.float32))
             if not self._recorded or len(x) * self._per_image > _HOST_BOUND:
-                return self._gradient(x, labels, noise_level)
-            return repeated(self._recordings, self._gradient, x, labels, noise_level, weights=self._weights)
+                return self._gradient(x, labels, noise_level, context)
+            inputs = x, labels, noise_level, context
+            return repeated(self._recordings, self._gradient, *inputs, weights=self._weights)
 
-    def _gradient(self, x: Tensor, labels: Tensor | None, noise_level: Tensor | None) -> Tensor:
+    def _gradient(
+        self, x: Tensor, labels: Tensor | None, noise_level: Tensor | None, context: Tensor | None
+    ) -> Tensor:
         x = x.detach().requires_grad_()
-        log_prob = log_density(self.flow(x, labels, noise_level), self.flow.prior_variance)
+        log_prob = log_density(self.flow(x, labels, noise_level, context), self.flow.prior_variance)
         return torch.autograd.grad(log_prob.sum(), x)[0]
 
     def _precision(self, device: str) -> AbstractContextManager[Any]:
@@ -176,7 +191,13 @@ class FlowDenoiser:
             return nullcontext()
         return torch.autocast(device, enabled=False)
 
-    def __call__(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float) -> Tensor:
+    def __call__(
+        self,
+        noisy: Tensor,
+        labels: Tensor | None,
+        noise_level: Tensor | float,
+        context: Tensor | None = None,
+    ) -> Tensor:
         """The mean of the clean images given the noisy ones, by Tweedie's formula; arguments as `score`.
 
             E[x | y] = y + sigma^2 grad_y log q(y),  y = x + sigma eps              (TARFlow, eq. 7)
@@ -187,7 +208,7 @@ class FlowDenoiser:
         single noise level; in the third, at any level t that the flow was trained on.
         """
         level = _tensor(noise_level, noisy).view(-1, 1, 1, 1)
-        return noisy + level**2 * self.score(noisy, labels, noise_level)
+        return noisy + level**2 * self.score(noisy, labels, noise_level, context)
 
 
 def _tensor(noise_level: Tensor | float, noisy: Tensor) -> Tensor:

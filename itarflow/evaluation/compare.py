@@ -28,6 +28,7 @@ from itarflow.evaluation.samples.denoising import Denoising, one_step, settings_
 from itarflow.evaluation.samples.generate import Batch, Generation, generate, given_labels
 from itarflow.pipeline.call import positive
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.prompts import refuse_flow_of_prompts
 from itarflow.presets import T_MIN
 from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.files import check_writable, write_json
@@ -195,6 +196,8 @@ def compare(
     check_writable(output)
     _check_names(pipelines, diffusion or {}, decoders or {})
     _check_alike(pipelines)
+    for pipe in pipelines.values():
+        refuse_flow_of_prompts(pipe.flow, "compare")
     positive("denoise_batch_size", denoise_batch_size)
     positive("num_denoise_steps", num_denoise_steps)
     if picture_rows < 1:

@@ -6,18 +6,29 @@ Shapes: B batch, N tokens, D values a token, C channels of the transformer. The 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from itarflow.flow.embedding import NULL_LABEL, ClassEmbedding, NoiseLevelEmbedding, PositionEmbedding
-from itarflow.flow.transformer import Layer, Transformer, pack_layers
+from itarflow.flow.embedding import (
+    NULL_LABEL,
+    ClassEmbedding,
+    NoiseLevelEmbedding,
+    PositionEmbedding,
+    RotaryPositions,
+)
+from itarflow.flow.transformer import Layer, OffsetRMSNorm, Transformer, pack_layers
 from itarflow.inverse import solvers
 from itarflow.inverse.decoding import Cache, CachedConditioner
 from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.graphed import Decoders
-from itarflow.runtime.kernels import pack, without_kernels
+from itarflow.runtime.kernels import Rotation, pack, rotation_of, without_kernels
+
+_ONE = 0.541324854612918
+"""softplus(_ONE) = 1."""
 
 
 class FlowOutput(NamedTuple):
@@ -36,18 +47,33 @@ class Condition(NamedTuple):
     """(B, 1, C), noise level and class."""
     temperature: Tensor | None
     """(B,), the paper's tau, which divides the attention logits (TARFlow, appendix B); None = 1 for all."""
+    context: Tensor | None = None
+    """(B, T, C), condition vectors before the tokens, as the block's transformer takes them; None = none."""
+
+
+class Context(NamedTuple):
+    """The condition vectors of a flow, as one of its blocks sees them."""
+
+    dim: int
+    """E, their width; 0 = this block does not read them."""
+    tokens: int
+    """T, their number; 0 = the flow has none."""
 
 
 class AutoregressiveBlock(nn.Module):
     """One affine autoregressive flow over the tokens of an image (TARFlow, section 2.2).
 
     The transformer reads the tokens before position i and gives the shift and the log-scale of token i. Token 0 has
-    none before it: it passes through, or, with `learned_first_token`, is mapped by an affine of the condition alone.
+    none before it: it passes through, or, with `learned_first_token`, is mapped by an affine of the condition alone,
+    or, with `start_token`, by what the transformer makes of a learned token that comes first.
+
+    STARFlow's block (arXiv 2506.06276) is this one with rotary positions, a start token, a final norm, clipped outputs
+    whose scale is a softplus, and condition vectors that come before the tokens as a causal prefix.
 
     `forward` is image -> noise, all tokens at once; `inverse` is noise -> image, one token after another.
 
     Args:
-        num_tokens: N.
+        grid: (h, w), tokens of the image; N = h w.
         token_dim: D.
         channels: C, a multiple of head_dim.
         num_layers: layers of the block's own.
@@ -60,12 +86,18 @@ class AutoregressiveBlock(nn.Module):
         learned_first_token: see above.
         head_dim: width of an attention head.
         mlp_ratio: hidden width of the MLPs, in units of C.
+        rotary_side: P of `RotaryPositions`; 0 = learned positions, which are added to the tokens.
+        start_token: see above.
+        final_norm: whether an RMS norm stands before the last projection.
+        soft_clip: c in c tanh(o / c), of all outputs o; 0 = they are not clipped.
+        softplus_scale: whether scales are softplus(a + 0.5413), which is 1 at a = 0, instead of exp(a).
+        context: condition vectors.
     """
 
     def __init__(
         self,
         *,
-        num_tokens: int,
+        grid: tuple[int, int],
         token_dim: int,
         channels: int,
         num_layers: int,
@@ -77,14 +109,25 @@ class AutoregressiveBlock(nn.Module):
         learned_first_token: bool,
         head_dim: int,
         mlp_ratio: int,
+        rotary_side: int,
+        start_token: bool,
+        final_norm: bool,
+        soft_clip: float,
+        softplus_scale: bool,
+        context: Context,
     ) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        self.num_tokens = math.prod(grid)
+        self.context_tokens = context.tokens if context.dim else 0
         self.reverse = reverse
         self.volume_preserving = volume_preserving
+        positions = RotaryPositions(grid, rotary_side, self.context_tokens, context.tokens > 0, head_dim)
+        self.rotary = positions if rotary_side else None
+        self.soft_clip = soft_clip
+        self.softplus_scale = softplus_scale
         outputs = token_dim if volume_preserving else 2 * token_dim
         self.proj_in = nn.Linear(token_dim, channels)
-        self.position_embedding = PositionEmbedding(num_tokens, channels)
+        self.position_embedding = None if rotary_side else PositionEmbedding(self.num_tokens, channels)
         self.noise_embedding = NoiseLevelEmbedding(channels) if noise_conditioned else None
         self.class_embedding = ClassEmbedding(num_classes, channels) if num_classes else None
         # A tuple hides the shared layers from this module's parameters: the flow owns them, once.
@@ -96,11 +139,19 @@ class AutoregressiveBlock(nn.Module):
             if learned_first_token
             else None
         )
+        self.start_token = nn.Parameter(torch.randn(1, 1, token_dim)) if start_token else None
+        self.proj_context = nn.Linear(context.dim, channels) if context.dim else None
+        self.final_norm = OffsetRMSNorm(channels) if final_norm else nn.Identity()
 
     def condition(
-        self, batch_size: int, labels: Tensor | None, noise_level: Tensor | None, temperature: float = 1.0
+        self,
+        batch_size: int,
+        labels: Tensor | None,
+        noise_level: Tensor | None,
+        temperature: float = 1.0,
+        context: Tensor | None = None,
     ) -> Condition:
-        """Embed labels (B,) and noise level (B,) once, for any number of calls of `affine_at`."""
+        """Embed labels (B,), noise level (B,) and context (B, T, E) once, for any number of calls of `affine_at`."""
         weight = self.proj_in.weight
         embedding = weight.new_zeros(batch_size, weight.shape[0])
         if self.noise_embedding is not None and noise_level is not None:
@@ -110,13 +161,15 @@ class AutoregressiveBlock(nn.Module):
                 labels = torch.full((batch_size,), NULL_LABEL, device=weight.device)
             embedding = embedding + self.class_embedding(labels)
         tempered = None if temperature == 1 else weight.new_full((batch_size,), temperature)
+        if self.proj_context is not None and context is not None:
+            return Condition(embedding[:, None], tempered, self.proj_context(context.to(weight.dtype)))
         return Condition(embedding[:, None], tempered)
 
     def cache_shape(self, batch_size: int) -> tuple[int, ...]:
-        """(L, 2, B, H, N, E) of the keys and values of the whole sequence."""
-        num_tokens, channels = self.position_embedding.weight.shape
-        head_dim = self.transformer.head_dim
-        return len(self._layers()), 2, batch_size, channels // head_dim, num_tokens, head_dim
+        """(L, 2, B, H, T + N, E) of the keys and values of the whole sequence."""
+        channels, head_dim = self.transformer.channels, self.transformer.head_dim
+        rows = self.context_tokens + self.num_tokens
+        return len(self._layers()), 2, batch_size, channels // head_dim, rows, head_dim
 
     def affine_at(self, tokens: Tensor, condition: Condition) -> Affine:
         """mu_i(x_{<i}) and alpha_i(x_{<i}) of i = 1 .. n in one pass (TARFlow, section 2.3).
@@ -128,11 +181,33 @@ class AutoregressiveBlock(nn.Module):
         Returns:
             (shift, log_scale), each (B, n, D), at least float32: those of positions 1 .. n.
         """
-        x = self.proj_in(tokens.to(self.proj_in.weight.dtype))
-        x = x + self.position_embedding(0, tokens.shape[1], self.reverse) + condition.embedding
+        shift, log_scale = self._affines(tokens, condition)
+        return (shift, log_scale) if self.start_token is None else (shift[:, 1:], log_scale[:, 1:])
+
+    def _affines(self, tokens: Tensor, condition: Condition) -> Affine:
+        """As `affine_at`, but with that of position 0 before the others if there is a start token."""
+        if self.start_token is not None:
+            tokens = torch.cat([self.start_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        x = self._embedded(tokens, condition.embedding)
+        if condition.context is not None:
+            x = torch.cat([condition.context.to(x.dtype), x], dim=1)
+        rotation = self._rotation(x.shape[1])
         for transformer in (*self.backbone, self.transformer):
-            x = transformer(x, condition.temperature)
-        return self._split(self.proj_out(x))
+            x = transformer(x, condition.temperature, rotation)
+        return self._split(self.proj_out(self.final_norm(x[:, -tokens.shape[1] :])))
+
+    def _embedded(self, inputs: Tensor, embedding: Tensor) -> Tensor:
+        """The first inputs (B, n, D) of the transformer, start token included -> (B, n, C)."""
+        x = self.proj_in(inputs.to(self.proj_in.weight.dtype))
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(0, inputs.shape[1], self.reverse)
+        return x + embedding
+
+    def _rotation(self, length: int) -> Rotation | None:
+        """Of the first positions of the sequence."""
+        if self.rotary is None:
+            return None
+        return rotation_of(self.rotary.angles(self.proj_in.weight.device)[:length])
 
     def conditioner(
         self, condition: Condition, guiding: Condition | None, guidance: Guidance, dtype: torch.dtype | None = None
@@ -147,14 +222,24 @@ class AutoregressiveBlock(nn.Module):
                 over the layers, keep the weights' type.
         """
         both = condition if guiding is None else _joined(condition, guiding)
-        weight = self.proj_in.weight
-        exact = weight.dtype
-        following = torch.arange(1, self.num_tokens, device=both.embedding.device)
+        weight, prefix = self.proj_in.weight, self._prefix(both)
+        exact, offset = weight.dtype, prefix.shape[1]
+        # Of each row of the cache: the place of its input, and the token that follows it.
+        following = torch.arange(1 - offset, self.num_tokens, device=weight.device).clamp(min=0)
+        position = None
+        if self.position_embedding is not None:
+            position = self.position_embedding(0, self.num_tokens, self.reverse).detach()
+            position = F.pad(position, (0, 0, self.context_tokens, 0)) if self.context_tokens else position
         return CachedConditioner(
             layers=pack_layers(self._layers(), dtype or exact),
             proj_in=pack(self.proj_in, exact),
             proj_out=pack(self.proj_out, exact),
-            position=self.position_embedding(0, self.num_tokens, self.reverse).detach(),
+            final_norm=self.final_norm,
+            prefix=prefix if offset else None,
+            offset=offset,
+            num_tokens=self.num_tokens,
+            position=position,
+            rotation=self._rotation(self.context_tokens + self.num_tokens),
             embedding=both.embedding,
             temperature=both.temperature,
             cache=Cache(self.cache_shape(len(both.embedding)), weight.new_empty(0, dtype=dtype)),
@@ -163,17 +248,30 @@ class AutoregressiveBlock(nn.Module):
             weights=guidance.weights(following, self.num_tokens, torch.promote_types(exact, torch.float32)),
         )
 
+    def _prefix(self, condition: Condition) -> Tensor:
+        """What the transformer reads before the first token of the image, (B, n, C): context, and the start token."""
+        embedding = condition.embedding
+        parts = [embedding[:, :0]] if condition.context is None else [condition.context.to(embedding.dtype)]
+        if self.start_token is not None:
+            parts.append(self._embedded(self.start_token.expand(len(embedding), -1, -1), embedding))
+        return torch.cat(parts, dim=1).detach()
+
     def check_decoding(self, tokens: Tensor, condition: Condition) -> None:
         """Raise RuntimeError unless `conditioner` gives what `affine_at` does, up to rounding, for two tokens, or one.
 
         Both hold the mathematics of a layer, which so lives twice: a change of one must not spoil samples in silence.
         Of the `tokens` (B, N >= 2, D) the first ones of the first image are used; `condition` is that of the method.
         """
-        tokens, first = tokens[:1, : min(2, self.num_tokens - 1)], Condition(condition.embedding[:1], None)
+        context = None if condition.context is None else condition.context[:1]
+        tokens, first = tokens[:1, : min(2, self.num_tokens - 1)], Condition(condition.embedding[:1], None, context)
         conditioner = self.conditioner(first, None, Guidance())
         with without_kernels():  # which are compared with what is compared here
-            found = zip(*[conditioner(one, at) for at, one in enumerate(tokens.split(1, dim=1))], strict=True)
-        shift, log_scale = self.affine_at(tokens, first)
+            begun = conditioner.begin()
+            solved = [conditioner(one, at) for at, one in enumerate(tokens.split(1, dim=1))]
+            if begun is not None and self.start_token is not None:
+                solved.insert(0, begun)
+        found = zip(*solved, strict=True)
+        shift, log_scale = self._affines(tokens, first)
         for values, expected in zip(found, (shift, log_scale.exp()), strict=True):
             error = (torch.cat(values, dim=1) - expected).abs().max()
             if expected.isfinite().all() and not error <= 1e-2 * (1 + expected.abs().max()):
@@ -185,6 +283,10 @@ class AutoregressiveBlock(nn.Module):
 
     def first_affine(self, condition: Condition) -> Affine:
         """(shift, log_scale), each (B, 1, D), of token 0: zeros, z_0 = x_0 (TARFlow, eq. 3), unless it is learned."""
+        if self.start_token is not None:
+            return self._affines(
+                self.start_token.new_empty(len(condition.embedding), 0, self.proj_in.in_features), condition
+            )
         if self.first_token is None:
             outputs = self.proj_out.out_features // (1 if self.volume_preserving else 2)
             zeros = condition.embedding.new_zeros(len(condition.embedding), 1, outputs)
@@ -207,11 +309,14 @@ class AutoregressiveBlock(nn.Module):
             z (B, N, D) in raster order, and the log-determinant (B,) in nats.
         """
         x = self._ordered(x)
-        shift, log_scale = self.first_affine(condition)
-        if self.num_tokens > 1:
-            rest_shift, rest_log_scale = self.affine_at(x[:, :-1], condition)
-            shift = torch.cat([shift, rest_shift], dim=1)
-            log_scale = torch.cat([log_scale, rest_log_scale], dim=1)
+        if self.start_token is not None:
+            shift, log_scale = self._affines(x[:, :-1], condition)
+        else:
+            shift, log_scale = self.first_affine(condition)
+            if self.num_tokens > 1:
+                rest_shift, rest_log_scale = self.affine_at(x[:, :-1], condition)
+                shift = torch.cat([shift, rest_shift], dim=1)
+                log_scale = torch.cat([log_scale, rest_log_scale], dim=1)
         z = (x - shift) * (-log_scale).exp()
         return FlowOutput(self._ordered(z), -log_scale.sum(dim=(1, 2)))
 
@@ -247,17 +352,23 @@ class AutoregressiveBlock(nn.Module):
         Returns:
             x (B, N, D) in raster order.
         """
-        shift, log_scale = self.first_affine(condition)
-        first = shift, log_scale.exp()
-        if guiding is not None:
-            weights = guidance.weights(torch.zeros(1, device=z.device), self.num_tokens, shift.dtype)
-            first = guide((shift, log_scale), self.first_affine(guiding), weights, guidance)
         conditioner = self.conditioner(condition, guiding, guidance, dtype)
         parts = (self, *self.backbone)
         read = [parameter for part in parts for parameter in part.parameters()]
         fastest = conditioner if decoders is None else decoders.of((id(self), conditioner.kind), conditioner, read)
+        first = fastest.begin()
+        if first is None or self.start_token is None:
+            first = self._first(condition, guiding, guidance)
         known = None if guess is None else self._ordered(guess)
         return self._ordered(solver(fastest, self._ordered(z), first, progress, known))
+
+    def _first(self, condition: Condition, guiding: Condition | None, guidance: Guidance) -> Affine:
+        """(shift, scale) of token 0, where it needs no transformer."""
+        shift, log_scale = self.first_affine(condition)
+        if guiding is None:
+            return shift, log_scale.exp()
+        weights = guidance.weights(torch.zeros(1, device=shift.device), self.num_tokens, shift.dtype)
+        return guide((shift, log_scale), self.first_affine(guiding), weights, guidance)
 
     def _layers(self) -> list[Layer]:
         """The shared ones first."""
@@ -275,10 +386,12 @@ class AutoregressiveBlock(nn.Module):
     def _split(self, outputs: Tensor) -> Affine:
         """Network outputs -> (shift, log_scale), in at least float32 whatever the network's type."""
         outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        if self.soft_clip:
+            outputs = self.soft_clip * torch.tanh(outputs / self.soft_clip)
         if self.volume_preserving:
             return outputs, torch.zeros_like(outputs)
         log_scale, shift = outputs.chunk(2, dim=-1)
-        return shift, log_scale
+        return shift, F.softplus(log_scale + _ONE).log() if self.softplus_scale else log_scale
 
 
 def zero_initialised(linear: nn.Linear) -> nn.Linear:
@@ -290,7 +403,11 @@ def zero_initialised(linear: nn.Linear) -> nn.Linear:
 
 def _joined(condition: Condition, guiding: Condition) -> Condition:
     """Both passes as one batch of 2B."""
-    embedding = torch.cat([condition.embedding, guiding.embedding])
-    if guiding.temperature is None:
-        return Condition(embedding, None)
-    return Condition(embedding, torch.cat([torch.ones_like(guiding.temperature), guiding.temperature]))
+    embedding, temperature, context = torch.cat([condition.embedding, guiding.embedding]), None, None
+    if condition.temperature is not None or guiding.temperature is not None:
+        tempered = [pass_.temperature for pass_ in (condition, guiding)]
+        ones = embedding.new_ones(len(embedding) // 2)
+        temperature = torch.cat([ones if one is None else one for one in tempered])
+    if condition.context is not None and guiding.context is not None:
+        context = torch.cat([condition.context, guiding.context])
+    return Condition(embedding, temperature, context)

@@ -14,13 +14,26 @@ from itarflow.runtime.ranges import check_flag, check_integer, check_number, sho
 
 _MOST_LAYERS, _MOST_PARAMETERS = 10_000, 10**12
 _RANGES = {
-    "image_size": (1, 2**16),
     "in_channels": (1, 2**16),
     "head_dim": (1, 2**20),
     "shared_layers": (0, _MOST_LAYERS),
     "num_classes": (0, 2**20),
     "mlp_ratio": (1, 2**16),
+    "rotary_side": (0, 2**16),
+    "context_dim": (0, 2**20),
+    "context_tokens": (0, 2**16),
 }
+
+
+_FLAGS = (
+    "noise_conditioned",
+    "volume_preserving",
+    "learned_first_token",
+    "start_token",
+    "final_norm",
+    "softplus_scale",
+    "first_block_reversed",
+)
 
 
 class BlockSize(NamedTuple):
@@ -42,9 +55,10 @@ def block_sizes(config: Any) -> list[BlockSize]:
     """
     for name, (least, most) in _RANGES.items():
         check_integer(name, getattr(config, name), least, most)
-    for name in ("noise_conditioned", "volume_preserving", "learned_first_token"):
+    for name in _FLAGS:
         check_flag(name, getattr(config, name))
     check_number("input_scale", config.input_scale)
+    check_number("soft_clip", config.soft_clip, 0)
     known = config.noise_range
     is_pair = isinstance(known, list | tuple) and len(known) == 2
     for level in known if is_pair else ():
@@ -58,9 +72,12 @@ def block_sizes(config: Any) -> list[BlockSize]:
     widths = _per_block("channels", config.channels, blocks, 2**20)
     layers = _per_block("num_layers", config.num_layers, blocks, _MOST_LAYERS)
     sizes = [BlockSize(*size) for size in zip(patches, widths, layers, strict=True)]
+    image_height, image_width = height_and_width(config.image_size)
     for patch, width in dict.fromkeys(zip(patches, widths, strict=True)):
-        if config.image_size % patch:
-            divisors = [p for p in range(1, config.image_size + 1) if config.image_size % p == 0]
+        if image_height % patch or image_width % patch:
+            divisors = [
+                p for p in range(1, min(image_height, image_width) + 1) if image_height % p == image_width % p == 0
+            ]
             raise ValueError(
                 f"patch_size {patch} does not divide image_size {config.image_size}; choose one of {divisors}, "
                 "or crop the images to another size."
@@ -73,10 +90,16 @@ def block_sizes(config: Any) -> list[BlockSize]:
         raise ValueError(
             f"shared_layers={config.shared_layers} needs the same channels in all blocks, but they are {widths}."
         )
-    if min(patches) == config.image_size and not config.learned_first_token:
+    _check_context(config, blocks)
+    if config.learned_first_token and config.start_token:
+        raise ValueError("learned_first_token and start_token both transform the first token; choose one of them.")
+    if config.rotary_side and config.head_dim % 16:
+        raise ValueError(f"head_dim is {config.head_dim}; expected a multiple of 16, for rotary positions.")
+    by_first = config.learned_first_token or config.start_token
+    if min(patches) == image_height == image_width and not by_first:
         raise ValueError(
             f"patch_size {config.patch_size} is image_size {config.image_size}: the only token of each block has none "
-            "before it, so that nothing can be learnt; choose a smaller patch_size, or set learned_first_token."
+            "before it, so that nothing can be learnt; choose a smaller patch_size, or set start_token."
         )
     if sum(layers) > _MOST_LAYERS or num_parameters(config, sizes) > _MOST_PARAMETERS:
         raise ValueError(
@@ -87,14 +110,50 @@ def block_sizes(config: Any) -> list[BlockSize]:
     return sizes
 
 
+def _check_context(config: Any, blocks: int) -> None:
+    """Refuse condition vectors that are half there, or that are no labels where there are classes."""
+    if bool(config.context_dim) != bool(config.context_tokens):
+        raise ValueError(
+            f"context_dim is {config.context_dim} and context_tokens {config.context_tokens}; expected both, or 0 and "
+            "0 for a flow without condition vectors."
+        )
+    if config.context_tokens and config.num_classes:
+        expected = config.num_classes + 1
+        if (config.context_tokens, config.context_dim) != (1, expected):
+            raise ValueError(
+                f"context_tokens is {config.context_tokens} and context_dim {config.context_dim} for num_classes="
+                f"{config.num_classes}; expected 1 and {expected}, the label as one vector, or num_classes=0."
+            )
+    if config.context_blocks is not None:
+        check_integer("context_blocks", config.context_blocks, 1, blocks)
+
+
+def height_and_width(image_size: Any) -> tuple[int, int]:
+    """(H, W) from the side of a square, or from both.
+
+    Raises:
+        ValueError: it is neither one whole number >= 1 nor two.
+    """
+    pair = tuple(image_size) if isinstance(image_size, list | tuple) else (image_size, image_size)
+    if len(pair) != 2:
+        raise ValueError(f"image_size is {shown(image_size)}; expected one number, or (height, width).")
+    for side in pair:
+        check_integer("image_size", side, 1, 2**16)
+    return pair
+
+
 def num_parameters(config: Any, sizes: Sequence[BlockSize]) -> int:
     """The parameters of a flow of that config, up to biases and norms, without building it."""
     layer, depth = 4 + 2 * config.mlp_ratio, config.shared_layers
     total = layer * depth * sizes[0].channels ** 2
-    for patch, width, layers in sizes:
-        tokens, values = (config.image_size // patch) ** 2, config.in_channels * patch**2
+    image_height, image_width = height_and_width(config.image_size)
+    context_from = 0 if config.context_blocks is None else len(sizes) - config.context_blocks
+    for index, (patch, width, layers) in enumerate(sizes):
+        tokens = 0 if config.rotary_side else (image_height // patch) * (image_width // patch)
+        values = config.in_channels * patch**2
         outputs = values * (1 if config.volume_preserving else 2) * (2 if config.learned_first_token else 1)
-        vectors = tokens + config.num_classes + values + outputs
+        conditions = config.num_classes * (not config.context_tokens) + config.context_dim * (index >= context_from)
+        vectors = tokens + conditions + values + outputs
         squares = layer * max(layers - depth, 0) + 8 * config.noise_conditioned + config.learned_first_token
         total += width * (vectors + squares * width)
     return total
@@ -135,6 +194,43 @@ def checked_labels(labels: Tensor | None, batch_size: int, num_classes: int, dev
             f"labels {wrong[:5]} are out of range; expected 0 .. {num_classes - 1}, or {NULL_LABEL} for no label."
         )
     return labels.to(device, torch.int64)
+
+
+def checked_context(
+    context: Tensor | None, labels: Tensor | None, batch_size: int, config: Any, device: torch.device
+) -> Tensor | None:
+    """The condition vectors (batch_size, T, E) of a flow that has them, made of labels where it has classes.
+
+    Args:
+        context: as it was given.
+        labels: (batch_size,), checked; None = all unlabelled.
+        batch_size: B.
+        config: of the flow.
+        device: of the result.
+
+    Raises:
+        ValueError: it is missing, given beside labels or to a flow without, or of another shape or type.
+    """
+    shape = batch_size, config.context_tokens, config.context_dim
+    if context is None:
+        if not config.context_tokens:
+            return None
+        if not config.num_classes:
+            raise ValueError(
+                f"context is missing: this flow is conditioned on {shape[1]} vectors an image. Pass a {shape} tensor."
+            )
+        labels = torch.full((batch_size,), NULL_LABEL, device=device) if labels is None else labels
+        index = torch.where(labels < 0, config.num_classes, labels)
+        return torch.nn.functional.one_hot(index, config.context_dim).float()[:, None]
+    if not config.context_tokens:
+        raise ValueError("context was given, but this flow has no condition vectors (context_tokens=0); leave it out.")
+    if labels is not None:
+        raise ValueError("labels and context were given, but both are the label of an image; pass one of them.")
+    if tuple(context.shape) != shape or not context.is_floating_point():
+        raise ValueError(
+            f"context has shape {tuple(context.shape)} and type {context.dtype}; expected {shape} floats."
+        )
+    return context.to(device)
 
 
 def checked_noise_level(noise_level: Tensor | float | None, batch_size: int, device: torch.device) -> Tensor:

@@ -1,8 +1,9 @@
-"""Embeddings that condition a block: noise level, class label, position."""
+"""Embeddings that condition a block: noise level, class label, and positions, learned or rotary."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -85,3 +86,60 @@ class PositionEmbedding(nn.Module):
             return self.weight[start:stop]
         num_tokens = len(self.weight)
         return self.weight[num_tokens - stop : num_tokens - start].flip(0)
+
+
+@dataclass(frozen=True)
+class RotaryPositions:
+    """Where the inputs of a block lie, for rotary embeddings of the queries and keys (STARFlow, arXiv 2506.06276).
+
+    Half of a head's width E are its angles: 3/8 of them turn with the row, as many with the column, and 1/4 with the
+    place in the condition vectors; without those, halves.
+
+        angle_k = p / 10000^(k/n),  p = row, column; k = 0 .. n - 1, n = 3E/16 or E/4
+        angle_k = p / 10000^(k/m),  p = place of a condition vector; k = 0 .. m - 1, m = E/8
+
+    A position belongs to a step, not to a place in the image: a block that reads the image backwards has its first
+    input, too, at row 0 and column 0. An image of h x w tokens spans P h / sqrt(h w) rows and P w / sqrt(h w) columns,
+    so that images of other shapes have the same area.
+
+    Args:
+        grid: (h, w), tokens of the image.
+        side: P, tokens along the side of a square image.
+        context_tokens: T condition vectors before the image; 0 = none in this block.
+        context_axis: whether angles are kept for them, as in all blocks of a flow that has a block with them.
+        head_dim: E, a multiple of 16.
+    """
+
+    grid: tuple[int, int]
+    side: int
+    context_tokens: int
+    context_axis: bool
+    head_dim: int
+
+    def angles(self, device: torch.device) -> Tensor:
+        """(T + h w, E/2), in float32: condition vectors first, then the image, row after row."""
+        height, width = self.grid
+        scale = self.side / math.sqrt(height * width)
+        half = self.head_dim // 2
+        for_context = half // 4 if self.context_axis else 0
+        frequencies = _falling((half - for_context) // 2, device)
+        rows, columns = (torch.arange(n, device=device, dtype=torch.float32) * scale for n in self.grid)
+        image = torch.cat(
+            [
+                (rows[:, None] * frequencies)[:, None].expand(-1, width, -1),
+                (columns[:, None] * frequencies)[None].expand(height, -1, -1),
+                rows.new_zeros(height, width, for_context),
+            ],
+            dim=-1,
+        ).flatten(0, 1)
+        if not self.context_tokens:
+            return image
+        places = torch.arange(self.context_tokens, device=device, dtype=torch.float32)
+        places = places * (self.side / self.context_tokens)
+        context = F.pad(places[:, None] * _falling(for_context, device), (half - for_context, 0))
+        return torch.cat([context, image])
+
+
+def _falling(count: int, device: torch.device) -> Tensor:
+    """10000^(-k/count), k = 0 .. count - 1."""
+    return 10000.0 ** (-torch.arange(count, device=device, dtype=torch.float32) / count)

@@ -1,7 +1,7 @@
 """TARFlow: a stack of causal transformers, each an autoregressive affine flow over image patches.
 
 Shapes: B batch, K blocks, N tokens, D values a token, C channels of the transformer, (B, C, H, W) images.
-The papers: TARFlow, arXiv 2412.06329; iTARFlow, arXiv 2604.20041.
+The papers: TARFlow, arXiv 2412.06329; iTARFlow, arXiv 2604.20041; STARFlow, arXiv 2506.06276.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -18,7 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from itarflow.flow import checks
-from itarflow.flow.block import AutoregressiveBlock, FlowOutput
+from itarflow.flow.block import AutoregressiveBlock, Condition, Context, FlowOutput
+from itarflow.flow.density import log_density
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.transformer import Transformer
 from itarflow.inverse import solvers
@@ -26,8 +27,6 @@ from itarflow.inverse.guidance import Guidance
 from itarflow.runtime.graphed import CALLS, Decoders, decoders
 from itarflow.runtime.model_folder import load_model
 from itarflow.runtime.recording import Recordings, is_plain
-
-LOG_2PI = math.log(2 * math.pi)
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -38,57 +37,23 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=patch_size, q=patch_size)
 
 
-def unpatchify(tokens: Tensor, patch_size: int, image_size: int) -> Tensor:
-    """The inverse of `patchify` for square images."""
-    side = image_size // patch_size
-    return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=side, w=side, p=patch_size, q=patch_size)
-
-
-def nll_per_dim(output: FlowOutput) -> Tensor:
-    """The training loss of each sample (B,), in nats per dim.
-
-        1/2 ||z||^2 - log |det df(x)/dx|                                (TARFlow, eq. 2)
-        1/2 ||z||^2 + sum_t sum_i sum_j alpha^t_i(x^t_{<i})_j           (TARFlow, eq. 6)
-
-    The second is the first with the log-determinants of all blocks t put in. Both are divided by N * D here, and leave
-    out log(2 pi) / 2 a dim: the negative log-likelihood under a unit Gaussian prior, up to that constant. With a
-    learned prior variance it is the objective, not the likelihood.
-
-    Args:
-        output: z = f(x) (B, N, D) and log_det (B,).
-    """
-    return 0.5 * output.z.square().mean(dim=(1, 2)) - output.log_det / output.z[0].numel()
-
-
-def log_density(output: FlowOutput, prior_variance: Tensor) -> Tensor:
-    """The log-density (B,) in nats, constant included, of what a flow mapped to `output`.
-
-        log p(x) = log p_0(f(x)) + log |det df(x)/dx|,  p_0 = N(0, prior_variance)      (TARFlow, eq. 1)
-
-    Equation 1 is its negative, which training minimises.
-
-    Args:
-        output: z (B, N, D) and log_det (B,).
-        prior_variance: (N, D), of the Gaussian prior of z.
-    """
-    variance = prior_variance.to(output.z.dtype)
-    log_prior = -0.5 * (output.z.square() / variance + variance.log() + LOG_2PI)
-    return log_prior.sum(dim=(1, 2)) + output.log_det
-
-
-def updated_prior_variance(prior_variance: Tensor, z: Tensor, rate: float = 0.1) -> Tensor:
-    """The moving average (N, D) of z^2, moved by `rate` towards the mean over the batch z (B, N, D)."""
-    return (1 - rate) * prior_variance + rate * z.detach().square().mean(dim=0)
+def unpatchify(tokens: Tensor, patch_size: int, image_size: int | Sequence[int]) -> Tensor:
+    """The inverse of `patchify` for images of that side, or of those (height, width)."""
+    height, width = checks.height_and_width(image_size)
+    pattern = "b (h w) (c p q) -> b c (h p) (w q)"
+    return rearrange(tokens, pattern, h=height // patch_size, w=width // patch_size, p=patch_size, q=patch_size)
 
 
 class TARFlow(ModelMixin, ConfigMixin):
     """A normalizing flow of images: TARFlow, or iTARFlow if it is conditioned on the noise level.
 
+    STARFlow is a TARFlow with the options from `rotary_side` on.
+
     Values that differ between blocks are tuples in the order of the forward direction, image side first and
     noise side last; a single number applies to all blocks.
 
     Args:
-        image_size: side of the square images, in pixels (or in codes, in a latent space).
+        image_size: side of the square images, or their (height, width), in pixels (or in codes, in a latent space).
         in_channels: channels of the images.
         patch_size: side of a patch, a divisor of image_size; one number, or one a block.
         channels: width of the transformers, a multiple of head_dim; one number, or one a block.
@@ -103,6 +68,18 @@ class TARFlow(ModelMixin, ConfigMixin):
         head_dim: width of an attention head.
         mlp_ratio: hidden width of the MLPs in units of channels.
         noise_range: (t_min, t_max) that the flow was trained on; None = unknown: no level is refused.
+        rotary_side: tokens along the side of the square images that rotary positions are made for, see
+            `RotaryPositions`; 0 = learned positions.
+        start_token: lets each block transform its first token too, by what its transformer makes of a learned token
+            that comes first.
+        final_norm: an RMS norm before each block's last projection.
+        soft_clip: c in c tanh(o / c), of all outputs o of a block; 0 = they are not clipped.
+        softplus_scale: scales are softplus(a + 0.5413), which is 1 at a = 0, instead of exp(a).
+        first_block_reversed: whether the blocks 0, 2, ... read the image backwards, instead of 1, 3, ...
+        context_dim: E, width of the condition vectors, such as a text encoder's; 0 = none.
+        context_tokens: T, their number. They come before the image, as a causal prefix. With num_classes it is 1, and
+            the label is that vector: one-hot of context_dim = num_classes + 1 values, of which the last is no label.
+        context_blocks: how many blocks read them, counted from the noise side; None = all.
 
     Raises:
         ValueError: arguments that do not fit together.
@@ -124,7 +101,7 @@ class TARFlow(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        image_size: int,
+        image_size: int | Sequence[int],
         in_channels: int = 3,
         patch_size: int | Sequence[int] = 2,  # noqa: ARG002, as below: `block_sizes` takes it from the config
         channels: int | Sequence[int] = 768,  # noqa: ARG002
@@ -138,28 +115,45 @@ class TARFlow(ModelMixin, ConfigMixin):
         head_dim: int = 64,
         mlp_ratio: int = 4,
         noise_range: Sequence[float] | None = None,  # noqa: ARG002
+        rotary_side: int = 0,
+        start_token: bool = False,
+        final_norm: bool = False,
+        soft_clip: float = 0.0,
+        softplus_scale: bool = False,
+        first_block_reversed: bool = False,
+        context_dim: int = 0,
+        context_tokens: int = 0,
+        context_blocks: int | None = 1,
     ) -> None:
         super().__init__()
         self._decoding_checked = False
         self._recordings: Recordings[Decoders] = Recordings(CALLS)
         sizes = checks.block_sizes(self.config)
+        height, width = checks.height_and_width(image_size)
+        first_with_context = 0 if context_blocks is None else len(sizes) - context_blocks
         self.patch_sizes = tuple(size.patch_size for size in sizes)
         backbone = Transformer(sizes[0].channels, shared_layers, head_dim, mlp_ratio) if shared_layers else None
         self.shared_backbone = backbone
         self.blocks = nn.ModuleList(
             AutoregressiveBlock(
-                num_tokens=(image_size // size.patch_size) ** 2,
+                grid=(height // size.patch_size, width // size.patch_size),
                 token_dim=in_channels * size.patch_size**2,
                 channels=size.channels,
                 num_layers=max(size.num_layers - shared_layers, 0),
                 backbone=backbone,
-                reverse=index % 2 == 1,
+                reverse=index % 2 == (0 if first_block_reversed else 1),
                 volume_preserving=volume_preserving,
-                num_classes=num_classes,
+                num_classes=0 if context_tokens else num_classes,
                 noise_conditioned=noise_conditioned,
                 learned_first_token=learned_first_token,
                 head_dim=head_dim,
                 mlp_ratio=mlp_ratio,
+                rotary_side=rotary_side,
+                start_token=start_token,
+                final_norm=final_norm,
+                soft_clip=soft_clip,
+                softplus_scale=softplus_scale,
+                context=Context(context_dim if index >= first_with_context else 0, context_tokens),
             )
             for index, size in enumerate(sizes)
         )
@@ -185,19 +179,20 @@ class TARFlow(ModelMixin, ConfigMixin):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the images."""
-        return self.config.in_channels, self.config.image_size, self.config.image_size
+        return self.config.in_channels, *checks.height_and_width(self.config.image_size)
 
     @property
     def z_shape(self) -> tuple[int, int]:
         """(N, D) of z: the token layout of the last block."""
-        patch = self.patch_sizes[-1]
-        return (self.config.image_size // patch) ** 2, self.config.in_channels * patch**2
+        patch, (channels, height, width) = self.patch_sizes[-1], self.image_shape
+        return (height // patch) * (width // patch), channels * patch**2
 
     def forward(
         self,
         images: Tensor,
         labels: Tensor | None = None,
         noise_level: Tensor | float | None = None,
+        context: Tensor | None = None,
     ) -> FlowOutput:
         """Map images to z, block after block.
 
@@ -209,15 +204,16 @@ class TARFlow(ModelMixin, ConfigMixin):
             labels: (B,) int64 in [0, num_classes), null_label for single unlabelled entries; None = all unlabelled.
             noise_level: (B,) or one number for all, > 0, in the units of the images; not used, and not needed,
                 without noise conditioning.
+            context: (B, T, E) condition vectors, such as a text's. With classes it may stand in for labels.
 
         Returns:
             z (B, N, D) and log_det (B,) in nats, at least float32.
 
         Raises:
-            ValueError: wrong shapes, labels or noise levels.
+            ValueError: wrong shapes, labels, noise levels or context.
         """
         images = self._checked_images(images)
-        labels, noise_level = self._checked_condition(len(images), labels, noise_level)
+        given = self._checked_condition(len(images), labels, noise_level, context)
         image_size, patch = self.config.image_size, self.patch_sizes[0]
         x = patchify(images, patch) * self.config.input_scale
         log_det = images.new_full((len(images),), images[0].numel() * math.log(self.config.input_scale))
@@ -225,7 +221,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             if block_patch != patch:
                 x = patchify(unpatchify(x, patch, image_size), block_patch)
                 patch = block_patch
-            x, block_log_det = block(x, block.condition(len(x), labels, noise_level))
+            x, block_log_det = block(x, given.of(block))
             log_det = log_det + block_log_det
         return FlowOutput(x, log_det)
 
@@ -234,6 +230,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         images: Tensor,
         labels: Tensor | None = None,
         noise_level: Tensor | float | None = None,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Exact log-density (B,) of the images in nats, constant included; arguments as in `forward`.
 
@@ -243,7 +240,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             ValueError: as `forward`, and a noise level outside the trained range.
         """
         self.check_noise_range(noise_level)
-        return log_density(self(images, labels, noise_level), self.prior_variance)
+        return log_density(self(images, labels, noise_level, context), self.prior_variance)
 
     @torch.no_grad()
     def inverse(
@@ -252,7 +249,10 @@ class TARFlow(ModelMixin, ConfigMixin):
         labels: Tensor | None = None,
         noise_level: Tensor | float | None = None,
         *,
+        context: Tensor | None = None,
+        null_context: Tensor | None = None,
         guidance: Guidance | None = None,
+        temperature: float = 1.0,
         return_trajectory: bool = False,
         solver: solvers.Solver | Sequence[solvers.Solver] = solvers.sequential,
         dtype: torch.dtype | None = None,
@@ -269,7 +269,11 @@ class TARFlow(ModelMixin, ConfigMixin):
             z: (B, N, D). A sample is made from z drawn by `sample_prior`.
             labels: as in `forward`.
             noise_level: as in `forward`; t_max in sampling.
+            context: as in `forward`.
+            null_context: (B, T, E), or (1, T, E) for all: the condition of guidance's other pass, such as the empty
+                text; None = no label.
             guidance: None = off.
+            temperature: divides the attention logits, in both passes; that of `guidance` in its other pass, too.
             return_trajectory: also give what lies between the blocks (TARFlow, appendix D.1).
             solver: how a block is inverted, see `itarflow.inverse.solvers`; or one a block, in the order of inversion:
                 noise side first, as from `InversePlan.solvers_of`.
@@ -285,12 +289,13 @@ class TARFlow(ModelMixin, ConfigMixin):
             the result of each inverted block, the last of which is the images. All are divided by input_scale.
 
         Raises:
-            ValueError: wrong shapes, labels, or a noise level outside the trained range; not a solver a block.
+            ValueError: wrong shapes, labels, context, or a noise level outside the trained range; guidance by a
+                context without null_context; not a solver a block.
         """
         if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
         self.check_noise_range(noise_level)
-        labels, noise_level = self._checked_condition(len(z), labels, noise_level)
+        given = self._checked_condition(len(z), labels, noise_level, context)
         guidance = guidance or Guidance()
         if not isinstance(guidance.blocks, int | None) and max(guidance.blocks, default=0) >= len(self.blocks):
             raise ValueError(
@@ -304,9 +309,12 @@ class TARFlow(ModelMixin, ConfigMixin):
         x = z.to(torch.promote_types(torch.promote_types(z.dtype, self.dtype), torch.float32))
         path = [unpatchify(x, patch, image_size)]
         unchecked = not self._decoding_checked and self._can_check_decoding()
-        # Without labels and at temperature 1 both passes are equal: guidance changes nothing.
-        differs = labels is not None or guidance.temperature != 1
-        guided = [differs and guidance.guides(from_noise) for from_noise in range(len(self.blocks))]
+        # Where labels and context play no part both passes are equal at temperature 1: guidance changes nothing.
+        guided = [
+            guidance.guides(from_noise) and (guidance.temperature != 1 or given.plays_part_in(block))
+            for from_noise, (block, _) in enumerate(reversed(self._blocks()))
+        ]
+        unguided = self._without_condition(given, null_context) if any(guided) else given
         cache = max(
             math.prod(block.cache_shape(2 * len(z) if both else len(z)))
             for (block, _), both in zip(reversed(self._blocks()), guided, strict=True)
@@ -318,9 +326,9 @@ class TARFlow(ModelMixin, ConfigMixin):
                 if block_patch != patch:
                     x = patchify(unpatchify(x, patch, image_size), block_patch)
                     patch = block_patch
-                condition, guiding = block.condition(len(x), labels, noise_level), None
+                condition, guiding = given.of(block, temperature), None
                 if guided[from_noise]:
-                    guiding = block.condition(len(x), None, noise_level, guidance.temperature)
+                    guiding = unguided.of(block, temperature * guidance.temperature)
                 if unchecked and from_noise < 2 and block.num_tokens > 1:  # in both directions
                     block.check_decoding(x, condition)
                 known = None if guess is None else patchify(guess[from_noise + 1], patch) * self.config.input_scale
@@ -376,12 +384,28 @@ class TARFlow(ModelMixin, ConfigMixin):
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
     def _checked_condition(
-        self, batch_size: int, labels: Tensor | None, noise_level: Tensor | float | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+        self, batch_size: int, labels: Tensor | None, noise_level: Tensor | float | None, context: Tensor | None
+    ) -> _Given:
         labels = checks.checked_labels(labels, batch_size, self.config.num_classes, self.device)
-        if not self.config.noise_conditioned:
-            return labels, None
-        return labels, checks.checked_noise_level(noise_level, batch_size, self.device)
+        context = checks.checked_context(context, labels, batch_size, self.config, self.device)
+        level = None
+        if self.config.noise_conditioned:
+            level = checks.checked_noise_level(noise_level, batch_size, self.device)
+        return _Given(batch_size, labels if context is None else None, level, context)
+
+    def _without_condition(self, given: _Given, null_context: Tensor | None) -> _Given:
+        """What the other pass of guidance is given."""
+        if given.context is None:
+            return given._replace(labels=None)
+        if null_context is None and not self.config.num_classes:
+            raise ValueError(
+                "null_context is missing: guidance by a context needs that of its other pass, such as the empty text. "
+                f"Pass (1, {self.config.context_tokens}, {self.config.context_dim}) numbers, or no guidance."
+            )
+        if null_context is not None:
+            null_context = null_context.expand(given.batch_size, -1, -1)
+        context = checks.checked_context(null_context, None, given.batch_size, self.config, self.device)
+        return given._replace(context=context)
 
     def _check_guess(self, guess: Tensor | None, batch_size: int) -> None:
         expected = (len(self.blocks) + 1, batch_size, *self.image_shape)
@@ -392,6 +416,23 @@ class TARFlow(ModelMixin, ConfigMixin):
         """Refuse levels that the flow was not trained on. It reads the values, so it is not for training steps."""
         if self.config.noise_range is not None and noise_level is not None:
             checks.check_noise_range(noise_level, self.config.noise_range)
+
+
+class _Given(NamedTuple):
+    """What all blocks are conditioned on, once it is checked."""
+
+    batch_size: int
+    labels: Tensor | None
+    noise_level: Tensor | None
+    context: Tensor | None
+
+    def of(self, block: AutoregressiveBlock, temperature: float = 1.0) -> Condition:
+        """Embedded for a block."""
+        return block.condition(self.batch_size, self.labels, self.noise_level, temperature, self.context)
+
+    def plays_part_in(self, block: AutoregressiveBlock) -> bool:
+        """Whether labels or context change what a block does."""
+        return self.labels is not None or (self.context is not None and block.proj_context is not None)
 
 
 def _num_layers(arguments: Mapping[str, Any]) -> int:

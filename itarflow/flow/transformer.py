@@ -6,14 +6,16 @@ Shapes: B batch, N tokens, C channels (model width), H heads, E head width (C = 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from itarflow.inverse.decoding import PackedLayer
-from itarflow.runtime.kernels import Linear, attention, pack
+from itarflow.runtime.kernels import Linear, Rotation, attention, pack, rotated
 
 
 class Attention(nn.Module):
@@ -25,7 +27,7 @@ class Attention(nn.Module):
         self.qkv = Linear(channels, 3 * channels)
         self.proj = Linear(channels, channels)
 
-    def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, temperature: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """Attend from each token to itself and to the tokens before it.
 
             softmax(q k^T / (tau sqrt(E))) v, masked to be causal       (TARFlow, appendix B)
@@ -33,11 +35,14 @@ class Attention(nn.Module):
         Args:
             x: (B, N, C).
             temperature: (B,), tau, divides the attention logits of each sample; None = 1.
+            rotation: of queries and keys, for N positions; None = none.
 
         Returns:
             (B, N, C).
         """
         q, k, v = rearrange(self.qkv(x), "b n (three h e) -> three b h n e", three=3, e=self.head_dim)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
         if temperature is not None:
             q = q / temperature.to(q.dtype)[:, None, None, None]
         out = attention(q, k, v, causal=True)
@@ -56,10 +61,23 @@ class Layer(nn.Module):
             Linear(channels, mlp_ratio * channels), nn.GELU(), Linear(mlp_ratio * channels, channels)
         )
 
-    def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, temperature: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """See `Attention.forward`."""
-        x = x + self.attention(self.attention_norm(x), temperature)
+        x = x + self.attention(self.attention_norm(x), temperature, rotation)
         return x + self.mlp(self.mlp_norm(x))
+
+
+class OffsetRMSNorm(nn.Module):
+    """x / rms(x) * (1 + w), in at least float32; a weight w of zero leaves the scale alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., C), in x's type."""
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(exact, self.weight.shape, 1 + self.weight.to(exact.dtype), 1e-6).to(x.dtype)
 
 
 class Transformer(nn.Module):
@@ -75,12 +93,13 @@ class Transformer(nn.Module):
         self.head_dim = head_dim
         self.layers = nn.ModuleList(Layer(channels, head_dim, mlp_ratio) for _ in range(num_layers))
 
-    def forward(self, x: Tensor, temperature: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, temperature: Tensor | None = None, rotation: Rotation | None = None) -> Tensor:
         """Run all layers.
 
         Args:
             x: (B, N, C).
             temperature: (B,), divides the attention logits; None = 1.
+            rotation: of the queries and keys at N positions; None = none.
 
         Returns:
             (B, N, C) in x's type; entry n depends on the tokens up to n, that one included.
@@ -90,7 +109,8 @@ class Transformer(nn.Module):
             x = x.to(next(self.layers.parameters()).dtype)
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x = self._gradient_checkpointing_func(layer, x, temperature) if checkpointing else layer(x, temperature)
+            run = partial(self._gradient_checkpointing_func, layer) if checkpointing else layer
+            x = run(x, temperature, rotation)
         return x.to(given)
 
 

@@ -7,7 +7,8 @@ Weights are cast and laid out once, the condition is embedded once, keys and val
 cache, and both passes of guidance are one batch.
 
 Shapes: B batch, B' = 2B if the block is guided, else B; N tokens, n of them in a window, D values a token, C channels,
-H heads, E head width (C = H * E), L layers.
+H heads, E head width (C = H * E), L layers; P rows of a prefix, which the transformer reads before the first token: T
+condition vectors and a start token. The cache has a row for each position of prefix and tokens.
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.kernels import (
     Cache,
     PackedLinear,
+    Rotation,
     attention,
     attention_bias,
     decode_attention,
     has_decode_attention,
+    rotate_in_place,
 )
 
 
@@ -43,12 +46,12 @@ class PackedLayer(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Where the tokens of a window lie."""
+    """Where the tokens of a window lie, in rows of the cache."""
 
     positions: slice | Tensor
     """The same for all samples, or (B', n); or (1,) that of a single token, the same for all and on the device."""
     length: int
-    """Positions of the cache that are read: 0 .. length - 1."""
+    """Rows of the cache that are read: 0 .. length - 1."""
     mask: Tensor | None
     """Where a token attends to a position, (n, length) or (B', 1, n, length), by `attention_bias`; None = to all, or
     causal, or up to its own."""
@@ -68,8 +71,18 @@ class CachedConditioner:
     layers: tuple[PackedLayer, ...]
     proj_in: PackedLinear
     proj_out: PackedLinear
-    position: Tensor
-    """(N, C), in the block's own order."""
+    final_norm: nn.Module
+    """Before `proj_out`; its weights are read where they lie."""
+    prefix: Tensor | None
+    """(B', P, C), embedded; None = none, or it has been read."""
+    offset: int
+    """P."""
+    num_tokens: int
+    """N."""
+    position: Tensor | None
+    """(rows, C), added to what is embedded, in the block's own order; None = nothing is."""
+    rotation: Rotation | None
+    """Of queries and keys, by rows."""
     embedding: Tensor
     """(B', 1, C), noise level and class."""
     temperature: Tensor | None
@@ -80,18 +93,29 @@ class CachedConditioner:
     guidance: Guidance | None
     """None = the block is not guided."""
     weights: Tensor
-    """(N - 1, 1), of guidance, for the token after each."""
+    """(rows, 1), of guidance, for the token after each."""
 
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
         """(shift, scale), each (B, n, D), of the tokens at start + 1 .. start + n; see `solvers.Conditioner`."""
         count = tokens.shape[1]
         if isinstance(start, int):
-            return self.at(tokens, self._slice_window(start, count))
+            return self.at(tokens, self._slice_window(start + self.offset, count))
         return self.at(tokens, self.scattered(start, count, stop or int(start.max()) + count))
 
+    def begin(self) -> Affine | None:
+        """Read the prefix, before any token: (shift, scale), each (B, 1, D), of what follows it; None = there is none.
+
+        If the prefix ends in a start token, that is the affine map of token 0.
+        """
+        if self.prefix is None:
+            return None
+        prefix = slice(0, self.offset)
+        window, weights = self._slice_window(0, self.offset), self.weights[self.offset - 1]
+        return self._affine(self.prefix, window, weights, self._rotations(prefix), last=1)
+
     def scattered(self, start: Tensor, count: int, length: int) -> Window:
-        """The windows of `count` tokens that begin at start (B,); none goes beyond `length`."""
-        start = start.repeat(2) if self.guidance else start
+        """The windows of `count` tokens that begin at start (B,); none goes beyond token `length`."""
+        start, length = self.offset + (start.repeat(2) if self.guidance else start), self._rows(length)
         positions = start[:, None] + torch.arange(count, device=start.device)
         known = torch.arange(length, device=start.device)
         allowed = (known <= positions[..., None])[:, None]
@@ -101,7 +125,7 @@ class CachedConditioner:
     @property
     def reads_exactly(self) -> bool:
         """Whether attention of a single token reads the cache up to its own position, which it looks up itself."""
-        return has_decode_attention(self.cache.tensor[0])
+        return has_decode_attention(self.cache.tensor[0], rotary=self.rotation is not None)
 
     def solve(self, x: Tensor, z: Tensor, start: Tensor, count: int, length: int) -> None:
         """Solve `count` tokens, one after another on the device, which need not wait for the host.
@@ -113,36 +137,55 @@ class CachedConditioner:
             z: (B, N, D).
             start: (1,) int64, the same for all samples.
             count: i = start .. start + count - 1.
-            length: positions of the cache that are read, at least start + count, unless `reads_exactly`.
+            length: tokens whose keys are read, at least start + count, unless `reads_exactly`.
         """
-        positions = start + torch.arange(count, device=x.device)
-        token, noise, solved = x.index_select(1, start), z.index_select(1, positions + 1), []
-        added = self.position[positions][:, None, None] + self.embedding
-        weights, masks = self.weights[positions], [None] * count
+        following, length = start + torch.arange(1, count + 1, device=x.device), self._rows(length)
+        token, noise, solved = x.index_select(1, start), z.index_select(1, following), []
+        rows = following + (self.offset - 1)
+        weights, masks, rotations = self.weights[rows], [None] * count, self._rotations(rows)
+        added = [self.embedding] * count
+        if self.position is not None:
+            added = list(self.position[rows][:, None, None] + self.embedding)
         if not self.reads_exactly:
-            allowed = torch.arange(length, device=x.device) <= positions[:, None]
+            allowed = torch.arange(length, device=x.device) <= rows[:, None]
             masks = attention_bias(allowed, self.cache.tensor.dtype).split(1)
-        for index, (position, mask) in enumerate(zip(positions.split(1), masks, strict=True)):
-            window = Window(position, length, mask, causal=False)
-            shift, scale = self._affine(token, added[index], window, weights[index])
+        for index, (row, mask) in enumerate(zip(rows.split(1), masks, strict=True)):
+            window = Window(row, length, mask, causal=False)
+            rotation = None if rotations is None else rotations.at(slice(index, index + 1))
+            embedded = self._embedded(token, added[index])
+            shift, scale = self._affine(embedded, window, weights[index], rotation)
             token = torch.addcmul(shift, noise[:, index : index + 1], scale)
             solved.append(token)
-        x.index_copy_(1, positions + 1, torch.cat(solved, dim=1))
+        x.index_copy_(1, following, torch.cat(solved, dim=1))
 
     def at(self, tokens: Tensor, window: Window) -> Affine:
         """As a call: (shift, scale), each (B, n, D), of the tokens that follow those (B, n, D) of the window."""
-        positions = window.positions
-        weights = self.weights[positions if isinstance(positions, slice) else positions[: len(tokens)]]
-        return self._affine(tokens, self.position[positions] + self.embedding, window, weights)
+        rows = window.positions
+        weights = self.weights[rows if isinstance(rows, slice) else rows[: len(tokens)]]
+        added = self.embedding if self.position is None else self.position[rows] + self.embedding
+        return self._affine(self._embedded(tokens, added), window, weights, self._rotations(rows))
 
-    def _affine(self, tokens: Tensor, added: Tensor, window: Window, weights: Tensor) -> Affine:
-        """`at`, with what is added to the embedded tokens, (B', n, C), and the weights of guidance."""
-        tokens = tokens.to(self.position.dtype)
+    def _embedded(self, tokens: Tensor, added: Tensor) -> Tensor:
+        """Tokens (B, n, D) -> (B', n, C), with what is added, (B', n or 1, C)."""
+        tokens = tokens.to(added.dtype)
         tokens = tokens if self.guidance is None else torch.cat((tokens, tokens))
-        x = run_layers(
-            self.layers, self.proj_in.plus(tokens, added), self.cache.reaching(window.length), window, self.temperature
-        )
-        shift, log_scale = self.split(self.proj_out(x))
+        return self.proj_in.plus(tokens, added.expand(-1, tokens.shape[1], -1))
+
+    def _affine(
+        self, x: Tensor, window: Window, weights: Tensor, rotation: Rotation | None, last: int | None = None
+    ) -> Affine:
+        """(shift, scale), each (B, n, D), of the tokens that follow those of the window, or `last` ones of them.
+
+        Args:
+            x: (B', n, C), embedded.
+            window: where they lie.
+            weights: of guidance.
+            rotation: of their queries and keys.
+            last: how many of the results are wanted; None = all.
+        """
+        x = run_layers(self.layers, x, self.cache.reaching(window.length), window, self.temperature, rotation)
+        x = x if last is None else x[:, -last:]
+        shift, log_scale = self.split(self.proj_out(self.final_norm(x)))
         if self.guidance is None:
             return shift, log_scale.exp()
         (shift, shift_u), (log_scale, log_scale_u) = shift.chunk(2), log_scale.chunk(2)
@@ -152,7 +195,8 @@ class CachedConditioner:
         """The same for the samples of the batch with these indices (b,); the cache is copied."""
         rows = torch.cat([samples, samples + len(self.embedding) // 2]) if self.guidance else samples
         temperature = None if self.temperature is None else self.temperature[rows]
-        return replace(self, embedding=self.embedding[rows], temperature=temperature, cache=self.cache.select(rows))
+        cache = self.cache.select(rows)
+        return replace(self, embedding=self.embedding[rows], temperature=temperature, cache=cache, prefix=None)
 
     def over(self, memory: Tensor) -> CachedConditioner:
         """The same with an empty cache for the whole sequence at a fixed address, see `Cache.over`."""
@@ -164,21 +208,23 @@ class CachedConditioner:
         return len(self.embedding) // (2 if self.guidance else 1)
 
     @property
-    def num_tokens(self) -> int:
-        """N."""
-        return len(self.position)
-
-    @property
     def kind(self) -> Hashable:
         """What it computes, but for the values of `tensors`."""
         guidance = self.guidance and (self.guidance.rule, self.guidance.shift, self.guidance.scale)
         return guidance, self.temperature is None, *(id(layer.hidden.activation) for layer in self.layers)
 
     def tensors(self) -> list[Tensor]:
-        """All that it reads, but for the cache, in an order of its own."""
+        """All that it reads, but for the cache and the final norm, in an order of its own."""
         packed = [*itertools.chain(*self.layers), self.proj_in, self.proj_out]
-        others = [self.position, self.embedding, self.weights, self.temperature]
+        others = [self.position, self.embedding, self.weights, self.temperature, self.prefix, *(self.rotation or ())]
         return [*(t for linear in packed for t in linear.tensors()), *(t for t in others if t is not None)]
+
+    def _rows(self, length: int) -> int:
+        """Rows of the cache with the keys of so many tokens; the last token is never read."""
+        return min(self.offset + length, self.cache.num_tokens)
+
+    def _rotations(self, rows: slice | Tensor) -> Rotation | None:
+        return None if self.rotation is None else self.rotation.at(rows)
 
     def _slice_window(self, start: int, count: int) -> Window:
         stop, causal, mask = start + count, start == 0 and count > 1, None
@@ -189,7 +235,12 @@ class CachedConditioner:
 
 
 def run_layers(
-    layers: tuple[PackedLayer, ...], x: Tensor, cache: Tensor, window: Window, temperature: Tensor | None
+    layers: tuple[PackedLayer, ...],
+    x: Tensor,
+    cache: Tensor,
+    window: Window,
+    temperature: Tensor | None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
     """All layers on a window of tokens.
 
@@ -199,6 +250,7 @@ def run_layers(
         cache: (L, 2, B', H, room, E); the window's keys and values are written.
         window: where x lies.
         temperature: (B',), or None.
+        rotation: of queries and keys, (n, E) or (B', n, E); None = none.
 
     Returns:
         (B', n, C).
@@ -206,18 +258,22 @@ def run_layers(
     shape, x = x.shape, x.flatten(0, 1)  # once: products flatten what is no matrix, each for itself
     for layer, part in zip(layers, cache, strict=True):
         qkv = layer.qkv(x).view(*shape[:2], -1)
-        x = layer.proj.plus(_attend(qkv, part, window, temperature).flatten(0, 1), x)
+        x = layer.proj.plus(_attend(qkv, part, window, temperature, rotation).flatten(0, 1), x)
         x = layer.down.plus(layer.hidden(x), x)
     return x.view(shape)
 
 
-def _attend(qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | None) -> Tensor:
+def _attend(
+    qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | None, rotation: Rotation | None
+) -> Tensor:
     """qkv (B', n, 3C) and the cache (2, B', H, room, E) of a layer -> (B', n, C)."""
     batch_size, count, _ = qkv.shape
     on_device = isinstance(window.positions, Tensor) and window.positions.ndim == 1
     if on_device and window.mask is None:
-        return decode_attention(qkv, cache, cast(Tensor, window.positions), temperature)
+        return decode_attention(qkv, cache, cast(Tensor, window.positions), temperature, rotation)
     qkv = qkv.view(batch_size, count, 3, cache.shape[2], cache.shape[4])
+    if rotation is not None:
+        rotate_in_place(qkv.narrow(2, 0, 2), rotation)
     q = qkv.select(2, 0).transpose(1, 2)
     if isinstance(window.positions, slice):
         start = window.positions.start

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from itarflow.codec import Codec, to_pil
 from itarflow.denoisers.ode import DenoiseScheduler, denoise, noise_levels
-from itarflow.denoisers.score import CheckedDenoiser, Denoiser
+from itarflow.denoisers.score import CheckedDenoiser, Denoiser, FlowDenoiser
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
 from itarflow.pipeline.labels import label_list
+from itarflow.pipeline.prompts import Contexts, takes_prompts
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +43,10 @@ class Call:
     schedule: DenoiseScheduler
     codec: Codec
     """Decodes what the flow models to the output."""
+    context: Tensor | None = None
+    """(B, T, E) on the flow's device, of prompts; None = the flow takes none."""
+    null_context: Tensor | None = None
+    """(B, T, E) or (1, T, E), of the unguided branch; None = there is none."""
 
     @property
     def evaluations(self) -> int:
@@ -52,7 +57,17 @@ class Call:
     def part(self, chunk: slice) -> Call:
         """The same for some of the images."""
         labels = None if self.labels is None else self.labels[chunk]
-        return replace(self, labels=labels, generators=self.generators[chunk])
+        context = None if self.context is None else self.context[chunk]
+        null = self.null_context
+        null = null if null is None or len(null) == 1 else null[chunk]
+        return replace(self, labels=labels, generators=self.generators[chunk], context=context, null_context=null)
+
+    def with_contexts(self, contexts: Contexts, rows: Sequence[int]) -> Call:
+        """The same from prompts, of which each image has the one of that row."""
+        chosen = torch.tensor(rows, device=contexts.context.device)
+        null = contexts.null_context
+        null = null if null is None or len(null) == 1 else null[chosen]
+        return replace(self, context=contexts.context[chosen], null_context=null)
 
 
 def generate(flow: TARFlow, call: Call, advance: Callable[[int], None]) -> Tensor:
@@ -65,8 +80,8 @@ def generate(flow: TARFlow, call: Call, advance: Callable[[int], None]) -> Tenso
     """
     own = call.generators
 
-    def counted(noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
-        clean = call.denoiser(noisy, labels, noise_level)
+    def counted(noisy: Tensor, labels: Tensor | None, noise_level: Tensor, **context: Tensor) -> Tensor:
+        clean = call.denoiser(noisy, labels, noise_level, **context)
         advance(1)
         return clean
 
@@ -74,12 +89,14 @@ def generate(flow: TARFlow, call: Call, advance: Callable[[int], None]) -> Tenso
         flow.sample_prior(len(own), own),
         call.labels,
         call.schedule.config.t_max,
+        context=call.context,
+        null_context=call.null_context,
         guidance=call.guidance,
         solver=call.solver,
         dtype=call.inverse_dtype,
         progress=advance,
     )
-    return call.codec.decode(denoise(counted, noisy, call.labels, call.schedule, generator=own))
+    return call.codec.decode(denoise(counted, noisy, call.labels, call.schedule, generator=own, context=call.context))
 
 
 def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlow, labels: Tensor | None) -> None:
@@ -95,10 +112,25 @@ def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlo
         ValueError: naming what was asked for and what the denoiser supports.
     """
     config = scheduler.config
+    if isinstance(denoiser, FlowDenoiser) and config.method != "skip":
+        _check_context(denoiser.flow, flow)
     if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
         levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps, config.spacing)[:-1]
         num_classes, unlabelled = (0, True) if labels is None else (flow.config.num_classes, bool((labels < 0).any()))
         denoiser.check(flow.image_shape, num_classes, levels, unlabelled=unlabelled)
+
+
+def _check_context(denoising: TARFlow, flow: TARFlow) -> None:
+    """Refuse a denoising flow for other prompts than the generating one's; raises ValueError."""
+    own, given = (
+        (one.config.context_tokens, one.config.context_dim) if takes_prompts(one) else None
+        for one in (denoising, flow)
+    )
+    if own != given:
+        told = ["no prompts" if one is None else f"prompts of {one[0]} vectors of {one[1]}" for one in (own, given)]
+        raise ValueError(
+            f"the denoising flow takes {told[0]}, but the generating one {told[1]}; choose a flow of the same prompts."
+        )
 
 
 def positive(name: str, value: int | None) -> int | None:
@@ -112,16 +144,17 @@ def positive(name: str, value: int | None) -> int | None:
     return value
 
 
-def in_our_words(words: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def in_our_words(words: Mapping[str, Any], given: Mapping[str, Any], prompted: bool = False) -> dict[str, Any]:
     """Arguments of a call in diffusers' words -> arguments of `ITARFlowPipeline`.
 
         num_inference_steps = n     num_denoise_steps = n
         guidance_scale = s          guidance_weight = s - 1
-        num_images_per_prompt = n   n images of each label, which follow one another
+        num_images_per_prompt = n   n images of each label or prompt, which follow one another
 
     Args:
         words: what was given beyond the pipeline's own arguments.
         given: those of its own that may be asked for in both ways; None = not given.
+        prompted: whether there are prompts, so that `num_images_per_prompt` is not of labels.
 
     Raises:
         ValueError: something is asked for twice, or out of its range, or `callback_on_step_end`, which is not called.
@@ -137,7 +170,9 @@ def in_our_words(words: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     found: dict[str, Any] = {}
     for word, value in words.items():
         if word not in (*ours, "num_images_per_prompt", "callback_on_step_end", "callback_on_step_end_tensor_inputs"):
-            close = get_close_matches(word, [*given, *ours, "class_labels", "denoiser", "solver", "batch_size"], 1)
+            close = get_close_matches(
+                word, [*given, *ours, "class_labels", "prompt", "denoiser", "solver", "batch_size"], 1
+            )
             raise TypeError(
                 f"{word!r} is no argument of this pipeline" + (f"; is {close[0]!r} meant?" if close else ".")
             )
@@ -153,9 +188,12 @@ def in_our_words(words: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     if repeats is not None:
         labels, count = given["class_labels"], given["num_images"]
         if count is not None:
-            raise ValueError("num_images_per_prompt is images of each label, and num_images of all; give one of them.")
+            raise ValueError(
+                "num_images_per_prompt is images of each label or prompt, and num_images of all; give one of them."
+            )
         positive("num_images_per_prompt", repeats)
-        found["class_labels"] = [label for label in label_list(labels, None) for _ in range(repeats)]
+        if not prompted:
+            found["class_labels"] = [label for label in label_list(labels, None) for _ in range(repeats)]
     return found
 
 

@@ -17,12 +17,13 @@ from itarflow.pipeline.model_card import PICTURE, is_generated
 from itarflow.runtime.files import LOCK, PARTIAL, file_sha256, write_text
 from itarflow.runtime.hub import INDEX, read_index, rewrite_json
 from itarflow.runtime.json_file import as_type, read_json
-from itarflow.runtime.model_folder import CONFIG, WEIGHTS
-from itarflow.runtime.pipeline_index import CHECKSUMS, IN_REPOSITORY, SHARED
+from itarflow.runtime.model_folder import CONFIG, TRANSFORMERS_WEIGHTS, WEIGHTS
+from itarflow.runtime.pipeline_index import CHECKSUMS, ENCODER, IN_REPOSITORY, SHARED, TOKENIZER
 from itarflow.runtime.text import printable
+from itarflow.text_encoder import TOKENIZER_FILES
 
 CARD = "README.md"
-PARTS = ("flow", "scheduler", "vae")
+PARTS = ("flow", "scheduler", "vae", ENCODER, TOKENIZER)
 _PATIENCE = 60.0  # seconds that another command may take to note something in a folder
 
 
@@ -36,6 +37,8 @@ def finish_folder(folder: Path, kept: Mapping[str, Any] | None = None) -> None:
     rewrite_json(folder / "flow" / CONFIG, {})
     if (folder / "vae").is_dir():
         finish_vae(folder / "vae")
+    if (folder / ENCODER).is_dir():
+        rewrite_json(folder / ENCODER / CONFIG, {})
     for name, source in _MODULES.items():
         write_text(folder / name, source)
     kept = kept or {}
@@ -77,7 +80,13 @@ def foreign_entries(folder: Path) -> list[str]:
     return sorted(found)
 
 
-_FILE = re.compile(rf"(flow|vae)/(config\.json|{WEIGHTS}[\w.-]*\.(safetensors|safetensors\.index[\w.-]*\.json))")
+_STEMS = {"flow": WEIGHTS, "vae": WEIGHTS, ENCODER: TRANSFORMERS_WEIGHTS}
+"""How the files of weights begin, by part."""
+_FILE = re.compile("|".join((
+    *(rf"{part}/(config\.json|{stem}[\w.-]*\.(safetensors|safetensors\.index[\w.-]*\.json))"
+      for part, stem in _STEMS.items()),
+    rf"{TOKENIZER}/({'|'.join(map(re.escape, TOKENIZER_FILES))})",
+)))  # fmt: skip
 
 
 def _ours(path: str) -> bool:
@@ -157,12 +166,14 @@ def put_in_place(stage: Path, folder: Path, variant: str | None) -> None:
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         os.replace(stage / file, folder / file)  # a link is replaced, not followed
     dot = "" if variant is None else re.escape(f".{variant}")
-    stale = re.compile(rf"{WEIGHTS}({dot}(-\d+-of-\d+)?\.(safetensors|bin)|\.(safetensors|bin)\.index{dot}\.json)")
-    for part in ("flow", "vae"):
+    weights = rf"({dot}(-\d+-of-\d+)?\.(safetensors|bin)|\.(safetensors|bin)\.index{dot}\.json)"
+    for part in (*_STEMS, TOKENIZER):
+        stale = re.compile(_STEMS.get(part, "") + weights)
         gone = not (stage / part).is_dir()
+        old = gone or part == TOKENIZER  # which has no variants
         for path in (folder / part).glob("*"):
             inside = path.relative_to(folder)
-            if inside not in files and (stale.fullmatch(path.name) or (gone and _ours(inside.as_posix()))):
+            if inside not in files and (stale.fullmatch(path.name) or (old and _ours(inside.as_posix()))):
                 path.unlink()
         if gone:
             with suppress(OSError):  # there is something else in it, or it is not there

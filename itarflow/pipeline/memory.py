@@ -112,7 +112,8 @@ def check_memory(flow: TARFlow, call: Call, device: torch.device) -> None:
 
 def _cache_bytes(block: AutoregressiveBlock, from_noise: int, call: Call, dtype: torch.dtype) -> int:
     """Of the keys and values of one image."""
-    guided = call.guidance.guides(from_noise) and (call.labels is not None or call.guidance.temperature != 1)
+    conditional = call.labels is not None or call.context is not None
+    guided = call.guidance.guides(from_noise) and (conditional or call.guidance.temperature != 1)
     return math.prod(block.cache_shape(2 if guided else 1)) * dtype.itemsize
 
 

@@ -68,6 +68,9 @@ image = pipe({example}).images[0]
 
 - S. Zhai et al., [Normalizing Flows are Capable Generative Models](https://arxiv.org/abs/2412.06329), ICML 2025.
 - T. Chen et al., [Normalizing Flows with Iterative Denoising](https://arxiv.org/abs/2604.20041), 2026.
+{starflow}"""
+_STARFLOW = """- J. Gu et al., [STARFlow: Scaling Latent Normalizing Flows for High-resolution Image Synthesis]\
+(https://arxiv.org/abs/2506.06276), 2025.
 """
 
 
@@ -98,25 +101,29 @@ def model_card(
     architecture, sampling, training = (_in_order(values) for values in (architecture, sampling, training or {}))
     name, metrics = _line(training.get("name", "itarflow")), training.get("metrics", {})
     iterative = architecture.get("noise_conditioned", True)
+    family = "STARFlow" if architecture.get("start_token") else "iTARFlow" if iterative else "TARFlow"
+    prompted = "prompts" in architecture
+    task = "text-to-image" if prompted else _TASK
     data = training.get("data") if _is_hub_name(training.get("data")) else None
     figures = {what: _figures(text) for what, text in sorted(evaluations.items())}
     metadata = ModelCardData(
         library_name="itarflow",
         license=license,
-        pipeline_tag=_TASK,
-        tags=["itarflow", "normalizing-flow", "iTARFlow" if iterative else "TARFlow", "image-generation"],
+        pipeline_tag=task,
+        tags=["itarflow", "normalizing-flow", family, "image-generation"],
         datasets=[data] if data else None,
         model_name=repo_id or name,
-        eval_results=_eval_results(training.get("data"), metrics, figures) or None,
+        eval_results=_eval_results(task, training.get("data"), metrics, figures) or None,
     )
     return ModelCard(
         _TEMPLATE.format(
             metadata=metadata.to_yaml(),
             title=name,
             place=repo_id or "path/to/this/folder",
-            kind="iTARFlow (conditioned on the noise level)" if iterative else "TARFlow (one noise level)",
+            kind=f"{family} ({'conditioned on the noise level' if iterative else 'one noise level'})",
             picture=f"\n\n![Samples]({PICTURE})" if picture else "",
-            example=_example(class_names, architecture.get("num_classes", 0)),
+            example=_PROMPT if prompted else _example(class_names, architecture.get("num_classes", 0)),
+            starflow=_STARFLOW if family == "STARFlow" else "",
             architecture=_table(architecture),
             sampling=_table(sampling),
             training=_training_table(training),
@@ -170,7 +177,7 @@ image = pipe\(.*\)\.images\[0\]
 
 {_TABLE_OF_0_1}
 
-{re.escape(_TEMPLATE[_TEMPLATE.index("## References") :].strip())}""")
+{re.escape(_TEMPLATE[_TEMPLATE.index("## References") :].format(starflow="").strip())}""")
 """The cards of version 0.1, which had no signature: with anything but its own sentences and tables it is no match."""
 
 
@@ -181,6 +188,9 @@ def _digest(card: str) -> str:
 def _is_hub_name(data: str | None) -> bool:
     """Whether training data are a data set on the Hub, which refuses a card that names others."""
     return data is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) is not None and not Path(data).exists()
+
+
+_PROMPT = "prompt='a corgi on the beach'"
 
 
 def _example(class_names: list[str] | None, num_classes: int) -> str:
@@ -223,7 +233,7 @@ def _figures(text: str) -> dict[str, str]:
 
 
 def _eval_results(
-    data: str | None, metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]]
+    task: str, data: str | None, metrics: Mapping[str, Any], figures: Mapping[str, Mapping[str, str]]
 ) -> list[EvalResult]:
     """Figures as the Hub's model index has them: the type is the name in lower case."""
     named = [(name, name, value) for name, value in metrics.items() if isinstance(value, int | float)]
@@ -231,7 +241,7 @@ def _eval_results(
         named += [(title, f"{title}, {what}", float(value.split()[0])) for title, value in row.items()]
     return [
         EvalResult(
-            task_type=_TASK,
+            task_type=task,
             dataset_type=data if data and _is_hub_name(data) else "custom",
             dataset_name=_line(data or "not recorded"),
             metric_type=re.sub(r"\W+", "-", title.split(" at ")[0].lower()).strip("-"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self, cast
 
@@ -11,25 +11,25 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor
 
-from itarflow.codec import PixelCodec, Vae, codec_of, image_shape, own_scaling
+from itarflow.codec import PixelCodec, Vae, codec_of, image_shape
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing, lowest_level
 from itarflow.denoisers.score import Denoiser, FlowDenoiser, check_level
 from itarflow.flow.tarflow import TARFlow
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
 from itarflow.pipeline.call import Call, check_denoiser, check_output, converted, generate, in_our_words, positive
+from itarflow.pipeline.described import DescribedPipeline
 from itarflow.pipeline.labels import Label, label_list, label_number, label_tensor
 from itarflow.pipeline.memory import Fitted
-from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan, place_of, planned
-from itarflow.pipeline.storage import StoredPipeline
+from itarflow.pipeline.prompts import Prompt, Prompts, encoded, refuse_labels, refuse_prompts, text_encoder_of
 from itarflow.runtime.devices import in_batches, sampling_dtype
 from itarflow.runtime.seeds import image_generators
-from itarflow.runtime.text import listed, printable
+from itarflow.text_encoder import TextEncoder, checked_prompts
 
 
-class ITARFlowPipeline(StoredPipeline):
-    """Generates images from class labels, or without any.
+class ITARFlowPipeline(DescribedPipeline):
+    """Generates images from class labels, from prompts, or without any.
 
     Args:
         flow: generates at noise level t_max, and denoises unless a call names another denoiser.
@@ -41,9 +41,12 @@ class ITARFlowPipeline(StoredPipeline):
         plans: the fastest inverse for a device and batch size each, `InversePlan.to_json`; written by `itarflow
             profile`.
         evaluations: scores of its samples as text, by what was evaluated; written by `itarflow evaluate`.
+        text_encoder: a `T5EncoderModel` of transformers, for a flow that takes prompts; None = it is given vectors.
+        tokenizer: of the text encoder.
 
     Raises:
-        ValueError: names, guidance, plans or VAE that do not fit the flow.
+        ImportError: there is a text encoder, but transformers is not installed.
+        ValueError: names, guidance, plans, VAE or text encoder that do not fit the flow.
 
     Example:
         >>> flow = TARFlow(image_size=8, in_channels=1, channels=64, num_layers=(1, 1), num_classes=2)
@@ -53,8 +56,8 @@ class ITARFlowPipeline(StoredPipeline):
         (8, 8)
     """
 
-    _optional_components: ClassVar = ["vae"]
-    model_cpu_offload_seq = "flow->vae"
+    _optional_components: ClassVar = ["vae", "text_encoder", "tokenizer"]
+    model_cpu_offload_seq = "text_encoder->flow->vae"
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class ITARFlowPipeline(StoredPipeline):
         vae: Vae | None = None,
         plans: list[dict[str, Any]] | None = None,
         evaluations: dict[str, str] | None = None,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
     ) -> None:
         super().__init__()
         self._fits = Fitted()
@@ -78,7 +83,8 @@ class ITARFlowPipeline(StoredPipeline):
             InversePlan.from_json(plan).solvers_of(flow)
         if vae is not None:
             image_shape(vae, flow.image_shape)  # raises ValueError if it is not the flow's
-        self.register_modules(flow=flow, scheduler=scheduler, vae=vae)
+        text_encoder_of(text_encoder, tokenizer, flow)  # raises ValueError if they do not fit
+        self.register_modules(flow=flow, scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
         self.register_to_config(
             guidance=guidance, class_names=class_names, training=training, plans=plans, evaluations=evaluations
         )
@@ -89,6 +95,10 @@ class ITARFlowPipeline(StoredPipeline):
         class_labels: Label | Sequence[Label] = None,
         num_images: int | None = None,
         *,
+        prompt: Prompt = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt: Prompt = None,
+        negative_prompt_embeds: Tensor | None = None,
         guidance_weight: float | None = None,
         guidance: Guidance | None = None,
         num_denoise_steps: int | None = None,
@@ -116,6 +126,11 @@ class ITARFlowPipeline(StoredPipeline):
             class_labels: one label or several, as numbers or names; None inside a list, or alone = unlabelled: an
                 image of any class, without guidance. (`itarflow sample` makes one of each class if it is given none.)
             num_images: how many; None = one a label. With a single label it is repeated.
+            prompt: one text or several, for a flow that takes prompts: "" is the empty one. Those of more tokens than
+                the flow takes are cut, with a warning. A single one is repeated num_images times.
+            prompt_embeds: their vectors (B, T, E) in the place of texts, from `encode_prompt`.
+            negative_prompt: of the unguided branch, one or one a prompt; None = the empty one. Not used if unguided.
+            negative_prompt_embeds: its vectors, (1, T, E) or (B, T, E).
             guidance_weight: w >= 0 in (1 + w) * conditional - w * unconditional; 0 = off. Without labels there is
                 nothing to guide by: the checkpoint's weight is then ignored, and one given here is refused.
             guidance: rule, schedule and blocks; `guidance_weight` then overrides its weight.
@@ -146,13 +161,15 @@ class ITARFlowPipeline(StoredPipeline):
                 models, (B, C, H, W) in float32, not decoded; in pixel space that is pixels in about [-1, 1].
             return_dict: False = a tuple with the images alone, as in diffusers.
             words: diffusers' names for the same, `num_inference_steps`, `guidance_scale` (s is the weight s - 1) and
-                `num_images_per_prompt`; see `call.in_our_words`.
+                `num_images_per_prompt`, of a label or a prompt; see `call.in_our_words`.
 
         Returns:
             An object whose `images` are of `output_type`.
 
         Raises:
-            ValueError: labels, counts, noise levels or settings out of range; raised before anything is computed.
+            ValueError: labels, prompts, counts, noise levels or settings out of range; raised before anything is
+                computed.
+            torch.OutOfMemoryError: not even one image, or one prompt, fits the memory.
         """
         own: dict[str, Any] = {
             "class_labels": class_labels,
@@ -160,13 +177,23 @@ class ITARFlowPipeline(StoredPipeline):
             "guidance_weight": guidance_weight,
             "num_denoise_steps": num_denoise_steps,
         }
-        own |= in_our_words(words, own)
+        prompts = Prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
+        own |= in_our_words(words, own, prompted=bool(prompts.given()))
         class_labels, guidance_weight = own["class_labels"], own["guidance_weight"]
         num_denoise_steps = own["num_denoise_steps"]
         check_output(output_type, self.picture_shape[0])
         codec = codec_of(self.vae, slice_size=positive("decode_batch_size", decode_batch_size), tiled=tiled_decode)
-        labels, count = self._labels(class_labels, num_images)
-        guidance = self._guidance(guidance, guidance_weight, labels)
+        labels, rows = None, list[int]()
+        if self.takes_prompts:
+            refuse_labels(class_labels, prompts)
+            guidance = self._guidance(guidance, guidance_weight, conditional=True)
+            prompts = prompts.checked(self.flow, self._text_encoder, guided=guidance.weight > 0)
+            rows = prompts.rows(num_images, words.get("num_images_per_prompt"))
+            count = len(rows)
+        else:
+            refuse_prompts(prompts.given(), self.flow)
+            labels, count = self._labels(class_labels, num_images)
+            guidance = self._guidance(guidance, guidance_weight, conditional=labels is not None)
         schedule = self.schedule(t_max, t_min, num_denoise_steps, method, spacing, clip, denoiser)
         slice_size = positive("denoise_batch_size", denoise_batch_size)
         build_denoiser = partial(self._denoiser, denoiser, slice_size, denoise_dtype)
@@ -185,6 +212,10 @@ class ITARFlowPipeline(StoredPipeline):
             schedule=schedule,
             codec=PixelCodec() if output_type == "codes" else codec,
         )
+        if self.takes_prompts:  # all else is checked by now
+            device = self._execution_device
+            contexts = prompts.contexts(self._text_encoder, guided=guidance.weight > 0, device=device)
+            call = call.with_contexts(contexts, rows)
         self._fits.check(self.flow, call, torch.device(self._execution_device))
         images = converted(self._make(call, size), output_type)
         self.maybe_free_model_hooks()
@@ -246,40 +277,24 @@ class ITARFlowPipeline(StoredPipeline):
         self._fits.forget_weights()
         return super().to(*args, **kwargs)
 
+    @property
+    def _text_encoder(self) -> TextEncoder | None:
+        return text_encoder_of(self.text_encoder, self.tokenizer, self.flow)
+
+    def encode_prompt(self, prompt: str | Sequence[str]) -> Tensor:
+        """The vectors (B, T, E) of prompts, float32, as `prompt_embeds` and `negative_prompt_embeds` take them.
+
+        Raises:
+            ValueError: the pipeline has no text encoder, or there are no prompts.
+            torch.OutOfMemoryError: not even one prompt fits the memory.
+        """
+        if (encoder := self._text_encoder) is None:
+            raise ValueError("this pipeline has no text encoder, so it can't encode prompts; load it with one.")
+        return encoded(encoder, [prompt] if isinstance(prompt, str) else checked_prompts(prompt))
+
     def sampling_dtype(self, asked: torch.dtype | None = None) -> torch.dtype | None:
         """The precision of the flow's layers in sampling: the one asked for, or this device's; None = the weights'."""
         return asked or sampling_dtype(torch.device(self._execution_device), self.flow.dtype)
-
-    def __repr__(self) -> str:
-        flow, scheduler, flow_dtype = self.flow.config, self.scheduler.config, self.flow.dtype
-        channels, height, width = self.picture_shape
-        lines = {
-            "images": f"{channels} x {height} x {width}" + ("" if self.vae is None else ", decoded by a VAE"),
-            "classes": f"{flow.num_classes}"
-            + (f" ({printable(listed(self.class_names))})" if self.class_names else ""),
-            "flow": f"{sum(p.numel() for p in self.flow.parameters()):,} parameters, {flow_dtype}, "
-            f"on {self.flow.device}",
-            "sampling": f"t_max {scheduler.t_max:g}, {scheduler.num_denoise_steps} steps of {scheduler.method}, "
-            f"guidance {self.default_guidance.weight:g}, in {self.sampling_dtype() or flow_dtype}",
-        }
-        return "\n".join([type(self).__name__, *(f"  {name}: {text}" for name, text in lines.items())])
-
-    @property
-    def class_names(self) -> list[str]:
-        """The names of the labels in order; [] if they have none."""
-        return list(self.config.class_names or [])
-
-    @property
-    def inverse_plans(self) -> list[InversePlan]:
-        """The plans stored with the checkpoint."""
-        return [InversePlan.from_json(plan) for plan in self.config.plans or []]
-
-    @property
-    def picture_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the output images, which are decoded codes if there is a VAE."""
-        if self.vae is None:
-            return self.flow.image_shape
-        return image_shape(self.vae, self.flow.image_shape)
 
     def planned_solver(self, batch_size: int, dtype: torch.dtype | None = None) -> Solver | list[Solver]:
         """The default solver for batches of that size on the pipeline's device; with that `inverse_dtype`."""
@@ -299,22 +314,17 @@ class ITARFlowPipeline(StoredPipeline):
         """
         return label_number(label, self.flow.config.num_classes, self.config.class_names or [])
 
-    def _guidance(self, guidance: Guidance | None, weight: float | None, labels: Tensor | None) -> Guidance:
+    def _guidance(self, guidance: Guidance | None, weight: float | None, conditional: bool) -> Guidance:
         chosen = guidance or self.default_guidance
         if weight is not None:
             chosen = replace(chosen, weight=weight)
         asked = guidance is not None or weight is not None
-        if asked and chosen.weight > 0 and labels is None and chosen.temperature == 1:
+        if asked and chosen.weight > 0 and not conditional and chosen.temperature == 1:
             raise ValueError(
                 f"guidance_weight is {chosen.weight}, but there are no labels to guide by; give class_labels, "
                 "or a guidance with temperature != 1, or guidance_weight=0."
             )
         return chosen
-
-    @property
-    def default_guidance(self) -> Guidance:
-        """The guidance stored with the checkpoint."""
-        return Guidance.from_json(self.config.guidance)
 
     def schedule(
         self,
@@ -348,47 +358,3 @@ class ITARFlowPipeline(StoredPipeline):
         if scheduler.config.clip and self.vae is not None:
             raise ValueError("clip is on, but codes are not limited to [-1, 1]; leave it out.")
         return scheduler
-
-    def model_card(
-        self,
-        repo_id: str | None = None,
-        license: str | None = None,  # noqa: A002
-        picture: bool = False,
-    ) -> Any:
-        """The card of this pipeline, a `huggingface_hub.ModelCard`.
-
-        Args:
-            repo_id: where it is shared; None = it is not, or not yet.
-            license: of the weights, an identifier of the Hub; None = the card names none.
-            picture: whether there is a picture beside the card.
-        """
-        parameters, flow = sum(parameter.numel() for parameter in self.flow.parameters()), self.flow.config
-        sizes = ("image_size", "in_channels", "patch_size", "channels", "num_layers", "num_classes")
-        others = ("noise_conditioned", "noise_range", "volume_preserving", "shared_layers", "learned_first_token")
-        told = [name for name in (*sizes, *others) if name in sizes or flow[name]]
-        return model_card(
-            architecture={"parameters": f"{parameters:,}", **{name: flow[name] for name in told}, **self.vae_facts(),
-                          "noise_conditioned": flow.noise_conditioned},
-            sampling={
-                **self.scheduler.config,
-                **{f"guidance {k}": v for k, v in asdict(self.default_guidance).items()},
-                **{key: value for plan in self.inverse_plans for key, value in plan.described().items()},
-            },
-            training=self.config.training,
-            class_names=self.config.class_names,
-            evaluations=self.config.evaluations or {},
-            repo_id=repo_id,
-            license=license,
-            picture=picture,
-        )  # fmt: skip
-
-    def vae_facts(self) -> dict[str, Any]:
-        """The VAE's rows of the model card; {} in pixel space."""
-        if self.vae is None:
-            return {}
-        (_, height, width), (factor, shift) = self.picture_shape, own_scaling(self.vae)
-        return {
-            "codes of": f"{type(self.vae).__name__}, for images of {height} x {width} pixels",
-            "scaling factor of the codes": factor,
-            "shift factor of the codes": shift,
-        }

@@ -38,11 +38,16 @@ from itarflow.runtime.model_folder import (
     read_arguments,
 )
 from itarflow.runtime.pipeline_index import (
+    ENCODER,
     SETTINGS,
     SHARED,
+    TEXT_PARTS,
+    checked_files,
     pipeline_index,
+    text_parts,
 )
 from itarflow.runtime.text import listed, printable
+from itarflow.text_encoder import load_encoder, load_tokenizer
 
 logger = logging.get_logger(__name__)
 T = TypeVar("T")
@@ -168,7 +173,8 @@ class StoredPipeline(DiffusionPipeline):
         folder = folder_of(name, _FILES, expected=_EXPECTED, **options)
         try:
             index = pipeline_index(folder)
-            parts = _parts(folder, index, given, variant)
+            text_dtype = dtypes.get(ENCODER, dtypes.get("default"))
+            parts = _parts(folder, index, given, variant) | _text_parts(folder, index, given, variant, text_dtype)
             settings = {key: index[key] for key in SETTINGS if key in index} | given
             if settings.get("guidance") is not None and "guidance" not in given:
                 settings["guidance"] = _guidance(settings["guidance"], folder)
@@ -179,7 +185,7 @@ class StoredPipeline(DiffusionPipeline):
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            told = isinstance(error, DataError) or (isinstance(error, OSError) and error.errno is None)
+            told = isinstance(error, DataError | ImportError) or (isinstance(error, OSError) and error.errno is None)
             advice = "" if told else "\nIf a file is truncated or missing, copy or download the folder again."
             raise OSError(f"The pipeline in {folder} can't be loaded: {error}{advice}") from error
         pipeline.register_to_config(_name_or_path=name)
@@ -225,6 +231,20 @@ def _parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], var
         parts["flow"] = stored_flow(folder, index, variant)
     if "vae" not in parts:
         parts["vae"] = stored_vae(folder, index, variant)
+    return parts
+
+
+def _text_parts(
+    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], variant: str | None, dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """Text encoder and tokenizer, as `_parts`; None if the index names none."""
+    parts = {name: given[name] for name in TEXT_PARTS if name in given}
+    for name in text_parts(index):
+        if name not in parts and name == ENCODER:
+            checked_files(folder, name, index, variant)
+            parts[name] = load_encoder(folder / name, variant, dtype)
+        elif name not in parts:
+            parts[name] = load_tokenizer(folder / name)
     return parts
 
 

@@ -76,6 +76,7 @@ class CachedConditioner(Protocol):
     def reads_exactly(self) -> bool: ...  # noqa: D102
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine: ...  # noqa: D102
     def at(self, tokens: Tensor, window: Any) -> Affine: ...  # noqa: D102
+    def begin(self) -> Affine | None: ...  # noqa: D102
     def scattered(self, start: Tensor, count: int, length: int) -> Any: ...  # noqa: D102
     def solve(self, x: Tensor, z: Tensor, start: Tensor, count: int, length: int) -> None: ...  # noqa: D102
     def select(self, samples: Tensor) -> Self: ...  # noqa: D102
@@ -230,6 +231,10 @@ class GraphedConditioner:
                 warm_up=lambda: solve(*loop, 1, length),  # a token that is solved again
             )
         return self._fixed.recorded[key]
+
+    def begin(self) -> Affine | None:
+        """See `inverse.decoding.CachedConditioner`."""
+        return self._fixed.conditioner.begin()
 
     def __call__(self, tokens: Tensor, start: int | Tensor, stop: int | None = None) -> Affine:
         """See `solvers.Conditioner`."""

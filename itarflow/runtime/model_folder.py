@@ -29,6 +29,8 @@ from itarflow.runtime.text import listed, printable
 CONFIG = "config.json"
 WEIGHTS = "diffusion_pytorch_model"
 """How diffusers calls the weights of a model."""
+TRANSFORMERS_WEIGHTS = "model"
+"""How transformers does."""
 DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 """Options of a download from the Hub."""
 LARGEST = 2**20
@@ -57,19 +59,20 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
 
 
-def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None, stem: str = WEIGHTS) -> list[Path]:
     """The safetensors files of a model, in order: one, or as many as its index names.
 
     Args:
         folder: of the model.
         variant: as in diffusers, such as "fp16"; None = the plain one.
+        stem: how the library that wrote them calls its weights.
 
     Raises:
         OSError: there are none, or none of that variant.
         DataError: the index is damaged, or names files elsewhere.
     """
     dot = "" if variant is None else f".{variant}"
-    single, index = folder / f"{WEIGHTS}{dot}.safetensors", folder / f"{WEIGHTS}.safetensors.index{dot}.json"
+    single, index = folder / f"{stem}{dot}.safetensors", folder / f"{stem}.safetensors.index{dot}.json"
     if single.exists():
         return [single]
     if index.exists():
@@ -81,17 +84,17 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             raise OSError(f"{folder / missing[0]} is missing, which {index.name} names: {_AGAIN}")
         return [folder / name for name in names]
     if variant is not None:
-        held = ", ".join(repr(name) if name else "the plain one" for name in variants(folder)) or "no weights"
+        held = ", ".join(repr(name) if name else "the plain one" for name in variants(folder, stem)) or "no weights"
         raise OSError(f"{folder} has no weights of the variant {variant!r}; it holds {held}: name one of these")
-    held = listed(map(repr, variants(folder)))
+    held = listed(map(repr, variants(folder, stem)))
     advice = f"there are the variants {held}: name one of these" if held else _AGAIN
     raise OSError(f"{single} is missing; {advice}")
 
 
-def variants(folder: Path) -> list[str]:
+def variants(folder: Path, stem: str = WEIGHTS) -> list[str]:
     """The variants of weights in a folder; "" is the plain one."""
-    stems = {path.name.removesuffix(".safetensors") for path in folder.glob(f"{WEIGHTS}*.safetensors")}
-    return sorted({stem.removeprefix(WEIGHTS).removeprefix(".").split("-")[0] for stem in stems})
+    stems = {path.name.removesuffix(".safetensors") for path in folder.glob(f"{stem}*.safetensors")}
+    return sorted({name.removeprefix(stem).removeprefix(".").split("-")[0] for name in stems})
 
 
 def read_head(path: Path) -> dict[str, StoredTensor]:

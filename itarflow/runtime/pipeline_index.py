@@ -1,7 +1,7 @@
 """What the folder of a pipeline says of itself in model_index.json: checked, whoever wrote it.
 
-Its parts are made by this package, or are a VAE of diffusers. Nothing else is looked up by name, so that a folder
-can't ask for other code, whatever the version of diffusers.
+Its parts are made by this package, or are a VAE of diffusers, or a T5 encoder and a tokenizer of transformers. Nothing
+else is looked up by name, so that a folder can't ask for other code, whatever the version of these libraries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import file_sha256
 from itarflow.runtime.hub import INDEX, read_index
 from itarflow.runtime.json_file import as_type
-from itarflow.runtime.model_folder import weight_files
+from itarflow.runtime.model_folder import TRANSFORMERS_WEIGHTS, WEIGHTS, weight_files
 from itarflow.runtime.text import printable
 
 CHECKSUMS = "_sha256"
@@ -23,6 +23,13 @@ CHECKSUMS = "_sha256"
 SHARED = "_shared"
 """Entry of model_index.json: the id of the repository on the Hub and the license, for the card; None where unknown."""
 VAE_KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderRAE")
+ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+TEXT_PARTS = {
+    ENCODER: ("T5EncoderModel",),
+    TOKENIZER: ("T5Tokenizer", "T5TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend"),
+}
+"""The parts by which prompts are read, and their classes of transformers; what a tokenizer is called varies with its
+version."""
 IN_REPOSITORY = {
     "_class_name": ["pipeline", "ITARFlowPipeline"],
     "flow": ["modeling_flow", "TARFlow"],
@@ -80,16 +87,28 @@ def pipeline_index(folder: Path) -> dict[str, Any]:
             f"{place} names {printable(str(index['vae']))} as vae; expected one of {', '.join(VAE_KINDS)} of "
             "diffusers. Other classes are not looked for; take another checkpoint."
         )
+    for part in text_parts(index):
+        if index[part] not in [["transformers", kind] for kind in TEXT_PARTS[part]]:
+            raise DataError(
+                f"{place} names {printable(str(index[part]))} as {part}; expected {' or '.join(TEXT_PARTS[part])} of "
+                "transformers. Other classes are not looked for; take another checkpoint."
+            )
     if _depth(index) > _DEEPEST:
         raise DataError(f"{place} is damaged: it is nested deeper than {_DEEPEST} levels; copy or download it again")
     as_type(index, _Index, place)
-    check_no_pickle(folder / "flow")
+    for part in ("flow", ENCODER):
+        check_no_pickle(folder / part)
     return index
 
 
 def vae_kind(index: Mapping[str, Any]) -> Any:
     """What an index names as the VAE's class; None = the flow models pixels."""
     return None if index.get("vae") in (None, [None, None]) else index["vae"]
+
+
+def text_parts(index: Mapping[str, Any]) -> list[str]:
+    """Those of `TEXT_PARTS` that an index names."""
+    return [part for part in TEXT_PARTS if index.get(part) not in (None, [None, None])]
 
 
 def check_no_pickle(folder: Path) -> None:
@@ -107,7 +126,7 @@ def checked_files(folder: Path, part: str, index: Mapping[str, Any], variant: st
 
     Args:
         folder: of the pipeline.
-        part: "flow" or "vae".
+        part: "flow", "vae" or "text_encoder".
         index: of the pipeline.
         variant: of the weights.
 
@@ -115,7 +134,7 @@ def checked_files(folder: Path, part: str, index: Mapping[str, Any], variant: st
         OSError: there are none of that variant.
         DataError: a file is not the one that the index tells of.
     """
-    files = weight_files(folder / part, variant)
+    files = weight_files(folder / part, variant, TRANSFORMERS_WEIGHTS if part == ENCODER else WEIGHTS)
     for file in files:
         expected = index.get(CHECKSUMS, {}).get(f"{part}/{file.name}")
         if expected is not None and file_sha256(file) != expected:

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from itarflow.flow.block import AutoregressiveBlock
-from itarflow.flow.tarflow import TARFlow, nll_per_dim
+from itarflow.flow.density import nll_per_dim
+from itarflow.flow.tarflow import TARFlow
 from itarflow.flow.transformer import Layer
 from itarflow.runtime.text import human_bytes
 from itarflow.training.recipe import Recipe

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
 from diffusers.training_utils import EMAModel
 
-from itarflow.flow.tarflow import nll_per_dim
+from itarflow.flow.density import nll_per_dim
 from itarflow.runtime.devices import is_out_of_memory
 from itarflow.runtime.modules import recomputed
 from itarflow.training.recipe import Recipe

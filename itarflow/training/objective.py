@@ -10,8 +10,8 @@ from torch import Tensor
 
 from itarflow.codec import stored_codes, to_pixels
 from itarflow.flow import noise as noises
+from itarflow.flow.density import LOG_2PI, nll_per_dim
 from itarflow.flow.embedding import NULL_LABEL
-from itarflow.flow.tarflow import LOG_2PI, nll_per_dim
 from itarflow.runtime.seeds import mixed_seed
 from itarflow.training.recipe import Recipe
 

@@ -23,7 +23,8 @@ from itarflow.codec import Vae
 from itarflow.data.identity import described
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, check_workers
-from itarflow.flow.tarflow import TARFlow, updated_prior_variance
+from itarflow.flow.density import updated_prior_variance
+from itarflow.flow.tarflow import TARFlow
 from itarflow.runtime.devices import peak_tflops, tf32_products
 from itarflow.runtime.modules import recomputed
 from itarflow.runtime.processes import agreed, main_first, on_main

@@ -58,7 +58,7 @@ def test_codes_are_read_as_they_were_written(tmp_path, options, monkeypatch):
         data = data.decoded()
     assert data.class_names == ("a", "b")
     assert len(data.train) == 18
-    held = {tuple(image.flatten().tolist()) for image, _, _ in (data.held_out[index] for index in range(2))}
+    held = {tuple(image.flatten().tolist()) for image, *_ in (data.held_out[index] for index in range(2))}
     kept = [row for row in stored if tuple(row[:2].flatten().tolist()) not in held]
     assert len(kept) == 18
     for index, row in enumerate(kept):

@@ -298,7 +298,7 @@ def test_full_disk(source: Path, tmp_path: Path, vaes: dict[str, Path], monkeypa
 def test_too_little_room(source: Path, tmp_path: Path, vaes: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(7 * 512 - 1))
-    with pytest.raises(OSError, match=r"7 images need 3.5 KiB \(512 bytes an image\), but only 3.5 KiB are free in .*"
+    with pytest.raises(OSError, match=r"7 images \(512 bytes an image\) need 3.5 KiB, but only 3.5 KiB are free in .*"
                                       r"make room, choose another folder, or leave .*--no-flips"):  # fmt: skip
         run(source, tmp_path / "out", vaes["kl"])
     assert not (tmp_path / "out").exists()

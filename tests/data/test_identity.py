@@ -219,7 +219,7 @@ def test_classes_without_training_images_are_said(tmp_path: Path) -> None:
 def test_splits_that_are_opened_whole_have_one_too(tmp_path: Path) -> None:
     write_classes(tmp_path / "train", {"a": 2, "b": 1})
     write_classes(tmp_path / "test", {"a": 1, "b": 3})
-    sets, found = load_splits(DataConfig(path=str(tmp_path)), ["train", "test"], image_size=8, in_channels=3)
+    sets, found, _ = load_splits(DataConfig(path=str(tmp_path)), ["train", "test"], image_size=8, in_channels=3)
     assert list(sets) == ["train", "test"]
     assert (found.images, found.class_names, found.class_counts) == ({"train": 3, "test": 4}, ("a", "b"), (2, 1))
     assert described(found)[0] == "images: 3 in train, 4 in test"

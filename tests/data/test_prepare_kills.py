@@ -22,9 +22,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "fork"), reas
 _EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "tempfile.mkdtemp", "tempfile.mkstemp"}
 
 
-@pytest.mark.parametrize("kind", ["prepare", "encode"])
+@pytest.mark.parametrize("kind", ["prepare", "encode", "captions"])
 def test_killed_before_any_change(kind: str, tmp_path: Path) -> None:
     """In a process of its own, which has no threads yet, and forks one for each kill."""
+    if kind == "captions":
+        pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, __file__, kind, str(tmp_path)], capture_output=True, text=True, timeout=1800, check=False
     )
@@ -110,6 +112,10 @@ def _command(kind: str, folder: Path) -> Callable[[Path], None]:
 
     tiny_vae("AutoencoderTiny", in_channels=3, out_channels=3).save_pretrained(folder / "vae")
     words = [*common, "--vae", str(folder / "vae")]
+    if kind == "captions":
+        from tiny_text import save_text_encoder
+
+        words += ["--text-encoder", str(save_text_encoder(folder / "t5")), "--captions", "a photo of a {}"]
     return lambda out: encode_dataset.main(args=[str(folder / "source"), str(out), *words])
 
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny_flows import condition_of, first_sample
 from torch.autograd.functional import jacobian
 
 
@@ -12,18 +13,18 @@ def blocks(flow, make_inputs):
     return [
         (
             block,
-            block.condition(3, labels, noise_level),
+            condition_of(flow, block, labels, noise_level),
             torch.randn(3, block.num_tokens, block.proj_in.in_features, generator=generator, dtype=torch.float64),
         )
         for block in flow.blocks
     ]
 
 
-def test_jacobian_of_each_block_is_triangular_in_its_own_order(blocks):
+def test_jacobian_of_each_block_is_triangular_in_its_own_order(flow, blocks):
     for index, (block, condition, x) in enumerate(blocks):
-        assert block.reverse == (index % 2 == 1)
-        ordered = (lambda tokens: tokens.flip(1)) if index % 2 else (lambda tokens: tokens)
-        one = condition._replace(embedding=condition.embedding[:1].detach())
+        assert block.reverse == (index % 2 == (0 if flow.config.first_block_reversed else 1))
+        ordered = (lambda tokens: tokens.flip(1)) if block.reverse else (lambda tokens: tokens)
+        one = first_sample(condition)
 
         def own_order(tokens, block=block, one=one, ordered=ordered):
             return ordered(block(ordered(tokens), one).z)
@@ -41,11 +42,12 @@ def test_volume_and_the_first_token_are_kept_where_the_settings_say_so(flow, blo
     """By volume-preserving blocks and by a lone token; and unless the first token is learned."""
     for block, condition, x in blocks:
         z, log_det = block(x, condition)
-        lone = block.num_tokens == 1 and not flow.config.learned_first_token
+        learned = flow.config.learned_first_token or flow.config.start_token
+        lone = block.num_tokens == 1 and not learned
         kept = torch.equal(log_det, torch.zeros(3, dtype=x.dtype))
         assert kept == (flow.config.volume_preserving or lone)
         first = -1 if block.reverse else 0
-        assert torch.equal(z[:, first], x[:, first]) != flow.config.learned_first_token
+        assert torch.equal(z[:, first], x[:, first]) != learned
 
 
 def test_the_network_puts_out_log_scales_then_shifts(make_flow):
@@ -73,5 +75,5 @@ def test_temperature_reaches_shared_and_own_layers(make_flow, make_inputs):
     x = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
     _, labels, noise_level = make_inputs(flow)
     for block in flow.blocks:
-        plain, tempered = (block(x, block.condition(3, labels, noise_level, t)).z for t in (1.0, 3.0))
+        plain, tempered = (block(x, condition_of(flow, block, labels, noise_level, t)).z for t in (1.0, 3.0))
         assert not torch.allclose(plain, tempered, atol=1e-4)

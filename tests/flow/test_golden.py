@@ -12,7 +12,7 @@ import torch
 from golden_cases import KNOWN_QUIRKS, OF_TRAINING, RTOL, Case, Comparison, compare, golden_calls, load_cases
 
 from itarflow.denoisers import FlowDenoiser
-from itarflow.flow.tarflow import LOG_2PI
+from itarflow.flow.density import LOG_2PI
 from itarflow.inverse import Guidance
 
 CALLS = golden_calls()

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import few_variants, randomise
+from tiny_flows import condition_of
 from torch.distributions import Normal
 
 from itarflow.flow import TARFlow, nll_per_dim, patchify, unpatchify
 from itarflow.flow.block import AutoregressiveBlock
-from itarflow.flow.tarflow import updated_prior_variance
+from itarflow.flow.density import updated_prior_variance
 from itarflow.flow.transformer import Attention, Layer
 from itarflow.inverse import Guidance, Jacobi, sequential
 
@@ -105,7 +106,7 @@ def test_another_activation_is_inverted_too(make_flow, make_inputs):
     torch.testing.assert_close(flow.inverse(z, labels, noise_level), images)
 
 
-def changed_layer(self, x, temperature=None):
+def changed_layer(self, x, temperature=None, rotation=None):
     x = x + self.attention(x, temperature)  # without its norm
     return x + self.mlp(self.mlp_norm(x))
 
@@ -170,7 +171,7 @@ def test_trajectory_goes_from_z_through_every_block_to_the_images(flow, make_inp
     torch.testing.assert_close(path[0], unpatchify(z, flow.patch_sizes[-1], 4) / flow.config.input_scale)
     torch.testing.assert_close(path[-1], flow.inverse(z, labels, noise_level))
     for before, after, block, patch in zip(path, path[1:], flow.blocks[::-1], flow.patch_sizes[::-1], strict=False):
-        condition = block.condition(3, labels, noise_level)
+        condition = condition_of(flow, block, labels, noise_level)
         mapped = block(patchify(after * flow.config.input_scale, patch), condition).z
         torch.testing.assert_close(mapped, patchify(before * flow.config.input_scale, patch), atol=1e-4, rtol=1e-4)
 
@@ -454,7 +455,7 @@ def test_a_copy_is_equal_and_shares_nothing(flow, make_inputs):
         ({"num_classes": 2**20 + 1}, "num_classes is 1048577; .* 1,048,576"),
         ({"in_channels": 10**9}, "in_channels is 1000000000"),
         ({"noise_conditioned": "no"}, "noise_conditioned is 'no'; expected True or False"),
-        ({"patch_size": 4}, "patch_size 4 is image_size 4.*smaller patch_size, or set learned_first_token"),
+        ({"patch_size": 4}, "patch_size 4 is image_size 4.*smaller patch_size, or set start_token"),
     ],
     ids=str,
 )

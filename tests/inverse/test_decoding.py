@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from tiny_flows import condition_of
 
 from itarflow.inverse import Guidance, Jacobi, guide
 from itarflow.runtime.kernels import Cache
@@ -21,8 +22,8 @@ def passes(flow, make_inputs):
     for block in flow.blocks:
         width = block.proj_in.in_features
         tokens = torch.randn(3, block.num_tokens - 1, width, generator=generator, dtype=torch.float64)
-        condition = block.condition(3, labels, noise_level)
-        guiding = block.condition(3, None, noise_level, GUIDANCE.temperature)
+        condition = condition_of(flow, block, labels, noise_level)
+        guiding = condition_of(flow, block, None, noise_level, GUIDANCE.temperature)
         weights = GUIDANCE.weights(torch.arange(1, block.num_tokens), block.num_tokens, torch.float64)
         with torch.no_grad():
             shift, log_scale = block.affine_at(tokens, condition)
@@ -37,6 +38,7 @@ def passes(flow, make_inputs):
 def test_windows_of_any_width_give_the_maps_of_the_parallel_pass(passes):
     for (block, condition, guiding, tokens, expected), width in itertools.product(passes, (1, 2, 15)):
         conditioner, start, found = block.conditioner(condition, guiding, GUIDANCE), 0, []
+        conditioner.begin()
         for window in tokens.split(width, dim=1):
             found.append(conditioner(window, start))
             start += window.shape[1]
@@ -48,6 +50,7 @@ def test_each_sample_may_be_elsewhere(passes):
     for block, condition, guiding, tokens, expected in passes:
         count = min(2, tokens.shape[1])
         conditioner = block.conditioner(condition, guiding, GUIDANCE)
+        conditioner.begin()
         conditioner(tokens, 0)  # the cache holds all
         start = torch.tensor([0, tokens.shape[1] - count, (tokens.shape[1] - count) // 2])
         rows, positions = torch.arange(3)[:, None], start[:, None] + torch.arange(count)
@@ -59,6 +62,7 @@ def test_each_sample_may_be_elsewhere(passes):
 def test_what_is_given_again_counts_as_given_last(passes):
     for block, condition, guiding, tokens, expected in passes:
         conditioner = block.conditioner(condition, guiding, GUIDANCE)
+        conditioner.begin()
         conditioner(tokens.flip(0), 0)
         torch.testing.assert_close(list(conditioner(tokens, 0)), list(expected))
 
@@ -67,6 +71,7 @@ def test_what_is_given_again_counts_as_given_last(passes):
 def test_a_part_of_the_batch_goes_on_by_itself(passes):
     for block, condition, guiding, tokens, expected in passes:
         conditioner = block.conditioner(condition, guiding, GUIDANCE)
+        conditioner.begin()
         conditioner(tokens[:, :1], 0)
         if tokens.shape[1] > 1:
             samples = torch.tensor([2, 0])
@@ -122,8 +127,9 @@ def test_a_long_sequence_outgrows_its_first_room(make_flow, make_inputs):
 
 
 def test_the_cache_has_the_type_of_the_weights_or_the_given_one(make_flow):
-    (block, _) = make_flow().to(torch.bfloat16).blocks
-    condition = block.condition(3, None, torch.full((3,), 0.2))
+    flow = make_flow().to(torch.bfloat16)
+    block = flow.blocks[0]
+    condition = condition_of(flow, block, None, torch.full((3,), 0.2))
     for dtype in (None, torch.float32):
         cache = block.conditioner(condition, None, Guidance(), dtype).cache.tensor
         assert (cache.dtype, cache.shape) == (dtype or torch.bfloat16, (1, 2, 3, 2, 4, 4))

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from tiny_flows import condition_of
 
 from itarflow.inverse import Guidance, guide
 
@@ -150,8 +151,8 @@ def sample_by_hand(flow, z, labels, noise_level, guidance):
         z = x.flip(1) if block.reverse else x
         x = z[:, :0]
         passes = (
-            block.condition(len(z), labels, noise_level),
-            block.condition(len(z), None, noise_level, guidance.temperature),
+            condition_of(flow, block, labels, noise_level),
+            condition_of(flow, block, None, noise_level, guidance.temperature),
         )
         for n in range(block.num_tokens):
             conditional, guiding = (

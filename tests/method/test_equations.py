@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from tiny_flows import condition_of, first_sample
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
@@ -62,7 +63,7 @@ def blocks_of(flow, make_inputs):
     _, labels, noise_level = make_inputs(flow)
     for block in flow.blocks:
         tokens = randn(3, block.num_tokens, block.proj_in.in_features)
-        yield block, block.condition(3, labels, noise_level), tokens
+        yield block, condition_of(flow, block, labels, noise_level), tokens
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_section_2_2_blocks_follow_each_other_and_flip_the_tokens(plain, make_in
     z = patchify(images, 2)
     for t, block in enumerate(plain.blocks):
         z = z.flip(1) if t > 0 else z  # pi^t: what this block reads is in its own order
-        z = own_order(block, block(own_order(block, z), block.condition(3, labels, noise_level)).z)
+        z = own_order(block, block(own_order(block, z), condition_of(plain, block, labels, noise_level)).z)
     close(plain(images, labels, noise_level).z, own_order(plain.blocks[-1], z))
 
 
@@ -120,7 +121,7 @@ def test_eq_3_a_block_maps_each_token_by_those_before(flow, make_inputs):
             mu, alpha = mu_alpha(block, x[:, :i], condition)
             z[:, i] = (x[:, i] - mu) * torch.exp(-alpha)
         close(block(tokens, condition).z, own_order(block, z))
-        assert flow.config.learned_first_token or torch.equal(z[:, 0], x[:, 0])
+        assert flow.config.learned_first_token or flow.config.start_token or torch.equal(z[:, 0], x[:, 0])
 
 
 def test_eq_4_the_inverse_is_one_token_after_another(flow, make_inputs):
@@ -143,7 +144,7 @@ def test_eq_5_log_determinant_of_a_block(flow, make_inputs):
         alpha = [mu_alpha(block, x[:, :i], condition)[1] for i in range(block.num_tokens)]
         expected = -torch.stack(alpha).sum(dim=(0, 2))
         close(block(tokens, condition).log_det, expected)
-        one = condition._replace(embedding=condition.embedding[:1].detach())
+        one = first_sample(condition)
         matrix = jacobian(lambda x, block=block, one=one: block(x, one).z, tokens[:1])
         close(torch.linalg.slogdet(matrix.reshape(x[0].numel(), -1)).logabsdet, expected[0])
 
@@ -153,7 +154,7 @@ def test_eq_6_the_loss(plain, make_inputs):
     images, labels, noise_level = make_inputs(plain)
     x, loss = patchify(images, 2), torch.zeros(3, dtype=torch.float64)
     for block in plain.blocks:
-        condition = block.condition(3, labels, noise_level)
+        condition = condition_of(plain, block, labels, noise_level)
         for i in range(block.num_tokens):
             loss = loss + mu_alpha(block, own_order(block, x)[:, :i], condition)[1].sum(dim=1)
         x = block(x, condition).z
@@ -240,7 +241,7 @@ def test_eq_9_a_guided_block_is_inverted_with_guided_affine_maps(plain, make_inp
     """x_i = z_i exp(alpha~_i) + mu~_i"""
     guidance, noise_level = Guidance(weight=1.5, rule="log_scale", schedule="constant"), make_inputs(plain).noise_level
     for block, condition, tokens in blocks_of(plain, make_inputs):
-        unconditional = block.condition(3, None, noise_level)
+        unconditional = condition_of(plain, block, None, noise_level)
         z = own_order(block, tokens)
         x = torch.zeros_like(z)
         for i in range(block.num_tokens):
@@ -295,8 +296,8 @@ def test_appendix_b_a_temperature_divides_the_logits_of_attention(plain, make_in
                 query = slice(0, layer.qkv.in_features)  # queries come first, then keys, then values
                 layer.qkv.weight[query] /= tau
                 layer.qkv.bias[query] /= tau
-        tempered = block.condition(3, labels, noise_level, temperature=tau)
-        untouched = cooled.condition(3, labels, noise_level)
+        tempered = condition_of(plain, block, labels, noise_level, temperature=tau)
+        untouched = condition_of(plain, cooled, labels, noise_level)
         close(block.affine_at(tokens[:, :-1], tempered), cooled.affine_at(tokens[:, :-1], untouched))
 
 
@@ -305,7 +306,7 @@ def test_eq_11_a_model_without_labels_is_guided_by_its_own_attention_at_another_
     w, tau = 2.0, 1.5
     flow = make_flow(num_classes=0, num_layers=(2,)).double()
     ((block, condition, z),) = blocks_of(flow, make_inputs)
-    tempered = block.condition(3, None, make_inputs(flow).noise_level, temperature=tau)
+    tempered = condition_of(flow, block, None, make_inputs(flow).noise_level, temperature=tau)
     x = torch.zeros_like(z)
     for i in range(block.num_tokens):
         (mu, alpha), (mu_tau, alpha_tau) = (mu_alpha(block, x[:, :i], c) for c in (condition, tempered))

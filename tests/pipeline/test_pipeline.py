@@ -177,7 +177,7 @@ def test_without_a_dict_the_images_come_in_a_tuple(pipe):
         ({"callback_on_step_end": print}, ValueError, r"not called here.* itarflow\.denoise with a callback"),
         ({"generator": 0}, ValueError, r"generator is 0; expected a torch\.Generator"),
         ({"num_denoise_step": 3}, TypeError, "is 'num_denoise_steps' meant?"),
-        ({"prompt": "a cat"}, TypeError, "'prompt' is no argument of this pipeline"),
+        ({"strength": 0.5}, TypeError, "'strength' is no argument of this pipeline"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -196,7 +196,7 @@ def test_a_pipeline_prints_itself_in_a_few_lines(pipe, recwarn):
 
 
 def test_an_offloaded_flow_is_moved_before_it_is_used(pipe):
-    assert pipe.model_cpu_offload_seq == "flow->vae"
+    assert pipe.model_cpu_offload_seq == "text_encoder->flow->vae"
     expected, moved = images_of(pipe), []
 
     class Hook:

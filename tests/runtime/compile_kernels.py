@@ -44,7 +44,8 @@ def main() -> None:
             for splits in (1, 4):
                 cache = torch.empty(2, 2, 20, 96, 64, dtype=dtype)
                 qkv, at = torch.empty(2, 1, 3840, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-                triton_kernels.decode_attention(qkv, cache, at, None, splits)
+                for pairs in (None, torch.empty(1, 64)):
+                    triton_kernels.decode_attention(qkv, cache, at, None, pairs, splits)
             for rows in (2, 64):
                 for outputs, normed, gelu in ((3840, True, False), (5120, True, True), (1280, False, False)):
                     weight, bias = torch.empty(outputs, 1280, dtype=dtype), torch.empty(outputs, dtype=dtype)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from itarflow.inverse.decoding import PackedLayer, Window, run_layers
 from itarflow.runtime.kernels import cpu as cpu_kernels
-from itarflow.runtime.kernels import decode_attention, has_decode_attention, pack, proof, thin
+from itarflow.runtime.kernels import decode_attention, has_decode_attention, pack, proof, rotated, rotation_of, thin
 from itarflow.runtime.kernels.norm import layer_norm
 from itarflow.runtime.kernels.packed import Norm, PackedLinear
 from itarflow.runtime.kernels.thin import MOST_ROWS, has_thin_product, thin_product
@@ -48,17 +48,22 @@ class Operators(TorchDispatchMode):
 # -- attention to a cache ---------------------------------------------------------------------------------------
 
 
-def decode_case(rows, heads, tokens, width, dtype, position, tempered=False):
+def decode_case(rows, heads, tokens, width, dtype, position, tempered=False, rotary=False):
     """A part of the cache of three layers, never written from the position on, and what the kernel makes of it."""
     generator = torch.Generator().manual_seed(0)
     layers = torch.randn(3, 2, rows, heads, tokens, width, generator=generator).to(dtype)
     layers[..., position:, :] = torch.nan
     qkv = torch.randn(rows, 1, 3 * heads * width, generator=generator).to(dtype)
     temperature = torch.rand(rows, generator=generator) + 0.5 if tempered else None
+    rotation = rotation_of(torch.rand(1, width // 2, generator=generator) * 32) if rotary else None
     expected = layers.clone()
     q, k, v = qkv.view(rows, 3, heads, width).transpose(0, 1)
+    found = decode_attention(qkv, layers[1], torch.tensor([position]), temperature, rotation)
+    if rotary:  # to its own rounding
+        q, k = (rotated(given[:, :, None].double(), rotation)[:, :, 0] for given in (q, k))
+        torch.testing.assert_close(layers[1, 0, :, :, position].double(), k, rtol=NEAR[dtype], atol=NEAR[dtype])
+        k = layers[1, 0, :, :, position]
     expected[1, 0, :, :, position], expected[1, 1, :, :, position] = k, v
-    found = decode_attention(qkv, layers[1], torch.tensor([position]), temperature)
     assert found.shape == (rows, 1, heads * width)
     assert found.dtype == dtype
     q = q.double() if temperature is None else q.double() / temperature.double()[:, None, None]
@@ -81,6 +86,30 @@ def test_other_shapes_and_temperatures(kernels, rows, heads, width):
         found, exact, layers, expected = decode_case(rows, heads, 260, width, torch.float32, position, tempered=True)
         assert relative(found, exact) < 1e-6
         assert torch.equal(layers.view(torch.uint8), expected.view(torch.uint8))
+
+
+@pytest.mark.parametrize("position", [0, 65, 299])
+@pytest.mark.parametrize("dtype", NEAR, ids=str)
+def test_queries_and_keys_are_rotated_on_the_way(kernels, dtype, position):
+    found, exact, layers, expected = decode_case(2, 2, 300, 32, dtype, position, tempered=True, rotary=True)
+    assert relative(found, exact) < NEAR[dtype]
+    assert torch.equal(layers.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_rotation_has_a_proof_of_its_own(kernels, monkeypatch):
+    own = kernels.decode_attention
+
+    def other_way(qkv, cache, position, temperature, pairs, splits):
+        return own(qkv, cache, position, temperature, None if pairs is None else -pairs, splits)
+
+    monkeypatch.setattr(kernels, "decode_attention", other_way)
+    cache = torch.zeros(2, 2, 1, 70, 16)
+    assert has_decode_attention(cache)
+    with pytest.warns(UserWarning, match="with the key of the token at position 69 of 70 a number is off"):
+        assert not has_decode_attention(cache, rotary=True)
+    monkeypatch.setattr(kernels, "decode_attention", own)
+    proof._VERDICTS.clear()
+    assert has_decode_attention(cache, rotary=True)
 
 
 def test_how_the_keys_are_split():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from itarflow.codec import CodecConfig
 from itarflow.data.codes import CodesCard
+from itarflow.data.context import CAPTION, CONTEXT, ContextCard
 
 _MOST_TOKENS = 16  # a side, of a flow to begin with
 
@@ -53,7 +55,8 @@ They are measured over all images as they are, not mirrored.
 
 ## Reading a row
 
-Each column but the label holds {{ card.shape[0] * card.shape[1] * card.shape[2] }} values in float16, little-endian, \
+Each column {{ "of codes" if context else "but the label" }} holds \
+{{ card.shape[0] * card.shape[1] * card.shape[2] }} values in float16, little-endian, \
 in the order (channel, row, column):
 
 ```python
@@ -70,13 +73,33 @@ code = np.frombuffer(table["mean"][0].as_py(), "<f2").reshape{{ card.shape }}
 `itarflow.codec.VaeCodec` decodes them; `{{ vae.kind }}.decode` of diffusers takes the latent, of which the code is as
 the table says.
 
+{% if context -%}
+## Captions
+
+Captions are \
+{{ "made of the names of the classes," if "{}" in context.captions else "the texts of the column" }} \
+`{{ context.captions }}`. The text encoder {{ context.encoder.name }}\
+{{ " (revision " ~ context.encoder.revision ~ ")" if context.encoder.revision else "" }} has made vectors of them in \
+bfloat16, little-endian, {{ context.encoder.dim }} numbers for each token:
+
+```python
+context = torch.frombuffer(bytearray(table["context"][0].as_py()), dtype=torch.bfloat16).reshape(-1, \
+{{ context.encoder.dim }})
+```
+
+A model takes {{ context.encoder.max_tokens }} vectors: these, and zeros behind them.\
+{{ " %d captions have more tokens and are cut." % context.cut if context.cut else "" }} `null_context.safetensors` \
+holds those of the empty caption, for guidance.
+
+{% endif -%}
 ## Training on them
 
 ```bash
 {{ command }}
 ```
 
-PATH is the folder of these files, or their name on the Hub. The recipe is a small one to begin with. The VAE must
+PATH is the folder of these files, or their name on the Hub.{{ " The recipe is a small one to begin with." if not \
+context else "" }} The VAE must
 be the one that made the codes: another one is refused.
 
 """
@@ -87,10 +110,20 @@ _MEANING = {
     "mean_flipped": "as `mean`, of the mirrored image",
     "log_variance_flipped": "as `log_variance`, of the mirrored image",
     "label": "number of the class; its name is in the features",
+    "caption": "the caption, as text",
+    "context": "its vectors, see below",
 }
 
 
-def codes_card(card: CodesCard, *, source: str, images: Mapping[str, int], file: str, command: str) -> DatasetCard:
+def codes_card(
+    card: CodesCard,
+    *,
+    source: str,
+    images: Mapping[str, int],
+    file: str,
+    command: str,
+    context: ContextCard | None = None,
+) -> DatasetCard:
     """A card with metadata for the Hub, and how to use the codes.
 
     Args:
@@ -99,11 +132,13 @@ def codes_card(card: CodesCard, *, source: str, images: Mapping[str, int], file:
         images: how many, by split.
         file: name of one of the parquet files, for the example.
         command: what trains on the codes.
+        context: of captions, if there are any.
     """
+    columns = [*card.columns(flips=card.flips, variance=card.variance), *(["label"] if card.class_names else [])]
     splits = [{"split": split, "path": f"{split}-*.parquet"} for split in images]
     metadata = DatasetCardData(
         pretty_name=f"Codes of {source}",
-        task_categories=["unconditional-image-generation"],
+        task_categories=["text-to-image" if context else "unconditional-image-generation"],
         size_categories=_size_category(sum(images.values())),
         tags=["itarflow", "vae-codes"],
         configs=[{"config_name": "default", "data_files": splits}],
@@ -115,21 +150,31 @@ def codes_card(card: CodesCard, *, source: str, images: Mapping[str, int], file:
         vae=card.identity,
         source=source,
         images=images,
-        columns=[*card.columns(flips=card.flips, variance=card.variance), *(["label"] if card.class_names else [])],
+        columns=[*columns, *([CAPTION, CONTEXT] if context else [])],
         meaning=_MEANING,
+        context=context,
         file=file,
         command=command,
     )
 
 
-def training_command(card: CodesCard, codec: CodecConfig, path: str, splits: Sequence[str]) -> str:
-    """The command that trains on codes, by the small recipe for codes.
+def training_command(
+    card: CodesCard,
+    codec: CodecConfig,
+    path: str,
+    splits: Sequence[str],
+    context: ContextCard | None = None,
+    text_encoder: str | None = None,
+) -> str:
+    """The command that trains on codes: by the small recipe for codes, or, with captions, by the one for text.
 
     Args:
         card: of the codes.
         codec: the VAE.
         path: where the codes are.
         splits: names; it trains on train, or else the first, and measures on the next.
+        context: of captions, if there are any.
+        text_encoder: what made them, as it was named.
     """
     train = "train" if "train" in splits else splits[0]
     options = {
@@ -142,12 +187,23 @@ def training_command(card: CodesCard, codec: CodecConfig, path: str, splits: Seq
         "codec.shift-factor": codec.shift_factor,
         "model.image-size": card.shape[1],
         "model.in-channels": card.shape[0],
-        "model.num-classes": len(card.class_names),
+        "model.num-classes": 0 if context else len(card.class_names),
         "model.patch-size": patch_size(card.shape[1]),
+        **context_options(context, text_encoder),
     }
     given = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     flips = [] if card.flips else ["--data.no-horizontal-flip"]
-    return " ".join(["python recipes/photos_latent.py", *given, *flips])
+    recipe = "starflow_text" if context else "photos_latent"
+    return " ".join([f"python recipes/{recipe}.py", *given, *flips])
+
+
+def context_options(context: ContextCard | None, text_encoder: str | None) -> dict[str, int | str | None]:
+    """The options of a recipe for a flow that takes these captions; of a Hub name of the encoder, the card tells."""
+    if context is None:
+        return {}
+    tokens, dim = context.shape
+    local = text_encoder if text_encoder is not None and Path(text_encoder).expanduser().is_dir() else None
+    return {"model.context-tokens": tokens, "model.context-dim": dim, "text.encoder": local}
 
 
 def patch_size(image_size: int) -> int:

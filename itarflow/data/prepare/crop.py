@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import datasets
@@ -18,10 +19,14 @@ from rich.console import Console
 from torch.utils.data import Dataset
 
 from itarflow import __version__
+from itarflow.data.codes import PREPARED
+from itarflow.data.context import ContextCard
 from itarflow.data.dataset import ImageDataset
-from itarflow.data.made import PREPARED, Manifest
+from itarflow.data.made import Manifest
+from itarflow.data.prepare.contexts import FEATURES, Captions, begin_captions, finished_card, plan_captions
 from itarflow.data.prepare.manifest import (
     SourceConfig,
+    check_room,
     check_settings,
     check_settings_there,
     check_source_there,
@@ -45,7 +50,7 @@ from itarflow.data.prepare.shards import (
     stored_files,
     write_shard,
 )
-from itarflow.runtime.devices import usable_cores
+from itarflow.runtime.devices import usable_cores, usable_device
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import folder_lock, write_json
 from itarflow.runtime.progress import image_progress
@@ -86,6 +91,7 @@ class Prepared:
         shards: number of parquet files.
         num_bytes: their size.
         images_per_second: of the images that this call worked on; None if all had been done before.
+        context: of captions, if there are any.
     """
 
     images: Mapping[str, int]
@@ -94,6 +100,7 @@ class Prepared:
     shards: int
     num_bytes: int
     images_per_second: float | None
+    context: ContextCard | None = None
 
 
 def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepared:
@@ -112,17 +119,25 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
     Raises:
         DataError: the configuration or the source cannot be used, the folder holds something else, or more than
             `config.max_broken` images cannot be read. Files that are whole stay.
-        OSError: the folder cannot be written.
+        OSError: the folder cannot be written, there is no such text encoder, or the disk has too little room for the
+            vectors of captions.
+        ImportError: there are captions, but transformers is not installed.
     """
     _check(config)
     manifest_file, settings = config.out / PREPARED, _settings(config)
-    check_settings_there(config.out, stored_manifest(config, PREPARED), settings)
-    sets, source = config.open(config.in_channels)
+    begun = stored_manifest(config, PREPARED)
+    check_settings_there(config.out, begun, settings)
+    sets, source, texts = config.open(config.in_channels)
     say_understood(console, source)
+    captions = plan_captions(config, texts, begun)
+    if captions:
+        captions.say(console)
     sizes = {split: len(images) for split, images in sets.items()}
     depends = {"settings": settings, "source": source.content, "classes": source.class_names}
+    depends |= captions.depends if captions else {}
     shards = plan_shards(config.out, sizes, config.shard_size, depends)
-    manifest = Manifest(itarflow=__version__, settings=settings, source=source, shards=len(shards))
+    manifest = Manifest(itarflow=__version__, settings=settings, source=source, shards=len(shards),
+                        context=captions.card if captions else None)  # fmt: skip
     with folder_lock(config.out):
         stored = stored_manifest(config, PREPARED)
         check_source_there(config.out, stored, manifest)
@@ -130,10 +145,12 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         manifest = stored or manifest
         if stored is None:
             write_json(manifest_file, manifest.to_json())
-        contents, speed = _write_shards(config, sets, manifest, shards, console)
+        begin_captions(captions, config.out)
+        contents, speed = _write_shards(config, sets, manifest, shards, captions, console)
         broken, images = broken_by_split(shards, contents), count_images(shards, contents, config.source)
         manifest = replace(
             manifest,
+            context=finished_card(captions, config.out, contents),
             images=images,
             broken={split: len(reports) for split, reports in broken.items()},
             files=stored_files(contents),
@@ -148,12 +165,13 @@ def prepare(config: PrepareConfig, *, console: Console | None = None) -> Prepare
         shards=len(shards),
         num_bytes=sum(content.num_bytes for content in contents.values()),
         images_per_second=speed,
+        context=manifest.context,
     )
 
 
 def _check(config: PrepareConfig) -> None:
     """Check the settings of this module; `load_splits` checks the rest."""
-    check_settings(config, {"size": 1, "shard_size": 1, "max_broken": 0, "num_workers": 0})
+    check_settings(config, {"size": 1, "shard_size": 1, "max_broken": 0, "num_workers": 0, "context_tokens": 1})
     if config.format not in get_args(Format):
         raise DataError(f"format {config.format!r} is unknown; use one of {', '.join(get_args(Format))}")
     if not 1 <= config.quality <= 100:
@@ -171,6 +189,7 @@ def _write_shards(
     sets: Mapping[str, ImageDataset],
     manifest: Manifest,
     shards: Sequence[Shard],
+    captions: Captions | None,
     console: Console | None,
 ) -> tuple[dict[Shard, Content], float | None]:
     """Write the shards that are missing; return what is in all of them, and the speed in images a second."""
@@ -179,7 +198,11 @@ def _write_shards(
     check_broken(config.out, shards, contents, config.max_broken)
     missing = [shard for shard in shards if shard not in contents]
     done, total = (sum(len(shard.rows) for shard in group) for group in (contents, shards))
+    if captions:
+        needed = captions.estimate.image_bytes * (total - done)
+        check_room(config.out, needed, f"the vectors of the captions of {total - done:,} images")
     features = datasets.Features({"image": datasets.Image()} | label_features(manifest.source.class_names))
+    features = datasets.Features(features | (FEATURES if captions else {}))
     start = time.monotonic()
     pictures = itertools.chain.from_iterable(
         read_ahead(
@@ -189,10 +212,14 @@ def _write_shards(
             num_workers=usable_cores() if config.num_workers is None else config.num_workers,
         )
     )
+    if captions and missing:
+        captions.encoder.to(usable_device(None))
     with image_progress(console, "preparing", total, done) as show:
         for shard in missing:
-            rows = _rows(config, shard, sets[shard.split], pictures, show)
-            contents[shard] = write_shard(shard, features, rows)
+            rows, cut = _rows(config, shard, sets[shard.split], pictures, show), list[int]()
+            if captions:
+                rows = captions.beside(rows, shard, cut.append)
+            contents[shard] = write_shard(shard, features, rows, partial(_notes, cut))
             check_broken(config.out, shards, contents, config.max_broken)
     return contents, (total - done) / (time.monotonic() - start) if missing else None
 
@@ -215,6 +242,10 @@ def _rows(
             }
         )
         show(1)
+
+
+def _notes(cut: list[int]) -> dict[str, Any]:
+    return {"cut": sum(cut)} if cut else {}
 
 
 class _Encoder(Dataset[bytes | str]):

@@ -9,7 +9,6 @@ and one finishes. No batch has images of two files: codes do not depend on the n
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,10 +23,12 @@ from torch import Tensor
 
 from itarflow.codec import VaeCodec, to_pixels
 from itarflow.data.codes import CARD, CodesCard, to_bytes
+from itarflow.data.context import ContextCard
 from itarflow.data.made import Manifest, StoredFile
 from itarflow.data.prepare.codes_card import codes_card, training_command
+from itarflow.data.prepare.contexts import FEATURES, begin_captions, finished_card
 from itarflow.data.prepare.encode_plan import Plan
-from itarflow.data.prepare.manifest import clear_leftovers, stored_manifest
+from itarflow.data.prepare.manifest import check_room, clear_leftovers, stored_manifest
 from itarflow.data.prepare.shards import (
     Content,
     Reader,
@@ -48,7 +49,7 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, write_json, write_text
 from itarflow.runtime.json_file import read_json
 from itarflow.runtime.launch import processes_here
-from itarflow.runtime.text import display_name, human_bytes
+from itarflow.runtime.text import display_name
 
 _DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _CPU_PIXELS = 2**15  # at a time: with more, CPUs spend their time on getting memory
@@ -67,6 +68,7 @@ class Encoded:
         shards: number of parquet files.
         num_bytes: their size.
         shard_bytes: size of the largest.
+        context: of captions, if there are any.
     """
 
     card: CodesCard
@@ -75,6 +77,7 @@ class Encoded:
     shards: int
     num_bytes: int
     shard_bytes: int
+    context: ContextCard | None = None
 
 
 def begin(plan: Plan, console: Console | None = None) -> int:
@@ -100,18 +103,13 @@ def begin(plan: Plan, console: Console | None = None) -> int:
     contents = read_contents(plan.shards, {}, stored.files if stored else ())
     check_bytes(contents, console)
     missing = plan.num_images - sum(len(shard.rows) for shard in contents)
-    needed = missing * plan.image_bytes
-    existing = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        flips = ", or leave the mirrored images out by --no-flips" if plan.card.flips else ""
-        raise OSError(
-            f"the codes of {missing:,} images need {human_bytes(needed)} ({plan.image_bytes:,} bytes an image), but "
-            f"only {human_bytes(free)} are free in {existing}; make room, choose another folder{flips}."
-        )
+    flips = ", or leave the mirrored images out by --no-flips" if plan.card.flips else ""
+    what = f"the codes of {missing:,} images ({plan.image_bytes:,} bytes an image)"
+    check_room(out, missing * plan.image_bytes, what, flips)
     out.mkdir(parents=True, exist_ok=True)
     if stored is None:
         write_json(out / CARD, plan.manifest.to_json())
+    begin_captions(plan.captions, out)
     return missing
 
 
@@ -149,6 +147,8 @@ def encode_share(
     vae.to(memory_format=torch.channels_last)  # less time and memory traffic, above all on CPUs
     slice_size = max(_CPU_PIXELS // config.size**2, 1) if device.type == "cpu" else None
     codec = VaeCodec(vae, slice_size=slice_size, tiled=config.tiled)
+    if plan.captions:  # T5 overflows in float16
+        plan.captions.encoder.to(device, torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     cores = min(max(usable_cores() // processes_here(), 1), _MOST_WORKERS)
     batches = read_ahead(
         Reader(plan.sets, config.source),
@@ -158,11 +158,14 @@ def encode_share(
         collate=_collate,
     )
     codes = {name: datasets.Value("binary") for name in plan.columns}
-    features = datasets.Features(codes | label_features(plan.card.class_names))
+    of_captions = FEATURES if plan.captions else {}
+    features = datasets.Features(codes | label_features(plan.card.class_names) | of_captions)
     for shard in missing:
-        sums = [np.zeros((2, plan.card.shape[0]))]
+        sums, cut = [np.zeros((2, plan.card.shape[0]))], list[int]()
         rows = _rows(plan, shard, codec, batches, sums.append, count)
-        contents[shard] = write_shard(shard, features, rows, partial(_notes, sums))
+        if plan.captions:
+            rows = plan.captions.beside(rows, shard, cut.append)
+        contents[shard] = write_shard(shard, features, rows, partial(_notes, sums, cut))
         contents = read_contents(plan.shards, contents, recorded)
         check_broken(config.out, plan.shards, contents, config.max_broken)
 
@@ -186,6 +189,7 @@ def finish(plan: Plan) -> Encoded:
     check_broken(config.out, plan.shards, contents, config.max_broken)
     images, broken = count_images(plan.shards, contents, config.source), broken_by_split(plan.shards, contents)
     mean, std = _statistics(plan, contents)
+    context = finished_card(plan.captions, config.out, contents)
     card = replace(manifest.card or plan.card, finished=True, code_mean=mean, code_std=std)
     sizes = [content.num_bytes for content in contents.values()]
     readme = codes_card(
@@ -193,11 +197,13 @@ def finish(plan: Plan) -> Encoded:
         source=display_name(config.source),
         images=images,
         file=plan.shards[0].path.name,
-        command=training_command(card, replace(config.codec, vae=card.vae), "PATH", config.split),
+        command=training_command(card, replace(config.codec, vae=card.vae), "PATH", config.split, context),
+        context=context,
     )
     write_text(config.out / "README.md", str(readme))
     manifest = replace(
         manifest,
+        context=context,
         images=images,
         broken={split: len(reports) for split, reports in broken.items()},
         files=stored_files(contents),
@@ -212,6 +218,7 @@ def finish(plan: Plan) -> Encoded:
         shards=len(sizes),
         num_bytes=sum(sizes),
         shard_bytes=max(sizes),
+        context=context,
     )
 
 
@@ -276,8 +283,8 @@ def _check_scale(codes: Tensor, factor: float) -> None:
         )
 
 
-def _notes(sums: list[np.ndarray]) -> dict[str, Any]:
-    return {"sums": np.sum(sums, 0).tolist()}
+def _notes(sums: list[np.ndarray], cut: list[int]) -> dict[str, Any]:
+    return {"sums": np.sum(sums, 0).tolist()} | ({"cut": sum(cut)} if cut else {})
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, lo
 from itarflow.data.codes import CARD, CodesCard
 from itarflow.data.dataset import ImageDataset
 from itarflow.data.made import Manifest
+from itarflow.data.prepare.contexts import Captions, plan_captions
 from itarflow.data.prepare.manifest import (
     SourceConfig,
     check_settings,
@@ -53,7 +54,8 @@ class EncodeConfig(SourceConfig):
     """Images that are encoded at a time in each process; lower it if memory runs out."""
     dtype: Precision = "float32"
     """Precision in which the VAE computes; bf16 and fp16 are faster on GPUs, bf16 on many CPUs, with small errors. In
-    fp16, a VAE whose config says that it overflows (force_upcast) computes in float32 all the same."""
+    fp16, a VAE whose config says that it overflows (force_upcast) computes in float32 all the same. The text encoder
+    computes in bf16 or float32."""
     tiled: bool = False
     """Encode large images in overlapping tiles, if they do not fit otherwise; the codes differ slightly."""
     shard_size: int = 2_560
@@ -87,6 +89,7 @@ class Plan:
         sets: images by split.
         shards: all files, in order.
         manifest: what codes.json holds from the beginning.
+        captions: that are encoded, too; None = none.
     """
 
     config: EncodeConfig
@@ -95,6 +98,7 @@ class Plan:
     sets: Mapping[str, ImageDataset]
     shards: tuple[Shard, ...]
     manifest: Manifest
+    captions: Captions | None = None
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -108,12 +112,13 @@ class Plan:
 
     @property
     def image_bytes(self) -> int:
-        """What the codes of an image take on the disk."""
-        return 2 * len(self.columns) * int(np.prod(self.card.shape))
+        """What the codes of an image take on the disk, and, by an estimate, the vectors of its caption."""
+        of_caption = self.captions.estimate.image_bytes if self.captions else 0.0
+        return 2 * len(self.columns) * int(np.prod(self.card.shape)) + round(of_caption)
 
 
 def plan_encoding(config: EncodeConfig) -> Plan:
-    """Check everything, load the VAE and open the source; nothing is written.
+    """Check everything, load the VAE and the text encoder, and open the source; nothing is written.
 
     Raises:
         DataError: the configuration or the source cannot be used, or the folder holds something else.
@@ -130,7 +135,8 @@ def plan_encoding(config: EncodeConfig) -> Plan:
         raise DataError(f"the VAE {config.vae} takes images of {in_channels} channels; expected 1 (grey) or 3 (RGB)")
     code_shape(vae, (in_channels, config.size, config.size))
     VaeCodec(vae, tiled=config.tiled)
-    sets, source = config.open(in_channels)
+    sets, source, texts = config.open(in_channels)
+    captions = plan_captions(config, texts, stored)
     card = CodesCard(
         vae=display_name(config.vae),
         revision=_commit(vae) or config.revision,
@@ -143,21 +149,25 @@ def plan_encoding(config: EncodeConfig) -> Plan:
         finished=False,
     )
     depends = {"settings": settings, "source": source.content, "card": card.to_json() | {"vae": "", "revision": ""}}
+    depends |= captions.depends if captions else {}
     sizes = {split: len(images) for split, images in sets.items()}
     shards = plan_shards(config.out, sizes, config.shard_size, depends)
-    manifest = Manifest(itarflow=__version__, settings=settings, source=source, shards=len(shards), card=card)
+    manifest = Manifest(itarflow=__version__, settings=settings, source=source, shards=len(shards), card=card,
+                        context=captions.card if captions else None)  # fmt: skip
     check_source_there(config.out, stored, manifest)
     if stored is not None and stored.card is None:
         raise DataError(f"{config.out / CARD} is damaged: it has no card; choose another folder")
     if stored is not None and stored.card is not None:
         changes = differing(stored.card.identity, card.identity)
         refuse_changes(config.out, "another VAE or scaling", [printable(change) for change in changes])
-    return Plan(config, vae, card, sets, tuple(shards), manifest)
+    return Plan(config, vae, card, sets, tuple(shards), manifest, captions)
 
 
 def _check(config: EncodeConfig) -> None:
     """Refuse what is wrong in the settings alone."""
-    check_settings(config, {"size": 1, "shard_size": 1, "batch_size": 1, "max_broken": 0, "num_workers": 0})
+    check_settings(
+        config, {"size": 1, "shard_size": 1, "batch_size": 1, "max_broken": 0, "num_workers": 0, "context_tokens": 1}
+    )
     if config.dtype not in get_args(Precision):
         raise DataError(f"dtype {config.dtype!r} is unknown; use one of {', '.join(get_args(Precision))}")
 

@@ -6,6 +6,7 @@ A later call goes on only with the same settings, and only if the source is what
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -15,15 +16,14 @@ from typing import Any
 from rich.console import Console
 
 from itarflow.data.codes import find_card
-from itarflow.data.dataset import ImageDataset
 from itarflow.data.identity import DataIdentity, described
 from itarflow.data.images import Crop
-from itarflow.data.load import DataConfig, load_splits
+from itarflow.data.load import DataConfig, Splits, load_splits
 from itarflow.data.made import Manifest
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import LOCK, PARTIAL, remove_partial
 from itarflow.runtime.json_file import as_type, read_json
-from itarflow.runtime.text import display_name, printable
+from itarflow.runtime.text import display_name, human_bytes, printable
 
 TRIAL = ".itarflow-"
 """Prefix of what `files.check_writable` makes to see whether it can, and leaves if it is killed meanwhile."""
@@ -52,8 +52,19 @@ class SourceConfig:
     """Column with the images. None finds it; of several it takes image, img, pixel_values, jpg or png."""
     label_column: str | None = None
     """Column with the class labels. None finds it, if there is one."""
+    captions: str | None = None
+    """Store captions beside the images, for flows that take text: a column of texts, also of a metadata file beside
+    pictures; or a template with {} for the name of the class, such as "a photo of a {}"."""
+    empty_captions: bool = False
+    """Take the empty caption, which stands for no condition, where a caption is missing, instead of refusing."""
+    text_encoder: str = "google/flan-t5-xl"
+    """What makes vectors of the captions: a T5 of transformers, in a folder or on the Hub."""
+    text_encoder_revision: str | None = None
+    """Branch, tag or commit of a text encoder on the Hub."""
+    context_tokens: int = 128
+    """Tokens of a caption, at most: the model's context_tokens. Longer ones are cut."""
 
-    def open(self, in_channels: int) -> tuple[dict[str, ImageDataset], DataIdentity]:
+    def open(self, in_channels: int) -> Splits:
         """All images of each split, and what was understood of the set: `load.load_splits` of these settings.
 
         Args:
@@ -71,15 +82,29 @@ class SourceConfig:
             label_column=self.label_column,
             crop=self.crop,
         )
-        return load_splits(data, self.split, image_size=self.size, in_channels=in_channels)
+        return load_splits(
+            data,
+            self.split,
+            image_size=self.size,
+            in_channels=in_channels,
+            captions=self.captions,
+            empty_captions=self.empty_captions,
+        )
 
     def settings(self, without: Sequence[str]) -> dict[str, Any]:
-        """The values of all fields but these and `out`, as JSON has them; of a local source, only its name.
+        """The values of all fields but these, `out`, and the text encoder, which has a card of its own, as JSON has
+        them; of a local source, only its name.
 
         They may go to the Hub, so they name no local folders.
         """
-        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("out", *without)}
+        without = ("out", "text_encoder", "text_encoder_revision", *without)
+        if self.captions is None:
+            without = (*without, *_OF_CAPTIONS)
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in without}
         return values | {"source": display_name(self.source), "split": list(self.split)}
+
+
+_OF_CAPTIONS = ("captions", "empty_captions", "context_tokens")
 
 
 def check_settings(config: SourceConfig, lowest: Mapping[str, int]) -> None:
@@ -145,10 +170,11 @@ def check_settings_there(out: Path, stored: Manifest | None, settings: Mapping[s
         DataError: saying what differs.
     """
     if stored is not None:
+        there = stored.settings
         changes = [
-            printable(f"{key}: {stored.settings.get(key)} there, {value} now")
-            for key, value in settings.items()
-            if key not in stored.settings or stored.settings[key] != value
+            printable(f"{key}: {there.get(key)} there, {settings.get(key)} now")
+            for key in {**settings, **{key: None for key in there if key in _OF_CAPTIONS}}
+            if key not in there or key not in settings or there[key] != settings[key]
         ]
         refuse_changes(out, "other settings", changes)
 
@@ -173,6 +199,27 @@ def refuse_changes(out: Path, what: str, changes: Sequence[str]) -> None:
             f"{out} was begun with {what}:\n  "
             + "\n  ".join(changes)
             + f"\nRun the command that began it, choose another folder, or delete {out} to begin anew."
+        )
+
+
+def check_room(out: Path, needed: float, what: str, advice: str = "") -> None:
+    """Refuse to begin if the disk has less room than is needed.
+
+    Args:
+        out: the folder to write.
+        needed: bytes.
+        what: they are for, such as "the codes of 10 images".
+        advice: what else would help.
+
+    Raises:
+        OSError: saying how much is missing.
+    """
+    existing = next(place for place in (out.absolute(), *out.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OSError(
+            f"{what} need {human_bytes(needed)}, but only {human_bytes(free)} are free in {existing}; make room, "
+            f"choose another folder{advice}."
         )
 
 

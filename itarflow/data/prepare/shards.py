@@ -41,6 +41,7 @@ ROW_GROUP = 128
 """Rows that are read at a time by those who stream."""
 
 _DIGITS = 64  # of a SHA-256
+_DICTIONARY = 2**28  # bytes of the distinct values of a row group, such as the vectors of its captions
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def write_shard(
                 partial,
                 schema,
                 compression="none",
-                use_dictionary=["label"],
+                use_dictionary=["label", "caption", "context"],
+                dictionary_pagesize_limit=_DICTIONARY,
                 write_statistics=["label"],
                 write_page_checksum=True,
             ) as writer,

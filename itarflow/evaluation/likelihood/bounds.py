@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from itarflow.codec import Posterior
+from itarflow.flow.density import LOG_2PI
 from itarflow.flow.noise import LEVELS_PER_UNIT, dequantise
-from itarflow.flow.tarflow import LOG_2PI, TARFlow
+from itarflow.flow.tarflow import TARFlow
 from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.seeds import mixed_seed
 

@@ -28,6 +28,7 @@ from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append,
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.prompts import refuse_flow_of_prompts
 from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, folder_lock, weights_digest
@@ -174,6 +175,7 @@ def _check_counts(config: BpdConfig) -> None:
 
 def _open(config: BpdConfig) -> _Work:
     pipe = ITARFlowPipeline.from_pretrained(config.checkpoint)
+    refuse_flow_of_prompts(pipe.flow, "bpd")
     flow: TARFlow = pipe.flow.float().eval().requires_grad_(False)
     schedule = pipe.scheduler.config
     noises = noises_of(

@@ -6,16 +6,21 @@ from itarflow.runtime.kernels.cpu import Linear, linear
 from itarflow.runtime.kernels.decode import decode_attention, has_decode_attention
 from itarflow.runtime.kernels.packed import PackedLinear, pack
 from itarflow.runtime.kernels.proof import without_kernels
+from itarflow.runtime.kernels.rotary import Rotation, rotate_in_place, rotated, rotation_of
 
 __all__ = [
     "Cache",
     "Linear",
     "PackedLinear",
+    "Rotation",
     "attention",
     "attention_bias",
     "decode_attention",
     "has_decode_attention",
     "linear",
     "pack",
+    "rotate_in_place",
+    "rotated",
+    "rotation_of",
     "without_kernels",
 ]

@@ -45,7 +45,7 @@ PLAIN = os.environ.get("ITARFLOW_PLAIN_KERNELS", "") not in ("", "0")
 """Whether the environment turns the replacements off."""
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether a transform is active that does not support the autograd functions below."""
     return (
         torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -61,7 +61,7 @@ def _has_onednn() -> bool:
         operator.default(one, packed, one[0], "gelu", [], "none")
         operator.binary(one, one, packed, one[0], "add")
         torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        _is_watched()
+        is_watched()
     except (AttributeError, RuntimeError, TypeError):
         return False
     return True
@@ -120,7 +120,7 @@ def _prefers_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.numel() * len(weight) >= _FEWEST
         and type(weight) in (Tensor, nn.Parameter)  # no subclass, such as a distributed tensor
         and not torch.is_autocast_enabled("cpu")
-        and not _is_watched()
+        and not is_watched()
     )
 
 
@@ -210,7 +210,7 @@ def _prefers_blocks(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.device.type == "cpu"
         and q.dtype == k.dtype == v.dtype == torch.bfloat16
         and q.shape == k.shape
-        and not _is_watched()
+        and not is_watched()
     )
 
 

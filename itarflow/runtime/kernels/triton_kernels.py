@@ -24,6 +24,7 @@ def _decode(
     cache,
     position,
     temperature,
+    pairs,
     out,
     stats,
     partial,
@@ -37,6 +38,7 @@ def _decode(
     width: tl.constexpr,
     block: tl.constexpr,
     splits: tl.constexpr,
+    rotary: tl.constexpr,
     stages: tl.constexpr,
 ):
     """One head of one row, and one part of its keys. Each of `block` places keeps a softmax of its own to the end."""
@@ -46,10 +48,17 @@ def _decode(
     n, e = tl.arange(0, block), tl.arange(0, width)
     new = qkv + row.to(tl.int64) * qkv_row + head * width + e
     channels = heads * width
-    q = tl.load(new).to(tl.float32) * scale
+    q, k_new, v_new = tl.load(new).to(tl.float32), tl.load(new + channels), tl.load(new + 2 * channels)
+    if rotary:
+        cos, sin = tl.load(pairs + (e & ~1)), tl.load(pairs + (e | 1))
+        sin = tl.where((e & 1) == 0, -sin, sin)  # of what is added to an entry from the other one of its pair
+        other = qkv + row.to(tl.int64) * qkv_row + head * width + (e ^ 1)
+        q = q * cos + tl.load(other).to(tl.float32) * sin
+        turned = k_new.to(tl.float32) * cos + tl.load(other + channels).to(tl.float32) * sin
+        k_new = turned.to(cache.dtype.element_ty)
+    q = q * scale
     q = q / tl.load(temperature + row, mask=tempered != 0, other=1.0)  # one kernel, with and without
     keys = cache + row.to(tl.int64) * cache_row + head.to(tl.int64) * cache_head
-    k_new, v_new = tl.load(new + channels), tl.load(new + 2 * channels)
     if split == 0:  # nobody reads them there before the next token
         place_new = keys + last * width + e
         tl.store(place_new, k_new)
@@ -105,8 +114,10 @@ def _combine(stats, partial, out, width: tl.constexpr, splits: tl.constexpr):
     tl.store(out + pair * width + e, value.to(out.dtype.element_ty))
 
 
-def decode_attention(qkv: Tensor, cache: Tensor, position: Tensor, temperature: Tensor | None, splits: int) -> Tensor:
-    """See `decode.decode_attention`; the keys are split over so many programs, a power of two."""
+def decode_attention(
+    qkv: Tensor, cache: Tensor, position: Tensor, temperature: Tensor | None, pairs: Tensor | None, splits: int
+) -> Tensor:
+    """See `decode.decode_attention`; `pairs` of the rotation; so many programs share the keys, a power of two."""
     _, rows, heads, _, width = cache.shape
     out = qkv.new_empty(rows, 1, heads * width)
     parts = 0 if splits == 1 else rows * heads * splits
@@ -117,6 +128,7 @@ def decode_attention(qkv: Tensor, cache: Tensor, position: Tensor, temperature: 
         cache,
         position,
         stats if temperature is None else temperature.float(),
+        stats if pairs is None else pairs.float().contiguous(),
         out,
         stats,
         partial,
@@ -128,6 +140,7 @@ def decode_attention(qkv: Tensor, cache: Tensor, position: Tensor, temperature: 
         width=width,
         block=max(32, min(256, _TILE // width)),
         splits=splits,
+        rotary=pairs is not None,
         stages=3,
         num_warps=4,
     )

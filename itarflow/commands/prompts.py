@@ -1,0 +1,146 @@
+"""Prompts as options of the commands that make images, and what of a checkpoint an image is made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itarflow.commands.class_labels import MOST_IMAGES, chosen_labels, class_name
+from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.prompts import encoded, text_encoder_of
+from itarflow.runtime.json_file import read_bytes
+from itarflow.runtime.text import file_name, printable
+from itarflow.text_encoder import TextEncoder
+
+_LARGEST_FILE = 64 * 2**20
+_LONGEST_NAME = 60
+"""Characters of a prompt in the name of a file."""
+
+
+@dataclass(frozen=True)
+class Subjects:
+    """What images are made from, one an image: labels, or prompts."""
+
+    labels: list[int | None]
+    """None = no label."""
+    prompts: list[str] | None
+    """None = images are made from labels."""
+    names: list[str]
+    """Of the labels, or the prompts; "" for none."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def facts(self) -> dict[str, str]:
+        """For the file of all images."""
+        if self.prompts is not None:
+            return {"prompts": json.dumps(self.prompts)}
+        return {"labels": ", ".join(name or "none" for name in self.names)}
+
+    def facts_of(self, index: int) -> dict[str, str]:
+        """For the file of an image."""
+        if self.prompts is not None:
+            return {"prompt": self.prompts[index]}
+        return {"label": self.names[index] or "none"}
+
+    def file(self, index: int) -> str:
+        """The name of that file."""
+        name = "" if self.prompts is None else file_name(self.prompts[index])[:_LONGEST_NAME].strip("-")
+        return f"{index:06d}{'-' if name else ''}{name}.png"
+
+
+def subjects_of(
+    pipe: ITARFlowPipeline, class_labels: Sequence[str] | None, prompts: Sequence[str] | None, num_images: int | None
+) -> Subjects:
+    """What each image is made from, as the options of a command say.
+
+    Args:
+        pipe: makes the images.
+        class_labels: see `chosen_labels`.
+        prompts: repeated in turn.
+        num_images: None = one a prompt, or as `chosen_labels` says.
+
+    Raises:
+        ValueError: labels for a checkpoint that takes prompts, prompts for one that takes none, there are no prompts,
+            or no image is asked for.
+    """
+    if not pipe.takes_prompts:
+        if prompts is not None:
+            instead = "give --class-labels" if pipe.flow.config.num_classes else "leave it out"
+            raise ValueError(f"--prompt was given, but this checkpoint makes no images from prompts; {instead}.")
+        labels = chosen_labels(pipe, class_labels, num_images)
+        return Subjects(labels, None, [class_name(pipe, label) for label in labels])
+    if class_labels is not None:
+        raise ValueError("--class-labels were given, but this checkpoint takes prompts; give --prompt.")
+    if not prompts:
+        raise ValueError(
+            "this checkpoint makes images from prompts; give one, such as --prompt 'a corgi on the beach', or "
+            "--prompt '' for none in particular."
+        )
+    count = len(prompts) if num_images is None else num_images
+    if not 1 <= count <= MOST_IMAGES:
+        raise ValueError(f"--num-images is {count}; expected a number >= 1, and at most {MOST_IMAGES:,}.")
+    chosen = [prompts[index % len(prompts)] for index in range(count)]
+    return Subjects([None] * count, chosen, [printable(prompt).replace("\n", " ") for prompt in chosen])
+
+
+def prompts_in(path: Path) -> list[str]:
+    """The prompts in a file, one a line.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it is no text in UTF-8, too large, or empty.
+    """
+    try:
+        lines = read_bytes(path, _LARGEST_FILE).decode("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path} is no text in UTF-8 ({error}); expected one prompt a line.") from error
+    if not lines:
+        raise ValueError(f"--prompts {path} is empty; expected one prompt a line.")
+    return [line.strip() for line in lines]
+
+
+def take_encoder(pipe: ITARFlowPipeline, name: str | None) -> TextEncoder:
+    """The text encoder of a pipeline, or another one by name; the pipeline is left without.
+
+    It is taken out so that it need not lie beside the flow on a device.
+
+    Raises:
+        ImportError: transformers is not installed.
+        OSError: it can't be loaded.
+        ValueError: there is none, or it does not fit the flow.
+    """
+    if name is not None:
+        other = TextEncoder.from_pretrained(name, max_tokens=pipe.flow.config.context_tokens)
+        encoder = text_encoder_of(other.encoder, other.tokenizer, pipe.flow)
+    else:
+        encoder = text_encoder_of(pipe.text_encoder, pipe.tokenizer, pipe.flow)
+    if encoder is None:
+        raise ValueError(
+            "this checkpoint has no text encoder; name the one that it was trained with by --text-encoder, such as "
+            "google/flan-t5-xl."
+        )
+    pipe.register_modules(text_encoder=None, tokenizer=None)
+    return encoder
+
+
+def encode_once(encoder: TextEncoder, prompts: Sequence[str], device: str | torch.device) -> dict[str, Tensor]:
+    """The vectors of prompts and of the empty one, on the CPU; the encoder is back there at the end.
+
+    Returns:
+        Arguments of a call of the pipeline: prompt_embeds (B, T, E) and negative_prompt_embeds (1, T, E).
+    """
+    vectors = encoded(encoder.to(device), [*prompts, ""]).cpu()
+    encoder.to("cpu")
+    return {"prompt_embeds": vectors[:-1], "negative_prompt_embeds": vectors[-1:]}
+
+
+def part_of(embeds: dict[str, Tensor], part: slice) -> dict[str, Any]:
+    """The arguments of `encode_once` for some of the images."""
+    return embeds and {**embeds, "prompt_embeds": embeds["prompt_embeds"][part]}
