@@ -129,9 +129,10 @@ def take_encoder(pipe: ITARFlowPipeline) -> TextEncoder:
     """
     encoder = text_encoder_of(pipe.text_encoder, pipe.tokenizer, pipe.flow)
     if encoder is None:
+        known = (pipe.config.training or {}).get("captions_encoder")
+        named = f"it was trained with {printable(str(known))}" if known else "such as google/flan-t5-xl for STARFlow's"
         raise ValueError(
-            "this checkpoint has no text encoder; name the one that it was trained with by --text-encoder, such as "
-            "google/flan-t5-xl."
+            f"this checkpoint has no text encoder; name the one of its training by --text-encoder ({named})."
         )
     pipe.register_modules(text_encoder=None, tokenizer=None)
     return encoder

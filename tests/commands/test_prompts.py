@@ -82,7 +82,7 @@ def test_a_text_encoder_may_be_named(run, refused, checkpoint, tmp_path):
     run("sample", checkpoint, *named(*PROMPTS))
     run("sample", bare, *named(*PROMPTS), "--text-encoder", encoder, "--output", "named.png")
     np.testing.assert_array_equal(pixels("samples.png"), pixels("named.png"))
-    assert "no text encoder; name the one" in refused("sample", bare, *named("a cat"))
+    assert "no text encoder; name the one of its training" in refused("sample", bare, *named("a cat"))
     save_text_encoder(tmp_path / "wide", width=12)
     message = refused("sample", bare, *named("a cat"), "--text-encoder", tmp_path / "wide")
     assert "vectors of 12, but the flow takes vectors of 8" in message
