@@ -21,7 +21,7 @@ from itarflow import __version__
 from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import resumable, say
 from itarflow.commands.guidance import GuidanceOptions
-from itarflow.data.images import Crop
+from itarflow.data.images import Crop, square_side
 from itarflow.data.load import DataConfig
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Spacing
@@ -276,7 +276,7 @@ class Scoring(GuidanceOptions):
             "protocol": self.protocol,
         }
         if self.reference is not None:
-            return read_reference(self.reference, image_size=pipe.picture_shape[1], crop=crop, **shared)
+            return read_reference(self.reference, image_size=square_side(pipe.picture_shape), crop=crop, **shared)
         config = DataConfig(
             path=self.data,
             split=self.split,

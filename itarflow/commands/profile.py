@@ -20,7 +20,7 @@ from torch import Tensor
 from itarflow.codec import codec_of, to_pixels
 from itarflow.commands.class_labels import check_seed, chosen_labels
 from itarflow.commands.console import say
-from itarflow.data.images import spread_over
+from itarflow.data.images import spread_over, square_side
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
 from itarflow.inverse.guidance import Guidance
@@ -133,7 +133,7 @@ class Profile:
             labels = label_tensor(chosen_labels(pipe, self.class_labels, min(self.batch_sizes)), flow.device)
             z = flow.sample_prior(min(self.batch_sizes), generator)
             return flow.inverse(z, labels, t_max, dtype=pipe.sampling_dtype()), labels, t_max
-        channels, side, _ = pipe.picture_shape
+        channels, side = pipe.picture_shape[0], square_side(pipe.picture_shape)
         config = DataConfig(path=self.data, held_out_images=0)
         data = load_data(config, image_size=side, in_channels=channels)
         chosen = spread_over(len(data.train), min(len(data.train), _REAL_IMAGES))
