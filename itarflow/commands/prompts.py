@@ -106,21 +106,28 @@ def prompts_in(path: Path) -> list[str]:
     return [line.strip() for line in lines]
 
 
-def take_encoder(pipe: ITARFlowPipeline, name: str | None) -> TextEncoder:
-    """The text encoder of a pipeline, or another one by name; the pipeline is left without.
-
-    It is taken out so that it need not lie beside the flow on a device.
+def put_encoder(pipe: ITARFlowPipeline, name: str) -> None:
+    """Give a pipeline another text encoder, by name.
 
     Raises:
         ImportError: transformers is not installed.
         OSError: it can't be loaded.
-        ValueError: there is none, or it does not fit the flow.
+        ValueError: it does not fit the flow.
     """
-    if name is not None:
-        other = TextEncoder.from_pretrained(name, max_tokens=pipe.flow.config.context_tokens)
-        encoder = text_encoder_of(other.encoder, other.tokenizer, pipe.flow)
-    else:
-        encoder = text_encoder_of(pipe.text_encoder, pipe.tokenizer, pipe.flow)
+    if not pipe.takes_prompts:
+        raise ValueError(f"--text-encoder {name} is for prompts, which this checkpoint does not take; leave it out.")
+    other = TextEncoder.from_pretrained(name, max_tokens=pipe.flow.config.context_tokens)
+    text_encoder_of(other.encoder, other.tokenizer, pipe.flow)  # raises ValueError if it does not fit
+    pipe.register_modules(text_encoder=other.encoder, tokenizer=other.tokenizer)
+
+
+def take_encoder(pipe: ITARFlowPipeline) -> TextEncoder:
+    """The text encoder of a pipeline, which is left without, so that the two need not lie beside on a device.
+
+    Raises:
+        ValueError: there is none.
+    """
+    encoder = text_encoder_of(pipe.text_encoder, pipe.tokenizer, pipe.flow)
     if encoder is None:
         raise ValueError(
             "this checkpoint has no text encoder; name the one that it was trained with by --text-encoder, such as "
