@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -286,12 +287,28 @@ def load_encoder(folder: Path, variant: str | None = None, dtype: torch.dtype | 
         told = ", ".join(f"{printable(key)} {held.get(key, 'missing')}, expected {expected.get(key, 'none')}"
                          for key in wrong[:3])  # fmt: skip
         raise OSError(f"the weights in {folder} do not fit its {CONFIG}: {len(wrong)} tensors differ ({told})")
-    encoder = transformers.T5EncoderModel.from_pretrained(
-        folder, variant=variant, use_safetensors=True, dtype=dtype or torch.float32, local_files_only=True
-    )
+    with _quiet(transformers):
+        encoder = transformers.T5EncoderModel.from_pretrained(
+            folder, variant=variant, use_safetensors=True, dtype=dtype or torch.float32, local_files_only=True
+        )
     for key, tensor in encoder.state_dict().items():
         check_finite(key, tensor, str(folder))
     return encoder.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet(transformers: ModuleType) -> Iterator[None]:
+    """Without its bar, and without a warning of the decoder's tensors, which are left out."""
+    logging = transformers.utils.logging
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 class _T5Sizes(TypedDict, total=False):

@@ -93,7 +93,7 @@ def test_identity_says_whether_vectors_are_equal(encoder, tmp_path):
     assert TextEncoder(other, tiny_t5(vocab_size=60)).identity.tokenizer != encoder.identity.tokenizer
 
 
-def test_a_whole_t5_gives_its_encoder(encoder, tmp_path):
+def test_a_whole_t5_gives_its_encoder(encoder, tmp_path, capsys):
     from transformers import T5ForConditionalGeneration
 
     config = tiny_t5().config
@@ -103,7 +103,14 @@ def test_a_whole_t5_gives_its_encoder(encoder, tmp_path):
     whole.save_pretrained(tmp_path, max_shard_size="4KB")  # in several files
     tiny_tokenizer().save_pretrained(tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "model-head.safetensors", {"format": "pt"})
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = "model-head.safetensors"
+    path.write_text(json.dumps(index))
+    capsys.readouterr()
     found = TextEncoder.from_pretrained(str(tmp_path), max_tokens=TOKENS)
+    assert capsys.readouterr().err == ""
     torch.testing.assert_close(found.encode(["a cat"]), encoder.encode(["a cat"]))
 
 

@@ -2,62 +2,92 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+import torch
 import tyro
 from rich.console import Console
 
+from itarflow.codec import CodecConfig, load_vae
 from itarflow.commands.console import say
-from itarflow.convert import export_official, load_official
+from itarflow.convert import PUBLIC_FILES, export_official, load_official
+from itarflow.convert.public_files import Preset, PublicFile, likely_presets
+from itarflow.denoisers.load import stored_flow
 from itarflow.denoisers.ode import DenoiseScheduler
 from itarflow.flow.tarflow import TARFlow
+from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.folder import foreign_entries
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.runtime.files import check_writable, replace_folder
+from itarflow.runtime.hub import folder_of
+from itarflow.runtime.model_folder import read_heads, weight_files
+from itarflow.runtime.pipeline_index import pipeline_index
 from itarflow.runtime.text import listed, printable
+from itarflow.runtime.torch_file import shards_advice
+from itarflow.text_encoder import TextEncoder
+
+STARFLOW_T_MAX = 0.3
 
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn an official ml-tarflow or ml-itarflow checkpoint into a pipeline, or back by --to-official.
+    """Turn a checkpoint of ml-tarflow, ml-itarflow or ml-starflow into a pipeline, or back by --to-official.
 
     Example: itarflow convert imagenet_model.pth imagenet64/ --t-max 0.3
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """An official .pth file; with --to-official a pipeline's folder or Hub id."""
+    """An official .pth file, or its tensors as safetensors; with --to-official a pipeline's folder or Hub id."""
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """The folder to write; with --to-official the .pth file."""
     to_official: bool = False
     """Write the official format from ours."""
     overwrite: bool = False
     """Replace the target if it exists."""
-    in_channels: int = 3
-    """Channels of the images, which the file does not record."""
+    preset: Preset | None = None
+    """Which public file it is: what it does not record, and how it samples, is then as its owners publish it, but for
+    what other options say. The card names source and licence."""
+    in_channels: int | None = None
+    """Channels of the images or codes, which the file does not record. None = 3, or 4 of a STARFlow."""
+    image_size: tuple[int, ...] | None = None
+    """Of a STARFlow: side, or height and width, of the codes to generate, if not those that it was trained on."""
     input_scale: float = 1.0
     """The official input_scale, which the file does not record."""
+    soft_clip: float | None = None
+    """The soft_clip of ml-starflow, which the file does not record; 0 = off. None = 4."""
+    softplus: bool | None = None
+    """The use_softplus of ml-starflow, which the file does not record. None = True."""
+    seq_order: Literal["L2R", "R2L"] | None = None
+    """The seq_order of ml-starflow, which the file does not record. None = L2R."""
     t_max: float | None = None
     """Noise level at which to sample: the official t1, or TARFlow's noise_std. None = the paper's for the image
     size, else 0.3."""
     t_min: float | None = None
     """Smallest noise level for denoising: the official t0. None = the paper's 0.01, or less if t_max asks for it."""
-    guidance_weight: float = 0.0
-    """Default guidance weight, with the rule of the official code that made the checkpoint."""
+    guidance_weight: float | None = None
+    """Default guidance weight, with the rule of the official code that made the checkpoint. None = 0."""
     num_denoise_steps: int | None = None
-    """Score evaluations by default. None = 10 for an iTARFlow, 1 for a TARFlow."""
+    """Score evaluations by default. None = 10 for an iTARFlow, 1 for others."""
+    vae: str | None = None
+    """The VAE of a flow of codes: a folder, or a name on the Hub, such as stabilityai/sd-vae-ft-ema. "none" = leave
+    out that of the preset."""
+    text_encoder: str | None = None
+    """The T5 encoder of a flow of prompts: a folder, or a name on the Hub, such as google/flan-t5-xl. "none" = leave
+    out that of the preset."""
 
     def run(self) -> None:
         """Carry the command out."""
         self._check()
         if self.to_official:
-            flow = ITARFlowPipeline.from_pretrained(self.source).flow
+            flow = _stored(self.source)
             say(f"official checkpoint in {export_official(flow, self.target)}")
             return
-        flow = load_official(Path(self.source), in_channels=self.in_channels, input_scale=self.input_scale)
-        pipeline = self._pipeline(flow)
+        public = None if self.preset is None else PUBLIC_FILES[self.preset]
+        flow = self._flow(public)
+        pipeline = self._pipeline(flow, public)
         if self.t_max is not None:  # an assumed level must not make the flow refuse others
             only_level = not flow.config.noise_conditioned and self.t_min is None
             low = self.t_max if only_level else pipeline.scheduler.config.t_min
@@ -75,9 +105,12 @@ class Convert:
         """Refuse, before anything is read, a target that can't be written or that would be lost."""
         if not self.to_official and Path(self.source).is_dir():
             raise ValueError(
-                f"{self.source} is a folder; expected an official .pth file. To write one from the pipeline in it, "
+                shards_advice(Path(self.source))
+                or f"{self.source} is a folder; expected an official .pth file. To write one from the pipeline in it, "
                 "add --to-official."
             )
+        if self.image_size is not None and len(self.image_size) not in (1, 2):
+            raise ValueError(f"image_size has {len(self.image_size)} numbers; expected a side, or height and width.")
         holds = any(self.target.iterdir()) if self.target.is_dir() else self.target.exists()
         if self.target.is_dir() and self.to_official:
             raise ValueError(f"{self.target} is a folder; expected a file name ending in .pth.")
@@ -93,20 +126,109 @@ class Convert:
             raise ValueError(f"{self.target} exists; add --overwrite to replace it, or choose another name.")
         check_writable(self.target.parent)
 
-    def _pipeline(self, flow: TARFlow) -> ITARFlowPipeline:
-        iterative, size = flow.config.noise_conditioned, flow.config.image_size
-        of_paper = T_MAX if iterative else {row.image_size: row.noise_std for row in TARFLOW.values() if row.noise_std}
-        t_max = self.t_max if self.t_max is not None else of_paper.get(size, 0.3)
-        if self.t_max is None:
-            Console().print(f"[yellow]t_max is not in the file; {t_max} is assumed. Say --t-max if it is another.")
+    def _flow(self, public: PublicFile | None) -> TARFlow:
+        """The flow in the source, by the preset and the options."""
+        size = self.image_size
+        asked = {
+            "in_channels": self.in_channels,
+            "image_size": None if size is None else size[0] if len(size) == 1 else (size[0], size[1]),
+            "soft_clip": self.soft_clip,
+            "softplus": self.softplus,
+            "seq_order": self.seq_order,
+        }
+        options = {name: value for name, value in asked.items() if value is not None}
+        told: dict[str, Any] = {**(public.load if public else {}), **options}
+        flow = load_official(Path(self.source), input_scale=self.input_scale, **told)
+        if public is not None and self.preset is not None:
+            public.check(self.preset, flow, asked=options)
+        elif likely := likely_presets(flow):
+            _note(f"It has the shapes of a public file; if it is that, say --preset {' or '.join(likely)}.")
+        return flow
+
+    def _pipeline(self, flow: TARFlow, public: PublicFile | None = None) -> ITARFlowPipeline:
+        config = flow.config
+        iterative, starflow = config.noise_conditioned, bool(config.rotary_side)
+        t_max = self._t_max(flow, public)
+        guidance = Guidance(
+            rule="scale" if iterative else "gaussian" if starflow else "log_scale",
+            schedule="constant" if starflow else "linear",
+            blocks=config.context_blocks if starflow else None,
+        )
+        if public is not None:
+            guidance = public.guidance
+        if self.guidance_weight is not None:
+            guidance = replace(guidance, weight=self.guidance_weight)
         scheduler = DenoiseScheduler(
             t_max=t_max,
             t_min=self.t_min if self.t_min is not None else min(T_MIN, t_max / 2),
             num_denoise_steps=(10 if iterative else 1) if self.num_denoise_steps is None else self.num_denoise_steps,
         )
-        guidance = {
-            "weight": self.guidance_weight,
-            "rule": "scale" if iterative else "log_scale",
-            "schedule": "linear",
+        return ITARFlowPipeline(
+            flow,
+            scheduler,
+            guidance=asdict(guidance),
+            class_names=list(public.class_names) if public and public.class_names else None,
+            training=self._record(flow, public),
+            **self._parts(flow, public),
+        )
+
+    def _t_max(self, flow: TARFlow, public: PublicFile | None) -> float:
+        if self.t_max is not None:
+            return self.t_max
+        if public is not None:
+            return public.t_max
+        if flow.config.rotary_side:
+            t_max = STARFLOW_T_MAX
+        elif flow.config.noise_conditioned:
+            t_max = T_MAX.get(flow.config.image_size, 0.3)
+        else:
+            of_paper = {row.image_size: row.noise_std for row in TARFLOW.values() if row.noise_std}
+            t_max = of_paper.get(flow.config.image_size, 0.3)
+        _note(f"t_max is not in the file; {t_max} is assumed. Say --t-max if it is another.")
+        return t_max
+
+    def _parts(self, flow: TARFlow, public: PublicFile | None) -> dict[str, Any]:
+        """VAE, text encoder and tokenizer, those that there are."""
+        vae = self.vae or (public and public.vae) or "none"
+        parts: dict[str, Any] = {} if vae == "none" else {"vae": load_vae(CodecConfig(vae=vae))}
+        of_prompts = flow.config.context_tokens and not flow.config.num_classes
+        text_encoder = self.text_encoder or (public and public.text_encoder) or "none"
+        if text_encoder != "none":
+            text = TextEncoder.from_pretrained(text_encoder, max_tokens=flow.config.context_tokens)
+            parts |= {"text_encoder": text.encoder, "tokenizer": text.tokenizer}
+        if flow.config.rotary_side and vae == "none":
+            _note("It has no VAE, and makes codes alone; give the one that it was trained with by --vae.")
+        if of_prompts and text_encoder == "none":
+            _note("It has no text encoder, and needs prompt_embeds; give the one that it was trained with by "
+                  "--text-encoder.")  # fmt: skip
+        return parts
+
+    def _record(self, flow: TARFlow, public: PublicFile | None) -> dict[str, Any]:
+        """What the card and `itarflow info` tell of the conversion."""
+        moved = flow.config.rotary_side and flow.patch_sizes[0] > 1
+        changes = "Tensors were renamed" + (", and the values in a token put into another order" * moved)
+        changes += f"; stored as {str(flow.dtype).removeprefix('torch.')}. Buffers without information were left out."
+        record: dict[str, Any] = {"name": Path(self.source).stem, "converted": {"changes": changes}}
+        if public is None:
+            return record
+        record["converted"]["source"] = public.source
+        published = {
+            "noise_std": public.noise_std,
+            "denoise_factor": public.denoise_factor,
+            "published_fid": public.fid,
         }
-        return ITARFlowPipeline(flow, scheduler, guidance=guidance, training={"name": Path(self.source).stem})
+        known = {key: value for key, value in published.items() if value is not None}
+        return {**record, "name": self.preset, **known, "license": asdict(public.license)}
+
+
+def _note(text: str) -> None:
+    Console().print(f"[yellow]{text}")
+
+
+def _stored(source: str) -> TARFlow:
+    """The flow of a pipeline in the type that it is stored in, without its other parts."""
+    folder = folder_of(source, ("*.json", "*.safetensors"), expected="a pipeline of itarflow")
+    index = pipeline_index(folder)
+    stored = {head.dtype for head in read_heads(weight_files(folder / "flow")).values()}
+    halves = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return stored_flow(folder, index, dtype=halves.get(stored.pop()) if len(stored) == 1 else None)

@@ -67,14 +67,13 @@ class Evaluate(Scoring, OneGuidance):
             self.t_max, None, self.num_denoise_steps, self.method, self.spacing, denoiser=denoiser
         )
         guidance = self.guidance_of(pipe.default_guidance)
-        unlabelled = self.labels == "none" or pipe.flow.config.num_classes == 0
         generation = Generation(
             pipe=pipe,
             variants=variants_of(pipe, schedule, self.ways, denoiser=denoiser, **self.denoising()),
             labels=self.sample_labels(pipe),
             seed=self.seed,
             # Without labels the checkpoint's own weight plays no part, and one given here is refused.
-            guidance=guidance or (None if unlabelled else pipe.default_guidance),
+            guidance=guidance or (pipe.default_guidance if self.guided_by(pipe) else None),
             t_max=schedule.config.t_max,
             **self.inverting(),
         )
@@ -119,9 +118,10 @@ class Evaluate(Scoring, OneGuidance):
         weight = 0.0 if generation.guidance is None else generation.guidance.weight
         how += "" if generation.guidance is None else _parts(generation.guidance, generation.pipe.default_guidance)
         how += "" if self.protocol == "rounded" else ", protocol official"
+        what = f"labels {self.labels}" if self.prompts is None else f"prompts {self.prompts.name}"
         return (
-            f"{name}{how}, guidance {weight:g}, t_max {generation.level:g}: {scores.samples:,} samples, labels "
-            f"{self.labels}, seed {self.seed}, against {scores.reference}, by {scores.extractor}"
+            f"{name}{how}, guidance {weight:g}, t_max {generation.level:g}: {scores.samples:,} samples, {what}, seed "
+            f"{self.seed}, against {scores.reference}, by {scores.extractor}"
         )
 
 

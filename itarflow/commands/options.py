@@ -21,7 +21,8 @@ from itarflow import __version__
 from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import resumable, say
 from itarflow.commands.guidance import GuidanceOptions
-from itarflow.data.images import Crop
+from itarflow.commands.prompts import prompts_in, put_encoder
+from itarflow.data.images import Crop, square_side
 from itarflow.data.load import DataConfig
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Spacing
@@ -32,6 +33,7 @@ from itarflow.evaluation.metrics.reference import Reference, read_reference
 from itarflow.evaluation.metrics.scores import Scores
 from itarflow.evaluation.real_images import crop_for, reference_for
 from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_by, manifest_of
+from itarflow.evaluation.samples.prompts import SamplePrompts
 from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.inverse.solvers import sequential
 from itarflow.pipeline.pipeline import ITARFlowPipeline
@@ -80,6 +82,11 @@ class Scoring(GuidanceOptions):
     """How many. Papers make 50,000; with fewer, FID is higher, and comparable only at equal numbers."""
     labels: LabelRule = "balanced"
     """balanced: every class in turn. random: drawn uniformly. none: without labels, and without guidance."""
+    prompts: Path | None = None
+    """Of a checkpoint that takes prompts: a file with one a line, which the samples take in turn, such as the captions
+    of the real images."""
+    text_encoder: str | None = None
+    """The text encoder of such a checkpoint, if it holds none: a folder or a Hub id of a T5."""
     seed: int = 0
     """Of the noise and of random labels."""
     protocol: Protocol = "rounded"
@@ -147,6 +154,7 @@ class Scoring(GuidanceOptions):
         if self.num_samples > MOST_SAMPLES:
             raise ValueError(f"--num-samples is {self.num_samples}; expected at most {MOST_SAMPLES:,}.")
         check_seed(self.seed)
+        self._prompts()
         for name in ("batch_size", "decode_batch_size", "denoise_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -185,6 +193,7 @@ class Scoring(GuidanceOptions):
                 "checkpoint": display_name(self.checkpoint),
                 "denoiser": None if self.denoiser is None else display_name(self.denoiser),
                 "labels": self.labels,
+                **({} if self.prompts is None else {"prompts": self.prompts.name}),
                 "reference": asdict(reference.origin),
                 "protocol": PROTOCOLS[self.protocol],
                 "conversion": CONVERSIONS[self.protocol],
@@ -206,6 +215,14 @@ class Scoring(GuidanceOptions):
         """(N,) int64, a label each sample; -1 = none."""
         return labels_by(self.labels, self.num_samples, pipe.flow.config.num_classes, self.seed)
 
+    def guided_by(self, pipe: ITARFlowPipeline) -> bool:
+        """Whether there are labels or prompts to guide by."""
+        return pipe.takes_prompts or (self.labels != "none" and pipe.flow.config.num_classes > 0)
+
+    def _prompts(self) -> SamplePrompts:
+        """Raises OSError or ValueError if the file can't be read."""
+        return SamplePrompts(prompts_in(self.prompts) if self.prompts is not None else ())
+
     def denoising(self) -> dict[str, Any]:
         """Options of denoising and decoding, for `variants_of` and `generations_of`."""
         return {
@@ -221,6 +238,7 @@ class Scoring(GuidanceOptions):
             "solver": sequential if self.exact else None,
             "inverse_dtype": asked_dtype(self.inverse_dtype, exact=self.exact),
             "batch_size": self.batch_size,
+            "prompts": self._prompts(),
         }
 
     def _look_at(self, folders: Mapping[Path, Generation]) -> None:
@@ -242,7 +260,11 @@ class Scoring(GuidanceOptions):
                 f"--device is {self.device}, but {state.num_processes} processes take one each; leave it out."
             )
         device = str(state.device) if state.num_processes > 1 else usable_device(self.device)
-        pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(self.checkpoint)).to(device)
+        pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(self.checkpoint))
+        if self.text_encoder is not None:
+            put_encoder(pipe, self.text_encoder)
+        self._prompts().check(pipe)
+        pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         crop_for(pipe, self.crop), noted_evaluations(pipe.config.evaluations)  # refused now
         return pipe, device
@@ -276,7 +298,7 @@ class Scoring(GuidanceOptions):
             "protocol": self.protocol,
         }
         if self.reference is not None:
-            return read_reference(self.reference, image_size=pipe.picture_shape[1], crop=crop, **shared)
+            return read_reference(self.reference, image_size=square_side(pipe.picture_shape), crop=crop, **shared)
         config = DataConfig(
             path=self.data,
             split=self.split,

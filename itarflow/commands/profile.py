@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import tyro
@@ -18,9 +18,10 @@ from rich.table import Table
 from torch import Tensor
 
 from itarflow.codec import codec_of, to_pixels
-from itarflow.commands.class_labels import check_seed, chosen_labels
+from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import say
-from itarflow.data.images import spread_over
+from itarflow.commands.prompts import encode_once, subjects_of, take_encoder
+from itarflow.data.images import spread_over, square_side
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
 from itarflow.inverse.guidance import Guidance
@@ -36,6 +37,22 @@ from itarflow.runtime.seeds import image_generators
 
 _REAL_IMAGES = 64
 """Images of --data that CRM and IGM are computed on."""
+
+
+class _Given(NamedTuple):
+    """What images are made from, one an image, on their device."""
+
+    labels: Tensor | None
+    """(N,); None = all unlabelled."""
+    context: Tensor | None = None
+    """(N, T, E) of prompts; None = there are none."""
+    null_context: Tensor | None = None
+    """(1, T, E), of the empty prompt."""
+
+    def part(self, part: slice) -> _Given:
+        """The same of some images."""
+        labels, context = (None if one is None else one[part] for one in self[:2])
+        return _Given(labels, context, self.null_context)
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,9 @@ class Profile:
     """Timed runs of each solver, of which the median counts."""
     class_labels: tuple[str, ...] | None = None
     """Labels of the generated images, by name or number. None = every class in turn, or none."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Of a checkpoint that takes prompts: texts that the generated images are made from, in turn; see `itarflow
+    sample`."""
     guidance_weight: float | None = None
     """None = the checkpoint's."""
     seed: int = 0
@@ -83,12 +103,13 @@ class Profile:
         """Carry the command out."""
         self._check()
         device = usable_device(self.device)
-        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint).to(device)
-        self._guidance(pipe), chosen_labels(pipe, self.class_labels, 1)  # refused before any work
-        metrics = block_metrics(pipe.flow, *self._noisy(pipe))
+        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
+        self._guidance(pipe)  # refused before any work
+        given = self._given(pipe, device)
+        metrics = block_metrics(pipe.flow, *self._noisy(pipe, given))
         report = {}
         for batch_size in self.batch_sizes:
-            found = self._find(pipe, batch_size)
+            found = self._find(pipe, given, batch_size)
             report[batch_size] = found
             Console().print(_plan_table(pipe, metrics, found))
             say(_summary(found.plan))
@@ -125,15 +146,33 @@ class Profile:
             ],
         )
 
-    def _noisy(self, pipe: ITARFlowPipeline) -> tuple[Tensor, Tensor | None, float]:
-        """Noisy images at t_max, with labels, for the metrics."""
+    def _given(self, pipe: ITARFlowPipeline, device: str) -> _Given:
+        """What the generated images are made from; brings the pipeline to the device.
+
+        Raises:
+            ValueError: labels or prompts that there are not, or --data, which has no prompts.
+        """
+        count = max(self.num_images, *self.batch_sizes)
+        subjects = subjects_of(pipe, self.class_labels, self.prompt or None, count)
+        if subjects.prompts is None:
+            return _Given(label_tensor(subjects.labels, pipe.to(device).flow.device))
+        if self.data is not None:
+            raise ValueError("--data has no prompts, which this checkpoint is conditioned on; leave it out.")
+        encoder = take_encoder(pipe)
+        embeds = encode_once(encoder, subjects.prompts, device).of(slice(None))
+        pipe.to(device).register_modules(text_encoder=encoder.encoder, tokenizer=encoder.tokenizer)
+        context, null_context = (embeds[name].to(device) for name in ("prompt_embeds", "negative_prompt_embeds"))
+        return _Given(None, context, null_context)
+
+    def _noisy(self, pipe: ITARFlowPipeline, given: _Given) -> tuple[Tensor, Tensor | None, float, Tensor | None]:
+        """Noisy images at t_max, with labels and context, for the metrics."""
         flow, t_max = pipe.flow, pipe.scheduler.config.t_max
         generator = torch.Generator().manual_seed(self.seed)
         if self.data is None:
-            labels = label_tensor(chosen_labels(pipe, self.class_labels, min(self.batch_sizes)), flow.device)
-            z = flow.sample_prior(min(self.batch_sizes), generator)
-            return flow.inverse(z, labels, t_max, dtype=pipe.sampling_dtype()), labels, t_max
-        channels, side, _ = pipe.picture_shape
+            part, z = given.part(slice(0, min(self.batch_sizes))), flow.sample_prior(min(self.batch_sizes), generator)
+            noisy = flow.inverse(z, part.labels, t_max, context=part.context, dtype=pipe.sampling_dtype())
+            return noisy, part.labels, t_max, part.context
+        channels, side = pipe.picture_shape[0], square_side(pipe.picture_shape)
         config = DataConfig(path=self.data, held_out_images=0)
         data = load_data(config, image_size=side, in_channels=channels)
         chosen = spread_over(len(data.train), min(len(data.train), _REAL_IMAGES))
@@ -143,23 +182,31 @@ class Profile:
         noise = torch.randn(codes.shape, generator=generator).to(flow.device)
         same_classes = len(data.class_names) == flow.config.num_classes > 0
         labels = torch.tensor([example.label for example in examples]).to(flow.device) if same_classes else None
-        return codes + t_max * noise, labels, t_max
+        return codes + t_max * noise, labels, t_max, None
 
-    def _find(self, pipe: ITARFlowPipeline, batch_size: int) -> FoundPlan:
+    def _find(self, pipe: ITARFlowPipeline, given: _Given, batch_size: int) -> FoundPlan:
         flow, guidance, t_max = pipe.flow, self._guidance(pipe), pipe.scheduler.config.t_max
         count = max(self.num_images, batch_size)
-        labels = label_tensor(chosen_labels(pipe, self.class_labels, count), flow.device)
         z = flow.sample_prior(count, image_generators(torch.Generator().manual_seed(self.seed), count))
         size = max(batch_size, min(count, 16))
 
         def invert(part: slice, **options: Any) -> Tensor:
-            own = None if labels is None else labels[part]
-            return flow.inverse(z[part], own, t_max, guidance=guidance, dtype=pipe.sampling_dtype(), **options)
+            own = given.part(part)
+            return flow.inverse(
+                z[part],
+                own.labels,
+                t_max,
+                context=own.context,
+                null_context=own.null_context,
+                guidance=guidance,
+                dtype=pipe.sampling_dtype(),
+                **options,
+            )
 
         def images(**options: Any) -> Iterator[Tensor]:
             for start in range(0, count, size):
                 chunk = slice(start, start + size)
-                yield _denoised(pipe, invert(chunk, **options), None if labels is None else labels[chunk])
+                yield _denoised(pipe, invert(chunk, **options), given.part(chunk))
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -208,10 +255,10 @@ def _summary(plan: InversePlan) -> str:
     )
 
 
-def _denoised(pipe: ITARFlowPipeline, noisy: Tensor, labels: Tensor | None) -> Tensor:
+def _denoised(pipe: ITARFlowPipeline, noisy: Tensor, given: _Given) -> Tensor:
     """Noisy images denoised by the checkpoint, and decoded, (B, C, H, W) in [0, 1]."""
     without_noise = pipe.schedule(method="euler" if pipe.scheduler.config.method == "sde" else None)
-    images = denoise(pipe.flow_denoiser(), noisy, labels, without_noise)
+    images = denoise(pipe.flow_denoiser(), noisy, given.labels, without_noise, context=given.context)
     return (codec_of(pipe.vae, slice_size=8).decode(images).clamp(-1, 1) + 1) / 2
 
 

@@ -95,7 +95,7 @@ class Sweep(Scoring):
             methods=self.method,
             raw=self.raw,
             other_denoiser=self.denoiser is not None,
-            labelled=bool((self.sample_labels(pipe) >= 0).any()),
+            labelled=self.guided_by(pipe),
         )
 
     def finish(self, made: Mapping[str, Generation], scores: Mapping[Path, Scores], report: dict[str, Any]) -> None:

@@ -50,11 +50,10 @@ def read_captions(
     missing = [(split, row) for split, texts in found.items() for row, text in enumerate(texts) if not text]
     if missing and not allow_empty:
         first = [_name(sets[split], split, row) for split, row in missing[:_SHOWN]]
-        total = sum(map(len, found.values()))
-        what = "have no label" if "{}" in captions else f"are missing or empty in column {captions!r}"
+        what = "label to make a caption of" if "{}" in captions else f"caption in column {captions!r}"
         raise DataError(
-            f"captions of {len(missing):,} of {total:,} images {what}: {listed(first)}"
-            f"{', ...' if len(missing) > _SHOWN else ''}. Write them, remove these images, or take the empty caption "
+            f"{len(missing):,} of {sum(map(len, found.values())):,} images have no {what}: {listed(first)}"
+            f"{', ...' if len(missing) > _SHOWN else ''}. Write it, remove these images, or take the empty caption "
             "for them, which stands for no condition, by --empty-captions"
         )
     return found

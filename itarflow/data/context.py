@@ -29,6 +29,7 @@ from itarflow.text_encoder import TextIdentity
 CAPTION, CONTEXT = "caption", "context"
 """Columns of the text and of its vectors."""
 _TENSOR = "null_context"
+_EXPONENT = np.int16(0x7F80)  # of a bfloat16: all of its bits are set in what is not finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +87,10 @@ class ContextDecoder:
                 f"column {CONTEXT!r} holds {found}; expected bfloat16 of 1 to {self.tokens} vectors of {self.dim}, so "
                 f"a multiple of {of_token} bytes"
             )
-        context = torch.from_numpy(np.frombuffer(data, "<i2").astype(np.int16)).view(torch.bfloat16)
-        if not bool(context.isfinite().all()):
+        bits = np.frombuffer(data, "<i2").astype(np.int16)
+        if ((bits & _EXPONENT) == _EXPONENT).any():
             raise DataError(f"column {CONTEXT!r} holds values that are not finite")
-        return context.reshape(-1, self.dim)
+        return torch.from_numpy(bits).view(torch.bfloat16).reshape(-1, self.dim)
 
     def padded(self, contexts: Sequence[Tensor]) -> Tensor:
         """The vectors of B captions, each (L, E), as one bfloat16 (B, T, E), with zeros behind them."""
@@ -101,7 +102,7 @@ class ContextDecoder:
 
 def to_bytes(vectors: Tensor) -> bytes:
     """Vectors of a caption (T, E) as a data set stores them: without the zero vectors at their end."""
-    rounded = vectors.to(torch.bfloat16).cpu()
+    rounded = vectors.cpu().to(torch.bfloat16)
     length = int(rounded.any(-1).nonzero().max()) + 1 if rounded.any() else 1
     return rounded[:length].contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
 
@@ -147,9 +148,10 @@ def open_context(path: str, shape: tuple[int, int]) -> StoredContext:
     card, folder = find_context(path), folder_of_cards(path)
     if card is None or folder is None:
         raise DataError(
-            f"the images in {path} have no captions, but the model takes them (model.context_dim is {shape[1]}). Make "
-            "them by --captions of vae/encode_dataset.py, or of `itarflow prepare`, for models of pixels; or train "
-            "without, by --model.context-dim 0 --model.context-tokens 0"
+            f"the images in {path} have no captions (codes.json or prepare.json beside them tells of none), but the "
+            f"model takes them: model.context_dim is {shape[1]}. Make them by --captions of vae/encode_dataset.py, or "
+            "of `itarflow prepare`, for models of pixels; or train without, by --model.context-dim 0 "
+            "--model.context-tokens 0"
         )
     check_context(card, path, shape)
     null_context = read_null_context(folder, card.shape)

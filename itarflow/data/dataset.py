@@ -6,7 +6,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -163,11 +163,16 @@ class ImageDataset(Dataset[Example]):
         """The examples (N, ...) of a set that was decoded into memory, else None."""
         return self._held.images if self._held else None
 
-    def contexts(self, indices: Sequence[int]) -> Tensor | None:
-        """Of a set in memory the bfloat16 (B, T, E) of the captions at `indices`; None if captions are not read."""
+    def context(self, index: int) -> Tensor | None:
+        """Of a set in memory the bfloat16 (L, E) of the caption at `index`; None if captions are not read."""
         if self._held is None or self._context is None:
             return None
-        return self._context.padded([self._held.contexts[place] for place in self._held.places[indices].tolist()])
+        return self._held.contexts[int(self._held.places[index])]
+
+    @property
+    def captions(self) -> ContextDecoder | None:
+        """What makes vectors of the captions; None if they are not read."""
+        return self._context
 
     @property
     def broken(self) -> tuple[str, ...]:
@@ -237,19 +242,16 @@ class ImageDataset(Dataset[Example]):
             IndexError: the index is out of range.
             DataError: more than `max_broken` images one after another, or all of them, could not be read.
         """
+        example = self.unpadded(index)
+        context = padded(self._context, [example.context])
+        return example if context is None else example._replace(context=context[0])
+
+    def unpadded(self, index: int) -> Example:
+        """The same as by `[index]`, but its context is the (L, E) of the caption's own tokens."""
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of a data set with {len(self)} images")
         if self._held is not None:
-            contexts = self.contexts([index])
-            context = None if contexts is None else contexts[0]
-            return Example(self._held.images[index], int(self._labels[index]), None, context)
-        example = self._example(index)
-        if self._context is None or example.context is None:
-            return example
-        return example._replace(context=self._context.padded([example.context])[0])
-
-    def _example(self, index: int) -> Example:
-        """See `__getitem__`; its context is (L, E), not padded."""
+            return Example(self._held.images[index], int(self._labels[index]), None, self.context(index))
         failures: list[str] = []
         for step in range(min(len(self), self._max_broken + 1)):
             candidate = (index + step) % len(self)
@@ -279,7 +281,7 @@ class ImageDataset(Dataset[Example]):
         silent = len(self) == 0 or os.environ.get("LOCAL_RANK", "0") != "0"
         places, distinct, contexts = torch.zeros_like(labels), dict[bytes, int](), list[Tensor]()
         for index in track(range(len(self)), title, console=Console(stderr=True), disable=silent):
-            images[index], labels[index], failure, context = self._example(index)
+            images[index], labels[index], failure, context = self.unpadded(index)
             broken += [failure] if failure else []
             if context is not None:  # few captions, such as of classes, are held once
                 key = hashlib.sha256(context.view(torch.int16).numpy().tobytes()).digest()
@@ -309,6 +311,11 @@ class ImageDataset(Dataset[Example]):
             value = values.get(self._decoder.columns[0])
             name = (value.get("path") if isinstance(value, dict) else None) or f"row {row}"
             return printable(f"{name}: {str(error) or type(error).__name__}")
+
+
+def padded(captions: ContextDecoder | None, contexts: Iterable[Tensor | None]) -> Tensor | None:
+    """The bfloat16 (B, T, E) of B captions (L, E); None without captions."""
+    return None if captions is None else captions.padded([one for one in contexts if one is not None])
 
 
 def _state(path: str) -> str:

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from itarflow.data.dataset import Example, ImageDataset
+from itarflow.data.context import ContextDecoder
+from itarflow.data.dataset import Example, ImageDataset, padded
 from itarflow.data.order import StreamedBatchSampler
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.launch import processes_here
@@ -66,7 +68,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
     """
     if dataset.images is not None:
         for indices in sampler:
-            context = dataset.contexts(indices)
+            context = padded(dataset.captions, map(dataset.context, indices))
             yield Batch(dataset.images[indices], dataset.labels[indices], (), context).on_its_way()
         return
     parts = 1
@@ -79,7 +81,7 @@ def batches(dataset: ImageDataset, sampler: Iterable[list[int]], num_workers: in
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         prefetch_factor=_AHEAD if num_workers else None,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, dataset.captions),
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),  # else the loader would advance torch's global one
         timeout=WORKER_TIMEOUT * (6 if isinstance(sampler, StreamedBatchSampler) else 1) if num_workers else 0,
@@ -255,17 +257,21 @@ class _Reporting(Dataset[Example | DataError]):
 
     def __getitem__(self, index: int) -> Example | DataError:
         try:
-            return self._dataset[index]
+            return self._dataset.unpadded(index)
         except DataError as error:
             return error
 
 
-def _collate(examples: Sequence[Example | DataError]) -> Batch | DataError:
+def _collate(captions: ContextDecoder | None, examples: Sequence[Example | DataError]) -> Batch | DataError:
     for example in examples:
         if isinstance(example, DataError):
             return example
     images, labels, broken, contexts = zip(
         *(example for example in examples if isinstance(example, Example)), strict=True
     )
-    context = None if contexts[0] is None else torch.stack(contexts)
-    return Batch(torch.stack(images), torch.tensor(labels, dtype=torch.int64), tuple(filter(None, broken)), context)
+    return Batch(
+        torch.stack(images),
+        torch.tensor(labels, dtype=torch.int64),
+        tuple(filter(None, broken)),
+        padded(captions, contexts),
+    )

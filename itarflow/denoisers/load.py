@@ -110,20 +110,23 @@ def _flow(name: str, vae: Vae | None) -> TARFlow:
     return flow
 
 
-def stored_flow(folder: Path, index: Mapping[str, Any], variant: str | None = None) -> TARFlow:
+def stored_flow(
+    folder: Path, index: Mapping[str, Any], variant: str | None = None, dtype: torch.dtype | None = None
+) -> TARFlow:
     """The flow in a pipeline's folder, if its weights are those that the index tells of.
 
     Args:
         folder: of the pipeline.
         index: from `pipeline_index`.
         variant: of the weights; None = the plain ones.
+        dtype: of the weights; None = float32. Those that are stored in it are mapped from the disk, not copied.
 
     Raises:
         OSError: there are none.
         ValueError: they are damaged, or not those of the config.
     """
     checked_files(folder, "flow", index, variant)
-    return TARFlow.from_pretrained(folder / "flow", variant=variant)
+    return TARFlow.from_pretrained(folder / "flow", variant=variant, dtype=dtype)
 
 
 def stored_vae(folder: Path, index: Mapping[str, Any], variant: str | None = None) -> Vae | None:

@@ -18,6 +18,7 @@ from itarflow.evaluation.metrics.scores import Scores
 from itarflow.evaluation.real_images import crop_for, reference_for
 from itarflow.evaluation.samples.denoising import VariantName, variants_of
 from itarflow.evaluation.samples.generate import Generation, LabelRule, labels_by
+from itarflow.evaluation.samples.prompts import SamplePrompts
 from itarflow.evaluation.scoring import save_samples, scores_of
 from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.pipeline import ITARFlowPipeline
@@ -37,6 +38,7 @@ def evaluate(
     denoiser: Denoiser | None = None,
     ways: Sequence[VariantName] | None = None,
     labels: LabelRule = "balanced",
+    prompts: Sequence[str] = (),
     seed: int = 0,
     extractor: str | Extractor = INCEPTION,
     protocol: Protocol = "rounded",
@@ -62,6 +64,7 @@ def evaluate(
         denoiser: of the iterative variant; None = the flow itself.
         ways: denoising variants; None = all that the checkpoint has.
         labels: balanced, random, or none.
+        prompts: of a checkpoint that takes prompts: the samples take them in turn.
         seed: of the noise and of random labels.
         extractor: whose features are compared, or its name; only Inception's distances are FID.
         protocol: how pixels become 8-bit, see `conversion.PROTOCOLS`.
@@ -88,7 +91,7 @@ def evaluate(
     """
     state = joined()
     schedule = pipe.schedule(t_max, None, num_denoise_steps, method, spacing, denoiser=denoiser)
-    unlabelled = labels == "none" or pipe.flow.config.num_classes == 0
+    guided = pipe.takes_prompts or (labels != "none" and pipe.flow.config.num_classes > 0)
     if num_samples < 2:
         raise ValueError(f"num_samples is {num_samples}; expected 2 or more, since there is no covariance of one.")
     generation = Generation(
@@ -96,10 +99,11 @@ def evaluate(
         variants=variants_of(pipe, schedule, ways, denoiser=denoiser),
         labels=labels_by(labels, num_samples, pipe.flow.config.num_classes, seed),
         seed=seed,
-        guidance=guidance or (None if unlabelled else pipe.default_guidance),
+        guidance=guidance or (pipe.default_guidance if guided else None),
         t_max=schedule.config.t_max,
         batch_size=batch_size,
         protocol=protocol,
+        prompts=SamplePrompts(prompts),
     )
     generation.check()
     images = (

@@ -66,7 +66,8 @@ class DescribedPipeline(StoredPipeline):
     @property
     def picture_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the output images, which are decoded codes if there is a VAE."""
-        return self.flow.image_shape if self.vae is None else image_shape(self.vae, self.flow.image_shape)
+        shape: tuple[int, int, int] = self.flow.image_shape
+        return shape if self.vae is None else image_shape(self.vae, shape)
 
     def model_card(
         self,

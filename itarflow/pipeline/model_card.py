@@ -35,10 +35,10 @@ _TEMPLATE = """---
 
 # {title}
 
-A normalizing flow that generates images: {kind}, trained with `itarflow`.{picture}
+A normalizing flow that generates images: {kind}, {made} `itarflow`.{picture}
 
 ```bash
-pip install itarflow
+pip install {install}
 ```
 
 ```python
@@ -64,7 +64,7 @@ image = pipe({example}).images[0]
 
 {results}
 
-## References
+{license}## References
 
 - S. Zhai et al., [Normalizing Flows are Capable Generative Models](https://arxiv.org/abs/2412.06329), ICML 2025.
 - T. Chen et al., [Normalizing Flows with Iterative Denoising](https://arxiv.org/abs/2604.20041), 2026.
@@ -94,21 +94,24 @@ def model_card(
         class_names: names of the labels; None = unlabelled.
         evaluations: figures of samples, by what was evaluated.
         repo_id: where it is shared; None = not yet.
-        license: of the weights, an identifier of the Hub; None = the card names none.
+        license: of the weights, an identifier of the Hub; None = that of the training record, if it has one.
         picture: whether there is a picture beside the card.
+
+    Raises:
+        ValueError: another license than the one that converted weights keep.
     """
     # What was stored comes back in another order, and a card that is generated anew must be the same.
     architecture, sampling, training = (_in_order(values) for values in (architecture, sampling, training or {}))
     name, metrics = _line(training.get("name", "itarflow")), training.get("metrics", {})
     iterative = architecture.get("noise_conditioned", True)
-    family = "STARFlow" if architecture.get("start_token") else "iTARFlow" if iterative else "TARFlow"
+    family = family_of(architecture)
     prompted = "prompts" in architecture
     task = "text-to-image" if prompted else _TASK
     data = training.get("data") if _is_hub_name(training.get("data")) else None
     figures = {what: _figures(text) for what, text in sorted(evaluations.items())}
     metadata = ModelCardData(
         library_name="itarflow",
-        license=license,
+        license=_license_name(license, training),
         pipeline_tag=task,
         tags=["itarflow", "normalizing-flow", family, "image-generation"],
         datasets=[data] if data else None,
@@ -120,16 +123,25 @@ def model_card(
             metadata=metadata.to_yaml(),
             title=name,
             place=repo_id or "path/to/this/folder",
+            install='"itarflow[text]"' if prompted else "itarflow",
             kind=f"{family} ({'conditioned on the noise level' if iterative else 'one noise level'})",
+            made="converted by" if training.get("converted") else "trained with",
+            license=_license_section(training),
             picture=f"\n\n![Samples]({PICTURE})" if picture else "",
             example=_PROMPT if prompted else _example(class_names, architecture.get("num_classes", 0)),
             starflow=_STARFLOW if family == "STARFlow" else "",
             architecture=_table(architecture),
             sampling=_table(sampling),
-            training=_training_table(training),
+            training=_conversion(training) + _training_table(training),
             results="\n\n".join(_results(metrics, figures, evaluations)) or "Not recorded.",
         )
     )
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """The paper whose model a flow of that config is; STARFlow's blocks may be conditioned on the noise level, too."""
+    iterative = config.get("noise_conditioned", True)
+    return "STARFlow" if config.get("start_token") else "iTARFlow" if iterative else "TARFlow"
 
 
 _SIGNATURE = "<!-- Written by itarflow, which keeps it up to date until somebody edits it: {} -->"
@@ -210,6 +222,47 @@ def _training_table(training: Mapping[str, Any]) -> str:
         return "Not recorded."
     more = "\n\n`itarflow info` shows all settings of the training." if settings.keys() - essentials.keys() else ""
     return _table({**facts, **essentials}) + more
+
+
+def _conversion(training: Mapping[str, Any]) -> str:
+    """Where converted weights are from, and what was changed; "" if they were trained here."""
+    converted = _facts(training, "converted")
+    if not converted:
+        return ""
+    where = f" from {converted['source']}" if "source" in converted else ""
+    return f"By others, not here: the weights were converted{where}. {converted.get('changes', '')}\n\n"
+
+
+def _license_name(asked: str | None, training: Mapping[str, Any]) -> str | None:
+    """The license for the metadata: what is asked for, or that of converted weights."""
+    known = _facts(training, "license")
+    name = known.get("name")
+    if known.get("kept") and asked not in (None, name):
+        raise ValueError(
+            f"license is {asked!r}, but these weights were converted from some under {name}, which their derivatives "
+            "keep; leave the license out."
+        )
+    return asked or name
+
+
+def _license_section(training: Mapping[str, Any]) -> str:
+    """What has to be said where converted weights are passed on; "" for others."""
+    known = _facts(training, "license")
+    if "notice" not in known:
+        return ""
+    agreement = f"\n\nWhoever passes them on adds a copy of the agreement: {known['text']}" if "text" in known else ""
+    return f"## License of the weights\n\n{known['notice']}{agreement}\n\n"
+
+
+def _facts(training: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A part of a training record, which may be anybody's: its texts, each as part of a line, and its switches."""
+    facts = training.get(key)
+    known = facts.items() if isinstance(facts, Mapping) else ()
+    return {
+        str(name): _line(value) if isinstance(value, str) else value
+        for name, value in known
+        if isinstance(value, str | bool)
+    }
 
 
 def _results(

@@ -46,7 +46,11 @@ class BlockMetrics:
 
 @torch.no_grad()
 def block_metrics(
-    flow: TARFlow, noisy: Tensor, labels: Tensor | None, noise_level: Tensor | float | None
+    flow: TARFlow,
+    noisy: Tensor,
+    labels: Tensor | None,
+    noise_level: Tensor | float | None,
+    context: Tensor | None = None,
 ) -> list[BlockMetrics]:
     """CRM and IGM of each block, noise side first, without guidance; arguments as `TARFlow.forward`."""
     found: list[BlockMetrics] = []
@@ -57,7 +61,7 @@ def block_metrics(
 
     hooks = [block.register_forward_pre_hook(look) for block in flow.blocks]
     try:
-        flow(noisy, labels, noise_level)
+        flow(noisy, labels, noise_level, context)
     finally:
         for hook in hooks:
             hook.remove()

@@ -173,8 +173,10 @@ class StoredPipeline(DiffusionPipeline):
         folder = folder_of(name, _FILES, expected=_EXPECTED, **options)
         try:
             index = pipeline_index(folder)
-            text_dtype = dtypes.get(ENCODER, dtypes.get("default"))
-            parts = _parts(folder, index, given, variant) | _text_parts(folder, index, given, variant, text_dtype)
+            text_dtype, flow_dtype = (dtypes.get(part, dtypes.get("default")) for part in (ENCODER, "flow"))
+            parts = _parts(folder, index, given, variant, flow_dtype) | _text_parts(
+                folder, index, given, variant, text_dtype
+            )
             settings = {key: index[key] for key in SETTINGS if key in index} | given
             if settings.get("guidance") is not None and "guidance" not in given:
                 settings["guidance"] = _guidance(settings["guidance"], folder)
@@ -202,7 +204,9 @@ class StoredPipeline(DiffusionPipeline):
 
         Raises:
             OSError: the Hub can't be reached, knows no such user, or refuses the upload.
+            ValueError: another license than the one that converted weights keep.
         """
+        self.model_card(license=license)  # before anything is made
         options = {
             name: kwargs.pop(name) for name in ("private", "token", "commit_message", "create_pr") if name in kwargs
         }
@@ -217,7 +221,9 @@ class StoredPipeline(DiffusionPipeline):
             return upload(folder, repo_id, before=describe, **options)
 
 
-def _parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
+def _parts(
+    folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], variant: str | None, dtype: torch.dtype | None
+) -> dict[str, Any]:
     """Flow, scheduler and VAE, those that are not given read from the folder."""
     parts = {name: given[name] for name in PARTS if name in given}
     if "scheduler" not in parts:
@@ -228,7 +234,7 @@ def _parts(folder: Path, index: Mapping[str, Any], given: Mapping[str, Any], var
         except ValueError as error:
             raise DataError(f"{printable(str(path))} is damaged: {printable(str(error))}") from error
     if "flow" not in parts:
-        parts["flow"] = stored_flow(folder, index, variant)
+        parts["flow"] = stored_flow(folder, index, variant, dtype)
     if "vae" not in parts:
         parts["vae"] = stored_vae(folder, index, variant)
     return parts

@@ -1,7 +1,8 @@
 """The file of an official checkpoint: what it holds, or why it is refused.
 
-An official checkpoint is `torch.save(model.state_dict())`. Code in a file is never run, and checksums are compared:
-PyTorch itself loads flipped bits without a word. Messages don't name the file; `load_official` puts its path in front.
+An official checkpoint is `torch.save(model.state_dict())`, or the same tensors as safetensors. Code in a file is never
+run, and checksums are compared where there are some: PyTorch itself loads flipped bits without a word. Messages don't
+name the file; `load_official` puts its path in front.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from itarflow.runtime.errors import CheckpointError
+from itarflow.runtime.errors import CheckpointError, DataError
 from itarflow.runtime.files import open_regular
+from itarflow.runtime.model_folder import read_head
 from itarflow.runtime.text import listed, printable
 
 # What DistributedDataParallel, FSDP, activation checkpointing and torch.compile put into the names.
@@ -28,7 +31,8 @@ _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped
 def read_state(path: Path) -> dict[str, Tensor]:
     """The names and tensors in a checkpoint, on the CPU and mapped from the file where its format allows it.
 
-    The file is read twice, once for its checksums. See `flat_state` for what may surround the tensors.
+    Mapped tensors take no memory but what the system can take back, and the file isn't changed through them. A file
+    of torch.save is read twice, once for its checksums. See `flat_state` for what may surround the tensors.
 
     Raises:
         CheckpointError: the file is missing, damaged or of another kind, holds code, or not one set of tensors.
@@ -81,12 +85,18 @@ def _read(path: Path) -> object:
         raise CheckpointError("there is no such file; expected an official checkpoint (.pth). Check the path.")
     if path.is_dir():
         raise CheckpointError(
-            "this is a folder; expected an official checkpoint (.pth). "
+            shards_advice(path)
+            or "this is a folder; expected an official checkpoint (.pth). "
             "A folder that itarflow saved is opened with TARFlow.from_pretrained."
         )
     with open_regular(path) as file:  # a pipe would be waited for
         start = file.read(64)
-    _check_kind(start)
+    if start[8:10] == b'{"':
+        return _read_safetensors(path)
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            "this is a Git LFS pointer, not the weights it stands for; run `git lfs pull`, or download the weights."
+        )
     is_zip = start.startswith(b"PK")
     if is_zip:
         _check_checksums(path)
@@ -102,17 +112,27 @@ def _read(path: Path) -> object:
         raise CheckpointError(_damage(path, reason if " " in reason else "it is none")) from error
 
 
-def _check_kind(start: bytes) -> None:
-    """Refuse well-known files of another kind by their first bytes."""
-    if start[8:10] == b'{"':
-        raise CheckpointError(
-            "this is a safetensors file; expected an official checkpoint, which torch.save wrote (.pth). "
-            "Weights of itarflow are opened with TARFlow.from_pretrained(folder)."
-        )
-    if start.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            "this is a Git LFS pointer, not the weights it stands for; run `git lfs pull`, or download the weights."
-        )
+def shards_advice(folder: Path) -> str | None:
+    """How to make one file of a folder that torch.distributed.checkpoint saved; None if it is no such folder."""
+    if not any(folder.glob("*.distcp")):
+        return None
+    function, name = "dcp_to_torch_save", printable(str(folder))
+    return (
+        f"{name} is a folder of .distcp shards, which ml-starflow's training saves with fsdp 1; expected one file. "
+        f'Make it by: python -c "from torch.distributed.checkpoint.format_utils import {function}; '
+        f"{function}('{name}', '{name}.pth')\""
+    )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped from it."""
+    try:
+        read_head(path)
+        return load_file(path)
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    except Exception as error:  # safetensors' own
+        raise CheckpointError(_damage(path, str(error))) from error
 
 
 def _check_checksums(path: Path) -> None:

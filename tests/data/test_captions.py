@@ -225,6 +225,13 @@ def test_nobody_depends_on_the_number_of_processes(source: Path, tmp_path: Path,
     assert content(one) == content(two)
 
 
+def test_prepared_captions_are_encoded(source: Path, tmp_path: Path, models: Path) -> None:
+    prepared = make("prepared", source, tmp_path / "prepared", models)
+    codes = make("codes", prepared, tmp_path / "codes", models, captions="caption")
+    kept = [pq.read_table(next(out.glob("*.parquet"))).select(["caption", "context"]) for out in (prepared, codes)]
+    assert kept[0].equals(kept[1])
+
+
 # Going on
 
 
@@ -295,7 +302,7 @@ def test_a_changed_caption_is_another_data_set(kind: str, source: Path, tmp_path
 @pytest.mark.parametrize(
     ("texts", "words"),
     [
-        (["a cat", None, "", "  ", "a dog", None], r"captions of 4 of 6 images are missing or empty in column 'text'.*"
+        (["a cat", None, "", "  ", "a dog", None], r"4 of 6 images have no caption in column 'text': .*"
          r"dog/1\.png.*cat/2\.png.*dog/3\.png, \.\.\..*--empty-captions"),
         ([1, 2, 3], "column 'text' with captions is of type int64; expected one text"),
     ],
@@ -331,6 +338,12 @@ def test_columns_that_hold_no_captions(tmp_path: Path, models: Path) -> None:
     ):
         with pytest.raises(DataError, match=words):
             make("codes", tmp_path / "source", tmp_path / "out", models, captions=captions)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    (tmp_path / "partly").mkdir()
+    rows = datasets.Dataset.from_dict({"image": pixels, "label": [0, -1]}, features)
+    rows.to_parquet(tmp_path / "partly" / "train.parquet")
+    with pytest.raises(DataError, match="1 of 2 images have no label to make a caption of: row 1 of train"):
+        make("codes", tmp_path / "partly", tmp_path / "out", models, captions="a {}")
     loose = write_images(tmp_path / "loose", None, classes=["."])
     with pytest.raises(DataError, match="is a template for names of classes, but the images are unlabelled"):
         make("codes", loose, tmp_path / "out", models, captions="a {}")
@@ -364,7 +377,7 @@ def test_a_model_of_other_vectors(
 @KINDS
 def test_a_model_of_captions_and_a_set_without(kind: str, source: Path, tmp_path: Path, models: Path) -> None:
     out = make(kind, source, tmp_path / "out", models, captions=None)
-    with pytest.raises(DataError, match=r"have no captions, but the model takes them.*--captions"):
+    with pytest.raises(DataError, match=r"have no captions .*but the model takes them.*--captions"):
         read(kind, out, models)
     with pytest.raises(DataError, match="digits have no captions"):
         load_data(DataConfig(path="digits"), image_size=8, in_channels=1, context=SHAPE)
@@ -403,6 +416,15 @@ def test_the_command_writes_a_lost_empty_caption_anew(source: Path, tmp_path: Pa
     wanted = content(out)
     (out / "null_context.safetensors").unlink()
     assert content(make("codes", source, out, models)) == wanted
+
+
+@KINDS
+def test_a_file_of_another_text_encoder(kind: str, source: Path, tmp_path: Path, models: Path) -> None:
+    out = make(kind, source, tmp_path / "out", models)
+    other = make(kind, source, tmp_path / "other", models, text_encoder=str(models / "wide"))
+    shutil.copy(next(other.glob("*.parquet")), out)
+    with pytest.raises(DataError, match=r"are not those of its .*has .* bytes, expected"):
+        read(kind, out, models)
 
 
 @pytest.mark.parametrize(
@@ -467,7 +489,7 @@ def test_commands(
     assert "6 vectors of 8, by t5" in told.out
     options = f"--model.context-tokens {TOKENS} --model.context-dim {WIDTH} --text.encoder {models / 't5'}"
     assert options in told.out.replace("\n", "")
-    assert not [one for one in recwarn if "a prompt of" in str(one.message)]
+    assert not [one for one in recwarn if "is cut" in str(one.message)]
     card = find_context(str(tmp_path / "out"))
     assert card is not None
     assert card.cut == 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shlex
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed import checkpoint
 
 from itarflow.runtime.errors import CheckpointError
 from itarflow.runtime.torch_file import flat_state, read_state
@@ -158,8 +161,27 @@ def test_zip_of_something_else(tmp_path):
 
 
 def test_safetensors(tmp_path):
-    save_file({"var": torch.ones(2)}, tmp_path / "model.safetensors")
-    assert "safetensors file" in refusal(tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    save_file({"module.var": torch.ones(2), "b": torch.zeros(3, dtype=torch.bfloat16)}, path)
+    state = read_state(path)
+    assert sorted(state) == ["b", "var"]
+    assert state["b"].dtype == torch.bfloat16
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "truncated or damaged" in refusal(path)
+
+
+def test_a_folder_of_shards_is_told_how_to_become_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = {"blocks.0.proj_in.weight": torch.randn(3, 2), "var": torch.ones(2)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a single process
+        checkpoint.save(weights, checkpoint_id="run/model.pth")
+        message = refusal(Path("run/model.pth"))
+        assert "is a folder of .distcp shards" in message
+        command = shlex.split(message[message.index("python -c") :])
+        exec(command[2])
+    state = read_state(Path("run/model.pth.pth"))
+    assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())
 
 
 def test_git_lfs_pointer(tmp_path):

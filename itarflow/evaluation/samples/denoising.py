@@ -59,18 +59,25 @@ class Denoising:
             )
         check_denoiser(self.denoiser, self.schedule, flow, labels)
 
-    def denoised(self, noisy: Tensor, labels: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
+    def denoised(
+        self,
+        noisy: Tensor,
+        labels: Tensor | None,
+        generators: Sequence[torch.Generator],
+        context: Tensor | None = None,
+    ) -> Tensor:
         """Codes (B, C, H, W) from noisy ones.
 
         Args:
             noisy: (B, C, H, W), on the denoiser's device.
             labels: (B,) int64 on the same, -1 = none; None = no image has one.
             generators: one an image, which are copied, not advanced: each variant draws the same noise.
+            context: (B, T, E) of their prompts; None = there are none.
         """
         if self.denoiser is None or self.schedule is None:
             return noisy
         own = [generator.clone_state() for generator in generators]
-        return denoise(self.denoiser, noisy, labels, self.schedule, generator=own)
+        return denoise(self.denoiser, noisy, labels, self.schedule, generator=own, context=context)
 
 
 def variants_of(

@@ -27,6 +27,7 @@ from itarflow.evaluation.conversion import CONVERSIONS, Protocol, to_levels
 from itarflow.evaluation.samples.denoising import Denoising, identity_of, settings_of
 from itarflow.evaluation.samples.files import renew_shard, set_aside, shard_name, strange_files, write_shard
 from itarflow.evaluation.samples.manifest import MANIFEST, origin_digest, read_manifest
+from itarflow.evaluation.samples.prompts import NO_PROMPTS, SamplePrompts
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.guidance import Guidance
 from itarflow.inverse.solvers import Solver
@@ -74,10 +75,10 @@ class Generation:
         seed: of the noise: that of image i is the i-th that `seeds.image_seeds` gives, as in training's grids.
         guidance: of generation; None = the checkpoint's.
         t_max: noise level of the flow's samples; None = the checkpoint's.
-        solver: as in a call of the pipeline; None = the checkpoint's plan, else exact.
-        inverse_dtype: as in a call of the pipeline.
+        solver, inverse_dtype: as in a call of the pipeline.
         batch_size: images that are made together, and lie in a file.
         protocol: how pixels become 8-bit.
+        prompts: of a checkpoint that takes prompts.
     """
 
     pipe: ITARFlowPipeline
@@ -90,6 +91,7 @@ class Generation:
     inverse_dtype: torch.dtype | None = None
     batch_size: int = 64
     protocol: Protocol = "rounded"
+    prompts: SamplePrompts = NO_PROMPTS
 
     @property
     def batches(self) -> list[tuple[int, int]]:
@@ -101,10 +103,11 @@ class Generation:
         """Refuse what can't be made.
 
         Raises:
-            ValueError: no images, a label that there is not, a noise level outside the flow's range, images that
-                are neither grey nor RGB, or a denoiser that does not suit them.
+            ValueError: no images, labels or prompts that do not suit, a noise level outside the flow's range, images
+                neither grey nor RGB, or a denoiser that does not suit them.
         """
         flow, level = self.pipe.flow, self.level
+        self.prompts.check(self.pipe)
         if len(self.labels) == 0:
             raise ValueError("there are no images to make; expected at least one.")
         if self.batch_size < 1:
@@ -119,10 +122,11 @@ class Generation:
                 f"this checkpoint makes images of {channels} channels; expected 1 or 3. If "
                 "they are codes, the pipeline lacks their VAE."
             )
-        given = given_labels(self.labels)
-        if self.guidance is not None and self.guidance.weight > 0 and given is None and self.guidance.temperature == 1:
+        given, guidance = given_labels(self.labels), self.guidance
+        unguided = given is None and not self.prompts.texts
+        if guidance is not None and guidance.weight > 0 and unguided and guidance.temperature == 1:
             raise ValueError(
-                f"guidance_weight is {self.guidance.weight}, but there are no labels to guide by; leave it out."
+                f"guidance_weight is {guidance.weight}, but there are no labels to guide by; leave it out."
             )
         for variant in self.variants.values():
             variant.check(flow, given, level)
@@ -149,6 +153,7 @@ class Generation:
             "seed": self.seed,
             "num_samples": len(self.labels),
             "labels": weights_digest({"labels": self.labels}),
+            **self.prompts.described(self.pipe),
             "guidance": asdict(guidance),
             "t_max": self.level,
             "solver": [getattr(one, "__name__", None) or repr(one) for one in by_block],
@@ -227,12 +232,13 @@ def generate(
         if not names:
             continue
         labels, guidance = generation.labels[start:stop], generation.guidance
-        given = given_labels(labels)
-        if given is None and guidance is not None and guidance.temperature == 1:
+        given, embeds = given_labels(labels), generation.prompts.embeds(pipe, start, stop)
+        if given is None and not embeds and guidance is not None and guidance.temperature == 1:
             guidance = replace(guidance, weight=0.0)  # none of this batch has a label to guide by
         generators = seeded_images(seeds[start:stop])
         noisy = pipe(
-            class_labels=[None if label < 0 else label for label in labels.tolist()],
+            class_labels=None if embeds else [None if label < 0 else label for label in labels.tolist()],
+            **embeds,
             guidance=guidance,
             method="skip",
             t_max=generation.t_max,
@@ -244,7 +250,8 @@ def generate(
         assert isinstance(noisy, Tensor)
         for name in names:
             variant, begun = generation.variants[name], time.perf_counter()
-            codes = variant.denoised(noisy, None if given is None else given.to(noisy.device), generators)
+            own = None if given is None else given.to(noisy.device)
+            codes = variant.denoised(noisy, own, generators, embeds.get("prompt_embeds"))
             images = variant.codec.decode(codes).cpu()  # synchronises
             seconds = time.perf_counter() - begun
             yield Batch(name, start, labels, None if variant.by_decoder else codes.cpu(), images, seconds)

@@ -1,0 +1,192 @@
+"""Commands with a checkpoint that takes prompts: images, facts, evaluation, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("transformers")
+
+from evaluations import terminal
+from tiny_extractor import TinyExtractor
+from tiny_flows import randomise
+from tiny_text import TOKENS, WIDTH, save_text_encoder, tiny_t5, tiny_tokenizer
+
+from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow
+
+PROMPTS = ["a corgi on the beach", "a red cat"]
+
+
+def save_pipe(folder: Path, text: bool = True, **changes: Any) -> Path:
+    """A flow of images of 4 x 4 pixels from prompts, with random weights."""
+    sizes = {"in_channels": 3, "num_layers": (1, 1), "channels": 16, "head_dim": 16, "noise_range": (0.05, 0.5)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        flow = TARFlow(4, **{**sizes, "context_dim": WIDTH, "context_tokens": TOKENS, "rotary_side": 2,
+                             "start_token": True, "soft_clip": 1.0, **changes})  # fmt: skip
+    randomise(flow)
+    parts = {"text_encoder": tiny_t5(), "tokenizer": tiny_tokenizer()} if text else {}
+    guidance = {"weight": 1.0, "rule": "gaussian", "schedule": "constant", "blocks": 1}
+    scheduler = DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2)
+    ITARFlowPipeline(flow, scheduler, guidance=guidance, **parts).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_pipe(tmp_path / "paint")
+
+
+@pytest.fixture
+def never_samples(monkeypatch):
+    monkeypatch.setattr(ITARFlowPipeline, "__call__", lambda *_, **__: pytest.fail("has sampled"))
+
+
+def pixels(path: str | Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def named(*prompts: str) -> list[str]:
+    return [word for prompt in prompts for word in ("--prompt", prompt)]
+
+
+def test_sample_names_files_by_prompts_and_agrees_with_the_pipeline(run, checkpoint):
+    assert "3 images in out" in run(
+        "sample", checkpoint, *named(*PROMPTS, ""), "--output", "out", "--seed", 5, "--batch-size", 2
+    )
+    files = sorted(Path("out").iterdir())
+    assert [file.name for file in files] == ["000000-a-corgi-on-the-beach.png", "000001-a-red-cat.png", "000002.png"]
+    assert Image.open(files[0]).text["prompt"] == "a corgi on the beach"
+    pipe = ITARFlowPipeline.from_pretrained(checkpoint)
+    expected = pipe(prompt=[*PROMPTS, ""], generator=torch.Generator().manual_seed(5)).images
+    for file, image in zip(files, expected, strict=True):
+        assert np.abs(pixels(file).astype(int) - np.asarray(image)).max() <= 1  # of another batch size
+
+
+def test_a_grid_has_the_prompts(run, checkpoint):
+    run("sample", checkpoint, *named(*PROMPTS), "--num-images", 4)
+    assert json.loads(Image.open("samples.png").text["prompts"]) == PROMPTS * 2
+    Path("prompts.txt").write_text("a corgi on the beach\na red cat \n")
+    run("sample", checkpoint, "--prompts", "prompts.txt", "--num-images", 4, "--output", "again.png")
+    np.testing.assert_array_equal(pixels("samples.png"), pixels("again.png"))
+
+
+def test_names_of_any_letters_and_length(run, checkpoint):
+    with pytest.warns(UserWarning, match="is cut to 6"):
+        run("sample", checkpoint, *named("ein Hündchen / 犬\n", "a " * 99 + "cat", "../.."), "--output", "out")
+    names = sorted(path.name for path in Path("out").iterdir())
+    assert names == ["000000-ein-Hündchen-犬.png", f"000001-{'a-' * 29}a.png", "000002-..-...png"]
+    assert Image.open(f"out/{names[0]}").text["prompt"] == "ein Hündchen / 犬\n"
+
+
+def test_a_text_encoder_may_be_named(run, refused, checkpoint, tmp_path):
+    bare, encoder = save_pipe(tmp_path / "bare", text=False), save_text_encoder(tmp_path / "t5")
+    run("sample", checkpoint, *named(*PROMPTS))
+    run("sample", bare, *named(*PROMPTS), "--text-encoder", encoder, "--output", "named.png")
+    np.testing.assert_array_equal(pixels("samples.png"), pixels("named.png"))
+    assert "no text encoder; name the one of its training" in refused("sample", bare, *named("a cat"))
+    save_text_encoder(tmp_path / "wide", width=12)
+    message = refused("sample", bare, *named("a cat"), "--text-encoder", tmp_path / "wide")
+    assert "vectors of 12, but the flow takes vectors of 8" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give one, such as --prompt 'a corgi on the beach'"),
+        (("--class-labels", 1), "--class-labels were given, but this checkpoint takes prompts"),
+        (("--prompt", "a", "--num-images", 0), "--num-images is 0"),
+        (("--prompt", "a", "--prompts", "some.txt"), "--prompt and --prompts were given"),
+        (("--prompts", "missing.txt"), "missing.txt"),
+        (("--prompts", "empty.txt"), "is empty"),
+        (("--prompts", "binary.txt"), "no text in UTF-8"),
+        (("--prompt", "a", "--text-encoder", "./nowhere"), "can't be loaded"),
+    ],
+)
+@pytest.mark.usefixtures("never_samples")
+def test_what_can_not_be_sampled_is_refused(refused, checkpoint, words, message):
+    Path("empty.txt").write_text("")
+    Path("binary.txt").write_bytes(b"\xff\xfe\x00")
+    assert message in refused("sample", checkpoint, *words)
+
+
+@pytest.mark.usefixtures("never_samples")
+def test_a_checkpoint_without_prompts_refuses_them(refused, save):
+    assert "makes no images from prompts; give --class-labels" in refused("sample", save(), "--prompt", "a cat")
+    assert "is for prompts" in refused("sample", save(), "--text-encoder", "google/flan-t5-xl")
+
+
+def test_info_shows_what_reads_prompts(run, checkpoint):
+    printed = run("info", checkpoint)
+    assert "read by a T5EncoderModel of 2 layers, as 6 vectors of 8" in printed
+    assert "context_tokens" in printed
+
+
+def test_compare_and_bpd_refuse_a_checkpoint_of_prompts(refused, checkpoint):
+    assert "`itarflow compare` does not take" in refused("compare", checkpoint, "--output", "out")
+    assert "`itarflow bpd` does not take" in refused("bpd", checkpoint, "--data", "digits")
+
+
+def test_evaluate_takes_prompts_in_turn(monkeypatch, capsys, tmp_path):
+    run = terminal(TinyExtractor(), monkeypatch, capsys, tmp_path)
+    save_pipe(tmp_path / "paint", in_channels=1)
+    Path("captions.txt").write_text("\n".join([*PROMPTS, "", "a dog"]))
+    run("evaluate", "--prompts", "captions.txt", checkpoint="paint")
+    assert "prompts captions.txt, seed 0" in Path("paint/README.md").read_text()
+    report = json.loads(Path("evaluation/evaluation.json").read_text())
+    assert report["prompts"] == "captions.txt"
+    assert set(report["ways"]) == {"raw", "self", "iterative"}
+    made = {path.name: path.read_bytes() for path in Path("evaluation/raw").iterdir()}
+    run("evaluate", "--prompts", "captions.txt", "--output", "again", "--batch-size", 4, checkpoint="paint")
+    assert {path.name: path.read_bytes() for path in Path("again/raw").iterdir()} == made
+    Path("captions.txt").write_text("a dog\na cat")  # others: those samples are not gone on with
+    with pytest.raises(SystemExit):
+        run("evaluate", "--prompts", "captions.txt", checkpoint="paint")
+    assert "prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sweep"])
+def test_evaluations_without_prompts_are_refused(monkeypatch, capsys, tmp_path, command):
+    run = terminal(TinyExtractor(), monkeypatch, capsys, tmp_path)
+    save_pipe(tmp_path / "paint", in_channels=1)
+    with pytest.raises(SystemExit):
+        run(command, checkpoint="paint")
+    assert "give some, by --prompts FILE" in capsys.readouterr().err
+    Path("captions.txt").write_text("a dog")
+    with pytest.raises(SystemExit):
+        run(command, "--prompts", "captions.txt")
+    assert "makes no images from prompts" in capsys.readouterr().err
+    save_pipe(tmp_path / "bare", text=False, in_channels=1)
+    with pytest.raises(SystemExit):
+        run(command, "--prompts", "captions.txt", checkpoint="bare")
+    assert "no text encoder" in capsys.readouterr().err
+
+
+def test_sweep_takes_prompts(monkeypatch, capsys, tmp_path):
+    run = terminal(TinyExtractor(), monkeypatch, capsys, tmp_path)
+    save_pipe(tmp_path / "paint", in_channels=1)
+    Path("captions.txt").write_text("\n".join(PROMPTS))
+    run("sweep", "--prompts", "captions.txt", "--guidance-weights", 0, 1, checkpoint="paint")
+    assert Path("sweep").is_dir()
+
+
+@pytest.mark.parametrize("write", [True, False])
+def test_profile_finds_a_plan_for_prompts(run, refused, checkpoint, write):
+    card = (checkpoint / "README.md").read_text()
+    words = ("--batch-sizes", 1, "--num-images", 2, "--repeats", 1, "--windows", 2)
+    words += () if write else ("--no-write",)
+    run("profile", checkpoint, *words, *named(*PROMPTS))
+    pipe = ITARFlowPipeline.from_pretrained(checkpoint)
+    assert len(pipe.inverse_plans) == int(write)
+    assert pipe.text_encoder is not None
+    changed = (checkpoint / "README.md").read_text()
+    assert (changed != card) == write
+    assert "read by a T5EncoderModel" in changed
+    assert "has no prompts" in refused("profile", checkpoint, *words, *named("a cat"), "--data", "digits")
+    assert "give one, such as --prompt" in refused("profile", checkpoint, *words)

@@ -1,0 +1,246 @@
+"""`itarflow convert`: presets of the public files, STARFlow's files, and what the card says of their licence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from itarflow import Guidance, ITARFlowPipeline
+from itarflow.convert import PUBLIC_FILES, load_official
+from itarflow.convert.public_files import Preset
+from itarflow.flow import TARFlow
+from itarflow.pipeline import storage
+
+GOLDEN = Path(__file__).parent / "golden"
+SENTENCE = (
+    "Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License "
+    "Agreement."
+)
+PARAMETERS = {
+    "afhq256": 463_481_856,
+    "gsj_afhq256": 463_481_856,
+    "gsj_imagenet64_uncond": 460_142_784,
+    "gsj_imagenet64": 817_636_096,
+    "gsj_imagenet128": 823_927_552,
+    "starflow_3b": 3_858_281_544,
+}
+"""As the official code counts them."""
+
+
+@pytest.fixture
+def presets(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The presets, made for tiny files: "afhq256" for tarflow_cond, "starflow_3b" for starflow_labels."""
+    tiny = {
+        "afhq256": {"image_size": 8, "num_classes": 6},
+        "gsj_afhq256": {"image_size": 8, "num_classes": 6},
+        "starflow_3b": {"image_size": 6, "context_tokens": 1},
+    }
+    names = tuple("abcdef")
+    changed = {
+        name: replace(PUBLIC_FILES[name], architecture=architecture, load={}, vae=None, text_encoder=None,
+                      class_names=None if name == "starflow_3b" else names)
+        for name, architecture in tiny.items()
+    }  # fmt: skip
+    monkeypatch.setattr("itarflow.commands.convert.PUBLIC_FILES", changed)
+    monkeypatch.setattr("itarflow.convert.public_files.PUBLIC_FILES", changed)
+    return changed
+
+
+def card(folder: str = "ours") -> ModelCard:
+    return ModelCard.load(Path(folder) / "README.md")
+
+
+# The table
+
+
+def test_every_name_has_a_file():
+    assert set(get_args(Preset)) == set(PUBLIC_FILES) == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("name", PUBLIC_FILES)
+def test_a_preset_is_a_model_of_the_published_size(name):
+    public = PUBLIC_FILES[name]
+    with torch.device("meta"):
+        flow = TARFlow(**{"rotary_side": 32} | public.architecture if public.text_encoder else public.architecture,
+                       **({"noise_conditioned": False} if public.text_encoder else {}))  # fmt: skip
+    assert sum(parameter.numel() for parameter in flow.parameters()) == PARAMETERS[name]
+    public.check(name, flow)
+    assert public.guidance.weight > 0
+    assert public.class_names is None or len(public.class_names) == flow.config.num_classes
+
+
+def test_the_step_of_denoising_is_the_owners():
+    """x0 = x + 1.4 sigma^2 score, from the level that the pipeline denoises at."""
+    public = PUBLIC_FILES["gsj_afhq256"]
+    assert public.t_max**2 == pytest.approx(1.4 * 0.07**2)
+    assert PUBLIC_FILES["starflow_3b"].t_max == 0.3
+
+
+def test_each_published_fid_is_told_of_its_own_file():
+    fids = {name: public.fid for name, public in PUBLIC_FILES.items() if public.fid is not None}
+    assert fids == {
+        "gsj_afhq256": 13.60, "gsj_imagenet64_uncond": 14.67, "gsj_imagenet64": 4.42, "gsj_imagenet128": 5.06,
+    }  # fmt: skip
+
+
+# Conversion by a preset
+
+
+def test_a_preset_gives_the_sampling_of_its_owners(run, presets):
+    run("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", "--preset", "gsj_afhq256")
+    pipe = ITARFlowPipeline.from_pretrained("ours")
+    assert pipe.default_guidance == Guidance(weight=3.4, rule="log_scale", schedule="linear")
+    assert (pipe.scheduler.config.t_max, pipe.scheduler.config.num_denoise_steps) == (presets["gsj_afhq256"].t_max, 1)
+    assert pipe.class_names == list("abcdef")
+    run("sample", "ours", "--class-labels", "b", "--output", "images")
+    assert [Image.open(path).size for path in Path("images").iterdir()] == [(8, 8)]
+
+
+def test_options_go_before_a_preset(run, presets):
+    words = ("--preset", "gsj_afhq256", "--guidance-weight", 0.5, "--t-max", 0.2)
+    run("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", *words)
+    pipe = ITARFlowPipeline.from_pretrained("ours")
+    assert pipe.default_guidance == Guidance(weight=0.5, rule="log_scale", schedule="linear")
+    assert pipe.scheduler.config.t_max == 0.2
+
+
+def test_a_preset_of_another_file_is_refused_with_both_values(refused):
+    message = refused("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", "--preset", "afhq256")
+    assert "the file has image_size 8, but the preset afhq256 is for afhq_model_8_768_8_8_0.07.pth" in message
+    assert "which has 256" in message
+    assert not Path("ours").exists()
+
+
+def test_a_preset_of_another_family_is_refused(refused):
+    message = refused("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", "--preset", "starflow_3b")
+    assert "the preset starflow_3b is for starflow_3B_t2i_256x256.pth" in message
+    message = refused("convert", GOLDEN / "starflow_text" / "weights.pth", "ours", "--preset", "starflow_3b")
+    assert "has context_tokens 5, as the shape of" in message
+    assert "context_tokens=128 was asked for" in message
+
+
+@pytest.mark.usefixtures("presets")
+def test_a_file_that_looks_public_is_told_of_its_presets(run):
+    words = ("--t-max", 0.1)
+    told = run("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", *words)
+    assert "--preset afhq256 or gsj_afhq256" in told
+    assert "--preset" not in run("convert", GOLDEN / "tarflow_uncond" / "weights.pth", "others", *words)
+
+
+# STARFlow without a preset
+
+
+def test_a_starflow_becomes_a_pipeline_and_goes_back(run):
+    source = GOLDEN / "starflow_labels" / "weights.pth"
+    told = run("convert", source, "ours")
+    assert "t_max is not in the file; 0.3 is assumed" in told
+    assert "It has no VAE" in told
+    assert "text encoder" not in told
+    pipe = ITARFlowPipeline.from_pretrained("ours")
+    assert pipe.default_guidance == Guidance(weight=0, rule="gaussian", schedule="constant", blocks=1)
+    assert pipe.scheduler.config.num_denoise_steps == 1
+    run("convert", "ours", "back.pth", "--to-official")
+    before, after = torch.load(source), torch.load("back.pth")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_settings_of_ml_starflow_are_options(run):
+    words = ("--in-channels", 3, "--soft-clip", 0, "--softplus", False, "--seq-order", "R2L", "--image-size", 4, 8)
+    assert "It has no text encoder" in run("convert", GOLDEN / "starflow_patch2" / "weights.pth", "ours", *words)
+    config = ITARFlowPipeline.from_pretrained("ours").flow.config
+    assert (config.soft_clip, config.softplus_scale, config.first_block_reversed) == (0, False, False)
+    assert tuple(config.image_size) == (4, 8)
+
+
+def test_bfloat16_stays_bfloat16_in_the_folder(run, tmp_path):
+    state = torch.load(GOLDEN / "starflow_labels" / "weights.pth")
+    torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "half.pth")
+    run("convert", tmp_path / "half.pth", "ours")
+    run("convert", "ours", "back.pth", "--to-official")
+    back = torch.load("back.pth")
+    assert all(torch.equal(back[name], tensor.bfloat16()) for name, tensor in state.items())
+    assert {tensor.dtype for tensor in back.values()} == {torch.bfloat16}
+    assert "stored as bfloat16" in str(card())
+
+
+def test_a_folder_of_shards_is_explained(refused):
+    Path("run.pth").mkdir()
+    Path("run.pth/__0_0.distcp").touch()
+    assert "dcp_to_torch_save('run.pth', 'run.pth.pth')" in refused("convert", "run.pth", "ours")
+
+
+# The licence
+
+
+def test_the_card_of_apples_research_weights_says_what_their_licence_asks_for(run, presets):
+    run("convert", GOLDEN / "starflow_labels" / "weights.pth", "ours", "--preset", "starflow_3b")
+    text = str(card())
+    assert SENTENCE in text
+    assert "LICENSE_MODEL" in text
+    assert "Tensors were renamed" in text
+    assert presets["starflow_3b"].source in text
+    assert "converted by `itarflow`" in text
+    assert card().data.license == "apple-amlr"
+
+
+def test_the_licence_survives_saving_and_sharing(run, presets, monkeypatch, tmp_path):
+    run("convert", GOLDEN / "starflow_labels" / "weights.pth", "ours", "--preset", "starflow_3b")
+    pipe = ITARFlowPipeline.from_pretrained("ours")
+    pipe.save_pretrained("again")
+    assert SENTENCE in str(card("again"))
+
+    shared = tmp_path / "shared.md"
+
+    def upload(folder: Path, repo_id: str, before: Any, **options: Any) -> str:
+        before(repo_id)
+        shared.write_text((folder / "README.md").read_text())
+        return "address"
+
+    monkeypatch.setattr(storage, "upload", upload)
+    pipe.push_to_hub("me/starflow")
+    assert SENTENCE in shared.read_text()
+    assert ModelCard.load(shared).data.license == "apple-amlr"
+    with pytest.raises(ValueError, match=r"license is 'mit', but .* from some under apple-amlr"):
+        pipe.push_to_hub("me/starflow", license="mit")
+
+
+def test_other_licences_are_told_but_not_kept(run, presets):
+    run("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", "--preset", "gsj_afhq256")
+    pipe = ITARFlowPipeline.from_pretrained("ours")
+    assert card().data.license == "apache-2.0"
+    assert "B. Liu and Z. Qin" in str(card())
+    assert pipe.model_card(license="cc-by-4.0").data.license == "cc-by-4.0"
+    run("convert", GOLDEN / "tarflow_cond" / "weights.pth", "apple", "--preset", "afhq256")
+    assert card("apple").data.license is None
+    assert "Apple names no licence for these weights" in str(card("apple"))
+
+
+def test_a_flow_trained_here_has_no_such_section(save):
+    text = (save() / "README.md").read_text()
+    assert "License of the weights" not in text
+    assert "trained with `itarflow`" in text
+
+
+def test_an_index_of_others_can_not_break_the_card(save):
+    folder = save(training={"name": "x", "license": {"notice": "a\n# b", "name": 3, "kept": "yes"}, "converted": [1]})
+    assert "\n# b" not in (folder / "README.md").read_text()
+
+
+def test_prompts_of_a_converted_starflow(run, tmp_path):
+    pytest.importorskip("transformers")
+    from tiny_text import save_text_encoder
+
+    flow = load_official(GOLDEN / "starflow_text" / "weights.pth")
+    save_text_encoder(tmp_path / "t5", width=flow.config.context_dim)
+    told = run("convert", GOLDEN / "starflow_text" / "weights.pth", "ours", "--text-encoder", tmp_path / "t5")
+    assert "It has no text encoder" not in told
+    pipe = ITARFlowPipeline.from_pretrained("ours")
+    images = pipe(prompt="a red corgi", guidance_weight=2.0, output_type="codes").images
+    assert images.shape == (1, 4, 6, 6)
