@@ -353,15 +353,18 @@ def check_classes(recipe: Recipe, data: ImageData) -> None:
         DataError: naming both numbers.
     """
     num_classes, found = recipe.model.num_classes, len(data.class_names)
+    prefix = num_classes > 0 and recipe.model.context_tokens > 0  # the label as a vector: it has no width of its own
+    without = " --model.context-tokens 0 --model.context-dim 0" if prefix else ""
     if num_classes and not found:
         why = "".join(f" ({note})" for note in data.identity.left_out if note.startswith("labels"))
         raise DataError(
             f"The images in {recipe.data.path} have no labels{why}, but model.num_classes is {num_classes}. Put each "
             "class in a folder of its own, name the column by data.label_column, or train without labels "
-            "by --model.num-classes 0."
+            f"by --model.num-classes 0{without}."
         )
     if num_classes and found != num_classes:
         raise DataError(
             f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
-            f"set --model.num-classes {found}, or 0 to ignore the labels."
+            f"set --model.num-classes {found}{f' --model.context-dim {found + 1}' if prefix else ''}, or "
+            f"{f'--model.num-classes 0{without}' if prefix else 0} to ignore the labels."
         )

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from itarflow.data.context import read_null_context
 from PIL import Image
 from tiny_training import losses, shared_weights, tiny_recipe
 
 from itarflow import ITARFlowPipeline
+from itarflow.data.context import read_null_context
 from itarflow.data.load import load_data
 from itarflow.data.prepare.crop import PrepareConfig, prepare
 from itarflow.flow.block import FlowOutput
@@ -186,10 +186,13 @@ def refused(recipe, run, error, message):
 def test_what_does_not_fit_together_is_refused_before_any_work(captioned, tmp_path):
     run = tmp_path / "run"
     plain = pictures(tmp_path / "plain")
-    refused(text_recipe(plain), run, DataError, "have no captions, but the model takes them")
+    refused(text_recipe(plain), run, DataError, "have no captions .*but the model takes them")
     refused(text_recipe(captioned, context_tokens=4), run, DataError, rf"{TOKENS} vectors.*takes 4 of")
     refused(text_recipe(captioned, context_dim=16), run, DataError, rf"set .*--model.context-dim {WIDTH}")
     refused(text_recipe(captioned, num_classes=3), run, ValueError, "context_dim")
+    as_vector = {"num_classes": 5, "context_dim": 6, "context_tokens": 1}
+    fits = "--model.num-classes 3 --model.context-dim 4, or --model.num-classes 0 --model.context-tokens 0 --model.c"
+    refused(text_recipe(captioned, **as_vector), run, DataError, fits)
     refused(text_recipe(captioned, tmp_path / "nowhere"), run, RunError, "nowhere")
     other = save_text_encoder(tmp_path / "other", seed=1)
     refused(text_recipe(captioned, other), run, RunError, "encoded by another text encoder")
