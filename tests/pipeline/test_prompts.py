@@ -248,6 +248,25 @@ def test_another_denoiser_is_given_the_prompts(pipe, make_flow):
     assert_same(images_of(pipe, denoiser=FlowDenoiser(pipe.flow)), images_of(pipe))
 
 
+def test_labels_as_one_vector_are_labels(make_flow, tmp_path):
+    """STARFlow's class-conditional model: the label is a prefix, and all else as with any other flow."""
+    flow = make_flow(**TEXT_FLOW | {"num_classes": 3, "context_dim": 4, "context_tokens": 1})
+    pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2), guidance=GUIDED)
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(labels: Any, **kwargs: Any) -> Tensor:
+        return pipe(labels, generator=torch.Generator().manual_seed(0), output_type="pt", **kwargs).images
+
+    found = images([0, 1, None])
+    assert_same(images([0, 1, None], batch_size=1), found)
+    assert differ(images([2, 1, None])[0], found[0])
+    assert differ(images([0, 1, None], guidance_weight=0)[0], found[0])
+    assert_same(images([0, 1, None], guidance_weight=0)[2], found[2])
+    pipe.save_pretrained(tmp_path)
+    pipe = ITARFlowPipeline.from_pretrained(tmp_path)
+    assert_same(images([0, 1, None]), found)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------
 
 

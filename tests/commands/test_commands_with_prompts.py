@@ -77,12 +77,20 @@ def test_a_grid_has_the_prompts(run, checkpoint):
     np.testing.assert_array_equal(pixels("samples.png"), pixels("again.png"))
 
 
+def test_names_of_any_letters_and_length(run, checkpoint):
+    with pytest.warns(UserWarning, match="is cut to 6"):
+        run("sample", checkpoint, *named("ein Hündchen / 犬\n", "a " * 99 + "cat", "../.."), "--output", "out")
+    names = sorted(path.name for path in Path("out").iterdir())
+    assert names == ["000000-ein-Hündchen-犬.png", f"000001-{'a-' * 29}a.png", "000002-..-...png"]
+    assert Image.open(f"out/{names[0]}").text["prompt"] == "ein Hündchen / 犬\n"
+
+
 def test_a_text_encoder_may_be_named(run, refused, checkpoint, tmp_path):
     bare, encoder = save_pipe(tmp_path / "bare", text=False), save_text_encoder(tmp_path / "t5")
     run("sample", checkpoint, *named(*PROMPTS))
     run("sample", bare, *named(*PROMPTS), "--text-encoder", encoder, "--output", "named.png")
     np.testing.assert_array_equal(pixels("samples.png"), pixels("named.png"))
-    assert "no text encoder; name the one" in refused("sample", bare, *named("a cat"))
+    assert "no text encoder; name the one of its training" in refused("sample", bare, *named("a cat"))
     save_text_encoder(tmp_path / "wide", width=12)
     message = refused("sample", bare, *named("a cat"), "--text-encoder", tmp_path / "wide")
     assert "vectors of 12, but the flow takes vectors of 8" in message
