@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_traits
 from itarflow.data.dataset import ImageDataset, too_many_broken
-from itarflow.data.images import Crop, spread_over
+from itarflow.data.images import Crop, spread_over, square_side
 from itarflow.data.load import DataConfig, load_data
 from itarflow.data.loader import ignore_interrupts, watched, without_alarm
 from itarflow.data.prepare.shards import Reader
@@ -196,7 +196,7 @@ def _open(config: BpdConfig) -> _Work:
         noise_range=(schedule.t_min, schedule.t_max) if flow.config.noise_conditioned else None,
         codes=pipe.vae is not None,
     )
-    channels, size, _ = flow.image_shape
+    channels, size = flow.image_shape[0], square_side(flow.image_shape)
     if pipe.vae is not None:
         traits = vae_traits(pipe.vae)
         channels, size = traits.in_channels, size * traits.stride
