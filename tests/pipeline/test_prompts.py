@@ -170,6 +170,7 @@ def test_a_flow_of_rectangles_has_rectangular_pictures(make_pipe):
     [
         ({}, "prompt is missing"),
         ({"num_images": 2}, "prompt is missing"),
+        ({"num_images_per_prompt": 2}, "prompt is missing"),
         ({"prompt": []}, "prompt: prompts is empty"),
         ({"prompt": [3]}, "prompt: a prompt is 3"),
         ({"prompt": 3}, "prompt: prompts is 3"),
@@ -342,6 +343,30 @@ def test_another_encoder_may_be_put_in(make_pipe, tmp_path):
         tmp_path / "pipe", text_encoder=encoder.encoder, tokenizer=encoder.tokenizer
     )
     torch.testing.assert_close(loaded.encode_prompt(PROMPTS), tiny_text_encoder().encode(PROMPTS))
+
+
+def test_variants_lie_beside_one_another(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    pipe.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
+    assert sorted(path.name for path in (tmp_path / "text_encoder").glob("*.safetensors")) == [
+        "model.bf16.safetensors",
+        "model.safetensors",
+    ]
+    found = [
+        ITARFlowPipeline.from_pretrained(tmp_path, variant=variant).encode_prompt("a cat")
+        for variant in (None, "bf16")
+    ]
+    assert differ(*found)
+    with pytest.raises(OSError, match="variant 'fp16'"):
+        ITARFlowPipeline.from_pretrained(tmp_path, variant="fp16")
+
+
+def test_nothing_is_left_of_an_older_encoder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, max_shard_size="3KB")
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(b"of another tokenizer")
+    pipe.save_pretrained(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "text_encoder").iterdir()) == ["config.json", "model.safetensors"]
+    assert not (tmp_path / "tokenizer" / "spiece.model").exists()
 
 
 def test_precision_of_the_text_encoder(pipe, tmp_path):
