@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypeAlias, TypedDict
 
 import diffusers
 import torch
@@ -96,6 +96,9 @@ def load_vae(config: CodecConfig, *, variant: str | None = None) -> Vae:
     return vae.eval().requires_grad_(False)
 
 
+_Count: TypeAlias = Annotated[int, Meta(ge=1)]
+
+
 class _VaeConfig(TypedDict, total=False):
     """What is read of a VAE's config besides its scaling, also by diffusers."""
 
@@ -104,13 +107,34 @@ class _VaeConfig(TypedDict, total=False):
     latent_channels: int
     block_out_channels: list[int]
     encoder_block_out_channels: list[int]
-    layers_per_block: Annotated[int, Meta(ge=1)]
-    norm_num_groups: Annotated[int, Meta(ge=1)]
+    layers_per_block: _Count
+    norm_num_groups: _Count
     down_block_types: list[str]
     up_block_types: list[str]
     force_upcast: bool
     mid_block_add_attention: bool
     sample_size: int | list[int] | None
+    # of an AutoencoderDC
+    attention_head_dim: _Count
+    decoder_block_out_channels: list[int] | None
+    encoder_layers_per_block: list[Annotated[int, Meta(ge=0)]]
+    decoder_layers_per_block: list[Annotated[int, Meta(ge=0)]]
+    # of an AutoencoderKLFlux2
+    patch_size: _Count | list[_Count]
+    batch_norm_eps: Annotated[float, Meta(gt=0)]
+    # of an AutoencoderRAE, with patch_size
+    encoder_hidden_size: _Count
+    encoder_patch_size: _Count
+    encoder_num_hidden_layers: _Count
+    encoder_input_size: _Count
+    decoder_hidden_size: _Count
+    decoder_num_hidden_layers: _Count
+    decoder_num_attention_heads: _Count
+    decoder_intermediate_size: _Count
+    image_size: _Count | None
+    num_channels: _Count
+    noise_tau: float
+    reshape_to_2d: bool
 
 
 def _checked_vae(folder: Path, variant: str | None) -> Vae:

@@ -22,7 +22,7 @@ from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import resumable, say
 from itarflow.commands.guidance import GuidanceOptions
 from itarflow.commands.prompts import prompts_in, put_encoder
-from itarflow.data.images import Crop
+from itarflow.data.images import Crop, square_side
 from itarflow.data.load import DataConfig
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import Spacing
@@ -298,7 +298,7 @@ class Scoring(GuidanceOptions):
             "protocol": self.protocol,
         }
         if self.reference is not None:
-            return read_reference(self.reference, image_size=pipe.picture_shape[1], crop=crop, **shared)
+            return read_reference(self.reference, image_size=square_side(pipe.picture_shape), crop=crop, **shared)
         config = DataConfig(
             path=self.data,
             split=self.split,

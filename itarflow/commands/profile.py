@@ -21,7 +21,7 @@ from itarflow.codec import codec_of, to_pixels
 from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import say
 from itarflow.commands.prompts import encode_once, subjects_of, take_encoder
-from itarflow.data.images import spread_over
+from itarflow.data.images import spread_over, square_side
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
 from itarflow.inverse.guidance import Guidance
@@ -159,7 +159,7 @@ class Profile:
         if self.data is not None:
             raise ValueError("--data has no prompts, which this checkpoint is conditioned on; leave it out.")
         encoder = take_encoder(pipe)
-        embeds = encode_once(encoder, subjects.prompts, device)
+        embeds = encode_once(encoder, subjects.prompts, device).of(slice(None))
         pipe.to(device).register_modules(text_encoder=encoder.encoder, tokenizer=encoder.tokenizer)
         context, null_context = (embeds[name].to(device) for name in ("prompt_embeds", "negative_prompt_embeds"))
         return _Given(None, context, null_context)
@@ -172,7 +172,7 @@ class Profile:
             part, z = given.part(slice(0, min(self.batch_sizes))), flow.sample_prior(min(self.batch_sizes), generator)
             noisy = flow.inverse(z, part.labels, t_max, context=part.context, dtype=pipe.sampling_dtype())
             return noisy, part.labels, t_max, part.context
-        channels, side, _ = pipe.picture_shape
+        channels, side = pipe.picture_shape[0], square_side(pipe.picture_shape)
         config = DataConfig(path=self.data, held_out_images=0)
         data = load_data(config, image_size=side, in_channels=channels)
         chosen = spread_over(len(data.train), min(len(data.train), _REAL_IMAGES))

@@ -129,6 +129,21 @@ def check_image_size(image_size: int, in_channels: int, protocol: str) -> None:
         raise DataError(f"image_size is {image_size}; expected 1 to {LARGEST} pixels")
 
 
+def square_side(shape: tuple[int, int, int]) -> int:
+    """The side in pixels of square images (C, H, W).
+
+    Raises:
+        DataError: they are not square, as those of data sets always are.
+    """
+    _, height, width = shape
+    if height != width:
+        raise DataError(
+            f"the images are {height} x {width} pixels, but those of a data set are made square when they are read; "
+            "a flow of images that are not square can make pictures, and not be trained or measured here"
+        )
+    return height
+
+
 def spread_over(total: int, count: int) -> list[int]:
     """`count` indices of 0 .. total - 1, evenly spaced from the first on: such as of images from all over a set."""
     return [index * total // count for index in range(count)]

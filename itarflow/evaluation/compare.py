@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from itarflow.codec import Vae, check_same_codes, codec_of, differing, to_pil, to_pixels, to_uint8, vae_identity
-from itarflow.data.images import spread_over
+from itarflow.data.images import spread_over, square_side
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.diffusion import DiffusionDenoiser
 from itarflow.denoisers.ode import DenoiseScheduler
@@ -279,9 +279,9 @@ def _check_alike(pipelines: Mapping[str, ITARFlowPipeline]) -> None:
                 )
         if identity is not None and (lines := differing(identity, vae_identity(other.vae))):
             raise ValueError(f"{name} and {other_name} model codes of different VAEs:\n  " + "\n  ".join(lines))
-    _, size, _ = first.picture_shape
+    size = min(first.picture_shape[1:])
     if size < 3:
-        raise ValueError(f"{name} makes images of {size} x {size} pixels; expected at least 3 x 3.")
+        raise ValueError(f"{name} makes images of {size} pixels; expected at least 3 x 3.")
 
 
 def _generation(
@@ -368,8 +368,8 @@ def _variants(
 
 def _real_images(pipe: ITARFlowPipeline, path: str) -> dict[str, float | None]:
     """The residual noise of images from all over a data set, in the size of those that are generated."""
-    channels, size, _ = pipe.picture_shape
-    images = load_data(DataConfig(path=path, held_out_images=0), image_size=size, in_channels=channels).train
+    shape, config = pipe.picture_shape, DataConfig(path=path, held_out_images=0)
+    images = load_data(config, image_size=square_side(shape), in_channels=shape[0]).train
     count = min(len(images), REAL_IMAGES)
     chosen = torch.stack([images[index].image for index in spread_over(len(images), count)])
     return {"residual noise": _finite(float(residual_noise(to_pixels(chosen)).mean())), "images": count}

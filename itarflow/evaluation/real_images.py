@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 from accelerate import Accelerator, PartialState
 
-from itarflow.data.images import Crop
+from itarflow.data.images import Crop, square_side
 from itarflow.data.load import DataConfig, load_data
 from itarflow.evaluation.metrics.reference import Reference, reference_of
 from itarflow.pipeline.pipeline import ITARFlowPipeline
@@ -66,7 +66,7 @@ def reference_for(
         RunError: as `reference_of`.
     """
     crop_for(pipe, data.crop)
-    channels, size, _ = pipe.picture_shape
+    channels, size = pipe.picture_shape[0], square_side(pipe.picture_shape)
     whole = replace(data, held_out_split=None, held_out_images=0, in_memory=False)  # as `reference_of` reads them
     found = main_first(accelerator, lambda: load_data(whole, image_size=size, in_channels=channels))
     ours, theirs = pipe.flow.config.num_classes, len(found.class_names)

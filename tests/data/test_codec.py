@@ -432,6 +432,29 @@ def test_configs_that_do_not_go_with_the_weights_are_refused_before_anything_is_
     assert time.monotonic() - begun < 5
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("AutoencoderRAE", {"decoder_num_hidden_layers": 1e308}, "decoder_num_hidden_layers"),
+        ("AutoencoderRAE", {"encoder_num_hidden_layers": 3}, "numbers; its weights hold"),
+        ("AutoencoderRAE", {"encoder_input_size": 10**9}, "encoder_input_size is 1000000000, which does not go"),
+        ("AutoencoderRAE", {"decoder_num_attention_heads": -1}, "decoder_num_attention_heads"),
+        ("AutoencoderDC", {"encoder_layers_per_block": [1, 5]}, "numbers; its weights hold"),
+        ("AutoencoderDC", {"decoder_block_out_channels": [8, "x"]}, "decoder_block_out_channels"),
+        ("AutoencoderKLFlux2", {"patch_size": [1, 2]}, r"patch_size is \[1, 2\]|numbers; its weights hold"),
+        ("AutoencoderKLFlux2", {"batch_norm_eps": -5.0}, "batch_norm_eps"),
+    ],
+)
+def test_so_are_those_of_other_kinds(tmp_path, kind, changes, words):
+    vae_of(kind).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    begun = time.monotonic()
+    with pytest.raises(OSError, match=words):
+        load_vae(CodecConfig(vae=str(tmp_path)))
+    assert time.monotonic() - begun < 5
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
     vae = tiny_vae()
