@@ -6,9 +6,9 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,10 +19,12 @@ from peer import load_peer, official_module
 from report import Record, print_table, quartiles, write_json
 from resident import give_back_freed_tensors
 from rich.console import Console
-from subject import DTYPES, Subject, open_subject
+from subject import DTYPES, Subject, open_subjects
 from timing import Case, Failure, Timing, Variant, release, timed_in_turns, working_memory
 
 REFERENCE = "peer"
+SECOND = "starflow"
+"""What the variants of the second subject are called, in place of "ours"."""
 
 
 def measure(bench: Bench, command: str, console: Console, until: float = math.inf) -> list[Record]:
@@ -42,9 +44,10 @@ def measure(bench: Bench, command: str, console: Console, until: float = math.in
     device = bench.torch_device()
     if bench.threads is not None:
         torch.set_num_threads(bench.threads)
-    subject, peer = _opened(bench)
-    sizes = bench.batch_sizes
-    chosen = [(size, _chosen(bench, case)) for size in sizes for case in bench.cases(subject, size, peer)]
+    subjects, peer = _opened(bench)
+    chosen = [
+        (size, _chosen(bench, case)) for size in bench.batch_sizes for case in _cases(bench, subjects, size, peer)
+    ]
     if bench.json is not None:
         bench.json.parent.mkdir(parents=True, exist_ok=True)  # or refused before any work
     peaks = measured_peaks(device)
@@ -63,7 +66,7 @@ def measure(bench: Bench, command: str, console: Console, until: float = math.in
                 reasons = {one.reason for one in found if isinstance(one, Failure)}
                 missing += [f"{case.name} of {size} images, {variant.name}: {reason}" for reason in sorted(reasons)]
             used = {v.name: m for v, m in zip(case.variants, memory, strict=True) if not isinstance(m, Failure)}
-            records += _records(bench, subject, size, case, measured, used, peaks, command)
+            records += _records(bench, subjects, size, case, measured, used, peaks, command)
             if bench.json is not None:
                 write_json(records, bench.json)
     finally:  # also if memory runs out in a later case
@@ -74,10 +77,23 @@ def measure(bench: Bench, command: str, console: Console, until: float = math.in
     return records
 
 
-def _opened(bench: Bench) -> tuple[Subject, Any | None]:
+def _opened(bench: Bench) -> tuple[list[Subject], Any | None]:
     module = None if bench.peer is None else official_module(bench.peer)  # first: refused before a model is loaded
-    subject = open_subject(bench)
-    return subject, None if module is None else load_peer(module, subject.flow)
+    subjects = open_subjects(bench)
+    return subjects, None if module is None else load_peer(module, subjects[0].flow)
+
+
+def _cases(bench: Bench, subjects: Sequence[Subject], batch_size: int, peer: Any | None) -> list[Case]:
+    """Those of the first, each with the variants of the second one in the same turns; the peer is of the first."""
+    cases = bench.cases(subjects[0], batch_size, peer)
+    for subject in subjects[1:]:
+        others = bench.cases(subject, batch_size, None)
+        cases = [Case(a.name, [*a.variants, *map(_second, b.variants)]) for a, b in zip(cases, others, strict=True)]
+    return cases
+
+
+def _second(variant: Variant) -> Variant:
+    return replace(variant, name=f"{SECOND}{variant.name.removeprefix('ours')}")
 
 
 def _chosen(bench: Bench, case: Case) -> Case:
@@ -106,15 +122,15 @@ def _memory(bench: Bench, batch_size: int, case: Case, variant: Variant) -> int 
 def _alone(bench: Bench, batch_size: int, case_name: str, variant_name: str, threads: int) -> int | None:
     """`working_memory` in a fresh process, whose memory nothing has touched."""
     torch.set_num_threads(threads)
-    subject, peer = _opened(bench)
-    case = next(case for case in bench.cases(subject, batch_size, peer) if case.name == case_name)
+    subjects, peer = _opened(bench)
+    case = next(case for case in _cases(bench, subjects, batch_size, peer) if case.name == case_name)
     variant = next(variant for variant in case.variants if variant.name == variant_name)
     return working_memory(variant, bench.torch_device())
 
 
 def _records(
     bench: Bench,
-    subject: Subject,
+    subjects: Sequence[Subject],
     batch_size: int,
     case: Case,
     timings: Mapping[str, Timing],
@@ -127,10 +143,12 @@ def _records(
     records = []
     for variant in (variant for variant in case.variants if variant.name in timings):
         timing, compared = timings[variant.name], variant.name != reference
+        subject = subjects[variant.name.startswith(SECOND)]
         low, middle, high = quartiles(timing.seconds)
         least, peak = variant.floor(peaks), peaks[DTYPES[variant.dtype]]
         own, other = memory.get(variant.name), memory.get(reference)
         finite = bool(timing.result.isfinite().all())
+        alike = compared and subject is subjects[0]
         differs = float((timing.result - timings[reference].result).abs().max())
         records.append(
             Record(
@@ -154,7 +172,7 @@ def _records(
                 reference=reference if compared else None,
                 times_as_fast=statistics.median(timings[reference].seconds) / middle if compared else None,
                 times_the_memory=own / other if compared and own and other else None,
-                largest_difference=differs if compared and math.isfinite(differs) else None,
+                largest_difference=differs if alike and math.isfinite(differs) else None,
                 finite=finite,
                 floor_seconds=least,
                 times_floor=middle / least,

@@ -42,6 +42,8 @@ class Options:
     """Of each block, noise side last."""
     classes: int = 10
     """0 = no labels."""
+    starflow: bool = False
+    """Measure the same sizes with STARFlow's blocks, too, whose label comes as a vector before the tokens."""
     batch_sizes: tuple[int, ...] = (1, 16)
     """Images at a time."""
     dtype: Literal["float32", "bf16"] = "float32"
@@ -113,6 +115,41 @@ class Subject:
     def _drawn(self, batch_size: int, shape: tuple[int, ...], seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(batch_size, *shape, generator=generator).to(self.flow.device)
+
+
+def open_subjects(options: Options) -> list[Subject]:
+    """Build or load the flow; with `starflow` the same with STARFlow's blocks is the second one.
+
+    Raises:
+        ValueError: sizes that do not fit together, a file that holds no recipe, or a pipeline, whose weights fit its
+            own blocks alone, with `starflow`.
+        OSError: there is no such file or folder.
+    """
+    subject = open_subject(options)
+    if not options.starflow:
+        return [subject]
+    if options.model is not None and options.model.is_dir():
+        raise ValueError(f"--starflow is given with a pipeline, {options.model}; expected a recipe, or sizes.")
+    recipe = replace(subject.recipe, model=with_starflow_blocks(subject.recipe.model))
+    flow = _random_flow(recipe, options.seed).to(options.torch_device())
+    return [subject, Subject(f"{subject.name}, STARFlow's blocks", flow, recipe)]
+
+
+def with_starflow_blocks(model: ModelConfig) -> ModelConfig:
+    """The same sizes with STARFlow's blocks; labels become the one vector before the tokens."""
+    smallest = model.patch_size if isinstance(model.patch_size, int) else min(model.patch_size)
+    return replace(
+        model,
+        rotary_side=model.image_size // smallest,
+        start_token=True,
+        learned_first_token=False,
+        final_norm=True,
+        soft_clip=4.0,
+        softplus_scale=True,
+        first_block_reversed=True,
+        context_dim=model.num_classes + 1 if model.num_classes else 0,
+        context_tokens=1 if model.num_classes else 0,
+    )
 
 
 def open_subject(options: Options) -> Subject:

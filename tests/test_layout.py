@@ -68,7 +68,7 @@ def test_the_method_is_small_and_knows_nothing_but_the_ground():
     files = files_of_the_method()
     rooms = [file for file in files if file.name != "__init__.py"]
     lines = sum(len(file.read_text().splitlines()) for file in files)
-    assert len(rooms) <= 12
+    assert len(rooms) <= 13
     assert lines <= 3000
     for file in files:
         if file.parent.name == "denoisers":

@@ -102,6 +102,14 @@ def test_a_preset_gives_the_sampling_of_its_owners(run, presets):
     assert [Image.open(path).size for path in Path("images").iterdir()] == [(8, 8)]
 
 
+@pytest.mark.parametrize(("name", "levels"), [("afhq256", (0.07, 0.07)), ("gsj_afhq256", None)])
+@pytest.mark.usefixtures("presets")
+def test_the_level_of_training_is_recorded_unless_the_step_is_another(run, name, levels):
+    run("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", "--preset", name)
+    found = ITARFlowPipeline.from_pretrained("ours").flow.config.noise_range
+    assert found == levels or tuple(found) == levels
+
+
 def test_options_go_before_a_preset(run, presets):
     words = ("--preset", "gsj_afhq256", "--guidance-weight", 0.5, "--t-max", 0.2)
     run("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", *words)

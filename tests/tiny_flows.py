@@ -65,7 +65,7 @@ def condition_of(
     flow: Any, block: Any, labels: Any, noise_level: Any, temperature: float = 1.0, batch_size: int = 3
 ) -> Any:
     """The condition of a block of the flow."""
-    return flow._checked_condition(batch_size, labels, noise_level, None).of(block, temperature)
+    return block.condition(*flow._given(batch_size, labels, noise_level, None), temperature)
 
 
 def first_sample(condition: Any) -> Any:

@@ -88,10 +88,7 @@ class Convert:
         public = None if self.preset is None else PUBLIC_FILES[self.preset]
         flow = self._flow(public)
         pipeline = self._pipeline(flow, public)
-        if self.t_max is not None:  # an assumed level must not make the flow refuse others
-            only_level = not flow.config.noise_conditioned and self.t_min is None
-            low = self.t_max if only_level else pipeline.scheduler.config.t_min
-            flow.register_to_config(noise_range=(low, self.t_max))
+        self._record_levels(pipeline, public)
         replace_folder(self.target.absolute(), pipeline.save_pretrained)
         parameters = sum(parameter.numel() for parameter in flow.parameters())
         defaults, weight = pipeline.scheduler.config, pipeline.default_guidance.weight
@@ -171,6 +168,16 @@ class Convert:
             training=self._record(flow, public),
             **self._parts(flow, public),
         )
+
+    def _record_levels(self, pipeline: ITARFlowPipeline, public: PublicFile | None) -> None:
+        """Make the flow refuse levels that it was not trained on, where they are known and not assumed."""
+        only_level = not pipeline.flow.config.noise_conditioned and self.t_min is None
+        t_max = self.t_max
+        if t_max is None and public is not None and public.denoise_factor == 1:  # else t_max is no level of training
+            t_max = public.noise_std
+        if t_max is not None:
+            low = t_max if only_level else pipeline.scheduler.config.t_min
+            pipeline.flow.register_to_config(noise_range=(low, t_max))
 
     def _t_max(self, flow: TARFlow, public: PublicFile | None) -> float:
         if self.t_max is not None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from itarflow.commands.console import print_table
+from itarflow.pipeline.model_card import family_of
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.text import printable
 
@@ -24,10 +25,10 @@ class Info:
         """Carry the command out."""
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
         config, parameters = pipe.flow.config, sum(p.numel() for p in pipe.flow.parameters())
-        kind = "iTARFlow, conditioned on the noise level" if config.noise_conditioned else "TARFlow, one noise level"
+        levels = "conditioned on the noise level" if config.noise_conditioned else "one noise level"
         num_tokens, token_dim = pipe.flow.z_shape
         _table("Flow", {
-            "kind": kind,
+            "kind": f"{family_of(config)}, {levels}",
             "parameters": f"{parameters:,}",
             "trained on noise levels": _range(config.noise_range),
             "z": f"{num_tokens} tokens of {token_dim} values",

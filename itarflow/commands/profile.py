@@ -159,7 +159,7 @@ class Profile:
         if self.data is not None:
             raise ValueError("--data has no prompts, which this checkpoint is conditioned on; leave it out.")
         encoder = take_encoder(pipe)
-        embeds = encode_once(encoder, subjects.prompts, device)
+        embeds = encode_once(encoder, subjects.prompts, device).of(slice(None))
         pipe.to(device).register_modules(text_encoder=encoder.encoder, tokenizer=encoder.tokenizer)
         context, null_context = (embeds[name].to(device) for name in ("prompt_embeds", "negative_prompt_embeds"))
         return _Given(None, context, null_context)

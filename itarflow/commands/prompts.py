@@ -129,25 +129,33 @@ def take_encoder(pipe: ITARFlowPipeline) -> TextEncoder:
     """
     encoder = text_encoder_of(pipe.text_encoder, pipe.tokenizer, pipe.flow)
     if encoder is None:
+        known = (pipe.config.training or {}).get("captions_encoder")
+        named = f"it was trained with {printable(str(known))}" if known else "such as google/flan-t5-xl for STARFlow's"
         raise ValueError(
-            "this checkpoint has no text encoder; name the one that it was trained with by --text-encoder, such as "
-            "google/flan-t5-xl."
+            f"this checkpoint has no text encoder; name the one of its training by --text-encoder ({named})."
         )
     pipe.register_modules(text_encoder=None, tokenizer=None)
     return encoder
 
 
-def encode_once(encoder: TextEncoder, prompts: Sequence[str], device: str | torch.device) -> dict[str, Tensor]:
-    """The vectors of prompts and of the empty one, on the CPU; the encoder is back there at the end.
+@dataclass(frozen=True)
+class Encoded:
+    """The vectors of the prompts of images, on the CPU, each text once."""
 
-    Returns:
-        Arguments of a call of the pipeline: prompt_embeds (B, T, E) and negative_prompt_embeds (1, T, E).
-    """
-    vectors = encoded(encoder.to(device), [*prompts, ""]).cpu()
+    vectors: Tensor
+    """(U, T, E), and those of the empty prompt at the end."""
+    rows: list[int]
+    """Of the prompt of each image."""
+
+    def of(self, part: slice) -> dict[str, Any]:
+        """Arguments of a call of the pipeline for some of the images."""
+        return {"prompt_embeds": self.vectors[self.rows[part]], "negative_prompt_embeds": self.vectors[-1:]}
+
+
+def encode_once(encoder: TextEncoder, prompts: Sequence[str], device: str | torch.device) -> Encoded:
+    """Encode the prompts of images, and the empty one, on a device, of which the encoder is gone at the end."""
+    texts = list(dict.fromkeys(prompts))
+    place = {text: row for row, text in enumerate(texts)}
+    vectors = encoded(encoder.to(device), [*texts, ""]).cpu()
     encoder.to("cpu")
-    return {"prompt_embeds": vectors[:-1], "negative_prompt_embeds": vectors[-1:]}
-
-
-def part_of(embeds: dict[str, Tensor], part: slice) -> dict[str, Any]:
-    """The arguments of `encode_once` for some of the images."""
-    return embeds and {**embeds, "prompt_embeds": embeds["prompt_embeds"][part]}
+    return Encoded(vectors, [place[text] for text in prompts])

@@ -10,16 +10,15 @@ from typing import Annotated
 import torch
 import tyro
 from PIL import Image
-from torch import Tensor
 
 from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
 from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import say
 from itarflow.commands.guidance import OneGuidance
 from itarflow.commands.prompts import (
+    Encoded,
     Subjects,
     encode_once,
-    part_of,
     prompts_in,
     put_encoder,
     subjects_of,
@@ -117,9 +116,9 @@ class Sample(OneGuidance):
             put_encoder(pipe, self.text_encoder)
         if self.decoder is not None:
             pipe.register_modules(vae=_matching_vae(pipe, self.decoder))
-        plan, embeds = self._plan(pipe, subjects), dict[str, Tensor]()
+        plan, prompted = self._plan(pipe, subjects), None
         if subjects.prompts is not None:  # before the flow needs the memory
-            embeds = encode_once(take_encoder(pipe), subjects.prompts, device)
+            prompted = encode_once(take_encoder(pipe), subjects.prompts, device)
         pipe.to(device)
         pipe.set_progress_bar_config(desc="sampling", unit=" image steps")  # tokens and denoising of each image
         dtype = asked_dtype(self.denoise_dtype)
@@ -131,7 +130,7 @@ class Sample(OneGuidance):
         name = display_name(self.checkpoint)  # of a run it is "pipeline", as of any other
         name = short_names([self.checkpoint])[0] if name in ("pipeline", "vae") else name
         facts = {"checkpoint": name, "seed": self.seed}
-        images = self._images(pipe, subjects, embeds, denoiser, dtype)
+        images = self._images(pipe, subjects, prompted, denoiser, dtype)
         if plan is None:
             self.output.mkdir(parents=True, exist_ok=True)
             for index, image in enumerate(images):
@@ -170,7 +169,7 @@ class Sample(OneGuidance):
         self,
         pipe: ITARFlowPipeline,
         subjects: Subjects,
-        embeds: dict[str, Tensor],
+        prompted: Encoded | None,
         denoiser: Denoiser | None,
         dtype: torch.dtype | None,
     ) -> Iterator[Image.Image]:
@@ -180,8 +179,7 @@ class Sample(OneGuidance):
         for start in range(0, len(subjects), self.batch_size):
             part = slice(start, start + self.batch_size)
             yield from pipe(
-                class_labels=None if embeds else subjects.labels[part],
-                **part_of(embeds, part),
+                **(prompted.of(part) if prompted is not None else {"class_labels": subjects.labels[part]}),
                 guidance=guidance,
                 num_denoise_steps=self.num_denoise_steps,
                 method=self.method,

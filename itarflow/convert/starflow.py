@@ -147,12 +147,12 @@ def _check_kind(state: Mapping[str, Tensor]) -> None:
         found = next((name for name in state if re.search(pattern, name)), None)
         if found is not None:
             raise CheckpointError(f"holds {found}: {reason} Expected a STARFlow of images, such as the 3B.")
-    if "blocks.0.attn_blocks.0.attention.qkv.weight" in state and (
-        "blocks.0.attn_blocks.0.attention.qkv.bias" not in state
-    ):
+    layers = [name.removesuffix("qkv.weight") for name in state if name.endswith(".attention.qkv.weight")]
+    biases = (f"{layer}{part}.bias" for layer in layers for part in ("qkv", "norm"))
+    if lacking := next((bias for bias in biases if bias not in state), None):
         raise CheckpointError(
-            "has no biases (blocks.0.attn_blocks.0.attention.qkv.bias is missing); expected those of the published "
-            "image models. It is incomplete, or a variant such as a Gemma, which itarflow has not."
+            f"lacks {lacking}; expected biases everywhere, as in the published image models. It is incomplete, or a "
+            "variant such as a Gemma, which itarflow has not."
         )
 
 
@@ -206,13 +206,13 @@ def _lengths(state: Mapping[str, Tensor]) -> dict[str, int]:
     for name, tensor in state.items():
         if re.fullmatch(_IGNORED, name) is None or name == "var":
             continue
-        rows, columns = tensor_of(
-            state, name, "(tokens, tokens)" if name.endswith("mask") else "(tokens, angles)"
-        ).shape
-        if columns != (rows if name.endswith("mask") else HEAD_DIM):
+        is_mask = name.endswith("attn_mask")
+        rows, columns = tensor_of(state, name, "(tokens, tokens)" if is_mask else "(tokens, angles)").shape
+        expected = rows if is_mask else HEAD_DIM
+        if columns != expected:
             raise CheckpointError(
-                f"has {name} of shape {tuple(tensor.shape)}; expected "
-                f"({rows}, {rows if name.endswith('mask') else HEAD_DIM}). It is of another architecture."
+                f"has {name} of shape {tuple(tensor.shape)}; expected ({rows}, {expected}). It is of another "
+                "architecture."
             )
         lengths[name] = rows
     return lengths

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from msgspec import Meta
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from itarflow.data.codes import CARD, NULL_CONTEXT, PREPARED, folder_of_cards
@@ -213,7 +214,7 @@ def write_null_context(folder: Path, vectors: Tensor) -> None:
     data = np.frombuffer(to_bytes(vectors), "<i2").astype(np.int16)
     tensor = torch.from_numpy(data).view(torch.bfloat16).reshape(-1, vectors.shape[-1])
     with atomically(folder / NULL_CONTEXT) as partial:
-        save_file({_TENSOR: tensor}, partial)
+        partial.write_bytes(to_safetensors({_TENSOR: tensor}))  # `save_file` lets nobody else read it
 
 
 def read_null_context(folder: Path, shape: tuple[int, int]) -> Tensor:

@@ -38,8 +38,9 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, open_regular
 from itarflow.runtime.text import printable
 
-_DOCUMENTATION = (".json", ".md", ".txt", ".yaml", ".yml", "")
-"""Suffixes of what lies beside parquet files, and is no part of the images: cards, manifests, licences."""
+_DOCUMENTATION = (".json", ".md", ".txt", ".yaml", ".yml", ".safetensors", "")
+"""Suffixes of what lies beside parquet files, and is no part of the images: cards, manifests, licences, the vectors of
+the empty caption."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 Rows: TypeAlias = datasets.Dataset | ParquetRows
 _Tables: TypeAlias = Mapping[str, datasets.Dataset] | Mapping[str, ParquetRows]  # by name of split

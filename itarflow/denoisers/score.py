@@ -11,7 +11,7 @@ from torch import Tensor
 
 from itarflow.denoisers.protocol import CheckedDenoiser as CheckedDenoiser
 from itarflow.denoisers.protocol import Denoiser as Denoiser
-from itarflow.flow.checks import checked_context, checked_labels
+from itarflow.flow.condition import checked_context, checked_labels
 from itarflow.flow.density import log_density
 from itarflow.flow.tarflow import TARFlow
 from itarflow.flow.transformer import Layer

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itarflow.flow.condition import Condition, Given
 from itarflow.flow.embedding import (
     NULL_LABEL,
     ClassEmbedding,
@@ -38,17 +39,6 @@ class FlowOutput(NamedTuple):
     """(B, N, D), tokens."""
     log_det: Tensor
     """(B,), log |det dz/dx| in nats, summed over all dims."""
-
-
-class Condition(NamedTuple):
-    """The inputs of a block besides the tokens."""
-
-    embedding: Tensor
-    """(B, 1, C), noise level and class."""
-    temperature: Tensor | None
-    """(B,), the paper's tau, which divides the attention logits (TARFlow, appendix B); None = 1 for all."""
-    context: Tensor | None = None
-    """(B, T, C), condition vectors before the tokens, as the block's transformer takes them; None = none."""
 
 
 class Context(NamedTuple):
@@ -148,8 +138,8 @@ class AutoregressiveBlock(nn.Module):
         batch_size: int,
         labels: Tensor | None,
         noise_level: Tensor | None,
-        temperature: float = 1.0,
         context: Tensor | None = None,
+        temperature: float = 1.0,
     ) -> Condition:
         """Embed labels (B,), noise level (B,) and context (B, T, E) once, for any number of calls of `affine_at`."""
         weight = self.proj_in.weight
@@ -164,6 +154,10 @@ class AutoregressiveBlock(nn.Module):
         if self.proj_context is not None and context is not None:
             return Condition(embedding[:, None], tempered, self.proj_context(context.to(weight.dtype)))
         return Condition(embedding[:, None], tempered)
+
+    def reads(self, given: Given) -> bool:
+        """Whether labels or context play a part in what the block does."""
+        return given.labels is not None or (given.context is not None and self.proj_context is not None)
 
     def cache_shape(self, batch_size: int) -> tuple[int, ...]:
         """(L, 2, B, H, T + N, E) of the keys and values of the whole sequence."""

@@ -1,14 +1,10 @@
-"""What a flow is given: sizes that fit together, labels, noise levels and solvers in their ranges."""
+"""The arguments of a flow and of its inverse: sizes that fit together, solvers for the blocks there are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-
-from itarflow.flow.embedding import NULL_LABEL
 from itarflow.inverse.solvers import Jacobi, Solver
 from itarflow.runtime.ranges import check_flag, check_integer, check_number, shown
 
@@ -172,98 +168,6 @@ def _per_block(name: str, value: Any, num_blocks: int, most: int) -> tuple[int, 
     return values
 
 
-def checked_labels(labels: Tensor | None, batch_size: int, num_classes: int, device: torch.device) -> Tensor | None:
-    """Labels as int64 (batch_size,) on the device; None = all unlabelled.
-
-    Raises:
-        ValueError: they are not (batch_size,) whole numbers from 0 to num_classes - 1 or NULL_LABEL, or the flow has
-            no classes.
-    """
-    if labels is None:
-        return None
-    labels = torch.as_tensor(labels)  # a list will do
-    if num_classes == 0:
-        raise ValueError("labels were given, but this flow has no classes (num_classes=0); pass labels=None.")
-    if tuple(labels.shape) != (batch_size,) or labels.is_floating_point():
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected ({batch_size},) int64."
-        )
-    if _readable(labels) and not ((labels >= NULL_LABEL) & (labels < num_classes)).all():
-        wrong = labels[(labels < NULL_LABEL) | (labels >= num_classes)].tolist()
-        raise ValueError(
-            f"labels {wrong[:5]} are out of range; expected 0 .. {num_classes - 1}, or {NULL_LABEL} for no label."
-        )
-    return labels.to(device, torch.int64)
-
-
-def checked_context(
-    context: Tensor | None, labels: Tensor | None, batch_size: int, config: Any, device: torch.device
-) -> Tensor | None:
-    """The condition vectors (batch_size, T, E) of a flow that has them, made of labels where it has classes.
-
-    Args:
-        context: as it was given.
-        labels: (batch_size,), checked; None = all unlabelled.
-        batch_size: B.
-        config: of the flow.
-        device: of the result.
-
-    Raises:
-        ValueError: it is missing, given beside labels or to a flow without, or of another shape or type.
-    """
-    shape = batch_size, config.context_tokens, config.context_dim
-    if context is None:
-        if not config.context_tokens:
-            return None
-        if not config.num_classes:
-            raise ValueError(
-                f"context is missing: this flow is conditioned on {shape[1]} vectors an image. Pass a {shape} tensor."
-            )
-        labels = torch.full((batch_size,), NULL_LABEL, device=device) if labels is None else labels
-        index = torch.where(labels < 0, config.num_classes, labels)
-        return torch.nn.functional.one_hot(index, config.context_dim).float()[:, None]
-    if not config.context_tokens:
-        raise ValueError("context was given, but this flow has no condition vectors (context_tokens=0); leave it out.")
-    if labels is not None:
-        raise ValueError("labels and context were given, but both are the label of an image; pass one of them.")
-    if tuple(context.shape) != shape or not context.is_floating_point():
-        raise ValueError(
-            f"context has shape {tuple(context.shape)} and type {context.dtype}; expected {shape} floats."
-        )
-    return context.to(device)
-
-
-def checked_noise_level(noise_level: Tensor | float | None, batch_size: int, device: torch.device) -> Tensor:
-    """The noise level as (batch_size,) on the device, in at least float32.
-
-    Raises:
-        ValueError: there is none, neither one nor one an image, or one that is not finite and > 0.
-    """
-    if noise_level is None:
-        raise ValueError("noise_level is missing: this flow is conditioned on it. Pass a number or a (B,) tensor.")
-    level = torch.as_tensor(noise_level, device=device)
-    level = level.to(torch.promote_types(level.dtype, torch.float32))
-    if level.numel() not in (1, batch_size):
-        raise ValueError(f"noise_level has shape {tuple(level.shape)}; expected one number or ({batch_size},).")
-    if _readable(level) and not ((level > 0) & level.isfinite()).all():
-        raise ValueError(f"noise_level is {level.flatten().tolist()[:5]}; expected finite numbers > 0.")
-    return level.reshape(-1).expand(batch_size)
-
-
-def check_noise_range(noise_level: Tensor | float, noise_range: Sequence[float]) -> None:
-    """Raise ValueError for a level outside (t_min, t_max). It reads the values, so it is not for training steps."""
-    low, high = noise_range
-    # On the CPU, since some devices have no float64.
-    values = noise_level.detach().cpu().double() if isinstance(noise_level, Tensor) else noise_level
-    level = torch.as_tensor(values, dtype=torch.float64)
-    tolerance = 1e-5  # float32 rounding of a level at the edge
-    if not ((level >= low * (1 - tolerance)) & (level <= high * (1 + tolerance))).all():
-        raise ValueError(
-            f"noise_level {level.flatten().tolist()[:5]} lies outside [{low}, {high}], the range this flow was "
-            "trained on; its density means nothing there."
-        )
-
-
 def solver_of_each_block(solver: Solver | Sequence[Solver], num_tokens: Sequence[int]) -> Sequence[Solver]:
     """One solver a block, from one for all or one each.
 
@@ -283,8 +187,3 @@ def solver_of_each_block(solver: Solver | Sequence[Solver], num_tokens: Sequence
         if isinstance(one, Jacobi):
             one.check(tokens)
     return by_block
-
-
-def _readable(values: Tensor) -> bool:
-    """Whether looking at values is free: not while compiling, nor where it would wait for a device."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()

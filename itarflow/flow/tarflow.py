@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -18,7 +18,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from itarflow.flow import checks
-from itarflow.flow.block import AutoregressiveBlock, Condition, Context, FlowOutput
+from itarflow.flow.block import AutoregressiveBlock, Context, FlowOutput
+from itarflow.flow.condition import Given, check_noise_range, checked_condition, without_condition
 from itarflow.flow.density import log_density
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.transformer import Transformer
@@ -213,7 +214,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             ValueError: wrong shapes, labels, noise levels or context.
         """
         images = self._checked_images(images)
-        given = self._checked_condition(len(images), labels, noise_level, context)
+        given = self._given(len(images), labels, noise_level, context)
         image_size, patch = self.config.image_size, self.patch_sizes[0]
         x = patchify(images, patch) * self.config.input_scale
         log_det = images.new_full((len(images),), images[0].numel() * math.log(self.config.input_scale))
@@ -221,7 +222,7 @@ class TARFlow(ModelMixin, ConfigMixin):
             if block_patch != patch:
                 x = patchify(unpatchify(x, patch, image_size), block_patch)
                 patch = block_patch
-            x, block_log_det = block(x, given.of(block))
+            x, block_log_det = block(x, block.condition(*given))
             log_det = log_det + block_log_det
         return FlowOutput(x, log_det)
 
@@ -295,7 +296,7 @@ class TARFlow(ModelMixin, ConfigMixin):
         if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
         self.check_noise_range(noise_level)
-        given = self._checked_condition(len(z), labels, noise_level, context)
+        given = self._given(len(z), labels, noise_level, context)
         guidance = guidance or Guidance()
         if not isinstance(guidance.blocks, int | None) and max(guidance.blocks, default=0) >= len(self.blocks):
             raise ValueError(
@@ -311,10 +312,10 @@ class TARFlow(ModelMixin, ConfigMixin):
         unchecked = not self._decoding_checked and self._can_check_decoding()
         # Where labels and context play no part both passes are equal at temperature 1: guidance changes nothing.
         guided = [
-            guidance.guides(from_noise) and (guidance.temperature != 1 or given.plays_part_in(block))
+            guidance.guides(from_noise) and (guidance.temperature != 1 or block.reads(given))
             for from_noise, (block, _) in enumerate(reversed(self._blocks()))
         ]
-        unguided = self._without_condition(given, null_context) if any(guided) else given
+        unguided = without_condition(self.config, given, null_context) if any(guided) else given
         cache = max(
             math.prod(block.cache_shape(2 * len(z) if both else len(z)))
             for (block, _), both in zip(reversed(self._blocks()), guided, strict=True)
@@ -326,9 +327,9 @@ class TARFlow(ModelMixin, ConfigMixin):
                 if block_patch != patch:
                     x = patchify(unpatchify(x, patch, image_size), block_patch)
                     patch = block_patch
-                condition, guiding = given.of(block, temperature), None
+                condition, guiding = block.condition(*given, temperature), None
                 if guided[from_noise]:
-                    guiding = unguided.of(block, temperature * guidance.temperature)
+                    guiding = block.condition(*unguided, temperature * guidance.temperature)
                 if unchecked and from_noise < 2 and block.num_tokens > 1:  # in both directions
                     block.check_decoding(x, condition)
                 known = None if guess is None else patchify(guess[from_noise + 1], patch) * self.config.input_scale
@@ -383,29 +384,10 @@ class TARFlow(ModelMixin, ConfigMixin):
             )
         return images.to(torch.promote_types(images.dtype, torch.float32))
 
-    def _checked_condition(
+    def _given(
         self, batch_size: int, labels: Tensor | None, noise_level: Tensor | float | None, context: Tensor | None
-    ) -> _Given:
-        labels = checks.checked_labels(labels, batch_size, self.config.num_classes, self.device)
-        context = checks.checked_context(context, labels, batch_size, self.config, self.device)
-        level = None
-        if self.config.noise_conditioned:
-            level = checks.checked_noise_level(noise_level, batch_size, self.device)
-        return _Given(batch_size, labels if context is None else None, level, context)
-
-    def _without_condition(self, given: _Given, null_context: Tensor | None) -> _Given:
-        """What the other pass of guidance is given."""
-        if given.context is None:
-            return given._replace(labels=None)
-        if null_context is None and not self.config.num_classes:
-            raise ValueError(
-                "null_context is missing: guidance by a context needs that of its other pass, such as the empty text. "
-                f"Pass (1, {self.config.context_tokens}, {self.config.context_dim}) numbers, or no guidance."
-            )
-        if null_context is not None:
-            null_context = null_context.expand(given.batch_size, -1, -1)
-        context = checks.checked_context(null_context, None, given.batch_size, self.config, self.device)
-        return given._replace(context=context)
+    ) -> Given:
+        return checked_condition(self.config, self.device, batch_size, labels, noise_level, context)
 
     def _check_guess(self, guess: Tensor | None, batch_size: int) -> None:
         expected = (len(self.blocks) + 1, batch_size, *self.image_shape)
@@ -415,24 +397,7 @@ class TARFlow(ModelMixin, ConfigMixin):
     def check_noise_range(self, noise_level: Tensor | float | None) -> None:
         """Refuse levels that the flow was not trained on. It reads the values, so it is not for training steps."""
         if self.config.noise_range is not None and noise_level is not None:
-            checks.check_noise_range(noise_level, self.config.noise_range)
-
-
-class _Given(NamedTuple):
-    """What all blocks are conditioned on, once it is checked."""
-
-    batch_size: int
-    labels: Tensor | None
-    noise_level: Tensor | None
-    context: Tensor | None
-
-    def of(self, block: AutoregressiveBlock, temperature: float = 1.0) -> Condition:
-        """Embedded for a block."""
-        return block.condition(self.batch_size, self.labels, self.noise_level, temperature, self.context)
-
-    def plays_part_in(self, block: AutoregressiveBlock) -> bool:
-        """Whether labels or context change what a block does."""
-        return self.labels is not None or (self.context is not None and block.proj_context is not None)
+            check_noise_range(noise_level, self.config.noise_range)
 
 
 def _num_layers(arguments: Mapping[str, Any]) -> int:

@@ -154,7 +154,7 @@ def in_our_words(words: Mapping[str, Any], given: Mapping[str, Any], prompted: b
     Args:
         words: what was given beyond the pipeline's own arguments.
         given: those of its own that may be asked for in both ways; None = not given.
-        prompted: whether there are prompts, so that `num_images_per_prompt` is not of labels.
+        prompted: whether images are made from prompts, so that `num_images_per_prompt` is not of labels.
 
     Raises:
         ValueError: something is asked for twice, or out of its range, or `callback_on_step_end`, which is not called.

@@ -38,7 +38,7 @@ _TEMPLATE = """---
 A normalizing flow that generates images: {kind}, {made} `itarflow`.{picture}
 
 ```bash
-pip install itarflow
+pip install {install}
 ```
 
 ```python
@@ -104,7 +104,7 @@ def model_card(
     architecture, sampling, training = (_in_order(values) for values in (architecture, sampling, training or {}))
     name, metrics = _line(training.get("name", "itarflow")), training.get("metrics", {})
     iterative = architecture.get("noise_conditioned", True)
-    family = "STARFlow" if architecture.get("start_token") else "iTARFlow" if iterative else "TARFlow"
+    family = family_of(architecture)
     prompted = "prompts" in architecture
     task = "text-to-image" if prompted else _TASK
     data = training.get("data") if _is_hub_name(training.get("data")) else None
@@ -123,6 +123,7 @@ def model_card(
             metadata=metadata.to_yaml(),
             title=name,
             place=repo_id or "path/to/this/folder",
+            install='"itarflow[text]"' if prompted else "itarflow",
             kind=f"{family} ({'conditioned on the noise level' if iterative else 'one noise level'})",
             made="converted by" if training.get("converted") else "trained with",
             license=_license_section(training),
@@ -135,6 +136,12 @@ def model_card(
             results="\n\n".join(_results(metrics, figures, evaluations)) or "Not recorded.",
         )
     )
+
+
+def family_of(config: Mapping[str, Any]) -> str:
+    """The paper whose model a flow of that config is; STARFlow's blocks may be conditioned on the noise level, too."""
+    iterative = config.get("noise_conditioned", True)
+    return "STARFlow" if config.get("start_token") else "iTARFlow" if iterative else "TARFlow"
 
 
 _SIGNATURE = "<!-- Written by itarflow, which keeps it up to date until somebody edits it: {} -->"

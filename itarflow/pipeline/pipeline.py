@@ -178,7 +178,7 @@ class ITARFlowPipeline(DescribedPipeline):
             "num_denoise_steps": num_denoise_steps,
         }
         prompts = Prompts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        own |= in_our_words(words, own, prompted=bool(prompts.given()))
+        own |= in_our_words(words, own, prompted=self.takes_prompts)
         class_labels, guidance_weight = own["class_labels"], own["guidance_weight"]
         num_denoise_steps = own["num_denoise_steps"]
         check_output(output_type, self.picture_shape[0])

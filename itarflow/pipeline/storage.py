@@ -204,7 +204,9 @@ class StoredPipeline(DiffusionPipeline):
 
         Raises:
             OSError: the Hub can't be reached, knows no such user, or refuses the upload.
+            ValueError: another license than the one that converted weights keep.
         """
+        self.model_card(license=license)  # before anything is made
         options = {
             name: kwargs.pop(name) for name in ("private", "token", "commit_message", "create_pr") if name in kwargs
         }

@@ -138,6 +138,7 @@ def test_captions_are_read_with_their_images(
         assert near(torch.cat([batch.context for batch in found if batch.context is not None]), wanted)
         assert all(torch.equal(batch.images[0], data.train[3 * number].image) for number, batch in enumerate(found))
     assert near(data.null_context, vectors(models, [""])[0])
+    assert data.identity.left_out == ()
     (shuffled,) = batches(data.train, [[5, 0, 3]])
     assert near(shuffled.context, wanted[[5, 0, 3]])
 
@@ -154,6 +155,7 @@ def test_rows_have_the_text_and_the_vectors_of_its_tokens(
     card = find_context(str(out))
     assert card is not None
     assert (card.captions, card.shape, card.encoder.name, card.cut) == ("text", SHAPE, "t5", 0)
+    assert {file.stat().st_mode for file in out.iterdir()} == {(out / "null_context.safetensors").stat().st_mode}
     assert str(tmp_path) not in (out / ("prepare.json" if kind == "prepared" else "codes.json")).read_text()
 
 

@@ -170,6 +170,7 @@ def test_a_flow_of_rectangles_has_rectangular_pictures(make_pipe):
     [
         ({}, "prompt is missing"),
         ({"num_images": 2}, "prompt is missing"),
+        ({"num_images_per_prompt": 2}, "prompt is missing"),
         ({"prompt": []}, "prompt: prompts is empty"),
         ({"prompt": [3]}, "prompt: a prompt is 3"),
         ({"prompt": 3}, "prompt: prompts is 3"),
@@ -248,6 +249,25 @@ def test_another_denoiser_is_given_the_prompts(pipe, make_flow):
     assert_same(images_of(pipe, denoiser=FlowDenoiser(pipe.flow)), images_of(pipe))
 
 
+def test_labels_as_one_vector_are_labels(make_flow, tmp_path):
+    """STARFlow's class-conditional model: the label is a prefix, and all else as with any other flow."""
+    flow = make_flow(**TEXT_FLOW | {"num_classes": 3, "context_dim": 4, "context_tokens": 1})
+    pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2), guidance=GUIDED)
+    pipe.set_progress_bar_config(disable=True)
+
+    def images(labels: Any, **kwargs: Any) -> Tensor:
+        return pipe(labels, generator=torch.Generator().manual_seed(0), output_type="pt", **kwargs).images
+
+    found = images([0, 1, None])
+    assert_same(images([0, 1, None], batch_size=1), found)
+    assert differ(images([2, 1, None])[0], found[0])
+    assert differ(images([0, 1, None], guidance_weight=0)[0], found[0])
+    assert_same(images([0, 1, None], guidance_weight=0)[2], found[2])
+    pipe.save_pretrained(tmp_path)
+    pipe = ITARFlowPipeline.from_pretrained(tmp_path)
+    assert_same(images([0, 1, None]), found)
+
+
 # -- memory -----------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +343,30 @@ def test_another_encoder_may_be_put_in(make_pipe, tmp_path):
         tmp_path / "pipe", text_encoder=encoder.encoder, tokenizer=encoder.tokenizer
     )
     torch.testing.assert_close(loaded.encode_prompt(PROMPTS), tiny_text_encoder().encode(PROMPTS))
+
+
+def test_variants_lie_beside_one_another(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    pipe.to(torch.bfloat16).save_pretrained(tmp_path, variant="bf16")
+    assert sorted(path.name for path in (tmp_path / "text_encoder").glob("*.safetensors")) == [
+        "model.bf16.safetensors",
+        "model.safetensors",
+    ]
+    found = [
+        ITARFlowPipeline.from_pretrained(tmp_path, variant=variant).encode_prompt("a cat")
+        for variant in (None, "bf16")
+    ]
+    assert differ(*found)
+    with pytest.raises(OSError, match="variant 'fp16'"):
+        ITARFlowPipeline.from_pretrained(tmp_path, variant="fp16")
+
+
+def test_nothing_is_left_of_an_older_encoder(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, max_shard_size="3KB")
+    (tmp_path / "tokenizer" / "spiece.model").write_bytes(b"of another tokenizer")
+    pipe.save_pretrained(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "text_encoder").iterdir()) == ["config.json", "model.safetensors"]
+    assert not (tmp_path / "tokenizer" / "spiece.model").exists()
 
 
 def test_precision_of_the_text_encoder(pipe, tmp_path):

@@ -148,6 +148,7 @@ def likelihoods(
     seed: int = 0,
     numbers: Sequence[int] | None = None,
     bits: bool = True,
+    context: Tensor | None = None,
 ) -> Likelihoods:
     """Likelihoods of images with noise; every draw of an image is the same for all levels.
 
@@ -164,6 +165,7 @@ def likelihoods(
         seed: of the noise, with the number of the image and that of the draw, and nothing else.
         numbers: of the images; None = 0, 1, ...
         bits: False for a VAE's codes, which have no grey levels, or where only nats are wanted.
+        context: (B, T, E) of captions, for a flow that takes prompts.
 
     Raises:
         ValueError: draws < 1, a flow in lower precision, or as `TARFlow.log_prob`.
@@ -186,7 +188,7 @@ def likelihoods(
                 noisy = dequantise(clean, _drawn(torch.rand, seeds, 0, clean))
             else:
                 noisy = clean + (noise.level or 0.0) * eps
-            log_prob[draw, :, column] = flow.log_prob(noisy, labels, noise.level).cpu().double()
+            log_prob[draw, :, column] = flow.log_prob(noisy, labels, noise.level, context).cpu().double()
             if bits:
                 log_weight[draw, :, column] = log_prob[draw, :, column] - log_cover(noisy, noise).cpu().double()
     nll = -log_prob.mean(dim=0) / dims

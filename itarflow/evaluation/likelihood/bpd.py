@@ -28,7 +28,6 @@ from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append,
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.pipeline.prompts import refuse_flow_of_prompts
 from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, folder_lock, weights_digest
@@ -61,7 +60,7 @@ class BpdConfig:
     label_column: str | None = None
     """Column with the class labels. None = it is found."""
     unlabelled: bool = False
-    """Compute the unconditional likelihood, even if flow and data have labels."""
+    """Compute the unconditional likelihood, even if flow and data have labels, or captions: the empty one is taken."""
     noise: Kind | None = None
     """uniform: that of one grey level, which gives the usual bits/dim. gaussian: that of the flow's training.
     None = all that applies."""
@@ -163,6 +162,17 @@ class _Work:
     noises: tuple[Noise, ...]
     settings: Mapping[str, Any]
     """All that decides the figures."""
+    null_context: Tensor | None
+    """(T, E) of the empty caption, if it is to stand in for those of the images."""
+
+    def context(self, numbers: Sequence[int]) -> Tensor | None:
+        """(B, T, E) of the captions of these images; None if the flow takes none."""
+        if self.dataset.captions is None:
+            return None
+        if self.null_context is not None:
+            return self.null_context.float().expand(len(numbers), -1, -1)
+        found = [self.dataset[number].context for number in numbers]
+        return torch.stack([one for one in found if one is not None]).float()
 
 
 def _check_counts(config: BpdConfig) -> None:
@@ -175,8 +185,8 @@ def _check_counts(config: BpdConfig) -> None:
 
 def _open(config: BpdConfig) -> _Work:
     pipe = ITARFlowPipeline.from_pretrained(config.checkpoint)
-    refuse_flow_of_prompts(pipe.flow, "bpd")
     flow: TARFlow = pipe.flow.float().eval().requires_grad_(False)
+    context = (flow.config.context_tokens, flow.config.context_dim) if pipe.takes_prompts else None
     schedule = pipe.scheduler.config
     noises = noises_of(
         flow,
@@ -203,6 +213,7 @@ def _open(config: BpdConfig) -> _Work:
         ),
         image_size=size,
         in_channels=channels,
+        context=context,
     )
     dataset = opened.held_out if config.held_out_images else opened.train
     count = len(dataset) if config.num_images is None else config.num_images
@@ -232,13 +243,15 @@ def _open(config: BpdConfig) -> _Work:
         "trained_on": "gaussian" if flow.config.noise_range or flow.config.noise_conditioned else "not recorded",
         "labels": "none" if labels is None else _LABELS[_same_names(pipe, opened.class_names)],
         "labels_digest": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
+        **({} if context is None else {"captions": "none" if config.unlabelled else "of the data"}),
         "noises": [{"noise": noise.kind, "noise_level": noise.level} for noise in noises],
         "draws": config.draws,
         "seed": config.seed,
         "dtype": "float32",
     }
     numbers = tuple(spread_over(len(dataset), count))
-    return _Work(flow, codec_of(pipe.vae), dataset, labels, numbers, noises, settings)
+    null_context = opened.null_context if config.unlabelled else None
+    return _Work(flow, codec_of(pipe.vae), dataset, labels, numbers, noises, settings, null_context)
 
 
 def _labels(pipe: ITARFlowPipeline, dataset: ImageDataset, names: Sequence[str], path: str) -> Tensor | None:
@@ -297,6 +310,7 @@ def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: Par
         if numbers:
             images = torch.stack([read for read in batch.values() if isinstance(read, Tensor)]).to(device)
             labels = None if work.labels is None else work.labels[numbers].to(device)
+            context = work.context(numbers)
             with torch.no_grad(), tf32_products(False):
                 posterior = codec.encode(to_pixels(images))
             found = likelihoods(
@@ -308,6 +322,7 @@ def _measured(work: _Work, missing: Sequence[int], config: BpdConfig, state: Par
                 seed=config.seed,
                 numbers=numbers,
                 bits=not work.settings["codes"],
+                context=None if context is None else context.to(device),
             )
             for row, number in enumerate(numbers):
                 values = [None if part is None else part[row].tolist() for part in found]

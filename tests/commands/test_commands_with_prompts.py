@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from PIL import Image
 
 pytest.importorskip("transformers")
 
-from evaluations import terminal
+from evaluations import terminal, write_photos
 from tiny_extractor import TinyExtractor
 from tiny_flows import randomise
 from tiny_text import TOKENS, WIDTH, save_text_encoder, tiny_t5, tiny_tokenizer
 
 from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow
+from itarflow.codec import Posterior, to_pixels
+from itarflow.data import DataConfig, load_data
+from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
 
 PROMPTS = ["a corgi on the beach", "a red cat"]
 
@@ -77,12 +81,20 @@ def test_a_grid_has_the_prompts(run, checkpoint):
     np.testing.assert_array_equal(pixels("samples.png"), pixels("again.png"))
 
 
+def test_names_of_any_letters_and_length(run, checkpoint):
+    with pytest.warns(UserWarning, match="is cut to 6"):
+        run("sample", checkpoint, *named("ein Hündchen / 犬\n", "a " * 99 + "cat", "../.."), "--output", "out")
+    names = sorted(path.name for path in Path("out").iterdir())
+    assert names == ["000000-ein-Hündchen-犬.png", f"000001-{'a-' * 29}a.png", "000002-..-...png"]
+    assert Image.open(f"out/{names[0]}").text["prompt"] == "ein Hündchen / 犬\n"
+
+
 def test_a_text_encoder_may_be_named(run, refused, checkpoint, tmp_path):
     bare, encoder = save_pipe(tmp_path / "bare", text=False), save_text_encoder(tmp_path / "t5")
     run("sample", checkpoint, *named(*PROMPTS))
     run("sample", bare, *named(*PROMPTS), "--text-encoder", encoder, "--output", "named.png")
     np.testing.assert_array_equal(pixels("samples.png"), pixels("named.png"))
-    assert "no text encoder; name the one" in refused("sample", bare, *named("a cat"))
+    assert "no text encoder; name the one of its training" in refused("sample", bare, *named("a cat"))
     save_text_encoder(tmp_path / "wide", width=12)
     message = refused("sample", bare, *named("a cat"), "--text-encoder", tmp_path / "wide")
     assert "vectors of 12, but the flow takes vectors of 8" in message
@@ -120,9 +132,33 @@ def test_info_shows_what_reads_prompts(run, checkpoint):
     assert "context_tokens" in printed
 
 
-def test_compare_and_bpd_refuse_a_checkpoint_of_prompts(refused, checkpoint):
+def test_compare_refuses_a_checkpoint_of_prompts(refused, checkpoint):
     assert "`itarflow compare` does not take" in refused("compare", checkpoint, "--output", "out")
-    assert "`itarflow bpd` does not take" in refused("bpd", checkpoint, "--data", "digits")
+
+
+def test_bpd_takes_the_captions_of_the_data(run, refused, checkpoint, tmp_path):
+    write_photos(tmp_path / "photos", ("cat", "dog"), count=2)
+    encoder = save_text_encoder(tmp_path / "t5")
+    words = ("--size", 4, "--captions", "a {}", "--text-encoder", encoder, "--context-tokens", TOKENS)
+    run("prepare", tmp_path / "photos", "data", *words)
+    measure = ("--noise", "gaussian", "--noise-levels", 0.5, "--num-workers", 0, "--split", "train")
+    for output, options in (("own", ()), ("none", ("--unlabelled",))):
+        run("bpd", checkpoint, "--data", "data", *measure, "--output", output, *options)
+    reports = {name: json.loads(Path(name, "bpd.json").read_text()) for name in ("own", "none")}
+    assert [one["settings"]["captions"] for one in reports.values()] == ["of the data", "none"]
+    flow = ITARFlowPipeline.from_pretrained(checkpoint).flow
+    data = load_data(DataConfig(path="data", held_out_images=0), image_size=4, in_channels=3, context=(TOKENS, WIDTH))
+    images = to_pixels(torch.stack([example.image for example in data.train]))
+    contexts = {
+        "own": torch.stack([example.context for example in data.train]).float(),
+        "none": data.null_context.float().expand(4, -1, -1),
+    }
+    for name, context in contexts.items():
+        expected = likelihoods(flow, Posterior(images, None), None, [Noise("gaussian", 0.5)], context=context)
+        with Path(name, "images.csv").open(newline="") as file:
+            found = [float(next(value for key, value in row.items() if "nats" in key)) for row in csv.DictReader(file)]
+        assert found == pytest.approx(expected.nll[:, 0].tolist(), abs=1e-5)
+    assert "have no captions" in refused("bpd", checkpoint, "--data", tmp_path / "photos", *measure)
 
 
 def test_evaluate_takes_prompts_in_turn(monkeypatch, capsys, tmp_path):
