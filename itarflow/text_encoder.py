@@ -288,9 +288,12 @@ def load_encoder(folder: Path, variant: str | None = None, dtype: torch.dtype | 
                          for key in wrong[:3])  # fmt: skip
         raise OSError(f"the weights in {folder} do not fit its {CONFIG}: {len(wrong)} tensors differ ({told})")
     with _quiet(transformers):
-        encoder = transformers.T5EncoderModel.from_pretrained(
-            folder, variant=variant, use_safetensors=True, dtype=dtype or torch.float32, local_files_only=True
-        )
+        encoder, report = transformers.T5EncoderModel.from_pretrained(
+            folder, variant=variant, use_safetensors=True, dtype=dtype or torch.float32, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    if missing := sorted(report["missing_keys"]):  # which transformers fills up at random
+        raise OSError(f"{len(missing)} tensors of the text encoder in {folder} are missing: {missing[0]}")
     for key, tensor in encoder.state_dict().items():
         check_finite(key, tensor, str(folder))
     return encoder.eval().requires_grad_(False)

@@ -114,6 +114,16 @@ def test_a_whole_t5_gives_its_encoder(encoder, tmp_path, capsys):
     torch.testing.assert_close(found.encode(["a cat"]), encoder.encode(["a cat"]))
 
 
+@pytest.mark.parametrize("names", [("encoder.embed_tokens.weight",), ("encoder.embed_tokens.weight", "shared.weight")])
+def test_the_table_of_tokens_may_have_either_name(encoder, tmp_path, names):
+    weights = save_text_encoder(tmp_path) / "model.safetensors"
+    tensors = load_file(weights)
+    table = tensors.pop("shared.weight")
+    save_file(tensors | {name: table.clone() for name in names}, weights, {"format": "pt"})
+    found = TextEncoder.from_pretrained(str(tmp_path), max_tokens=TOKENS)
+    torch.testing.assert_close(found.encode(["a cat"]), encoder.encode(["a cat"]))
+
+
 def test_another_kind_of_encoder_is_refused(tmp_path):
     from transformers import BertConfig, BertModel
 
