@@ -1,6 +1,7 @@
 """How good are the digits? Class accuracy by an SVC, novelty by nearest neighbours, the course of the held-out NLL.
 
 python benchmarks/digits_quality.py --pipeline runs/digits/pipeline
+python benchmarks/digits_quality.py --pipeline runs/digits_text/pipeline    # by prompts: "a photo of a seven"
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from digits_text import NAMES
 from rich.console import Console
 from rich.table import Table
 from sklearn.datasets import load_digits
@@ -26,7 +29,7 @@ console = Console(width=110)
 
 @dataclass
 class Options:
-    """Score a pipeline that recipes/digits.py has trained."""
+    """Score a pipeline that recipes/digits.py or recipes/digits_text.py has trained."""
 
     pipeline: Path = Path("runs/digits/pipeline")
     """The pipeline."""
@@ -34,6 +37,8 @@ class Options:
     """Generated images of each class."""
     seed: int = 1
     """Seed of the generated images."""
+    prompt: str = "a photo of a {}"
+    """Of a model of captions: what it is asked for, {} is zero, one, ... nine."""
 
 
 def main(options: Options) -> None:
@@ -46,12 +51,16 @@ def main(options: Options) -> None:
     pipe = ITARFlowPipeline.from_pretrained(options.pipeline)
     labels = [label for label in range(10) for _ in range(options.per_class)]
     began = time.perf_counter()
-    images = pipe(class_labels=labels, generator=torch.Generator().manual_seed(options.seed)).images
+    asked: dict[str, Any] = {"class_labels": labels}
+    if pipe.takes_prompts:
+        asked = {"prompt": [options.prompt.format(NAMES[label]) for label in labels]}
+    images = pipe(**asked, generator=torch.Generator().manual_seed(options.seed)).images
     seconds = time.perf_counter() - began
     generated = np.stack([np.asarray(image, dtype=np.float64) for image in images]).reshape(len(images), -1)
     right = judge.predict(generated) == np.array(labels)
 
-    table = Table(title="Recognised as the requested class", title_justify="left")
+    what = "prompt" if pipe.takes_prompts else "class"
+    table = Table(title=f"Recognised as the requested {what}", title_justify="left")
     for column in ("images", "recognised", "worst class", "SVC on real digits, 10-fold", "sampling"):
         table.add_column(column)
     by_class = right.reshape(10, -1).mean(axis=1)

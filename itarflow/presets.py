@@ -67,6 +67,21 @@ class ModelConfig:
         """The flow, freshly initialised; raises ValueError where the settings do not fit together."""
         return TARFlow(**asdict(self), noise_range=noise_range)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, or of their codes."""
+        return self.in_channels, self.image_size, self.image_size
+
+    @property
+    def context_shape(self) -> tuple[int, int]:
+        """(T, E) of the condition vectors; (0, 0) without."""
+        return self.context_tokens, self.context_dim
+
+    @property
+    def takes_captions(self) -> bool:
+        """Whether the images come with captions, and not with labels, which are a context of their own kind."""
+        return self.context_tokens > 0 and self.num_classes == 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
@@ -131,21 +146,64 @@ def latent_itarflow_model(size: str, resolution: int = 256, num_classes: int = 1
     return replace(row, image_size=resolution // 8, in_channels=4, patch_size=1)
 
 
-def starflow_model(num_classes: int = 1000) -> ModelConfig:
-    """STARFlow's class-conditional model on SD-VAE codes of images of 256 pixels, 1.4B parameters.
+STARFLOW_NOISE = 0.3
+"""STARFlow's only noise level, on SD-VAE codes."""
+STARFLOW_TEXT_ENCODER = "google/flan-t5-xl"
+"""The text encoder of STARFlow's text-to-image model: 128 vectors of 2048 values."""
+
+
+def starflow_model(num_classes: int = 1000, resolution: int = 256) -> ModelConfig:
+    """STARFlow's class-conditional model on SD-VAE codes, a token a code, 1.4B parameters.
 
     Width and the number of layers follow from the paper's size; how they are divided between the deep block and the
-    shallow ones (two layers each, as in its text model) is ours.
+    shallow ones (two layers each, as in its text model) is that of `TarFlow_XLv2_1` in the published code.
+
+    Args:
+        num_classes: the label is a vector before the tokens of the deep block.
+        resolution: of the images in pixels, a multiple of 8; the paper has 256 and 512.
+
+    Raises:
+        ValueError: no classes, or a resolution that 8 does not divide.
     """
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; expected a number >= 1.")
+    if resolution < 8 or resolution % 8:
+        raise ValueError(f"resolution is {resolution}; expected a multiple of 8, the stride of the SD-VAE.")
     return ModelConfig(
-        image_size=32,
+        image_size=resolution // 8,
         in_channels=4,
         num_classes=num_classes,
         patch_size=1,
         channels=2048,
         num_layers=(2, 2, 2, 2, 2, 18),
         noise_conditioned=False,
+        rotary_side=resolution // 8,
+        start_token=True,
+        final_norm=True,
+        soft_clip=4.0,
+        softplus_scale=True,
+        first_block_reversed=True,
+        context_dim=num_classes + 1,  # one-hot; the last entry = no label
+        context_tokens=1,
+        context_blocks=1,
     )
+
+
+def starflow_text_model() -> ModelConfig:
+    """STARFlow's text-to-image model of 256 pixels, 3.86B parameters: 128 vectors of `STARFLOW_TEXT_ENCODER`."""
+    return replace(
+        starflow_model(),
+        num_classes=0,
+        channels=3072,
+        num_layers=(2, 2, 2, 2, 2, 24),
+        context_dim=2048,
+        context_tokens=128,
+    )
+
+
+def itarflow_starflow_model(num_classes: int = 1000, resolution: int = 256) -> ModelConfig:
+    """ITARFlow with STARFlow's blocks: `starflow_model`, conditioned on the noise level. It is in neither paper."""
+    return replace(starflow_model(num_classes, resolution), noise_conditioned=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,14 @@
-"""iTARFlow on the scanned digits that scikit-learn ships: 1,797 images of 8x8 pixels, 10 classes.
+r"""iTARFlow on the scanned digits that scikit-learn ships: 1,797 images of 8x8 pixels, 10 classes.
 
 It needs no download and no GPU, and takes two to three minutes on two CPU cores:
 
     itarflow train digits
+
+With STARFlow's blocks, before whose tokens the label stands:
+
+    itarflow train digits --name digits_starflow --model.rotary-side 4 --model.start-token --model.final-norm \
+        --model.soft-clip 4 --model.softplus-scale --model.first-block-reversed --model.context-dim 11 \
+        --model.context-tokens 1 --model.context-blocks None
 """
 
 from itarflow.commands.train import main

@@ -157,6 +157,7 @@ def test_a_diffusion_models_steps_wait_for_nothing(given):
     assert_on_gpu(denoise(denoiser, images, labels, schedule), images.shape)
 
 
+STARFLOW = VARIANTS["starflow"] | {"head_dim": 16, "rotary_side": 4}
 LARGER = {"image_size": 8, "channels": 16, "head_dim": 8, "num_layers": (1, 2)}
 """With heads of a width for which a GPU has fused attention."""
 
@@ -186,7 +187,7 @@ def test_images_in_bf16_wait_for_nothing(make_flow, no_engine):
 def launches(make_flow, measured, **changes):
     """What a further layer of the last block launches in `measured(flow, images, labels, level)`, and all else."""
     few, more = (
-        measured(*faked_inputs(make_flow, **LARGER | {"num_layers": (1, layers)} | changes)) for layers in (1, 2)
+        measured(*faked_inputs(make_flow, **LARGER | changes | {"num_layers": (1, layers)})) for layers in (1, 2)
     )
     return more - few, few - (more - few)
 
@@ -194,14 +195,26 @@ def launches(make_flow, measured, **changes):
 # A layer: four products, two norms, GELU, attention, the cache is written, two sums over layers. In bfloat16 what the
 # norms give is cast to it, and both products that are added are cast back.
 # Besides: the embedding and the head, the affine maps of both passes, their guidance, and the token.
+# STARFlow's queries and keys are rotated, in bfloat16 between casts to float32 and back; its head has an RMS norm, 7
+# here, is clipped, 3, and its scale is a softplus, 3.
 @torch.no_grad()
-@pytest.mark.parametrize(("dtype", "layer", "others"), [(torch.float32, 11, 13), (torch.bfloat16, 15, 13)], ids=str)
-def test_launches_of_a_token(make_flow, dtype, layer, others):
+@pytest.mark.parametrize(
+    ("dtype", "changes", "layer", "others"),
+    [
+        (torch.float32, {}, 11, 13),
+        (torch.bfloat16, {}, 15, 13),
+        (torch.float32, STARFLOW, 12, 26),
+        (torch.bfloat16, STARFLOW, 17, 26),
+    ],
+    ids=str,
+)
+def test_launches_of_a_token(make_flow, dtype, changes, layer, others):
     """Of a guided block, in the loop on the device, by PyTorch's kernels alone."""
 
     def token(flow, images, labels, level):
         block, x = flow.blocks[-1], torch.zeros(3, *flow.z_shape, device="cuda")
-        passes = block.condition(3, labels, level), block.condition(3, None, level)
+        context = torch.zeros(3, 1, block.proj_context.in_features, device="cuda") if block.proj_context else None
+        passes = [block.condition(3, one, level, context=context) for one in (labels, None)]
         conditioner = block.conditioner(*passes, Guidance(weight=1.5), dtype)
         counts = []
         for tokens in (1, 2):
@@ -210,7 +223,7 @@ def test_launches_of_a_token(make_flow, dtype, layer, others):
             counts.append(counted.by_name)
         return counts[1] - counts[0]
 
-    assert_at_most(launches(make_flow, token), layer, others)
+    assert_at_most(launches(make_flow, token, **changes), layer, others)
 
 
 # A layer: four products, two norms, GELU, attention, two sums. Besides: twice the condition, 25, the embedding, the

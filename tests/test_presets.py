@@ -13,8 +13,10 @@ from itarflow.presets import (
     TARFLOW,
     ModelConfig,
     itarflow_model,
+    itarflow_starflow_model,
     latent_itarflow_model,
     starflow_model,
+    starflow_text_model,
 )
 
 RESOLUTIONS = (64, 128, 256)
@@ -68,6 +70,41 @@ def test_latent_models_have_a_token_a_code_and_the_parameters_of_their_papers():
         assert count(flow) == pytest.approx(printed, rel=0.03)
     assert itar.config.noise_conditioned
     assert not star.config.noise_conditioned
+
+
+def test_starflows_text_model_has_the_parameters_of_the_published_file():
+    flow = on_meta(starflow_text_model())
+    assert count(flow) == 3_858_281_544
+    assert [block.proj_context is not None for block in flow.blocks] == [False] * 5 + [True]
+    assert (flow.config.context_tokens, flow.config.context_dim, flow.config.num_classes) == (128, 2048, 0)
+
+
+@pytest.mark.parametrize(("resolution", "side"), [(256, 32), (512, 64)])
+def test_a_starflow_of_classes_is_its_text_model_with_the_label_for_a_caption(resolution, side):
+    flow = on_meta(starflow_model(resolution=resolution))
+    assert flow.image_shape == (4, side, side)
+    assert flow.z_shape == (side**2, 4)
+    block = flow.blocks[-1]
+    assert block.proj_context.weight.shape == (2048, 1001)
+    assert block.class_embedding is None
+    assert block.position_embedding is None
+    assert [len(block.transformer.layers) for block in flow.blocks] == [2, 2, 2, 2, 2, 18]
+    assert [block.reverse for block in flow.blocks] == [True, False] * 3
+
+
+def test_starflows_blocks_are_there_for_all_noise_levels_too():
+    star, both = on_meta(starflow_model()), on_meta(itarflow_starflow_model())
+    assert both.config.noise_conditioned
+    per_block = sum(map(count, (block.noise_embedding for block in both.blocks)))
+    assert count(both) == count(star) + per_block
+
+
+@pytest.mark.parametrize(("asked", "message"), [
+    ({"num_classes": 0}, "num_classes is 0.* >= 1"), ({"resolution": 100}, "resolution is 100.*multiple of 8"),
+])  # fmt: skip
+def test_a_starflow_that_can_not_be_is_refused(asked, message):
+    with pytest.raises(ValueError, match=message):
+        starflow_model(**asked)
 
 
 def test_the_deep_block_is_at_the_noise_side():

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from itarflow import Guidance, ITARFlowPipeline
-from itarflow.convert import PUBLIC_FILES, load_official
+from itarflow.convert import PUBLIC_FILES, load_official, name_map
 from itarflow.convert.public_files import Preset
 from itarflow.flow import TARFlow
 from itarflow.pipeline import storage
@@ -22,15 +22,15 @@ SENTENCE = (
     "Apple Machine Learning Research Model is licensed under the Apple Machine Learning Research Model License "
     "Agreement."
 )
-PARAMETERS = {
-    "afhq256": 463_481_856,
-    "gsj_afhq256": 463_481_856,
-    "gsj_imagenet64_uncond": 460_142_784,
-    "gsj_imagenet64": 817_636_096,
-    "gsj_imagenet128": 823_927_552,
-    "starflow_3b": 3_858_281_544,
+SIZES = {
+    "afhq256": (825, 463_481_856),
+    "gsj_afhq256": (825, 463_481_856),
+    "gsj_imagenet64_uncond": (817, 460_142_784),
+    "gsj_imagenet64": (825, 817_636_096),
+    "gsj_imagenet128": (825, 823_927_552),
+    "starflow_3b": (455, 3_858_281_544),
 }
-"""As the official code counts them."""
+"""Tensors and parameters, as the official code counts them."""
 
 
 @pytest.fixture
@@ -60,16 +60,18 @@ def card(folder: str = "ours") -> ModelCard:
 
 
 def test_every_name_has_a_file():
-    assert set(get_args(Preset)) == set(PUBLIC_FILES) == set(PARAMETERS)
+    assert set(get_args(Preset)) == set(PUBLIC_FILES) == set(SIZES)
 
 
 @pytest.mark.parametrize("name", PUBLIC_FILES)
 def test_a_preset_is_a_model_of_the_published_size(name):
-    public = PUBLIC_FILES[name]
+    public, starflow = PUBLIC_FILES[name], name == "starflow_3b"
+    more = {"noise_conditioned": False, "rotary_side": 32} if starflow else {}
     with torch.device("meta"):
-        flow = TARFlow(**{"rotary_side": 32} | public.architecture if public.text_encoder else public.architecture,
-                       **({"noise_conditioned": False} if public.text_encoder else {}))  # fmt: skip
-    assert sum(parameter.numel() for parameter in flow.parameters()) == PARAMETERS[name]
+        flow = TARFlow(**public.architecture, **more)
+    buffers = 2 if starflow else 0  # feat_rope; and a mask a block
+    tensors = len(name_map(flow, "attn_blocks")) + len(flow.blocks) + buffers
+    assert (tensors, sum(parameter.numel() for parameter in flow.parameters())) == SIZES[name]
     public.check(name, flow)
     assert public.guidance.weight > 0
     assert public.class_names is None or len(public.class_names) == flow.config.num_classes
@@ -252,3 +254,20 @@ def test_prompts_of_a_converted_starflow(run, tmp_path):
     pipe = ITARFlowPipeline.from_pretrained("ours")
     images = pipe(prompt="a red corgi", guidance_weight=2.0, output_type="codes").images
     assert images.shape == (1, 4, 6, 6)
+
+
+def test_a_text_encoder_of_another_width_is_refused(refused, tmp_path):
+    pytest.importorskip("transformers")
+    from tiny_text import WIDTH, save_text_encoder
+
+    save_text_encoder(tmp_path / "t5")
+    words = ("--text-encoder", tmp_path / "t5")
+    message = refused("convert", GOLDEN / "starflow_text" / "weights.pth", "ours", *words)
+    assert str(WIDTH) in message
+    assert "24" in message
+    assert not Path("ours").exists()
+
+
+def test_what_an_official_file_has_no_place_for_is_refused(refused):
+    message = refused("convert", "runs/starflow", "back.pth", "--to-official", "--t-max", 0.3)
+    assert "--t-max was given with --to-official" in message

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeAlias, TypedDict
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers.utils import is_transformers_available
 from msgspec import Meta
 
@@ -85,9 +86,9 @@ def load_vae(config: CodecConfig, *, variant: str | None = None) -> Vae:
         raise
     except Exception as error:  # of diffusers, the Hub's client and safetensors
         raise OSError(
-            f"the VAE {config.vae!r} can't be loaded: {error}\nExpected a folder or a Hub name (NAME/MODEL) of an "
-            f"{' or '.join(KINDS)} in diffusers' format, {CONFIG} and safetensors; check the name, the network and "
-            "the files."
+            f"the VAE {config.vae!r} can't be loaded: {error}\nExpected a folder or a Hub name (NAME/MODEL) of a "
+            f"VAE in diffusers' format, {CONFIG} and safetensors, of a class of {', '.join(KINDS)}; check the name, "
+            "the network and the files."
         ) from error
     own = dict(zip(_SCALING, own_scaling(vae), strict=False))
     changes = {"scaling_factor": config.scaling_factor, "shift_factor": config.shift_factor}
@@ -157,8 +158,8 @@ def _checked_vae(folder: Path, variant: str | None) -> Vae:
         )
         if missing := report["missing_keys"]:  # which diffusers leaves uninitialised
             raise OSError(f"{len(missing)} tensors are missing, such as {missing[0]}")
-    for name, tensor in vae.state_dict().items():
-        check_finite(name, tensor, str(folder))
+        for name, tensor in vae.state_dict().items():
+            check_finite(name, tensor, str(folder))
     if reason := kind_of(vae).unfit(vae):
         raise OSError(f"{path}: {reason}")
     return vae
@@ -196,13 +197,14 @@ def _check_size(kind: type[Vae], arguments: Mapping[str, Any], heads: Mapping[st
 
 def _renamed(kind: type[Vae], arguments: Mapping[str, Any], files: Sequence[Path]) -> Vae:
     """A VAE with the weights of files that another version of the libraries may have written; raises OSError."""
-    vae, weights = kind(**arguments), read_weights(files)
+    with init_empty_weights():  # it has half a billion weights, and drawing them takes a minute
+        vae = kind(**arguments)
     plain = kind_of(vae).plain_name
-    stored = {plain(name): tensor for name, tensor in weights.items()}
+    stored = {plain(name): tensor.float() for name, tensor in read_weights(files).items()}
     names = {name: plain(name) for name in vae.state_dict()}
     if missing := [name for name in names if names[name] not in stored]:
         raise OSError(f"{len(missing)} tensors are missing, such as {missing[0]}")
-    vae.load_state_dict({name: stored[other] for name, other in names.items()})
+    vae.load_state_dict({name: stored[other] for name, other in names.items()}, assign=True)
     return vae
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -105,6 +105,13 @@ class Convert:
                 shards_advice(Path(self.source))
                 or f"{self.source} is a folder; expected an official .pth file. To write one from the pipeline in it, "
                 "add --to-official."
+            )
+        own = ("source", "target", "to_official", "overwrite")
+        given = [one.name for one in fields(self) if one.name not in own and getattr(self, one.name) != one.default]
+        if self.to_official and given:
+            raise ValueError(
+                f"--{given[0].replace('_', '-')} was given with --to-official, whose file has no place for it: leave "
+                "it out."
             )
         if self.image_size is not None and len(self.image_size) not in (1, 2):
             raise ValueError(f"image_size has {len(self.image_size)} numbers; expected a side, or height and width.")

@@ -22,12 +22,13 @@ from itarflow.runtime.devices import usable_memory
 from itarflow.runtime.launch import processes_here
 from itarflow.runtime.text import flat
 from itarflow.training.estimate import check_memory
+from itarflow.training.finished import Summary
 from itarflow.training.held_out import describe
 from itarflow.training.recipe import Recipe
 from itarflow.training.run_folder import Start
 from itarflow.training.settings import to_json
 from itarflow.training.sharding import launcher_asks_for_sharding
-from itarflow.training.train import Summary, train
+from itarflow.training.train import train
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,7 @@ def _run(options: Options, written: Recipe, console: Console) -> None:
         console.print(_summary_table(summary))
         labels = " ".join(shlex.quote(name) for name in summary.class_names[:3])
         chosen = f" --class-labels {labels}" if labels else ""
+        chosen += "" if summary.prompt is None else f" --prompt {shlex.quote(summary.prompt)}"
         command = f"itarflow sample {summary.run.pipeline}{chosen} --num-images 9 --output samples.png"
         console.print(f"Next: [bold]{escape(command)}", soft_wrap=True)
 

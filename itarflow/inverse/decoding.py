@@ -30,7 +30,7 @@ from itarflow.runtime.kernels import (
     attention_bias,
     decode_attention,
     has_decode_attention,
-    rotate_in_place,
+    rotator,
 )
 
 
@@ -256,15 +256,21 @@ def run_layers(
         (B', n, C).
     """
     shape, x = x.shape, x.flatten(0, 1)  # once: products flatten what is no matrix, each for itself
+    rotate = None if rotation is None else rotator(rotation)
     for layer, part in zip(layers, cache, strict=True):
         qkv = layer.qkv(x).view(*shape[:2], -1)
-        x = layer.proj.plus(_attend(qkv, part, window, temperature, rotation).flatten(0, 1), x)
+        x = layer.proj.plus(_attend(qkv, part, window, temperature, rotation, rotate).flatten(0, 1), x)
         x = layer.down.plus(layer.hidden(x), x)
     return x.view(shape)
 
 
 def _attend(
-    qkv: Tensor, cache: Tensor, window: Window, temperature: Tensor | None, rotation: Rotation | None
+    qkv: Tensor,
+    cache: Tensor,
+    window: Window,
+    temperature: Tensor | None,
+    rotation: Rotation | None,
+    rotate: Callable[[Tensor], None] | None,
 ) -> Tensor:
     """qkv (B', n, 3C) and the cache (2, B', H, room, E) of a layer -> (B', n, C)."""
     batch_size, count, _ = qkv.shape
@@ -272,8 +278,8 @@ def _attend(
     if on_device and window.mask is None:
         return decode_attention(qkv, cache, cast(Tensor, window.positions), temperature, rotation)
     qkv = qkv.view(batch_size, count, 3, cache.shape[2], cache.shape[4])
-    if rotation is not None:
-        rotate_in_place(qkv.narrow(2, 0, 2), rotation)
+    if rotate is not None:
+        rotate(qkv.narrow(2, 0, 2))
     q = qkv.select(2, 0).transpose(1, 2)
     if isinstance(window.positions, slice):
         start = window.positions.start

@@ -103,7 +103,7 @@ def estimate(recipe: Recipe) -> Estimate:
     with torch.device("meta"):
         flow = recipe.model.build(recipe.noise_range)
     with FlopCounterMode(display=False) as counter:
-        flow(*_example(flow, 1))
+        flow(*_example(recipe, flow, 1))
     forward = counter.get_total_flops()
     return Estimate(
         parameters=sum(parameter.numel() for parameter in flow.parameters()),
@@ -168,13 +168,16 @@ def activations(recipe: Recipe, *, checkpointing: bool, sharded: bool = False) -
     precision = _Precision(torch.bfloat16 if recipe.train.mixed_precision == "bf16" else torch.float32)
     if checkpointing:
         flow.enable_gradient_checkpointing(_checkpoint_within(precision))
-    example = _example(flow, _BATCH)
-    given = [*flow.parameters(), *(cast(Tensor, p.grad) for p in flow.parameters()), *flow.buffers(), example[0]]
+    example = _example(recipe, flow, _BATCH)
+    images, _, _, context = example
+    given = [*flow.parameters(), *(cast(Tensor, p.grad) for p in flow.parameters()), *flow.buffers(), images]
+    given += [] if context is None else [context]
     with _Living(given) as living:
         with precision:
             loss = nll_per_dim(flow(*example)).mean()
         torch.autograd.backward([loss])
-    return Activations(tuple((of_images // _BATCH, of_others) for of_images, of_others in living.moments))
+    of_context = 0 if context is None else context.nbytes // _BATCH
+    return Activations(tuple((of_images // _BATCH + of_context, of_others) for of_images, of_others in living.moments))
 
 
 def accumulation_for(batch_size: int, devices: int, micro_batch: int) -> int | None:
@@ -232,10 +235,11 @@ def _generous_bytes(recipe: Recipe, micro_batch: int) -> int:
     blocks = [block for block in flow.blocks if isinstance(block, AutoregressiveBlock)]
     layers = recipe.model.num_layers
     of_image = sum(
-        block.num_tokens * block.transformer.channels * (number + 1)
+        (block.num_tokens + recipe.model.context_tokens) * block.transformer.channels * (number + 1)
         for block, number in zip(blocks, layers, strict=True)
     )
-    floats = (60 + 10 * recipe.model.mlp_ratio) * (of_image + len(blocks) * math.prod(flow.image_shape))
+    given = len(blocks) * math.prod(flow.image_shape) + math.prod(recipe.model.context_shape)
+    floats = (60 + 10 * recipe.model.mlp_ratio) * (of_image + given)
     return 8 * _bytes(flow) + 4 * micro_batch * floats
 
 
@@ -249,9 +253,13 @@ def _cache_bytes(recipe: Recipe, flow: TARFlow) -> int:
     return max(4 * math.prod(block.cache_shape(2 if guides(index) else 1)) for index, block in blocks)
 
 
-def _example(flow: TARFlow, size: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    labels = torch.zeros(size, dtype=torch.int64, device="meta") if flow.config.num_classes else None
-    return torch.zeros(size, *flow.image_shape, device="meta"), labels, torch.ones(size, device="meta")
+def _example(recipe: Recipe, flow: TARFlow, size: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Images, labels, noise levels and context, as the flow takes them."""
+    model = recipe.model
+    with torch.device("meta"):
+        labels = torch.zeros(size, dtype=torch.int64) if model.num_classes else None
+        context = torch.zeros(size, *model.context_shape) if model.takes_captions else None
+        return torch.zeros(size, *flow.image_shape), labels, torch.ones(size), context
 
 
 # -- tracing a forward and backward pass without memory -------------------------------------------------------------

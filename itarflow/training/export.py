@@ -14,8 +14,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
+from torch import Tensor
 
 from itarflow.codec import Vae
+from itarflow.data.context import write_null_context
+from itarflow.data.load import ImageData
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import lowest_level, noise_levels
 from itarflow.denoisers.score import CheckedDenoiser
@@ -30,13 +33,20 @@ from itarflow.runtime.pictures import Grid, save_picture
 from itarflow.runtime.pipeline_index import CHECKSUMS, MEASURED, SHARED, pipeline_index
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import display_name, flat, printable
+from itarflow.text_encoder import TextEncoder
+from itarflow.training.captions import prompts_of
 from itarflow.training.held_out import Evaluation
 from itarflow.training.recipe import Recipe
 from itarflow.training.settings import FREE, to_json
 
 
 def make_pipeline(
-    flow: TARFlow, recipe: Recipe, class_names: tuple[str, ...], record: dict[str, Any] | None, vae: Vae | None = None
+    flow: TARFlow,
+    recipe: Recipe,
+    class_names: tuple[str, ...],
+    record: dict[str, Any] | None,
+    vae: Vae | None = None,
+    text: TextEncoder | None = None,
 ) -> ITARFlowPipeline:
     """The pipeline that samples during training and is shared afterwards, with its VAE if the flow models codes."""
     pipeline = ITARFlowPipeline(
@@ -46,6 +56,8 @@ def make_pipeline(
         class_names=list(class_names) if recipe.model.num_classes and class_names else None,
         training=record,
         vae=vae,
+        text_encoder=None if text is None else text.encoder,
+        tokenizer=None if text is None else text.tokenizer,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -71,8 +83,10 @@ def open_denoiser(recipe: Recipe, vae: Vae | None, device: torch.device | str = 
     return denoiser
 
 
-def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelerator: Accelerator) -> None:
-    """Write a grid of images from fixed noise and labels, classes in turn; the processes share the work.
+def sample_grid(
+    pipeline: ITARFlowPipeline, recipe: Recipe, data: ImageData, path: Path, accelerator: Accelerator
+) -> None:
+    """Write a grid of images from fixed noise and labels, classes in turn, or captions; the processes share the work.
 
     An image does not depend on the process that makes it, see `seeds.image_generators`.
     """
@@ -82,8 +96,11 @@ def sample_grid(pipeline: ITARFlowPipeline, recipe: Recipe, path: Path, accelera
     mine = range(accelerator.process_index, count, accelerator.num_processes)
     images: list[Image.Image] = []
     if mine:
+        asked: dict[str, Any] = {"class_labels": [index % num_classes if num_classes else None for index in mine]}
+        if recipe.model.takes_captions:
+            asked = {**prompts_of(data, mine)}
         images = pipeline(
-            class_labels=[index % num_classes if num_classes else None for index in mine],
+            **asked,
             generator=[generators[index] for index in mine],
             num_denoise_steps=recipe.sampling.num_denoise_steps,
             denoiser=denoiser,
@@ -129,8 +146,11 @@ def _index_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def export_pipeline(pipeline: ITARFlowPipeline, folder: Path) -> None:
+def export_pipeline(pipeline: ITARFlowPipeline, folder: Path, null_context: Tensor | None = None) -> None:
     """Write a pipeline in the place of an older one, whole or not at all.
+
+    Beside it lie the vectors (T, E) of the empty caption, if they are given: by these and prompt_embeds it can be
+    sampled from without its text encoder.
 
     A model card that was written by hand stays, and so does where the older one is shared; what was measured with it,
     `evaluations` and `plans`, stays if the weights are the very same.
@@ -146,6 +166,8 @@ def export_pipeline(pipeline: ITARFlowPipeline, folder: Path) -> None:
             shutil.copyfile(card, place / CARD)
         write_json(place / INDEX, {name: old[name] for name in (SHARED,) if name in old})  # `save_pretrained` keeps it
         pipeline.save_pretrained(place)
+        if null_context is not None:
+            write_null_context(place, null_context)
         sums = _index_of(place)[CHECKSUMS]
         if all((folder / name).is_file() and file_sha256(folder / name) == value for name, value in sums.items()):
             for name in MEASURED:
@@ -159,12 +181,12 @@ def training_record(recipe: Recipe, held_out: Evaluation, facts: Mapping[str, An
     """The record of a training in the pipeline, its model card and `itarflow info`.
 
     Args:
-        recipe: resolved. Of data, VAE or denoiser in a local folder, only the folder's name is recorded.
+        recipe: resolved. Of data, VAE, text encoder or denoiser in a local folder, only the folder's name is recorded.
         held_out: as `held_out.evaluate_held_out` returns it.
         facts: such as steps, seconds and numbers of images.
     """
     settings = to_json(recipe)
-    for section, name in (("data", "path"), ("codec", "vae"), ("sampling", "denoiser")):
+    for section, name in (("data", "path"), ("codec", "vae"), ("text", "encoder"), ("sampling", "denoiser")):
         if settings[section][name] is not None:
             settings[section][name] = display_name(settings[section][name])
     metrics = {f"held-out nll at t={level} (nats/dim)": value for level, value in held_out.nll.items()}

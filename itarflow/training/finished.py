@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 from torch import Tensor
 
+from itarflow.training.held_out import Evaluation
 from itarflow.training.run_folder import RunDir
 
 
@@ -51,3 +53,15 @@ class Finished:
         if self.unreadable_images:
             lines["unreadable images"] = f"[yellow]{self.unreadable_images}, each replaced by the next one[/]"
         return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Finished):
+    """The result of a finished training of a flow."""
+
+    held_out: Evaluation
+    """As `evaluate_held_out` returns it."""
+    class_names: tuple[str, ...]
+    prompt: str | None
+    """That the pipeline takes, such as a caption; None = it takes none."""
+    grid: Path

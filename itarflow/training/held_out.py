@@ -16,6 +16,7 @@ from itarflow.data.loader import in_order
 from itarflow.flow import noise as noises
 from itarflow.flow.tarflow import TARFlow
 from itarflow.runtime.seeds import mixed_seed
+from itarflow.training import captions
 from itarflow.training.objective import clean_images
 from itarflow.training.recipe import Recipe
 
@@ -55,15 +56,16 @@ def evaluate_held_out(flow: TARFlow, dataset: ImageDataset, recipe: Recipe, acce
         broken += batch.broken
         images = _held_out_images(recipe, batch.images.to(flow.device), index)
         labels = batch.labels if recipe.model.num_classes else None
+        context = captions.vectors(recipe, batch, flow.device)
         count += len(images)
         for column, level in enumerate(levels or [0.0]):
             generator = torch.Generator(flow.device).manual_seed(mixed_seed(recipe.train.seed, index, column, 1))
             if dequantised:
                 u = torch.rand(images.shape, generator=generator, device=flow.device)
-                log_prob = flow.log_prob(noises.dequantise(images, u), labels)
+                log_prob = flow.log_prob(noises.dequantise(images, u), labels, context=context)
             else:
                 eps = torch.randn(images.shape, generator=generator, device=flow.device)
-                log_prob = flow.log_prob(images + level * eps, labels, level)
+                log_prob = flow.log_prob(images + level * eps, labels, level, context=context)
             sums[column] -= log_prob.cpu().double().sum()
     everywhere = gather_object([(sums.tolist(), count)])  # as objects: not every device has float64
     total = sum(images for _, images in everywhere)

@@ -93,9 +93,11 @@ def _try_steps(recipe: Recipe, accelerator: Accelerator, batch_size: int) -> Non
     images = torch.randn(batch_size, *flow.image_shape, device=device)
     labels = torch.zeros(batch_size, dtype=torch.int64, device=device) if recipe.model.num_classes else None
     level = torch.full((batch_size,), recipe.noise.t_max, device=device)
+    captioned = recipe.model.takes_captions
+    context = torch.randn(batch_size, *recipe.model.context_shape, device=device) if captioned else None
     for _ in range(2):
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.train.mixed_precision == "bf16"):
-            nll_per_dim(flow(images, labels, level)).mean().backward()
+            nll_per_dim(flow(images, labels, level, context=context)).mean().backward()
         torch.nn.utils.clip_grad_norm_(flow.parameters(), math.inf)
         optimizer.step()
         # They stay in DDP's buckets, and from one micro-batch to the next.

@@ -26,7 +26,7 @@ class Draws(NamedTuple):
     flip: Tensor
     """(B,) bool, images to mirror."""
     drop: Tensor
-    """(B,) bool, images whose label is dropped."""
+    """(B,) bool, images whose label or caption is dropped."""
     posterior: Tensor | None
     """(B, C, H, W), standard normal, which draws codes from their posteriors; None in pixel space, or for the mean."""
 
@@ -44,7 +44,7 @@ def draw(recipe: Recipe, step: int, device: torch.device) -> Draws:
     noise_level = noises.draw_noise_level(recipe.noise, size, generator)
     flip = torch.rand(size, generator=generator, device=device) < (0.5 if recipe.data.horizontal_flip else 0.0)
     drop = torch.rand(size, generator=generator, device=device) < recipe.train.label_drop
-    shape = (size, model.in_channels, model.image_size, model.image_size)
+    shape = (size, *model.image_shape)
     sample = torch.rand if recipe.noise.distribution == "dequantise" else torch.randn
     noise = sample(shape, generator=generator, device=device)
     drawn = recipe.codec.vae is not None and recipe.codec.sample_posterior
@@ -91,13 +91,24 @@ class Losses(NamedTuple):
         )
 
 
-def training_losses(flow: torch.nn.Module, recipe: Recipe, stored: Tensor, labels: Tensor, draws: Draws) -> Losses:
+def training_losses(
+    flow: torch.nn.Module,
+    recipe: Recipe,
+    stored: Tensor,
+    labels: Tensor,
+    draws: Draws,
+    context: Tensor | None = None,
+    null_context: Tensor | None = None,
+) -> Losses:
     """Loss of b images as the data set stores them, with labels (b,), and their part of the step's draws.
 
         E_{x, t, eps} gamma_t [-log p(x + t eps, t)] / (N D)                (iTARFlow, section 3.1)
 
     up to a constant: the mean over the batch of gamma_t times `nll_per_dim` (TARFlow, eq. 6). TARFlow is the case of
     a single t and gamma_t = 1.
+
+    A flow of captions also takes `context` (b, T, E), their condition vectors, and `null_context` (1, T, E), those of
+    the empty caption, which stands for the captions that are dropped.
     """
     images = clean_images(recipe, stored, draws.flip, draws.posterior)
     if recipe.noise.distribution == "dequantise":
@@ -105,7 +116,9 @@ def training_losses(flow: torch.nn.Module, recipe: Recipe, stored: Tensor, label
     else:
         noisy = images + draws.noise_level[:, None, None, None] * draws.noise
     labels = torch.where(draws.drop, NULL_LABEL, labels)
-    output = flow(noisy, labels if recipe.model.num_classes else None, draws.noise_level)
+    if context is not None and null_context is not None:
+        context = torch.where(draws.drop[:, None, None], null_context, context)
+    output = flow(noisy, labels if recipe.model.num_classes else None, draws.noise_level, context=context)
     nll = nll_per_dim(output)
     weight = noises.loss_weight(recipe.noise, draws.noise_level)
     mean_square = output.z.detach().square().mean(dim=0) if recipe.model.volume_preserving else None

@@ -43,7 +43,7 @@ class TrainConfig(Optimisation):
     max_grad_norm: float | None = None
     """Gradients are scaled down to this norm. None = never."""
     label_drop: float = 0.1
-    """Probability that a training image goes without its label, which guidance needs."""
+    """Probability that a training image goes without its label or caption, which guidance needs."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights for sampling and sharing, e.g. 0.9999. None = do not."""
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -129,6 +129,17 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The text encoder of a model of captions."""
+
+    encoder: str | None = None
+    """What the pipeline is shared with, so that it takes prompts: a folder or Hub name of the text encoder that made
+    the captions' vectors. None = the one that the data names, unless it can't be loaded."""
+    revision: str | None = None
+    """Branch, tag or commit of an encoder on the Hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """An experiment. Recipes in the folder recipes/ are instances of this class and nothing more."""
 
@@ -140,6 +151,8 @@ class Recipe:
     """The images, or their codes."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """Whether the flow models pixels, or the codes of a VAE."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """Where prompts are read."""
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     """The noise that is added in training."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -243,7 +256,7 @@ class Recipe:
         model, number = self.model, len(flow.blocks)
         # A flow may have such a block, but its transformer reads nothing and gets no gradient, with which DDP gives up
         # after the first step, and no state that could be read again.
-        if model.image_size in flow.patch_sizes:
+        if model.image_size in flow.patch_sizes and not model.start_token:
             raise ValueError(
                 f"model.patch_size is {model.patch_size} and model.image_size {model.image_size}: the transformer of "
                 "a block of one token has no token to read, and can't be trained. Choose a smaller patch."
@@ -308,7 +321,7 @@ def with_identity(recipe: Recipe, vae: Vae | None) -> Recipe:
 
 
 def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
-    """The recipe's data set, of images or of codes that its VAE has made, with the labels that the model knows.
+    """The recipe's data set, of images or of codes that its VAE has made, with the labels or captions of the model.
 
     Raises:
         DataError: as `load_data` and `check_classes`.
@@ -319,9 +332,18 @@ def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
         in_channels=recipe.model.in_channels,
         vae=None if vae is None else vae_identity(vae),
         variance=recipe.codec.sample_posterior,
+        context=recipe.model.context_shape if recipe.model.takes_captions else None,
     )
     check_classes(recipe, data)
     return data
+
+
+def stored_bytes(recipe: Recipe) -> int:
+    """Bytes that a data set hands over for an image, at most."""
+    of_image = math.prod(recipe.model.image_shape)
+    # Stored codes are of 2 bytes, with a mean and a deviation, straight and mirrored; vectors of captions are, too.
+    of_caption = 2 * math.prod(recipe.model.context_shape) if recipe.model.takes_captions else 0
+    return (of_image if recipe.codec.vae is None else 8 * of_image) + of_caption
 
 
 def check_classes(recipe: Recipe, data: ImageData) -> None:
@@ -331,15 +353,18 @@ def check_classes(recipe: Recipe, data: ImageData) -> None:
         DataError: naming both numbers.
     """
     num_classes, found = recipe.model.num_classes, len(data.class_names)
+    prefix = num_classes > 0 and recipe.model.context_tokens > 0  # the label as a vector: it has no width of its own
+    without = " --model.context-tokens 0 --model.context-dim 0" if prefix else ""
     if num_classes and not found:
         why = "".join(f" ({note})" for note in data.identity.left_out if note.startswith("labels"))
         raise DataError(
             f"The images in {recipe.data.path} have no labels{why}, but model.num_classes is {num_classes}. Put each "
             "class in a folder of its own, name the column by data.label_column, or train without labels "
-            "by --model.num-classes 0."
+            f"by --model.num-classes 0{without}."
         )
     if num_classes and found != num_classes:
         raise DataError(
             f"The images in {recipe.data.path} have {found} classes, but model.num_classes is {num_classes}; "
-            f"set --model.num-classes {found}, or 0 to ignore the labels."
+            f"set --model.num-classes {found}{f' --model.context-dim {found + 1}' if prefix else ''}, or "
+            f"{f'--model.num-classes 0{without}' if prefix else 0} to ignore the labels."
         )

@@ -130,6 +130,7 @@ def write_recipe(recipe: Settings, path: Path) -> None:
 
 FREE = {
     "codec.vae", "codec.revision",  # another decoder, at most: see `with_identity`
+    "text.encoder", "text.revision",
     "data.path", "data.num_workers", "data.in_memory", "data.max_broken", "train.log_every", "train.save_every",
     "train.keep_states", "train.trackers", "train.accumulation", "train.gradient_checkpointing", "train.shard",
     "train.compile", "train.evaluate_every_epochs", "train.sample_every_epochs", "train.max_bad_steps",

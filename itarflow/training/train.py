@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ from itarflow.runtime.modules import recomputed
 from itarflow.runtime.processes import agreed, main_first, on_main
 from itarflow.runtime.recording import release_recordings
 from itarflow.runtime.signals import StopSignal
+from itarflow.text_encoder import TextEncoder
+from itarflow.training import captions
 from itarflow.training.estimate import estimate
 from itarflow.training.export import (
     export_pipeline,
@@ -39,13 +41,13 @@ from itarflow.training.export import (
     sample_grid,
     training_record,
 )
-from itarflow.training.finished import Finished
+from itarflow.training.finished import Summary
 from itarflow.training.held_out import Evaluation, evaluate_held_out
 from itarflow.training.loop import Loop
 from itarflow.training.metrics import bucket_edges, in_bits, step_metrics, step_sums, watch_blocks, worst_level
 from itarflow.training.micro_batch import find_accumulation
 from itarflow.training.objective import Losses, draw, training_losses
-from itarflow.training.recipe import Recipe, open_data, open_vae, with_identity
+from itarflow.training.recipe import Recipe, open_data, open_vae, stored_bytes, with_identity
 from itarflow.training.run_folder import RunDir, Start, check_run_folder, claimed
 from itarflow.training.settings import learning_rate_factor
 from itarflow.training.sharding import (
@@ -60,16 +62,6 @@ from itarflow.training.sharding import (
     update_average,
     whole_flow,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Summary(Finished):
-    """The result of a finished training of a flow."""
-
-    held_out: Evaluation
-    """As `evaluate_held_out` returns it."""
-    class_names: tuple[str, ...]
-    grid: Path
 
 
 class _FlowStep(NamedTuple):
@@ -146,20 +138,20 @@ def _train(
         accelerator.gradient_accumulation_steps = found
     recipe.check(accelerator.num_processes)
     if not recipe.data.in_memory:
-        of_image = math.prod((recipe.model.in_channels, recipe.model.image_size, recipe.model.image_size))
-        # Stored codes are of 2 bytes, with a mean and a deviation, straight and mirrored.
-        stored = of_image if recipe.codec.vae is None else 8 * of_image
         micro_batch = recipe.train.batch_size // accelerator.num_processes // recipe.train.accumulation
-        check_workers(recipe.data.num_workers, micro_batch * stored)
+        check_workers(recipe.data.num_workers, micro_batch * stored_bytes(recipe))
     vae = main_first(accelerator, lambda: open_vae(recipe))
     recipe = with_identity(recipe, vae)
     check_run_folder(run, recipe, accelerator, start, allow_changes)
     main_first(accelerator, lambda: open_denoiser(recipe, vae))
     data = open_data(recipe, vae)
+    text = captions.open_text_encoder(recipe, data, accelerator, accelerator.print)
     if recipe.data.in_memory:
         data = data.decoded()
     with claimed(run, recipe, accelerator, start, allow_changes) as stop:
-        training = _Training(recipe, run, data, accelerator, stop, vae=vae, sharded=sharded, max_steps=max_steps)
+        training = _Training(
+            recipe, run, data, accelerator, stop, vae=vae, text=text, sharded=sharded, max_steps=max_steps
+        )
         return training.run_to(max_steps, resume=start == "resume", allow_changes=allow_changes)
 
 
@@ -181,6 +173,7 @@ class _Training(Loop[_FlowStep, Summary]):
         stop: StopSignal,
         *,
         vae: Vae | None,
+        text: TextEncoder | None,
         sharded: bool,
         max_steps: int | None,
     ) -> None:
@@ -189,6 +182,8 @@ class _Training(Loop[_FlowStep, Summary]):
         self.recipe, self.sharded, self.max_steps = recipe, sharded, max_steps
         self.tf32 = recipe.noise.distribution != "dequantise"  # a likelihood's objective is that of its evaluation
         self.vae = vae  # on the CPU; only sample grids and exports need it
+        self.text = text  # on the CPU, of the main process; only exports need it
+        self.null_context = captions.empty(data, accelerator.device)
         self.held_out = Evaluation({}, None)
         self.edges = bucket_edges(recipe)
         self.forward_flops = estimate(recipe).forward_flops
@@ -251,10 +246,12 @@ class _Training(Loop[_FlowStep, Summary]):
                 part = draws.part(start, start + size)
                 images = batch.images.to(accelerator.device, non_blocking=True)
                 labels = batch.labels.to(accelerator.device, non_blocking=True)
+                context = captions.vectors(self.recipe, batch, accelerator.device)
                 with accelerator.accumulate(self.model):
                     bf16 = train.mixed_precision == "bf16"
                     with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=bf16):
-                        losses = training_losses(self.model, self.recipe, images, labels, part)
+                        given = images, labels, part, context, self.null_context
+                        losses = training_losses(self.model, self.recipe, *given)
                     accelerator.backward(losses.loss)
                     if accelerator.sync_gradients:
                         grad_norm = clip_grad_norm(self.model, train.max_grad_norm or math.inf)
@@ -336,7 +333,7 @@ class _Training(Loop[_FlowStep, Summary]):
         with self._sampling_flow() as flow:
             vae = copy.deepcopy(self.vae)  # a copy on the device, freed with the pipeline
             pipeline = make_pipeline(flow, self.recipe, self.data.class_names, None, vae).to(self.accelerator.device)
-            sample_grid(pipeline, self.recipe, path, self.accelerator)
+            sample_grid(pipeline, self.recipe, self.data, path, self.accelerator)
         self.monitor.log_picture(self.state.step, path)
         self.accelerator.wait_for_everyone()
         return path
@@ -360,8 +357,9 @@ class _Training(Loop[_FlowStep, Summary]):
         if agreed(self.accelerator, int(main and is_exported(self.run.pipeline, record)))[0]:
             return
         with whole_flow(self.model, self.recipe, self.ema, torch.device("cpu"), wanted=main) as flow:
-            pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record, self.vae)
-            on_main(self.accelerator, lambda: export_pipeline(pipeline, self.run.pipeline))
+            pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record, self.vae, self.text)
+            empty = self.data.null_context
+            on_main(self.accelerator, lambda: export_pipeline(pipeline, self.run.pipeline, empty))
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -373,6 +371,7 @@ class _Training(Loop[_FlowStep, Summary]):
             "seconds": round(self.state.seconds, 1),
             "bad_steps": self.state.bad_steps,
             "unreadable_images": len(self.monitor.broken),
+            **captions.facts(self.data, self.text is not None),
         }
 
     def load_state(self, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -390,5 +389,6 @@ class _Training(Loop[_FlowStep, Summary]):
             **vars(self.finished()),
             held_out=self.held_out,
             class_names=self.data.class_names if self.recipe.model.num_classes else (),
+            prompt=captions.example_prompt(self.data) if self.recipe.model.takes_captions else None,
             grid=grid,
         )

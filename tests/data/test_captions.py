@@ -27,6 +27,7 @@ from itarflow.data import DataConfig, load_data
 from itarflow.data.context import ContextDecoder, check_encoder, find_context, to_bytes
 from itarflow.data.load import ImageData
 from itarflow.data.loader import batches, in_order
+from itarflow.data.parquet import open_parquet
 from itarflow.data.prepare.crop import PrepareConfig, prepare
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
@@ -211,6 +212,24 @@ def test_equal_captions_of_a_row_group_take_room_once(tmp_path: Path, models: Pa
     column = pq.read_metadata(next(out.glob("*.parquet"))).row_group(0).column(2)
     assert column.path_in_schema == "context"
     assert column.total_compressed_size < 5 * 2 * 6 * WIDTH
+    rows = open_parquet([str(next(out.glob("*.parquet")))]).select_columns(["context"])
+    assert rows[59]["context"]["bytes"] == rows[0]["context"]["bytes"]
+    (group,) = rows._groups.values()  # as it is in memory
+    assert isinstance(group, pa.Table)
+    assert group.nbytes < 60 * 2 * 6 * WIDTH / 4
+
+
+def test_half_precision_is_close(source: Path, tmp_path: Path, models: Path) -> None:
+    full, half = (
+        read("codes", make("codes", source, tmp_path / dtype, models, dtype=dtype), models)
+        for dtype in ("float32", "bf16")
+    )
+    for index in range(7):
+        one, other = full.train[index].context, half.train[index].context
+        assert one is not None
+        assert other is not None
+        error = (one.float() - other.float()).norm() / one.float().norm()
+        assert 0 < error < 0.1
 
 
 @KINDS

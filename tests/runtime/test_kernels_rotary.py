@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from itarflow.runtime.kernels import Rotation, rotary, rotate_in_place, rotated, rotation_of
+from itarflow.runtime.kernels import Rotation, rotary, rotated, rotation_of, rotator
 
 NEAR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
@@ -66,7 +66,7 @@ def test_queries_are_rotated(shape, dtype, per_sample):
 def test_queries_and_keys_are_rotated_in_place_and_values_are_not(shape, dtype, per_sample):
     qkv, angles = case(shape, dtype, per_sample)
     exact, values = formula(qkv, angles[..., None, None, :]), qkv[:, :, 2].clone()
-    rotate_in_place(qkv[:, :, :2], rotation_of(angles))
+    rotator(rotation_of(angles))(qkv[:, :, :2])
     assert_near(qkv[:, :, :2], exact[:, :, :2], dtype)
     assert torch.equal(qkv[:, :, 2], values)
 
@@ -77,14 +77,14 @@ def test_entries_that_cannot_be_seen_as_complex_numbers(x):
     exact = formula(x, angles)
     assert_near(rotated(x, rotation_of(angles)), exact, torch.float32)
     wide = x.movedim(2, 1)[:, :, :, None].movedim(3, 2)  # (B, n, 1, H, E)
-    rotate_in_place(wide, rotation_of(angles))
+    rotator(rotation_of(angles))(wide)
     assert_near(x, exact, torch.float32)
 
 
 def test_in_double_precision_by_angles_in_single():
     qkv, angles = case((2, 5, 2, 8), torch.float64)
     exact = formula(qkv, angles.float()[:, None, None])
-    rotate_in_place(qkv[:, :, :2], rotation_of(angles.float()))
+    rotator(rotation_of(angles.float()))(qkv[:, :, :2])
     assert (qkv - exact)[:, :, :2].abs().max() < 1e-5
 
 

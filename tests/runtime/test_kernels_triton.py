@@ -14,8 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from itarflow.inverse.decoding import PackedLayer, Window, run_layers
+from itarflow.runtime.kernels import (
+    Rotation,
+    decode_attention,
+    has_decode_attention,
+    pack,
+    proof,
+    rotated,
+    rotation_of,
+    thin,
+)
 from itarflow.runtime.kernels import cpu as cpu_kernels
-from itarflow.runtime.kernels import decode_attention, has_decode_attention, pack, proof, rotated, rotation_of, thin
 from itarflow.runtime.kernels.norm import layer_norm
 from itarflow.runtime.kernels.packed import Norm, PackedLinear
 from itarflow.runtime.kernels.thin import MOST_ROWS, has_thin_product, thin_product
@@ -410,9 +419,10 @@ VIEWS = {
 }
 
 
+@pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize(("rows", "launches"), [(2, 5), (128, 10)])
-def test_a_layer_of_the_inverse_is_five_launches_and_of_many_rows_ten(monkeypatch, rows, launches):
-    """Of many rows: two norms, four products, attention, GELU and two sums."""
+def test_a_layer_of_the_inverse_is_five_launches_and_of_many_rows_ten(monkeypatch, rows, launches, rotary):
+    """Of many rows: two norms, four products, attention, GELU and two sums. A rotation is none more."""
 
     class Proven(dict):
         def get(self, key, default=None):
@@ -436,8 +446,9 @@ def test_a_layer_of_the_inverse_is_five_launches_and_of_many_rows_ten(monkeypatc
         cache = torch.empty(1, 2, rows, 8, 64, 64, dtype=torch.bfloat16)
         window = Window(torch.empty(1, dtype=torch.int64), 64, None, False)
         x = torch.empty(rows, 1, 512)
+        rotation = Rotation(torch.empty(1, 64)) if rotary else None
         with torch.no_grad(), Operators() as seen:
-            out = run_layers((layer,), x, cache, window, None)
+            out = run_layers((layer,), x, cache, window, None, rotation)
     assert (out.shape, out.dtype) == (x.shape, torch.float32)
     names = [name for name in seen.names if name.rsplit(".", 1)[0] not in VIEWS and not name.startswith("prim.")]
     assert len(names) == launches, names

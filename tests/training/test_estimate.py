@@ -45,6 +45,10 @@ def needed(train: dict[str, Any] | None = None, *, checkpointing: bool = False, 
     return activations(recipe(train, **model), checkpointing=checkpointing)
 
 
+STARFLOW: dict[str, Any] = {
+    "rotary_side": 4, "start_token": True, "final_norm": True, "soft_clip": 4.0, "softplus_scale": True,
+    "first_block_reversed": True, "channels": 32, "head_dim": 16,
+}  # fmt: skip
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"num_classes": 0},
@@ -52,6 +56,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"shared_layers": 1},
     {"learned_first_token": True},
     {"patch_size": (4, 2)},
+    STARFLOW | {"context_dim": 6, "context_tokens": 1},
+    STARFLOW | {"num_classes": 0, "context_dim": 12, "context_tokens": 3},
 ]
 
 
@@ -249,6 +255,27 @@ def test_activations_are_what_lives_in_a_real_step(mixed_precision, checkpointin
             loss.backward()
         changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
         assert estimated.at_peak(size) == pytest.approx(max(accumulate(changes)), rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixed_precision", PRECISIONS)
+def test_captions_take_the_memory_of_their_vectors_and_of_a_longer_sequence(mixed_precision):
+    model = STARFLOW | {"channels": 64, "num_classes": 0, "context_dim": 128, "context_tokens": 24}
+    real = recipe({"mixed_precision": mixed_precision}, image_size=16, **model)
+    estimated, flow = activations(real, checkpointing=False), real.model.build()
+    for parameter in flow.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for size in (1, 8):
+        images, context = torch.zeros(size, 3, 16, 16), torch.zeros(size, 24, 128)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
+                loss = nll_per_dim(flow(images, None, torch.ones(size), context=context)).mean()
+            loss.backward()
+        changes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        assert estimated.at_peak(size) == pytest.approx(max(accumulate(changes)) + context.nbytes, rel=0.15)
+    without = activations(recipe({"mixed_precision": mixed_precision}, image_size=16,
+                                 **model | {"context_dim": 0, "context_tokens": 0}), checkpointing=False)  # fmt: skip
+    assert estimated.per_image > without.per_image + context[0].nbytes
 
 
 # -- what fits --------------------------------------------------------------------------------------------------

@@ -149,6 +149,35 @@ def test_each_visit_of_an_image_draws_its_code_anew(recipe):
     assert torch.equal(drawn.noise, without.noise)  # the noise does not depend on it
 
 
+@pytest.mark.parametrize("noise_conditioned", [False, True])
+def test_starflow_with_its_labels_as_a_prefix(vae_folder, codes_folder, tmp_path, noise_conditioned):
+    blocks = {"rotary_side": 2, "start_token": True, "final_norm": True, "soft_clip": 4.0, "softplus_scale": True}
+    blocks |= {"first_block_reversed": True, "context_tokens": 1, "context_dim": 11, "num_layers": (1, 2)}
+    if not noise_conditioned:
+        blocks |= {"noise_conditioned": False, "distribution": "constant", "weight": "one", "num_denoise_steps": 1}
+    recipe = latent_recipe(vae_folder, codes_folder, **blocks)
+    train(recipe, tmp_path / "whole", max_steps=4)
+    train(recipe, tmp_path / "parts", max_steps=2)
+    train(recipe, tmp_path / "parts", max_steps=4, start="resume")
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    weights, expected = shared_weights(tmp_path / "parts"), shared_weights(tmp_path / "whole")
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert weights["blocks.1.proj_context.weight"].shape == (16, 11)
+    assert "blocks.0.proj_context.weight" not in weights
+    pipe = ITARFlowPipeline.from_pretrained(tmp_path / "parts" / "pipeline")
+    pipe.set_progress_bar_config(disable=True)
+
+    def made(**options):
+        return pipe(generator=torch.Generator().manual_seed(0), output_type="codes", **options).images
+
+    codes = made(class_labels=[3, 1])
+    assert codes.shape == (2, 4, 4, 4)
+    assert bool(codes.isfinite().all())
+    assert made(class_labels=["3", "1"]).equal(codes)
+    assert not made(class_labels=[4, 1])[0].equal(codes[0])  # the label is read
+    assert made(class_labels=None, num_images=2).isfinite().all()
+
+
 @pytest.mark.slow
 def test_training_on_the_means_is_another_training(finished, vae_folder, codes_folder, tmp_path):
     train(latent_recipe(vae_folder, codes_folder, sample_posterior=False), tmp_path / "run", max_steps=2)

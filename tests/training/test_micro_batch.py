@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from tiny_training import losses, tiny_recipe
 
+from itarflow.flow import TARFlow
 from itarflow.training import micro_batch as microbatch
 from itarflow.training.micro_batch import find_accumulation
 from itarflow.training.train import train
@@ -32,6 +33,17 @@ def memory(monkeypatch):
 def test_the_largest_divisor_of_the_batch_that_fits_is_taken(memory, fits, accumulation):
     memory(fits)
     assert find_accumulation(tiny_recipe(batch_size=12), Accelerator(cpu=True)) == accumulation
+
+
+def test_captions_are_tried_too(memory, monkeypatch):
+    memory(5)
+    recipe = tiny_recipe(batch_size=12, num_classes=0, rotary_side=2, context_dim=8, context_tokens=3)
+    seen, original = [], TARFlow.forward
+    monkeypatch.setattr(
+        TARFlow, "forward", lambda *args, context: seen.append(context.shape) or original(*args, context=context)
+    )
+    assert find_accumulation(recipe, Accelerator(cpu=True)) == 3
+    assert set(seen) == {(size, 3, 8) for size in (12, 6, 4)}
 
 
 def test_no_image_at_all_is_refused_with_advice(memory):

@@ -20,9 +20,9 @@ from itarflow.presets import itarflow_model
 from itarflow.runtime.errors import RunError, TrainingError
 from itarflow.runtime.signals import Interrupted
 from itarflow.training import Recipe, TrainConfig
+from itarflow.training.finished import Summary
 from itarflow.training.held_out import Evaluation
 from itarflow.training.run_folder import RunDir
-from itarflow.training.train import Summary
 
 Run = Callable[..., str]
 
@@ -88,7 +88,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         grid = RunDir(run_dir).grid(20)
         return Summary(
             run=RunDir(run_dir), steps=20, total_steps=33, seconds=61.0, images_per_second=33.0, held_out=held_out,
-            bad_steps=2, unreadable_images=3, class_names=("cat", "guinea pig"), grid=grid,
+            bad_steps=2, unreadable_images=3, class_names=("cat", "guinea pig"), prompt=None, grid=grid,
         )  # fmt: skip
 
     monkeypatch.setattr(launch, "train", train)

@@ -6,7 +6,7 @@ from itarflow.runtime.kernels.cpu import Linear, linear
 from itarflow.runtime.kernels.decode import decode_attention, has_decode_attention
 from itarflow.runtime.kernels.packed import PackedLinear, pack
 from itarflow.runtime.kernels.proof import without_kernels
-from itarflow.runtime.kernels.rotary import Rotation, rotate_in_place, rotated, rotation_of
+from itarflow.runtime.kernels.rotary import Rotation, rotated, rotation_of, rotator
 
 __all__ = [
     "Cache",
@@ -19,8 +19,8 @@ __all__ = [
     "has_decode_attention",
     "linear",
     "pack",
-    "rotate_in_place",
     "rotated",
     "rotation_of",
+    "rotator",
     "without_kernels",
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from itarflow.runtime.kernels import proof
 from itarflow.runtime.kernels.attention import attention, attention_bias
-from itarflow.runtime.kernels.rotary import Rotation, rotate_in_place, rotated, rotation_of
+from itarflow.runtime.kernels.rotary import Rotation, rotated, rotation_of, rotator
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _WIDTHS = (8, 16, 32, 64, 128)
@@ -134,7 +134,7 @@ def _trial(shape: tuple[int, ...], splits: int, rotary: bool, dtype: torch.dtype
     def plain(turn: int) -> Tensor:
         cache, new = caches[turn % copies], qkv.view(rows, 1, 3, heads, width)
         if rotation is not None:
-            rotate_in_place(new[:, :, :2], rotation)  # again and again, which keeps their lengths
+            rotator(rotation)(new[:, :, :2])  # again and again, which keeps their lengths
         cache.index_copy_(3, last, new[:, :, 1:].permute(2, 0, 3, 1, 4))
         return attention(new[:, :, 0].transpose(1, 2), cache[0], cache[1], bias)
 

@@ -8,6 +8,7 @@ finer, whatever the type of what is rotated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,27 +49,33 @@ def rotated(x: Tensor, rotation: Rotation) -> Tensor:
     return _product(x, pairs)
 
 
-def rotate_in_place(qk: Tensor, rotation: Rotation) -> None:
-    """Rotate queries and keys where they lie; without gradients.
+def rotator(rotation: Rotation) -> Callable[[Tensor], None]:
+    """What rotates queries and keys where they lie, in any number of layers; without gradients.
+
+    It is given (B, n, 2, H, E), such as the first two of a layer's (B, n, 3, H, E), which it overwrites.
 
     Args:
-        qk: (B, n, 2, H, E), such as the first two of a layer's (B, n, 3, H, E); overwritten.
         rotation: (n, E), or (B, n, E).
     """
     pairs = rotation.pairs
     if len(pairs) > 1 or pairs.ndim > 2:  # what belongs to one position fits as it is
         pairs = pairs[..., None, None, :]
-    if _is_complex(qk) and qk.dtype == pairs.dtype:
-        kind = _COMPLEX[qk.dtype]
-        qk.view(kind).mul_(pairs.view(kind))
-    else:
-        qk.copy_(_product(qk, pairs))
+    # Prepared once: that takes as long as the product of a token.
+    turns = pairs.view(_COMPLEX[pairs.dtype]) if _has_complex(pairs) else None
+
+    def rotate(qk: Tensor) -> None:
+        if turns is not None and qk.dtype == pairs.dtype and _is_paired(qk):
+            qk.view(turns.dtype).mul_(turns)
+        else:
+            qk.copy_(_product(qk, pairs))
+
+    return rotate
 
 
 def _product(x: Tensor, pairs: Tensor) -> Tensor:
     """x (..., E) times what broadcasts to it."""
     finer = x.to(torch.promote_types(x.dtype, pairs.dtype))
-    if _is_complex(finer):
+    if _has_complex(finer) and _is_paired(finer):
         turned = torch.view_as_complex(_by_pairs(finer)) * torch.view_as_complex(_by_pairs(pairs))
         return torch.view_as_real(turned).flatten(-2).to(x.dtype)
     (even, odd), (cos, sin) = _by_pairs(finer).unbind(-1), _by_pairs(pairs).unbind(-1)
@@ -81,12 +88,12 @@ def _by_pairs(tensor: Tensor) -> Tensor:
     return tensor.unflatten(-1, (-1, 2))
 
 
-def _is_complex(x: Tensor) -> bool:
-    """Whether x can be seen as complex numbers; compilers and transforms know real ones better."""
-    return (
-        x.dtype in _COMPLEX
-        and x.device.type in _DEVICES
-        and not cpu.is_watched()
-        and x.stride(-1) == 1
-        and all(stride % 2 == 0 for stride in (x.storage_offset(), *x.stride()[:-1]))
-    )
+def _has_complex(x: Tensor) -> bool:
+    """Whether complex numbers may take part; compilers and transforms know real ones better."""
+    return x.dtype in _COMPLEX and x.device.type in _DEVICES and not cpu.is_watched()
+
+
+def _is_paired(x: Tensor) -> bool:
+    """Whether x can be seen as complex numbers, where it lies."""
+    *outer, last = x.stride()
+    return last == 1 and not any(stride % 2 for stride in outer) and x.storage_offset() % 2 == 0

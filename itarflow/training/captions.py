@@ -1,0 +1,105 @@
+"""What a training on captions needs besides images: their vectors for the flow, and the encoder for the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from itarflow.data.context import check_encoder
+from itarflow.data.load import ImageData
+from itarflow.data.loader import Batch, batches
+from itarflow.runtime.errors import DataError, RunError
+from itarflow.runtime.processes import on_main
+from itarflow.runtime.text import display_name
+from itarflow.text_encoder import TextEncoder
+from itarflow.training.recipe import Recipe
+
+
+def vectors(recipe: Recipe, batch: Batch, device: torch.device) -> Tensor | None:
+    """The context (b, T, E) of a batch's captions, in float32 on the device; None unless the flow takes captions."""
+    if not recipe.model.takes_captions or batch.context is None:
+        return None
+    return batch.context.to(device, non_blocking=True).float()
+
+
+def empty(data: ImageData, device: torch.device) -> Tensor | None:
+    """The null context (1, T, E) in float32 on the device; None if the images have no captions."""
+    return None if data.null_context is None else data.null_context[None].to(device).float()
+
+
+def prompts_of(data: ImageData, indices: Sequence[int]) -> dict[str, Tensor]:
+    """Arguments of a pipeline: the captions of these held-out images, or of training images if none are held out.
+
+    Indices beyond the last image begin again with the first.
+    """
+    images = data.held_out if len(data.held_out) else data.train
+    batch = next(batches(images, [[index % len(images) for index in indices]]))
+    null_context = empty(data, torch.device("cpu"))
+    if batch.context is None or null_context is None:
+        raise DataError("the images have no captions to sample from")
+    return {
+        "prompt_embeds": batch.context.float(),
+        "negative_prompt_embeds": null_context.expand(len(indices), -1, -1),
+    }
+
+
+def open_text_encoder(
+    recipe: Recipe, data: ImageData, accelerator: Accelerator, say: Callable[[str], object]
+) -> TextEncoder | None:
+    """The text encoder that made the captions' vectors, on the CPU of the main process, for the pipeline.
+
+    Args:
+        recipe: may name it.
+        data: whose captions have a card that names it, too, though not the folder where it was.
+        accelerator: of the training; all processes call this.
+        say: prints a line.
+
+    Returns:
+        None without captions, on other processes, and, which is said, if the recipe names none and the one that the
+        card names is not at hand.
+
+    Raises:
+        RunError: the one that the recipe names can't be loaded, or is not the one that made the captions.
+    """
+    found: list[TextEncoder] = []
+
+    def load() -> None:
+        if data.captions is None:
+            return
+        card, named = data.captions.card, recipe.text.encoder
+        name, revision = named or str(card.encoder.name), recipe.text.revision or card.encoder.revision
+        try:
+            text = TextEncoder.from_pretrained(name, revision, card.encoder.max_tokens)
+            check_encoder(card, str(recipe.data.path), text.identity)
+        except (ImportError, OSError, DataError) as error:
+            if named is not None:
+                raise RunError(str(error)) from error
+            say(
+                "The pipeline will be without a text encoder: it takes prompt_embeds, but no prompts. To add it, name "
+                f"the one that made the captions by --text.encoder, here or later with --resume. ({error})"
+            )
+        else:
+            found.append(text)
+
+    on_main(accelerator, load)
+    return found[0] if found else None
+
+
+def example_prompt(data: ImageData) -> str:
+    """A prompt to begin with: the caption of a class, if captions are made of these."""
+    template = "" if data.captions is None else data.captions.card.captions
+    names = data.class_names
+    return template.replace("{}", names[0]) if "{}" in template and names else "a photo"
+
+
+def facts(data: ImageData, has_encoder: bool) -> dict[str, Any]:
+    """What a pipeline's record of its training says of captions; {} without."""
+    if data.captions is None:
+        return {}
+    card = data.captions.card
+    name = None if card.encoder.name is None else display_name(card.encoder.name)
+    return {"captions": card.captions, "captions_encoder": name, "with_text_encoder": has_encoder}
