@@ -101,7 +101,7 @@ def test_samples_are_those_of_the_official_code(monkeypatch):
     folder = Path(__file__).parents[1] / "golden" / "starflow_text"
     flow, tensors = load_official(folder / "weights.pth"), load_file(folder / "case.safetensors")
     monkeypatch.setattr(flow, "sample_prior", lambda *_: patchify(tensors["noise"], 1))
-    pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.3, num_denoise_steps=1), guidance=GUIDED)
+    pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.3, t_min=0.01, num_denoise_steps=1), guidance=GUIDED)
     pipe.set_progress_bar_config(disable=True)
     embeds = {"prompt_embeds": tensors["text"], "negative_prompt_embeds": tensors["empty_text"]}
     for weight in (0.0, 3.6):
