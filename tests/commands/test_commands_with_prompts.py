@@ -33,7 +33,7 @@ def save_pipe(folder: Path, text: bool = True, **changes: Any) -> Path:
     sizes = {"in_channels": 3, "num_layers": (1, 1), "channels": 16, "head_dim": 16, "noise_range": (0.05, 0.5)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        flow = TARFlow(4, **{**sizes, "context_dim": WIDTH, "context_tokens": TOKENS, "rotary_side": 2,
+        flow = TARFlow(**{"image_size": 4, **sizes, "context_dim": WIDTH, "context_tokens": TOKENS, "rotary_side": 2,
                              "start_token": True, "soft_clip": 1.0, **changes})  # fmt: skip
     randomise(flow)
     parts = {"text_encoder": tiny_t5(), "tokenizer": tiny_tokenizer()} if text else {}
@@ -80,6 +80,11 @@ def test_a_grid_has_the_prompts(run, checkpoint):
     Path("prompts.txt").write_text("a corgi on the beach\na red cat \n")
     run("sample", checkpoint, "--prompts", "prompts.txt", "--num-images", 4, "--output", "again.png")
     np.testing.assert_array_equal(pixels("samples.png"), pixels("again.png"))
+
+
+def test_a_grid_of_rectangles(run, tmp_path):
+    run("sample", save_pipe(tmp_path / "wide", image_size=(4, 8)), *named(*PROMPTS), "--no-captions")
+    assert Image.open("samples.png").size == (2 * 48 + 2, 24)
 
 
 def test_names_of_any_letters_and_length(run, checkpoint):
