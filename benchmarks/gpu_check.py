@@ -41,18 +41,19 @@ class Budget(NamedTuple):
 
 STEPS: dict[str, Budget] = {
     "env": Budget(15, "gpu.device"),
-    "kernels": Budget(55, "gpu.device"),
+    "kernels": Budget(50, "gpu.device"),
     "right": Budget(40, "gpu.right"),
-    "inverse": Budget(80, "gpu.sampling"),
-    "score": Budget(40, "gpu.scores"),
-    "train": Budget(55, "gpu.training"),
+    "inverse": Budget(75, "gpu.sampling"),
+    "starflow": Budget(40, "gpu.sampling"),
+    "score": Budget(35, "gpu.scores"),
+    "train": Budget(50, "gpu.training"),
     "pipeline": Budget(35, "gpu.sampling"),
-    "peer": Budget(40, "gpu.scores"),
+    "peer": Budget(35, "gpu.scores"),
     "imagenet64": Budget(20, "gpu.sampling"),
     "jacobi": Budget(20, "gpu.sampling"),
     "token": Budget(20, "gpu.sampling"),  # whose profiler may slow down what follows
-    "spread": Budget(25, "gpu.training"),
-    "recipe": Budget(55, "gpu.training"),
+    "spread": Budget(20, "gpu.training"),
+    "recipe": Budget(50, "gpu.training"),
     "cifar10": Budget(math.inf, "gpu.training", alone=True),
     "study": Budget(math.inf, "gpu.training", alone=True),
 }

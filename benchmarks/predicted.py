@@ -16,7 +16,7 @@ from costs import Peak, floor, inverse_costs, total
 
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance
-from itarflow.presets import TARFLOW, ModelConfig, itarflow_model
+from itarflow.presets import TARFLOW, ModelConfig, itarflow_model, starflow_text_model
 from itarflow.runtime.kernels.thin import MOST_ROWS
 
 H100 = Peak("H100", torch.bfloat16, flops_per_second=798e12, bytes_per_second=3.0e12)
@@ -51,6 +51,12 @@ PLAIN = Way(20, 20, 20, 20, 2e-6, 50e-6, 0.6, 0.55, 1.34, 0.3)
 """PyTorch's kernels, a graph a token, recorded in each call; lengths rounded up to powers of two."""
 OWN = Way(6, 10, 7, 15, 1.5e-6, 0.0, 0.8, 0.8, 1.0, 0.0)
 """The package's kernels, the loop over tokens in the graph, recorded in an earlier call."""
+TEXT_GUIDANCE = Guidance(weight=3.6, rule="gaussian", schedule="constant", blocks=1)
+"""As STARFlow's script samples."""
+STARFLOW_HEAD = 13
+"""Launches around STARFlow's block that the present one has not: an RMS norm, the clip, the softplus."""
+ROTATED = 2
+"""Launches a layer of PyTorch's kernels, for rotary positions."""
 
 
 def seconds(flow: TARFlow, images: int, guidance: Guidance | None, way: Way) -> float:
@@ -63,6 +69,8 @@ def seconds(flow: TARFlow, images: int, guidance: Guidance | None, way: Way) -> 
         many = images * (2 if guided else 1) > MOST_ROWS
         launches = layers * (way.launches_of_many if many else way.launches_a_layer)
         launches += way.launches_guided if guided else way.launches_around
+        launches += 0 if block.start_token is None else STARFLOW_HEAD
+        launches += layers * ROTATED if block.rotary is not None and (many or way is PLAIN) else 0
         found += (block.num_tokens - 1) * (launches * way.launch + way.host)
     read = weights / way.products + cache * way.length / way.attention
     return found + read / H100.bytes_per_second
@@ -73,6 +81,7 @@ def main() -> None:
     models: dict[str, tuple[Callable[[], ModelConfig], tuple[int, ...], Guidance | None]] = {
         "S at 64 pixels, guided": (lambda: itarflow_model("S", 64), (1, 8, 64, 256), Guidance(weight=1.5, blocks=1)),
         "TARFlow's ImageNet-64": (TARFLOW["imagenet64_uncond"].model, (32,), None),
+        "STARFlow's 3B at 256 pixels, guided": (starflow_text_model, (1, 8), TEXT_GUIDANCE),
     }
     print("| bf16 | images | floor, s | PyTorch's kernels, s | own kernels, s | over floor | images/s |")
     print("| --- | --- | --- | --- | --- | --- | --- |")

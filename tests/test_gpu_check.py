@@ -31,7 +31,20 @@ from itarflow.inverse import Jacobi
 from itarflow.runtime.recording import Lane
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ("env", "kernels", "right", "inverse", "token", "jacobi", "score", "train", "pipeline", "imagenet64", "peer")
+QUICK = (
+    "env",
+    "kernels",
+    "right",
+    "inverse",
+    "starflow",
+    "token",
+    "jacobi",
+    "score",
+    "train",
+    "pipeline",
+    "imagenet64",
+    "peer",
+)
 """Steps that start no process."""
 
 

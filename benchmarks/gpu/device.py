@@ -20,7 +20,16 @@ from gpu.figures import Figure
 from gpu.hooks import Operators
 from gpu.setting import NAMES, Setting, distance, tried
 from itarflow.runtime.devices import tf32_products
-from itarflow.runtime.kernels import attention, attention_bias, decode_attention, has_decode_attention, pack
+from itarflow.runtime.kernels import (
+    Rotation,
+    attention,
+    attention_bias,
+    decode_attention,
+    has_decode_attention,
+    pack,
+    rotated,
+    rotation_of,
+)
 
 
 def env(setting: Setting) -> Iterator[Figure]:
@@ -125,40 +134,50 @@ def _decoding(setting: Setting) -> Iterator[Case]:
     heads, width, longest = (2, 16, 32) if setting.dry else (20, 64, 1024)
     if setting.dry and not has_decode_attention(torch.empty(2, 2, heads, longest, width)):
         return  # CPUs have none
+    cases = [(2, False), (2, True), (16, False), (16, True), (128, False), (512, False)]
     for dtype in (torch.bfloat16, torch.float32):
-        for rows in (2,) if setting.dry else (2, 16, 128, 512):
+        for rows, rotary in cases[:1] if setting.dry else cases:
             for position in (longest // 2 - 1, longest - 1):
 
                 def measure(
-                    blank: Figure, dtype: torch.dtype = dtype, rows: int = rows, position: int = position
+                    blank: Figure,
+                    dtype: torch.dtype = dtype,
+                    rows: int = rows,
+                    position: int = position,
+                    rotary: bool = rotary,
                 ) -> Figure:
                     at = torch.tensor([position], device=setting.device)
+                    angles = torch.linspace(0, position, width // 2, device=setting.device)
+                    rotation = rotation_of(angles[None]) if rotary else None
 
                     def inputs() -> tuple[Tensor, Tensor]:
                         qkv = torch.randn(rows, 1, 3 * heads * width, device=setting.device, dtype=dtype)
                         return qkv, torch.randn(2, rows, heads, longest, width, device=setting.device, dtype=dtype)
 
                     qkv, cache = inputs()
-                    if not has_decode_attention(cache):
+                    if not has_decode_attention(cache, rotary):
                         return replace(blank, more={"own kernel": "there is none here, or it is slower"})
-                    expected = _decoded(qkv[:2], cache[:, :2], position)
+                    expected = _decoded(qkv[:2], cache[:, :2], position, rotation)
                     moved = cache[..., : position + 1, :].numel() * dtype.itemsize
+                    rest = at, None, rotation
                     return replace(
                         blank,
-                        seconds=_seconds(setting, moved, lambda: partial(decode_attention, *inputs(), at)),
+                        seconds=_seconds(setting, moved, lambda: partial(decode_attention, *inputs(), *rest)),
                         moved_bytes=moved,
-                        error=distance(decode_attention(qkv, cache, at)[:2], expected),
+                        error=distance(decode_attention(qkv, cache, *rest)[:2], expected),
                         tolerance=_tolerance(dtype),
                     )
 
-                name = f"{rows} rows, position {position}"
+                name = f"{rows} rows, position {position}{', rotary' * rotary}"
                 yield Figure(what="attention of a token", case=name, dtype=NAMES[dtype]), measure
 
 
-def _decoded(qkv: Tensor, cache: Tensor, position: int) -> Tensor:
+def _decoded(qkv: Tensor, cache: Tensor, position: int, rotation: Rotation | None) -> Tensor:
     """What `decode_attention` should give, in float64."""
     rows, heads, width = len(qkv), cache.shape[2], cache.shape[4]
     q, k, v = qkv.double().view(rows, 3, heads, 1, width).unbind(1)
+    if rotation is not None:
+        q, k = rotated(q, rotation), rotated(k, rotation)
     keys, values = cache[..., :position, :].double()
     keys, values = torch.cat([keys, k], dim=2), torch.cat([values, v], dim=2)
     return _exact(q, keys, values, None).reshape(rows, 1, heads * width)

@@ -33,6 +33,8 @@ class Given(NamedTuple):
     labels: Tensor | None
     level: Tensor | None
     z: Tensor
+    context: Tensor | None
+    """Of a flow of texts."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Given:
         """Elsewhere, or in another type."""
@@ -41,7 +43,14 @@ class Given(NamedTuple):
             None if self.labels is None else self.labels.to(device),
             None if self.level is None else self.level.to(device, dtype),
             self.z.to(device, dtype),
+            None if self.context is None else self.context.to(device, dtype),
         )
+
+    def contexts(self) -> dict[str, Tensor]:
+        """Of both passes of an inverse."""
+        if self.context is None:
+            return {}
+        return {"context": self.context, "null_context": torch.zeros_like(self.context)}
 
 
 def right(setting: Setting) -> Iterator[Figure]:
@@ -49,7 +58,8 @@ def right(setting: Setting) -> Iterator[Figure]:
     sys.path.insert(0, str(ROOT / "tests"))
     import tiny_flows
 
-    for name, changes in list(tiny_flows.VARIANTS.items())[:: 4 if setting.dry else 1]:
+    variants = {"texts": tiny_flows.STARFLOW_TEXT, **tiny_flows.VARIANTS}
+    for name, changes in list(variants.items())[:: 3 if setting.dry else 1]:
         torch.manual_seed(0)
         flow = TARFlow(**tiny_flows.TINY | changes)
         tiny_flows.randomise(flow)
@@ -85,35 +95,42 @@ def _given(flow: TARFlow) -> Given:
     images = torch.randn(3, *flow.image_shape, generator=generator)
     labels = torch.tensor([0, flow.null_label, 2]) if flow.config.num_classes else None
     level = torch.tensor([0.1, 0.3, 0.5]) if flow.config.noise_conditioned else None
-    return Given(images, labels, level, 0.5 * torch.randn(3, *flow.z_shape, generator=generator))
+    z, size = 0.5 * torch.randn(3, *flow.z_shape, generator=generator), flow.config.context_tokens
+    of_texts = size > 0 and labels is None
+    context = torch.randn(3, size, flow.config.context_dim, generator=generator) if of_texts else None
+    return Given(images, labels, level, z, context)
 
 
 def _computed(flow: TARFlow, given: Given, *, all_solvers: bool) -> Computed:
     """All that a flow computes; the same inverse by several solvers is called "inverse by ..."."""
-    images, labels, level, z = given
-    output = flow(images, labels, level)
+    images, labels, level, z, context = given
+    output = flow(images, labels, level, context)
     found = {"z": output.z, "log-determinant": output.log_det}
     flow.zero_grad()
     nll_per_dim(output).mean().backward()
     found["gradients"] = torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
     flow.zero_grad()
-    found["score"] = FlowDenoiser(flow, dtype=flow.dtype).score(images, labels, 0.1 if level is None else level)
+    found["score"] = FlowDenoiser(flow, dtype=flow.dtype).score(
+        images, labels, 0.1 if level is None else level, context
+    )
     shortest = min(block.num_tokens for block in flow.blocks)
     solvers: dict[str, Any] = {"": sequential}
     if all_solvers:
         solvers |= {" by windows": Jacobi(window=min(3, shortest), tolerance=0.0), " by Jacobi": Jacobi(tolerance=0.0)}
     for how, guidance in (("inverse", None), ("guided inverse", GUIDED)):
         for by, solver in solvers.items():
-            found[how + by] = flow.inverse(z, labels, level, guidance=guidance, solver=solver, dtype=flow.dtype)
+            found[how + by] = flow.inverse(
+                z, labels, level, guidance=guidance, solver=solver, dtype=flow.dtype, **given.contexts()
+            )
     return found
 
 
 def _in_bf16(flow: TARFlow, given: Given) -> Computed:
-    images, labels, level, z = given
+    images, labels, level, z, context = given
     with torch.no_grad(), torch.autocast(flow.device.type, torch.bfloat16):
-        output = flow(images, labels, level)
-    score = FlowDenoiser(flow, dtype=torch.bfloat16).score(images, labels, 0.1 if level is None else level)
-    inverse = flow.inverse(z, labels, level, guidance=GUIDED, dtype=torch.bfloat16)
+        output = flow(images, labels, level, context)
+    score = FlowDenoiser(flow, dtype=torch.bfloat16).score(images, labels, 0.1 if level is None else level, context)
+    inverse = flow.inverse(z, labels, level, guidance=GUIDED, dtype=torch.bfloat16, **given.contexts())
     return {"z": output.z, "score": score, "guided inverse": inverse}
 
 

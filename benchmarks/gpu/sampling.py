@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from costs import Cost, floor, inverse_costs, score_cost, total
 from plain_kernels import plain
+from predicted import OWN, TEXT_GUIDANCE, seconds
+from subject import with_starflow_blocks
 from timing import release
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -23,7 +25,7 @@ from itarflow.denoisers import DenoiseScheduler, FlowDenoiser, denoise
 from itarflow.flow import TARFlow
 from itarflow.inverse import Guidance, Jacobi
 from itarflow.pipeline import ITARFlowPipeline
-from itarflow.presets import TARFLOW, ModelConfig
+from itarflow.presets import TARFLOW, ModelConfig, starflow_text_model
 from itarflow.runtime.recording import release_recordings
 
 UNGUIDED = Guidance()
@@ -49,6 +51,39 @@ def inverse(setting: Setting) -> Iterator[Figure]:
     yield from (inverses(torch.bfloat16, images) for images in many[3:])  # the longest: last
 
 
+def starflow(setting: Setting) -> Iterator[Figure]:
+    """STARFlow's blocks in the sizes of the step `inverse`, and the text-to-image model with its 3.9B parameters."""
+    yield from _of_same_sizes(setting)
+    release_recordings()
+    few, tiny = _few(setting), with_starflow_blocks(setting.model)
+    tiny = replace(tiny, num_classes=0, context_dim=8, context_tokens=4, noise_conditioned=False)
+    flow = setting.flow(tiny if setting.dry else starflow_text_model())
+    for images in (1, few):
+        blank = inverse_figure(flow, images, torch.bfloat16, TEXT_GUIDANCE, "inverse of texts")
+        blank = replace(blank, more={"predicted for an H100, s": seconds(flow, images, TEXT_GUIDANCE, OWN)})
+        yield tried(blank, lambda blank: _of_texts(setting, flow, blank))
+
+
+def _of_same_sizes(setting: Setting) -> Iterator[Figure]:
+    flow, few, case = setting.flow(with_starflow_blocks(setting.model)), _few(setting), "STARFlow's blocks"
+    for images in (1, few):
+        blank = replace(inverse_figure(flow, images, torch.bfloat16, GUIDANCE, "inverse"), case=case)
+        yield tried(blank, lambda blank: _inverted(setting, flow, blank))
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        blank = Figure(what="flow of the inverse", case=case, dtype=NAMES[dtype], images=few, tolerance=tolerance)
+        yield tried(blank, lambda blank, dtype=dtype: _round_trip(setting, flow, blank, dtype))
+    blank = Figure(what="inverse", case=f"{case}, without own kernels", dtype="bf16", images=few, tolerance=0.05)
+    yield tried(blank, lambda blank: _otherwise(setting, flow, blank))
+
+
+def _of_texts(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
+    """By random vectors in place of an encoder's."""
+    size = flow.config.context_tokens, flow.config.context_dim
+    drawn = torch.randn(blank.images, *size, generator=torch.Generator().manual_seed(blank.images))
+    null = torch.zeros(1, *size, device=setting.device)
+    return _inverted(setting, flow, blank, TEXT_GUIDANCE, 1, context=drawn.to(setting.device), null_context=null)
+
+
 def inverse_figure(flow: TARFlow, images: int, dtype: torch.dtype, guidance: Guidance, what: str) -> Figure:
     """With what is counted, but for the floor."""
     cost = total(inverse_costs(flow, images, dtype, guidance))
@@ -66,14 +101,17 @@ def inverse_figure(flow: TARFlow, images: int, dtype: torch.dtype, guidance: Gui
     )
 
 
-def _inverted(setting: Setting, flow: TARFlow, blank: Figure) -> Figure:
+def _inverted(
+    setting: Setting, flow: TARFlow, blank: Figure, guidance: Guidance = GUIDANCE, repeats: int = 2, **contexts: Tensor
+) -> Figure:
     dtype = torch.float32 if blank.dtype == "float32" else torch.bfloat16
     z, labels = setting.noise(flow, blank.images), setting.labels(flow, blank.images)
+    level = LEVELS[1] if flow.config.noise_conditioned else None
     with recordings_counted() as recorded:
         measured = setting.timed(
-            blank, lambda: flow.inverse(z, labels, LEVELS[1], guidance=GUIDANCE, dtype=dtype), repeats=2
+            blank, lambda: flow.inverse(z, labels, level, guidance=guidance, dtype=dtype, **contexts), repeats
         )
-    least = floor(inverse_costs(flow, blank.images, dtype, GUIDANCE), setting.peaks[dtype])
+    least = floor(inverse_costs(flow, blank.images, dtype, guidance), setting.peaks[dtype])
     more = {**measured.more, "recordings": len(recorded), "seconds of recording": sum(recorded)}
     return replace(measured, floor_seconds=least, more=more)
 
