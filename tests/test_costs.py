@@ -118,6 +118,8 @@ class Products(TorchFunctionMode):
             self.linear += args[0].numel() + result.numel()
         elif func is F.layer_norm:
             self.weights += kwargs["weight"].numel() + kwargs["bias"].numel()
+        elif func is torch.layer_norm:
+            self.weights += args[2].numel() + args[3].numel()
         elif func is F.rms_norm:
             self.weights += kwargs["weight"].numel()
         elif func is F.scaled_dot_product_attention:

@@ -258,8 +258,7 @@ def run_layers(
     shape, x = x.shape, x.flatten(0, 1)  # once: products flatten what is no matrix, each for itself
     rotate = None if rotation is None else rotator(rotation)
     for layer, part in zip(layers, cache, strict=True):
-        qkv = layer.qkv(x).view(*shape[:2], -1)
-        x = layer.proj.plus(_attend(qkv, part, window, temperature, rotation, rotate).flatten(0, 1), x)
+        x = layer.proj.plus(_attend(layer.qkv(x), part, window, temperature, rotation, rotate), x)
         x = layer.down.plus(layer.hidden(x), x)
     return x.view(shape)
 
@@ -272,12 +271,14 @@ def _attend(
     rotation: Rotation | None,
     rotate: Callable[[Tensor], None] | None,
 ) -> Tensor:
-    """qkv (B', n, 3C) and the cache (2, B', H, room, E) of a layer -> (B', n, C)."""
-    batch_size, count, _ = qkv.shape
+    """qkv (B' n, 3C) and the cache (2, B', H, room, E) of a layer -> (B' n, C)."""
+    _, batch_size, heads, _, width = cache.shape
+    count = len(qkv) // batch_size
     on_device = isinstance(window.positions, Tensor) and window.positions.ndim == 1
     if on_device and window.mask is None:
-        return decode_attention(qkv, cache, cast(Tensor, window.positions), temperature, rotation)
-    qkv = qkv.view(batch_size, count, 3, cache.shape[2], cache.shape[4])
+        position = cast(Tensor, window.positions)
+        return decode_attention(qkv.view(batch_size, 1, -1), cache, position, temperature, rotation).view(len(qkv), -1)
+    qkv = qkv.view(batch_size, count, 3, heads, width)
     if rotate is not None:
         rotate(qkv.narrow(2, 0, 2))
     q = qkv.select(2, 0).transpose(1, 2)
@@ -292,4 +293,4 @@ def _attend(
         q = q / temperature.to(q.dtype)[:, None, None, None]
     k, v = cache.narrow(3, 0, window.length).unbind()
     out = attention(q, k, v, window.mask, window.causal)
-    return out.transpose(1, 2).reshape(batch_size, count, q.shape[1] * q.shape[3])
+    return out.transpose(1, 2).reshape(batch_size * count, heads * width)
