@@ -148,8 +148,6 @@ def latent_itarflow_model(size: str, resolution: int = 256, num_classes: int = 1
 
 STARFLOW_NOISE = 0.3
 """STARFlow's only noise level, on SD-VAE codes."""
-STARFLOW_TEXT_ENCODER = "google/flan-t5-xl"
-"""The text encoder of STARFlow's text-to-image model: 128 vectors of 2048 values."""
 
 
 def starflow_model(num_classes: int = 1000, resolution: int = 256) -> ModelConfig:
@@ -190,7 +188,7 @@ def starflow_model(num_classes: int = 1000, resolution: int = 256) -> ModelConfi
 
 
 def starflow_text_model() -> ModelConfig:
-    """STARFlow's text-to-image model of 256 pixels, 3.86B parameters: 128 vectors of `STARFLOW_TEXT_ENCODER`."""
+    """STARFlow's text-to-image model of 256 pixels, 3.86B parameters: 128 vectors of google/flan-t5-xl a caption."""
     return replace(
         starflow_model(),
         num_classes=0,

@@ -11,7 +11,7 @@ One decoder for a range of noise levels: --t-min 0.1 --t-max 0.5. Faster: --crop
 The losses of pixels alone, which are the default, give the highest PSNR, but blurred images; --loss.lpips 1 and, once
 that has settled, --loss.adversarial 0.1 --loss.adversarial-start 5000 give sharper ones.
 
-OUT/vae is the VAE with its new decoder: AutoencoderKL.from_pretrained("OUT/vae"), or of AutoencoderTiny.
+OUT/vae is the VAE with its new decoder: AutoencoderKL.from_pretrained("OUT/vae"), or of its class in diffusers.
 OUT/psnr.json has the PSNR of decoded held-out images before and after, OUT/comparison.png shows some of them, and
 OUT/metrics.jsonl has the curves: itarflow plot OUT. Ctrl-C saves a state; the same command with --resume goes on.
 """

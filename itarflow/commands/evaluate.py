@@ -75,6 +75,7 @@ class Evaluate(Scoring, OneGuidance):
             # Without labels the checkpoint's own weight plays no part, and one given here is refused.
             guidance=guidance or (pipe.default_guidance if self.guided_by(pipe) else None),
             t_max=schedule.config.t_max,
+            prompts=self.sample_prompts(pipe),
             **self.inverting(),
         )
         return {"": generation}
@@ -118,7 +119,7 @@ class Evaluate(Scoring, OneGuidance):
         weight = 0.0 if generation.guidance is None else generation.guidance.weight
         how += "" if generation.guidance is None else _parts(generation.guidance, generation.pipe.default_guidance)
         how += "" if self.protocol == "rounded" else ", protocol official"
-        what = f"labels {self.labels}" if self.prompts is None else f"prompts {self.prompts.name}"
+        what = " ".join(f"{key} {value}" for key, value in (self.told() or {"labels": self.labels}).items())
         return (
             f"{name}{how}, guidance {weight:g}, t_max {generation.level:g}: {scores.samples:,} samples, {what}, seed "
             f"{self.seed}, against {scores.reference}, by {scores.extractor}"

@@ -21,7 +21,7 @@ from itarflow import __version__
 from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import resumable, say
 from itarflow.commands.guidance import GuidanceOptions
-from itarflow.commands.prompts import prompts_in, put_encoder
+from itarflow.commands.prompts import PromptOptions, put_encoder
 from itarflow.data.images import Crop, square_side
 from itarflow.data.load import DataConfig
 from itarflow.denoisers.load import load_denoiser
@@ -49,7 +49,7 @@ MOST_SAMPLES = 10**8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scoring(GuidanceOptions):
+class Scoring(GuidanceOptions, PromptOptions):
     """A checkpoint, how its samples are made, and the real images that they are compared with.
 
     A command implements `generations`, what to sample, and `finish`, the report.
@@ -82,11 +82,6 @@ class Scoring(GuidanceOptions):
     """How many. Papers make 50,000; with fewer, FID is higher, and comparable only at equal numbers."""
     labels: LabelRule = "balanced"
     """balanced: every class in turn. random: drawn uniformly. none: without labels, and without guidance."""
-    prompts: Path | None = None
-    """Of a checkpoint that takes prompts: a file with one a line, which the samples take in turn, such as the captions
-    of the real images."""
-    text_encoder: str | None = None
-    """The text encoder of such a checkpoint, if it holds none: a folder or a Hub id of a T5."""
     seed: int = 0
     """Of the noise and of random labels."""
     protocol: Protocol = "rounded"
@@ -154,7 +149,7 @@ class Scoring(GuidanceOptions):
         if self.num_samples > MOST_SAMPLES:
             raise ValueError(f"--num-samples is {self.num_samples}; expected at most {MOST_SAMPLES:,}.")
         check_seed(self.seed)
-        self._prompts()
+        self.check_prompts(self.data)
         for name in ("batch_size", "decode_batch_size", "denoise_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -193,7 +188,7 @@ class Scoring(GuidanceOptions):
                 "checkpoint": display_name(self.checkpoint),
                 "denoiser": None if self.denoiser is None else display_name(self.denoiser),
                 "labels": self.labels,
-                **({} if self.prompts is None else {"prompts": self.prompts.name}),
+                **self.told(),
                 "reference": asdict(reference.origin),
                 "protocol": PROTOCOLS[self.protocol],
                 "conversion": CONVERSIONS[self.protocol],
@@ -219,9 +214,9 @@ class Scoring(GuidanceOptions):
         """Whether there are labels or prompts to guide by."""
         return pipe.takes_prompts or (self.labels != "none" and pipe.flow.config.num_classes > 0)
 
-    def _prompts(self) -> SamplePrompts:
-        """Raises OSError or ValueError if the file can't be read."""
-        return SamplePrompts(prompts_in(self.prompts) if self.prompts is not None else ())
+    def sample_prompts(self, pipe: ITARFlowPipeline) -> SamplePrompts:
+        """The prompts of the samples; none for a checkpoint that takes none."""
+        return self.prompts_of(self._real_images(pipe), pipe.picture_shape, self.num_samples)
 
     def denoising(self) -> dict[str, Any]:
         """Options of denoising and decoding, for `variants_of` and `generations_of`."""
@@ -238,7 +233,6 @@ class Scoring(GuidanceOptions):
             "solver": sequential if self.exact else None,
             "inverse_dtype": asked_dtype(self.inverse_dtype, exact=self.exact),
             "batch_size": self.batch_size,
-            "prompts": self._prompts(),
         }
 
     def _look_at(self, folders: Mapping[Path, Generation]) -> None:
@@ -260,14 +254,18 @@ class Scoring(GuidanceOptions):
                 f"--device is {self.device}, but {state.num_processes} processes take one each; leave it out."
             )
         device = str(state.device) if state.num_processes > 1 else usable_device(self.device)
-        pipe = main_first(state, lambda: ITARFlowPipeline.from_pretrained(self.checkpoint))
-        if self.text_encoder is not None:
-            put_encoder(pipe, self.text_encoder)
-        self._prompts().check(pipe)
+        pipe = main_first(state, self._load_pipe)
+        main_first(state, lambda: self.sample_prompts(pipe)).check(pipe)
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         crop_for(pipe, self.crop), noted_evaluations(pipe.config.evaluations)  # refused now
         return pipe, device
+
+    def _load_pipe(self) -> ITARFlowPipeline:
+        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
+        if self.text_encoder is not None:
+            put_encoder(pipe, self.text_encoder)
+        return pipe
 
     def _open_denoiser(self, pipe: ITARFlowPipeline, device: str) -> Denoiser | None:
         """The denoiser instead of the checkpoint; None = itself."""
@@ -279,6 +277,16 @@ class Scoring(GuidanceOptions):
             slice_size=self.denoise_batch_size,
             dtype=asked_dtype(self.denoise_dtype),
             device=device,
+        )
+
+    def _real_images(self, pipe: ITARFlowPipeline) -> DataConfig:
+        return DataConfig(
+            path=self.data,
+            split=self.split,
+            crop=crop_for(pipe, self.crop),
+            image_column=self.image_column,
+            held_out_images=0,
+            num_workers=self.num_workers,
         )
 
     def _open_reference(
@@ -299,15 +307,7 @@ class Scoring(GuidanceOptions):
         }
         if self.reference is not None:
             return read_reference(self.reference, image_size=square_side(pipe.picture_shape), crop=crop, **shared)
-        config = DataConfig(
-            path=self.data,
-            split=self.split,
-            crop=crop,
-            image_column=self.image_column,
-            held_out_images=0,
-            num_workers=self.num_workers,
-        )
-        return reference_for(pipe, config, **shared)
+        return reference_for(pipe, self._real_images(pipe), **shared)
 
 
 def default_folder(checkpoint: str | Path, kind: str) -> Path:

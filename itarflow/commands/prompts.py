@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 
 from itarflow.commands.class_labels import MOST_IMAGES, chosen_labels, class_name
+from itarflow.data.images import spread_over, square_side
+from itarflow.data.load import DataConfig, load_splits
+from itarflow.evaluation.samples.prompts import SamplePrompts
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.pipeline.prompts import encoded, text_encoder_of
 from itarflow.runtime.json_file import read_bytes
@@ -159,3 +163,56 @@ def encode_once(encoder: TextEncoder, prompts: Sequence[str], device: str | torc
     vectors = encoded(encoder.to(device), [*texts, ""]).cpu()
     encoder.to("cpu")
     return Encoded(vectors, [place[text] for text in prompts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """The prompts of samples that are compared with real images."""
+
+    captions: str | None = None
+    """Of a checkpoint that takes prompts: those are the captions of the real images of --data, a column of texts, or a
+    template for the name of the class, such as "a photo of a {}"; of as many images as there are samples, evenly
+    spaced."""
+    prompts: Path | None = None
+    """In place of --captions: a file with one prompt a line, which the samples take in turn."""
+    text_encoder: str | None = None
+    """The text encoder of such a checkpoint, if it holds none: a folder or a Hub id of a T5."""
+
+    def check_prompts(self, data: str | None) -> None:
+        """Check what needs no checkpoint; raises OSError or ValueError."""
+        if self.captions is not None and self.prompts is not None:
+            raise ValueError("--captions and --prompts were given; expected one of them.")
+        if self.captions is not None and data is None:
+            raise ValueError("--captions are those of the images of --data, which was not given; give --prompts FILE.")
+        if self.prompts is not None:
+            prompts_in(self.prompts)
+
+    def prompts_of(self, data: DataConfig, shape: tuple[int, int, int], count: int) -> SamplePrompts:
+        """The prompts of so many samples.
+
+        Args:
+            data: the real images.
+            shape: (C, H, W) of the samples.
+            count: of samples.
+
+        Raises:
+            DataError: the images have no such captions, or some lack one.
+        """
+        if self.prompts is not None:
+            return SamplePrompts(prompts_in(self.prompts))
+        if self.captions is None:
+            return SamplePrompts()
+        texts = _captions(data, self.captions, square_side(shape), shape[0])
+        return SamplePrompts([texts[index] for index in spread_over(len(texts), min(len(texts), count))])
+
+    def told(self) -> dict[str, str]:
+        """What a report says of them; {} if there are none."""
+        named = {"captions": self.captions, "prompts": None if self.prompts is None else self.prompts.name}
+        return {key: value for key, value in named.items() if value is not None}
+
+
+@lru_cache(maxsize=1)  # asked for more than once, of what may be a large set
+def _captions(data: DataConfig, captions: str, size: int, channels: int) -> Sequence[str]:
+    found = load_splits(data, [data.split], image_size=size, in_channels=channels, captions=captions).captions
+    assert found is not None
+    return found[data.split]

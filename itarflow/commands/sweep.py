@@ -82,6 +82,7 @@ class Sweep(Scoring):
             spacing=self.spacing,
             denoiser=denoiser,
             **self.denoising(),
+            prompts=self.sample_prompts(pipe),
             **self.inverting(),
         )
 

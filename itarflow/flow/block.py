@@ -199,9 +199,8 @@ class AutoregressiveBlock(nn.Module):
 
     def _rotation(self, length: int) -> Rotation | None:
         """Of the first positions of the sequence."""
-        if self.rotary is None:
-            return None
-        return rotation_of(self.rotary.angles(self.proj_in.weight.device)[:length])
+        device = self.proj_in.weight.device
+        return None if self.rotary is None else rotation_of(self.rotary.angles(device)[:length])
 
     def conditioner(
         self, condition: Condition, guiding: Condition | None, guidance: Guidance, dtype: torch.dtype | None = None
@@ -223,7 +222,7 @@ class AutoregressiveBlock(nn.Module):
         position = None
         if self.position_embedding is not None:
             position = self.position_embedding(0, self.num_tokens, self.reverse).detach()
-            position = F.pad(position, (0, 0, self.context_tokens, 0)) if self.context_tokens else position
+            position = F.pad(position, (0, 0, self.context_tokens, 0))
         return CachedConditioner(
             layers=pack_layers(self._layers(), dtype or exact),
             proj_in=pack(self.proj_in, exact),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 
@@ -32,7 +33,7 @@ def save_pipe(folder: Path, text: bool = True, **changes: Any) -> Path:
     sizes = {"in_channels": 3, "num_layers": (1, 1), "channels": 16, "head_dim": 16, "noise_range": (0.05, 0.5)}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        flow = TARFlow(4, **{**sizes, "context_dim": WIDTH, "context_tokens": TOKENS, "rotary_side": 2,
+        flow = TARFlow(**{"image_size": 4, **sizes, "context_dim": WIDTH, "context_tokens": TOKENS, "rotary_side": 2,
                              "start_token": True, "soft_clip": 1.0, **changes})  # fmt: skip
     randomise(flow)
     parts = {"text_encoder": tiny_t5(), "tokenizer": tiny_tokenizer()} if text else {}
@@ -79,6 +80,11 @@ def test_a_grid_has_the_prompts(run, checkpoint):
     Path("prompts.txt").write_text("a corgi on the beach\na red cat \n")
     run("sample", checkpoint, "--prompts", "prompts.txt", "--num-images", 4, "--output", "again.png")
     np.testing.assert_array_equal(pixels("samples.png"), pixels("again.png"))
+
+
+def test_a_grid_of_rectangles(run, tmp_path):
+    run("sample", save_pipe(tmp_path / "wide", image_size=(4, 8)), *named(*PROMPTS), "--no-captions")
+    assert Image.open("samples.png").size == (2 * 48 + 2, 24)
 
 
 def test_names_of_any_letters_and_length(run, checkpoint):
@@ -185,7 +191,7 @@ def test_evaluations_without_prompts_are_refused(monkeypatch, capsys, tmp_path, 
     save_pipe(tmp_path / "paint", in_channels=1)
     with pytest.raises(SystemExit):
         run(command, checkpoint="paint")
-    assert "give some, by --prompts FILE" in capsys.readouterr().err
+    assert "give some: --captions of the real images" in capsys.readouterr().err
     Path("captions.txt").write_text("a dog")
     with pytest.raises(SystemExit):
         run(command, "--prompts", "captions.txt")
@@ -194,6 +200,30 @@ def test_evaluations_without_prompts_are_refused(monkeypatch, capsys, tmp_path, 
     with pytest.raises(SystemExit):
         run(command, "--prompts", "captions.txt", checkpoint="bare")
     assert "no text encoder" in capsys.readouterr().err
+
+
+def test_evaluate_takes_the_captions_of_the_real_images(monkeypatch, capsys, tmp_path):
+    run = terminal(TinyExtractor(), monkeypatch, capsys, tmp_path)
+    save_pipe(tmp_path / "paint", in_channels=1)
+    run("evaluate", "--captions", "a {} dog", checkpoint="paint")
+    assert json.loads(Path("evaluation/evaluation.json").read_text())["captions"] == "a {} dog"
+    texts = ["a dark dog"] * 8 + ["a light dog"] * 8  # of all images; samples are fewer
+    Path("same.txt").write_text("\n".join(texts[index * 16 // 6] for index in range(6)))
+    run("evaluate", "--prompts", "same.txt", "--output", "same", checkpoint="paint")
+    made = {path.name: load_file(path)["images"] for path in Path("evaluation/raw").glob("*.safetensors")}
+    assert made
+    for name, images in made.items():
+        assert torch.equal(load_file(Path("same/raw") / name)["images"], images)
+    for words, message in (
+        (("--captions", "text"), "'text'"),
+        (("--captions", "a {}", "--prompts", "same.txt"), "expected one of them"),
+    ):
+        with pytest.raises(SystemExit):
+            run("evaluate", *words, "--output", "other", checkpoint="paint")
+        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("evaluate", "--captions", "a {}", "--reference", "some.npz", checkpoint="paint", data=None)
+    assert "give --prompts FILE" in capsys.readouterr().err
 
 
 def test_sweep_takes_prompts(monkeypatch, capsys, tmp_path):

@@ -267,7 +267,7 @@ def test_unreadable_images_are_left_out_and_named(run, refused, save, tmp_path):
 def test_values_that_are_not_finite_are_counted_not_dropped(run, checkpoint, data, monkeypatch):
     log_prob = TARFlow.log_prob
 
-    def overflow(self: TARFlow, images: Any, labels: Any, level: Any) -> Any:
+    def overflow(self: TARFlow, images: Any, labels: Any, level: Any, context: Any) -> Any:
         values = log_prob(self, images, labels, level)
         return torch.where(labels == 2, math.inf, values) if level == 0.5 else values
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ from torch import Tensor
 pytest.importorskip("transformers")
 
 from conftest import tiny_vae
+from safetensors.torch import load_file
 from tiny_text import TOKENS, WIDTH, save_text_encoder, tiny_t5, tiny_text_encoder, tiny_tokenizer
 
 from itarflow import DenoiseScheduler, FlowDenoiser, Guidance, ITARFlowPipeline, TARFlow, denoise
+from itarflow.convert import load_official
+from itarflow.flow.tarflow import patchify
 from itarflow.runtime.seeds import image_generators
 from itarflow.text_encoder import TextEncoder
 
@@ -90,6 +94,20 @@ def test_images_are_those_of_the_flow_and_its_denoiser(pipe):
     noisy = pipe.flow.inverse(z, None, 0.5, context=context, null_context=null, guidance=Guidance(**GUIDED))
     expected = denoise(FlowDenoiser(pipe.flow), noisy, None, pipe.scheduler, generator=own, context=context)
     assert_same(images_of(pipe, output_type="codes"), expected)
+
+
+def test_samples_are_those_of_the_official_code(monkeypatch):
+    """From its noise and its vectors of texts: exact, and guided by the empty one."""
+    folder = Path(__file__).parents[1] / "golden" / "starflow_text"
+    flow, tensors = load_official(folder / "weights.pth"), load_file(folder / "case.safetensors")
+    monkeypatch.setattr(flow, "sample_prior", lambda *_: patchify(tensors["noise"], 1))
+    pipe = ITARFlowPipeline(flow, DenoiseScheduler(t_max=0.3, t_min=0.01, num_denoise_steps=1), guidance=GUIDED)
+    pipe.set_progress_bar_config(disable=True)
+    embeds = {"prompt_embeds": tensors["text"], "negative_prompt_embeds": tensors["empty_text"]}
+    for weight in (0.0, 3.6):
+        found = pipe(**embeds, guidance_weight=weight, method="skip", output_type="codes").images
+        expected = tensors[f"sample_w{weight}"]
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_an_image_depends_on_its_prompt_alone(pipe):

@@ -78,6 +78,7 @@ def test_a_run_leaves_a_pipeline_that_takes_prompts(finished):
     assert len(losses(run)) == STEPS
     assert np.isfinite(list(summary.held_out.nll.values())).all()
     assert Image.open(summary.grid).width > 100
+    assert summary.prompt == "a photo of one"
     pipe = ITARFlowPipeline.from_pretrained(run / "pipeline")
     assert len(pipe(prompt=["a photo of seven", "a photo of one"]).images) == 2
     told = pipe.config.training

@@ -338,6 +338,16 @@ def test_the_report_says_what_was_reached_and_what_to_do_next(run, trained):
         assert words in printed
 
 
+def test_the_next_command_of_a_model_of_captions_has_a_prompt(run, trained, monkeypatch):
+    of_labels = launch.train
+
+    def of_captions(*args: Any, **options: Any) -> Summary:
+        return replace(of_labels(*args, **options), class_names=(), prompt="a photo of a cat")
+
+    monkeypatch.setattr(launch, "train", of_captions)
+    assert "itarflow sample runs/x/pipeline --prompt 'a photo of a cat' --num-images 9" in run("--run-dir", "runs/x")
+
+
 @pytest.mark.parametrize(
     "error",
     [
