@@ -229,6 +229,7 @@ def test_a_folder_of_shards_is_explained(refused):
 
 
 @pytest.mark.parametrize("name", ["run.pth", "it's", "$(touch pwned)", 'a "b" c', "`touch pwned`;touch pwned"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_the_command_for_shards_makes_one_file_whatever_the_folder_is_called(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_shards({"weight": torch.arange(3.0)}, checkpoint_id=name, no_dist=True)
