@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from itarflow.data.context import check_encoder
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, batches
 from itarflow.runtime.errors import DataError, RunError
+from itarflow.runtime.pipeline_index import ENCODER
 from itarflow.runtime.processes import on_main
 from itarflow.runtime.text import display_name
-from itarflow.text_encoder import TextEncoder
+from itarflow.text_encoder import TextEncoder, TextIdentity
 from itarflow.training.recipe import Recipe
+
+WITH_ENCODER = "with_text_encoder"
+"""In a pipeline's record of its training: whether the encoder is in the pipeline."""
 
 
 def vectors(recipe: Recipe, batch: Batch, device: torch.device) -> Tensor | None:
@@ -48,19 +53,20 @@ def prompts_of(data: ImageData, indices: Sequence[int]) -> dict[str, Tensor]:
 
 
 def open_text_encoder(
-    recipe: Recipe, data: ImageData, accelerator: Accelerator, say: Callable[[str], object]
+    recipe: Recipe, data: ImageData, pipeline: Path, accelerator: Accelerator, say: Callable[[str], object]
 ) -> TextEncoder | None:
     """The text encoder that made the captions' vectors, on the CPU of the main process, for the pipeline.
 
     Args:
         recipe: may name it.
         data: whose captions have a card that names it, too, though not the folder where it was.
+        pipeline: the folder where the run has shared its pipeline, with the encoder in it, if it is resumed.
         accelerator: of the training; all processes call this.
         say: prints a line.
 
     Returns:
-        None without captions, on other processes, and, which is said, if the recipe names none and the one that the
-        card names is not at hand.
+        None without captions, on other processes, and, which is said, if the recipe names none, and neither is one in
+        the pipeline nor the one that the card names at hand.
 
     Raises:
         RunError: the one that the recipe names can't be loaded, or is not the one that made the captions.
@@ -70,23 +76,33 @@ def open_text_encoder(
     def load() -> None:
         if data.captions is None:
             return
-        card, named = data.captions.card, recipe.text.encoder
-        name, revision = named or str(card.encoder.name), recipe.text.revision or card.encoder.revision
-        try:
-            text = TextEncoder.from_pretrained(name, revision, card.encoder.max_tokens)
-            check_encoder(card, str(recipe.data.path), text.identity)
-        except (ImportError, OSError, DataError) as error:
-            if named is not None:
-                raise RunError(str(error)) from error
-            say(
-                "The pipeline will be without a text encoder: it takes prompt_embeds, but no prompts. To add it, name "
-                f"the one that made the captions by --text.encoder, here or later with --resume. ({error})"
-            )
-        else:
-            found.append(text)
+        card, reason = data.captions.card, "the captions name none"
+        for name, revision in _places(recipe, card.encoder, pipeline):
+            try:
+                text = TextEncoder.from_pretrained(name, revision, card.encoder.max_tokens)
+                check_encoder(card, str(recipe.data.path), text.identity)
+            except (ImportError, OSError, ValueError) as error:
+                if recipe.text.encoder is not None:
+                    raise RunError(str(error)) from error
+                reason = str(error)
+            else:
+                found.append(text)
+                return
+        say(
+            "The pipeline will be without a text encoder: it takes prompt_embeds, but no prompts. To add it, name "
+            f"the one that made the captions by --text.encoder, here or later with --resume. ({reason})"
+        )
 
     on_main(accelerator, load)
     return found[0] if found else None
+
+
+def _places(recipe: Recipe, card: TextIdentity, pipeline: Path) -> list[tuple[str, str | None]]:
+    """Names and revisions under which the encoder may be found, the best first."""
+    if recipe.text.encoder is not None:
+        return [(recipe.text.encoder, recipe.text.revision or card.revision)]
+    places: list[tuple[str, str | None]] = [(str(pipeline), None)] if (pipeline / ENCODER).is_dir() else []
+    return places if card.name is None else [*places, (card.name, recipe.text.revision or card.revision)]
 
 
 def example_prompt(data: ImageData) -> str:
@@ -102,4 +118,4 @@ def facts(data: ImageData, has_encoder: bool) -> dict[str, Any]:
         return {}
     card = data.captions.card
     name = None if card.encoder.name is None else display_name(card.encoder.name)
-    return {"captions": card.captions, "captions_encoder": name, "with_text_encoder": has_encoder}
+    return {"captions": card.captions, "captions_encoder": name, WITH_ENCODER: has_encoder}

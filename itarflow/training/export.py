@@ -14,10 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
-from torch import Tensor
 
 from itarflow.codec import Vae
-from itarflow.data.context import write_null_context
 from itarflow.data.load import ImageData
 from itarflow.denoisers.load import load_denoiser
 from itarflow.denoisers.ode import lowest_level, noise_levels
@@ -34,7 +32,7 @@ from itarflow.runtime.pipeline_index import CHECKSUMS, MEASURED, SHARED, pipelin
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import display_name, flat, printable
 from itarflow.text_encoder import TextEncoder
-from itarflow.training.captions import prompts_of
+from itarflow.training.captions import WITH_ENCODER, prompts_of
 from itarflow.training.held_out import Evaluation
 from itarflow.training.recipe import Recipe
 from itarflow.training.settings import FREE, to_json
@@ -123,14 +121,20 @@ def sample_grid(
 def is_exported(folder: Path, record: Mapping[str, Any]) -> bool:
     """Whether a pipeline of this training is there; what a killed export left is put back first.
 
-    Its record may differ in settings that change neither weights nor samples, such as `train.log_every`.
+    Its record may differ in settings that change neither weights nor samples, such as `train.log_every`. A text
+    encoder that is in it, but not at hand, is no reason to write it anew: it would be lost.
     """
     restore_folder(folder)
     try:
         stored = read_json(folder / INDEX, dict[str, Any]).get("training")
     except (OSError, DataError):
         return False
-    return isinstance(stored, dict) and _essence(stored) == _essence(json.loads(json.dumps(record)))
+    if not isinstance(stored, dict):
+        return False
+    wanted = _essence(json.loads(json.dumps(record)))
+    if stored.get(WITH_ENCODER):
+        wanted |= {WITH_ENCODER: True}
+    return _essence(stored) == wanted
 
 
 def _essence(record: dict[str, Any]) -> dict[str, Any]:
@@ -146,11 +150,8 @@ def _index_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def export_pipeline(pipeline: ITARFlowPipeline, folder: Path, null_context: Tensor | None = None) -> None:
+def export_pipeline(pipeline: ITARFlowPipeline, folder: Path) -> None:
     """Write a pipeline in the place of an older one, whole or not at all.
-
-    Beside it lie the vectors (T, E) of the empty caption, if they are given: by these and prompt_embeds it can be
-    sampled from without its text encoder.
 
     A model card that was written by hand stays, and so does where the older one is shared; what was measured with it,
     `evaluations` and `plans`, stays if the weights are the very same.
@@ -166,8 +167,6 @@ def export_pipeline(pipeline: ITARFlowPipeline, folder: Path, null_context: Tens
             shutil.copyfile(card, place / CARD)
         write_json(place / INDEX, {name: old[name] for name in (SHARED,) if name in old})  # `save_pretrained` keeps it
         pipeline.save_pretrained(place)
-        if null_context is not None:
-            write_null_context(place, null_context)
         sums = _index_of(place)[CHECKSUMS]
         if all((folder / name).is_file() and file_sha256(folder / name) == value for name, value in sums.items()):
             for name in MEASURED:

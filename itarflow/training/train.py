@@ -145,7 +145,7 @@ def _train(
     check_run_folder(run, recipe, accelerator, start, allow_changes)
     main_first(accelerator, lambda: open_denoiser(recipe, vae))
     data = open_data(recipe, vae)
-    text = captions.open_text_encoder(recipe, data, accelerator, accelerator.print)
+    text = captions.open_text_encoder(recipe, data, run.pipeline, accelerator, accelerator.print)
     if recipe.data.in_memory:
         data = data.decoded()
     with claimed(run, recipe, accelerator, start, allow_changes) as stop:
@@ -358,8 +358,7 @@ class _Training(Loop[_FlowStep, Summary]):
             return
         with whole_flow(self.model, self.recipe, self.ema, torch.device("cpu"), wanted=main) as flow:
             pipeline = make_pipeline(flow, self.recipe, self.data.class_names, record, self.vae, self.text)
-            empty = self.data.null_context
-            on_main(self.accelerator, lambda: export_pipeline(pipeline, self.run.pipeline, empty))
+            on_main(self.accelerator, lambda: export_pipeline(pipeline, self.run.pipeline))
 
     def _facts(self) -> dict[str, Any]:
         return {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from itarflow.data.load import load_data
 from itarflow.data.prepare.crop import PrepareConfig, prepare
 from itarflow.flow.block import FlowOutput
 from itarflow.runtime.errors import DataError, RunError
+from itarflow.text_encoder import TextEncoder
 from itarflow.training import objective
-from itarflow.training.captions import prompts_of
+from itarflow.training.captions import open_text_encoder, prompts_of
 from itarflow.training.held_out import evaluate_held_out
 from itarflow.training.recipe import TextConfig, open_data
 from itarflow.training.train import train
@@ -85,12 +87,6 @@ def test_a_run_leaves_a_pipeline_that_takes_prompts(finished):
     assert (told["captions"], told["with_text_encoder"]) == ("a photo of {}", True)
     assert "/" not in told["captions_encoder"]
     assert "/" not in told["recipe"]["text"]["encoder"]
-
-
-def test_beside_the_pipeline_lie_the_vectors_of_the_empty_caption(finished, captioned):
-    stored = [read_null_context(folder, (TOKENS, WIDTH)) for folder in (finished[0] / "pipeline", captioned)]
-    assert torch.equal(*stored)
-    assert stored[0].any()
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(finished, captioned, encoder, tmp_path):
@@ -169,13 +165,57 @@ def test_a_text_encoder_that_is_not_at_hand_is_said_and_added_later(captioned, e
     assert "The pipeline will be without a text encoder" in printed
     assert "--text.encoder" in printed
     pipe = ITARFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
-    empty = read_null_context(tmp_path / "run" / "pipeline", (TOKENS, WIDTH)).float()[None]
+    empty = read_null_context(captioned, (TOKENS, WIDTH)).float()[None]
     assert len(pipe(prompt_embeds=empty, negative_prompt_embeds=empty).images) == 1
     with pytest.raises(ValueError, match="text encoder"):
         pipe(prompt="a photo of one")
     train(text_recipe(captioned, encoder), tmp_path / "run", start="resume", max_steps=2)
     pipe = ITARFlowPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     assert len(pipe(prompt="a photo of one").images) == 1
+
+
+def test_a_run_that_goes_on_keeps_the_text_encoder_that_it_has(captioned, encoder, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    train(text_recipe(captioned, encoder), run, max_steps=2)
+    capsys.readouterr()
+    for steps in (2, 3):
+        train(text_recipe(captioned), run, start="resume", max_steps=steps)
+        assert len(ITARFlowPipeline.from_pretrained(run / "pipeline")(prompt="a photo of one").images) == 1
+    assert "without a text encoder" not in capsys.readouterr().out
+    monkeypatch.setattr(TextEncoder, "from_pretrained", missing)
+    train(text_recipe(captioned), run, start="resume", max_steps=3)
+    assert "without a text encoder" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.undo()
+    assert ITARFlowPipeline.from_pretrained(run / "pipeline").text_encoder is not None
+
+
+def missing(*args):
+    raise ImportError("transformers is not installed")
+
+
+def test_a_folder_that_is_named_as_the_encoder_by_chance_ends_no_training(captioned, encoder, tmp_path, monkeypatch):
+    wrong = shutil.copytree(encoder, tmp_path / encoder.name)
+    tokenizer = json.loads((wrong / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["corgis"] = 10_000
+    (wrong / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.chdir(tmp_path)
+    asked, load = [], TextEncoder.from_pretrained
+    monkeypatch.setattr(TextEncoder, "from_pretrained", lambda *args: asked.append(args[0]) or load(*args))
+    data = open_data(text_recipe(captioned), None)
+    assert "has vectors of" in opened(text_recipe(captioned), data, tmp_path)
+    assert asked == [encoder.name]
+    card = data.captions.card
+    nameless = dataclasses.replace(card, encoder=dataclasses.replace(card.encoder, name=None))
+    data = dataclasses.replace(data, captions=data.captions._replace(card=nameless))
+    assert "name none" in opened(text_recipe(captioned), data, tmp_path)
+    assert asked == [encoder.name]
+
+
+def opened(recipe, data, folder):
+    """What is said where no encoder can be opened."""
+    said = []
+    assert open_text_encoder(recipe, data, folder / "pipeline", Accelerator(cpu=True), said.append) is None
+    return said[0]
 
 
 def refused(recipe, run, error, message):
