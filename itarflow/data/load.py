@@ -137,6 +137,7 @@ def load_data(
         Training images, held-out images, and what was understood of the set.
 
     Raises:
+        CaptionError: captions are missing, or of other vectors.
         DataError: the configuration or the data cannot be used; the message says what to change.
     """
     _check(config)
@@ -167,7 +168,6 @@ def load_data(
             flips=config.horizontal_flip,
             crop=config.crop,
         )
-    captions = None if context is None else open_context(config.path, context)
     train, held_out, left_out = open_splits(
         config.path,
         name=config.name,
@@ -175,6 +175,7 @@ def load_data(
         held_out_split=config.held_out_split,
         streaming=config.streaming,
     )
+    captions = None if context is None else open_context(config.path, context)
     tables: dict[str, Rows] = {f"split {config.split!r}": train}
     if held_out is not None:
         tables[f"held_out_split {config.held_out_split!r}"] = held_out
