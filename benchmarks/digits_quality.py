@@ -51,7 +51,9 @@ def main(options: Options) -> None:
     pipe = ITARFlowPipeline.from_pretrained(options.pipeline)
     labels = [label for label in range(10) for _ in range(options.per_class)]
     began = time.perf_counter()
-    asked: dict[str, Any] = {"class_labels": labels}
+    # Folders called zero ... nine are classes in another order.
+    by_name = set(pipe.class_names) == set(NAMES)
+    asked: dict[str, Any] = {"class_labels": [NAMES[label] for label in labels] if by_name else labels}
     if pipe.takes_prompts:
         asked = {"prompt": [options.prompt.format(NAMES[label]) for label in labels]}
     images = pipe(**asked, generator=torch.Generator().manual_seed(options.seed)).images

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AnySet
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Annotated, Any, Self, TypedDict
 
 import torch
 from msgspec import Meta
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from itarflow.runtime.devices import in_batches
@@ -66,7 +67,7 @@ class TextIdentity:
 class TextEncoder:
     """Texts -> condition vectors (B, T, E).
 
-    The modules are only read; the encoder may be moved or cast by its owner at any time.
+    The encoder may be moved or cast by its owner at any time; texts are read without dropout, whatever its mode.
 
     Args:
         tokenizer: of transformers, with a padding token.
@@ -91,8 +92,7 @@ class TextEncoder:
                 f"the text encoder is a {type(encoder).__name__}; expected a T5EncoderModel of transformers, such as "
                 "of google/flan-t5-xl."
             )
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens!r}; expected a number of tokens >= 1.")
+        _check_max_tokens(max_tokens)
         if getattr(tokenizer, "pad_token_id", None) is None:
             raise ValueError(
                 f"the tokenizer ({type(tokenizer).__name__}) has no padding token; expected the one that belongs to "
@@ -126,6 +126,7 @@ class TextEncoder:
             ValueError: max_tokens < 1.
         """
         _transformers()
+        _check_max_tokens(max_tokens)
         files = (*_ENCODER_FILES, *TOKENIZER_FILES)
         patterns = [*files, *(f"{ENCODER}/{file}" for file in files), *(f"{TOKENIZER}/{file}" for file in files)]
         try:
@@ -133,7 +134,7 @@ class TextEncoder:
             inner = (folder / ENCODER).is_dir()
             encoder = load_encoder(folder / ENCODER if inner else folder, dtype=dtype)
             tokenizer = load_tokenizer(folder / TOKENIZER if inner else folder)
-        except torch.OutOfMemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # of transformers, the Hub's client and safetensors
             raise OSError(
@@ -187,15 +188,20 @@ class TextEncoder:
         texts = checked_prompts(prompts)
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected a number of prompts >= 1.")
-        for text in texts:
-            self._warn_if_cut(text)
         unique = list(dict.fromkeys(texts))
+        for ids in self.tokenizer(unique, verbose=False).input_ids:
+            self._warn_if_cut(ids)
 
         def make(part: slice) -> Tensor:
             with torch.no_grad():
                 return self._encode(unique[part])
 
-        parts, _ = in_batches(make, len(unique), batch_size, "encoding the prompts of", "batch_size")
+        training = self.encoder.training
+        self.encoder.eval()  # one that was built by hand drops values at random
+        try:
+            parts, _ = in_batches(make, len(unique), batch_size, "encoding the prompts of", "batch_size")
+        finally:
+            self.encoder.train(training)
         vectors = torch.cat(parts)
         if not bool(vectors.isfinite().all()):
             raise ValueError(
@@ -210,7 +216,7 @@ class TextEncoder:
     def _encode(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt",
-            padding_side="right",
+            padding_side="right", return_attention_mask=True,
         )  # fmt: skip
         device = self.encoder.device
         ids, mask = tokens.input_ids.to(device), tokens.attention_mask.to(device)
@@ -218,8 +224,7 @@ class TextEncoder:
         # Not multiplied: of a text without any token, T5's attention over nothing may be NaN.
         return torch.where(mask[..., None].to(states.device) > 0, states.float(), 0.0)
 
-    def _warn_if_cut(self, text: str) -> None:
-        ids = self.tokenizer(text, verbose=False).input_ids
+    def _warn_if_cut(self, ids: list[int]) -> None:
         if len(ids) <= self.max_tokens:
             return
         kept = self.max_tokens - len(self.tokenizer("").input_ids)  # every text ends with these
@@ -239,19 +244,32 @@ _SETTINGS = ("d_model", "d_kv", "d_ff", "num_layers", "num_heads", "vocab_size",
 """Of a T5 config, that change what an encoder computes."""
 
 
+def _check_max_tokens(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"max_tokens is {value!r}; expected a number of tokens >= 1.")
+
+
 def checked_prompts(prompts: Any) -> list[str]:
     """The prompts as a list.
 
     Raises:
-        ValueError: it is empty, a single text, or something in it is none.
+        ValueError: it is empty, a single text, without an order, or something in it is none, or can't be encoded.
     """
-    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts is {prompts!r}; expected a list of texts, such as [{str(prompts)!r}].")
+    if isinstance(prompts, str | AnySet | Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is {prompts!r}; expected a list of texts, such as ['a red cat'].")
     texts = list(prompts)
     if not texts:
         raise ValueError("prompts is empty; expected at least one text; '' is one, and means: without a prompt.")
     if wrong := [one for one in texts if not isinstance(one, str)]:
         raise ValueError(f"a prompt is {wrong[0]!r}; expected a text. '' is the empty one.")
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the prompt {printable(text)!r} can't be written in UTF-8 ({error.reason}); expected whole "
+                "characters: type it again, or give it in a file of UTF-8."
+            ) from error
     return texts
 
 
@@ -273,45 +291,49 @@ def load_encoder(folder: Path, variant: str | None = None, dtype: torch.dtype | 
     if (kind := values.get("model_type")) != "t5":
         raise OSError(f"it is of the kind {printable(str(kind))!r}, as {CONFIG} says; expected 't5'")
     sizes = as_type({key: value for key, value in values.items() if key in _SETTINGS}, _T5Sizes, str(path))
-    heads = read_heads(weight_files(folder, variant, stem=TRANSFORMERS_WEIGHTS))
+    files = weight_files(folder, variant, stem=TRANSFORMERS_WEIGHTS)
+    heads = read_heads(files)
     if sizes["num_layers"] > len(heads):
         raise OSError(f"{path} tells of {sizes['num_layers']:,} layers; its weights have {len(heads):,} tensors")
-    config = transformers.T5Config(**{key: value for key, value in values.items() if key not in _OF_TRANSFORMERS})
+    # Of the settings nothing else is passed on: some make transformers fetch code from the Hub, or change the weights.
+    config = transformers.T5Config(**sizes)
     with torch.device("meta"):  # without storage, so that a wrong size costs nothing
-        expected = {key: tuple(value.shape) for key, value in transformers.T5EncoderModel(config).state_dict().items()}
-    table = ("shared.weight", "encoder.embed_tokens.weight")  # of the tokens, under one name or both
-    held = {table[0] if key in table else key: value.shape for key, value in heads.items()}
-    expected = {key: shape for key, shape in expected.items() if key != table[1]}
+        encoder = transformers.T5EncoderModel(config)
+    expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items() if key != _TABLE[1]}
+    held = {_own_name(key): value.shape for key, value in heads.items()}
     others = [key for key in held.keys() - expected.keys() if not key.startswith(("decoder.", "lm_head."))]
     if wrong := sorted([*(key for key, shape in expected.items() if held.get(key) != shape), *others]):
         told = ", ".join(f"{printable(key)} {held.get(key, 'missing')}, expected {expected.get(key, 'none')}"
                          for key in wrong[:3])  # fmt: skip
         raise OSError(f"the weights in {folder} do not fit its {CONFIG}: {len(wrong)} tensors differ ({told})")
-    with _quiet(transformers):
-        encoder, report = transformers.T5EncoderModel.from_pretrained(
-            folder, variant=variant, use_safetensors=True, dtype=dtype or torch.float32, local_files_only=True,
-            output_loading_info=True,
-        )  # fmt: skip
-    if missing := sorted(report["missing_keys"]):  # which transformers fills up at random
-        raise OSError(f"{len(missing)} tensors of the text encoder in {folder} are missing: {missing[0]}")
-    for key, tensor in encoder.state_dict().items():
-        check_finite(key, tensor, str(folder))
+    tensors = {key: tensor.to(_stored_as(key, dtype)) for key, tensor in _tensors(files, expected)}
+    encoder.load_state_dict(tensors | {_TABLE[1]: tensors[_TABLE[0]]}, assign=True)
+    encoder.set_input_embeddings(encoder.shared)  # one table again
     return encoder.eval().requires_grad_(False)
 
 
-@contextmanager
-def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Without its bar, and without a warning of the decoder's tensors, which are left out."""
-    logging = transformers.utils.logging
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+_TABLE = ("shared.weight", "encoder.embed_tokens.weight")
+"""The vectors of the tokens, stored under one name or both."""
+
+
+def _own_name(key: str) -> str:
+    return _TABLE[0] if key in _TABLE else key
+
+
+def _tensors(files: Iterable[Path], wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The wanted tensors in files of weights, mapped from the disk; raises DataError if one is not finite."""
+    for path in files:
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  # it is no mapping
+                if _own_name(key) in wanted:
+                    tensor = file.get_tensor(key)
+                    check_finite(key, tensor, str(path))
+                    yield _own_name(key), tensor
+
+
+def _stored_as(key: str, dtype: torch.dtype | None) -> torch.dtype:
+    """As transformers does: the last layers of T5 leave float16's range, and stay in float32."""
+    return torch.float32 if dtype is None or (dtype == torch.float16 and ".wo." in key) else dtype
 
 
 class _T5Sizes(TypedDict, total=False):
@@ -329,9 +351,6 @@ class _T5Sizes(TypedDict, total=False):
     layer_norm_epsilon: Annotated[float, Meta(gt=0, lt=1)]
 
 
-_OF_TRANSFORMERS = ("model_type", "architectures", "transformers_version", "auto_map")
-
-
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, of one of transformers' own classes.
 
@@ -345,11 +364,18 @@ def load_tokenizer(folder: Path) -> Any:
         )
     if (config := folder / "tokenizer_config.json").is_file():
         kind = read_json(config, dict[str, Any]).get("tokenizer_class")
-        if kind not in (None, *TEXT_PARTS[TOKENIZER]):
-            raise OSError(
-                f"its tokenizer is a {printable(str(kind))}; expected one of {', '.join(TEXT_PARTS[TOKENIZER])}"
-            )
-    return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if kind is not None:
+            _check_tokenizer(kind)
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, truncation_side="right"
+    )
+    _check_tokenizer(type(tokenizer).__name__)  # which other files may name, too
+    return tokenizer
+
+
+def _check_tokenizer(kind: Any) -> None:
+    if kind not in TEXT_PARTS[TOKENIZER]:
+        raise OSError(f"its tokenizer is a {printable(str(kind))}; expected one of {', '.join(TEXT_PARTS[TOKENIZER])}")
 
 
 def _transformers() -> ModuleType:

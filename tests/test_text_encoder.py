@@ -49,7 +49,20 @@ def test_a_long_text_is_cut_with_a_warning_that_shows_where(encoder):
     torch.testing.assert_close(cut, encoder.encode(["a large red cat with"]))
 
 
-@pytest.mark.parametrize("prompts", ["a cat", [], [3], [None], None])
+def test_a_long_text_that_is_there_twice_is_told_once(encoder):
+    with pytest.warns(UserWarning, match="is cut to") as told:
+        encoder.encode(["a large red cat with a small blue dog"] * 3)
+    assert len(told) == 1
+
+
+def test_an_encoder_in_training_gives_the_same_vectors(encoder):
+    trained = tiny_text_encoder()
+    trained.encoder.train()
+    torch.testing.assert_close(trained.encode(["a cat"]), encoder.encode(["a cat"]))
+    assert trained.encoder.training
+
+
+@pytest.mark.parametrize("prompts", ["a cat", [], [3], [None], None, {"a cat"}, {"a cat": 1}, ["a \udcff cat"]])
 def test_what_is_no_list_of_texts_is_refused(encoder, prompts):
     with pytest.raises(ValueError, match="expected"):
         encoder.encode(prompts)
@@ -144,6 +157,8 @@ def test_a_tokenizer_of_another_encoder_is_refused():
         TextEncoder(without, tiny_t5())
     with pytest.raises(ValueError, match="max_tokens is 0"):
         TextEncoder(tiny_tokenizer(), tiny_t5(), 0)
+    with pytest.raises(ValueError, match="max_tokens is 0"):  # before anything is looked for
+        TextEncoder.from_pretrained("./nowhere", max_tokens=0)
 
 
 @pytest.mark.parametrize("name", ["no/such-encoder", "./nowhere"])
@@ -177,6 +192,65 @@ def damaged(folder, case):
         weights.rename(folder / "pytorch_model.bin")
     elif case == "tokenizer":
         (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"_attn_implementation": "evil/kernel"},
+        {"experts_implementation": "evil/kernel"},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"return_dict": False},
+        {"dropout_rate": 0.9},
+        {"is_decoder": True},
+    ],
+)
+def test_other_settings_of_a_folder_play_no_part(encoder, tmp_path, settings):
+    config = save_text_encoder(tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    found = TextEncoder.from_pretrained(str(tmp_path), max_tokens=TOKENS)
+    assert "evil" not in str(vars(found.encoder.config))
+    assert torch.equal(found.encode(["a cat"]), encoder.encode(["a cat"]))
+    assert found.identity == encoder.identity
+
+
+def test_precisions_are_those_of_transformers(tmp_path):
+    from transformers import T5EncoderModel
+
+    save_text_encoder(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected = T5EncoderModel.from_pretrained(tmp_path, dtype=dtype)
+        found = TextEncoder.from_pretrained(str(tmp_path), max_tokens=TOKENS, dtype=dtype).encoder
+        assert found.shared.weight is found.encoder.embed_tokens.weight
+        assert found.dtype == dtype
+        for name, tensor in expected.state_dict().items():
+            assert found.state_dict()[name].dtype == tensor.dtype
+            assert torch.equal(found.state_dict()[name], tensor)
+
+
+def changed_tokenizer(folder, **changes):
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_another_file_may_not_name_another_tokenizer(tmp_path):
+    save_text_encoder(tmp_path)
+    changed_tokenizer(tmp_path, tokenizer_class=None)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": "BertTokenizer"}))
+    with pytest.raises(OSError, match="its tokenizer is a BertTokenizer"):
+        TextEncoder.from_pretrained(str(tmp_path))
+
+
+def test_a_tokenizer_that_was_stored_otherwise_reads_the_same(encoder, tmp_path):
+    changed_tokenizer(save_text_encoder(tmp_path), model_input_names=["input_ids"], truncation_side="left")
+    found = TextEncoder.from_pretrained(str(tmp_path), max_tokens=TOKENS)
+    assert torch.equal(found.encode(["a cat"]), encoder.encode(["a cat"]))
+    text = "a large red cat with a small blue dog"
+    with pytest.warns(UserWarning, match="is cut to"):
+        assert torch.equal(found.encode([text]), encoder.encode([text]))
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,7 @@ from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.graphed import Decoders
 from itarflow.runtime.kernels import Rotation, pack, rotation_of, without_kernels
 
-_ONE = 0.541324854612918
-"""softplus(_ONE) = 1."""
+_INVERSE_SOFTPLUS_OF_1 = 0.541324854612918
 
 
 class FlowOutput(NamedTuple):
@@ -41,7 +40,7 @@ class FlowOutput(NamedTuple):
     """(B,), log |det dz/dx| in nats, summed over all dims."""
 
 
-class Context(NamedTuple):
+class ContextSize(NamedTuple):
     """The condition vectors of a flow, as one of its blocks sees them."""
 
     dim: int
@@ -104,7 +103,7 @@ class AutoregressiveBlock(nn.Module):
         final_norm: bool,
         soft_clip: float,
         softplus_scale: bool,
-        context: Context,
+        context: ContextSize,
     ) -> None:
         super().__init__()
         self.num_tokens = math.prod(grid)
@@ -188,7 +187,7 @@ class AutoregressiveBlock(nn.Module):
         rotation = self._rotation(x.shape[1])
         for transformer in (*self.backbone, self.transformer):
             x = transformer(x, condition.temperature, rotation)
-        return self._split(self.proj_out(self.final_norm(x[:, -tokens.shape[1] :])))
+        return self._split(self.proj_out(self.final_norm(x[:, x.shape[1] - tokens.shape[1] :])))
 
     def _embedded(self, inputs: Tensor, embedding: Tensor) -> Tensor:
         """The first inputs (B, n, D) of the transformer, start token included -> (B, n, C)."""
@@ -227,7 +226,7 @@ class AutoregressiveBlock(nn.Module):
             layers=pack_layers(self._layers(), dtype or exact),
             proj_in=pack(self.proj_in, exact),
             proj_out=pack(self.proj_out, exact),
-            final_norm=self.final_norm,
+            norm=self.final_norm.factor().detach() if isinstance(self.final_norm, OffsetRMSNorm) else None,
             prefix=prefix if offset else None,
             offset=offset,
             num_tokens=self.num_tokens,
@@ -384,7 +383,13 @@ class AutoregressiveBlock(nn.Module):
         if self.volume_preserving:
             return outputs, torch.zeros_like(outputs)
         log_scale, shift = outputs.chunk(2, dim=-1)
-        return shift, F.softplus(log_scale + _ONE).log() if self.softplus_scale else log_scale
+        if not self.softplus_scale:
+            return shift, log_scale
+        a = log_scale + _INVERSE_SOFTPLUS_OF_1
+        if 0 < self.soft_clip <= 20:
+            return shift, F.softplus(a).log()
+        # log softplus(a) is a far below 0, where softplus and its logarithm would round it to -inf.
+        return shift, torch.where(a < -20, a, F.softplus(a.clamp(min=-20)).log())
 
 
 def zero_initialised(linear: nn.Linear) -> nn.Linear:

@@ -58,23 +58,28 @@ def checked_condition(
     return Given(batch_size, labels if context is None else None, level, context)
 
 
-def without_condition(config: Any, given: Given, null_context: Tensor | None) -> Given:
+def without_condition(config: Any, given: Given, null_context: Tensor | None, needed: bool) -> Given:
     """What the other pass of guidance is given: no labels, or the null context (B or 1, T, E).
 
     Raises:
-        ValueError: the flow reads a context other than labels, and null_context is missing, or of another shape.
+        ValueError: null_context is of no use to the flow, or of another shape; it is missing though it is `needed`, as
+            the flow reads a context other than labels.
     """
-    if given.context is None:
+    if given.context is None and null_context is None:
         return given._replace(labels=None)
-    if null_context is None and not config.num_classes:
+    if needed and null_context is None and not config.num_classes:
         raise ValueError(
             "null_context is missing: guidance by a context needs that of its other pass, such as the empty text. "
             f"Pass (1, {config.context_tokens}, {config.context_dim}) numbers, or no guidance."
         )
-    if null_context is not None and len(null_context) == 1:
+    if null_context is None and not config.num_classes:
+        return given
+    device = None if given.context is None else given.context.device
+    if null_context is not None and null_context.ndim == 3 and len(null_context) == 1:
         null_context = null_context.expand(given.batch_size, -1, -1)
-    context = checked_context(null_context, None, given.batch_size, config, given.context.device)
-    return given._replace(context=context)
+    return given._replace(
+        context=checked_context(null_context, None, given.batch_size, config, device, "null_context")
+    )
 
 
 def checked_labels(labels: Tensor | None, batch_size: int, num_classes: int, device: torch.device) -> Tensor | None:
@@ -102,7 +107,12 @@ def checked_labels(labels: Tensor | None, batch_size: int, num_classes: int, dev
 
 
 def checked_context(
-    context: Tensor | None, labels: Tensor | None, batch_size: int, config: Any, device: torch.device
+    context: Tensor | None,
+    labels: Tensor | None,
+    batch_size: int,
+    config: Any,
+    device: torch.device | None,
+    name: str = "context",
 ) -> Tensor | None:
     """The condition vectors (batch_size, T, E) of a flow that has them, made of labels where it has classes.
 
@@ -112,6 +122,7 @@ def checked_context(
         batch_size: B.
         config: of the flow.
         device: of the result.
+        name: of the argument, for messages.
 
     Raises:
         ValueError: it is missing, given beside labels or to a flow without, or of another shape or type.
@@ -128,13 +139,12 @@ def checked_context(
         index = torch.where(labels < 0, config.num_classes, labels)
         return F.one_hot(index, config.context_dim).float()[:, None]
     if not config.context_tokens:
-        raise ValueError("context was given, but this flow has no condition vectors (context_tokens=0); leave it out.")
+        raise ValueError(f"{name} was given, but this flow has no condition vectors (context_tokens=0); leave it out.")
+    context = torch.as_tensor(context)
     if labels is not None:
         raise ValueError("labels and context were given, but both are the label of an image; pass one of them.")
     if tuple(context.shape) != shape or not context.is_floating_point():
-        raise ValueError(
-            f"context has shape {tuple(context.shape)} and type {context.dtype}; expected {shape} floats."
-        )
+        raise ValueError(f"{name} has shape {tuple(context.shape)} and type {context.dtype}; expected {shape} floats.")
     return context.to(device)
 
 

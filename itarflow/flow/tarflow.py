@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from itarflow.flow import checks
-from itarflow.flow.block import AutoregressiveBlock, Context, FlowOutput
+from itarflow.flow.block import AutoregressiveBlock, ContextSize, FlowOutput
 from itarflow.flow.condition import Given, check_noise_range, checked_condition, without_condition
 from itarflow.flow.density import log_density
 from itarflow.flow.embedding import NULL_LABEL
@@ -154,7 +154,7 @@ class TARFlow(ModelMixin, ConfigMixin):
                 final_norm=final_norm,
                 soft_clip=soft_clip,
                 softplus_scale=softplus_scale,
-                context=Context(context_dim if index >= first_with_context else 0, context_tokens),
+                context=ContextSize(context_dim if index >= first_with_context else 0, context_tokens),
             )
             for index, size in enumerate(sizes)
         )
@@ -311,11 +311,12 @@ class TARFlow(ModelMixin, ConfigMixin):
         path = [unpatchify(x, patch, image_size)]
         unchecked = not self._decoding_checked and self._can_check_decoding()
         # Where labels and context play no part both passes are equal at temperature 1: guidance changes nothing.
+        conditional = labels is not None or context is not None
         guided = [
-            guidance.guides(from_noise) and (guidance.temperature != 1 or block.reads(given))
+            guidance.guides(from_noise) and (guidance.temperature != 1 or (conditional and block.reads(given)))
             for from_noise, (block, _) in enumerate(reversed(self._blocks()))
         ]
-        unguided = without_condition(self.config, given, null_context) if any(guided) else given
+        unguided = without_condition(self.config, given, null_context, needed=any(guided))
         cache = max(
             math.prod(block.cache_shape(2 * len(z) if both else len(z)))
             for (block, _), both in zip(reversed(self._blocks()), guided, strict=True)

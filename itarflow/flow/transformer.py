@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from itarflow.inverse.decoding import PackedLayer
-from itarflow.runtime.kernels import Linear, Rotation, attention, pack, rotated
+from itarflow.runtime.kernels import Linear, Rotation, attention, pack, rms_norm, rotated
 
 
 class Attention(nn.Module):
@@ -76,8 +75,11 @@ class OffsetRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., C), in x's type."""
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(exact, self.weight.shape, 1 + self.weight.to(exact.dtype), 1e-6).to(x.dtype)
+        return rms_norm(x, self.factor())
+
+    def factor(self) -> Tensor:
+        """1 + w (C,), in at least float32."""
+        return 1 + self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
 
 
 class Transformer(nn.Module):

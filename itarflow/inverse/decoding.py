@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from itarflow.inverse.guidance import Affine, Guidance, guide
 from itarflow.runtime.kernels import (
@@ -30,6 +30,7 @@ from itarflow.runtime.kernels import (
     attention_bias,
     decode_attention,
     has_decode_attention,
+    rms_norm,
     rotator,
 )
 
@@ -71,8 +72,8 @@ class CachedConditioner:
     layers: tuple[PackedLayer, ...]
     proj_in: PackedLinear
     proj_out: PackedLinear
-    final_norm: nn.Module
-    """Before `proj_out`; its weights are read where they lie."""
+    norm: Tensor | None
+    """(C,), factor of an RMS norm before `proj_out`; None = none."""
     prefix: Tensor | None
     """(B', P, C), embedded; None = none, or it has been read."""
     offset: int
@@ -185,7 +186,7 @@ class CachedConditioner:
         """
         x = run_layers(self.layers, x, self.cache.reaching(window.length), window, self.temperature, rotation)
         x = x if last is None else x[:, -last:]
-        shift, log_scale = self.split(self.proj_out(self.final_norm(x)))
+        shift, log_scale = self.split(self.proj_out(x if self.norm is None else rms_norm(x, self.norm)))
         if self.guidance is None:
             return shift, log_scale.exp()
         (shift, shift_u), (log_scale, log_scale_u) = shift.chunk(2), log_scale.chunk(2)
@@ -214,9 +215,9 @@ class CachedConditioner:
         return guidance, self.temperature is None, *(id(layer.hidden.activation) for layer in self.layers)
 
     def tensors(self) -> list[Tensor]:
-        """All that it reads, but for the cache and the final norm, in an order of its own."""
+        """All that it reads and that may change, but for the cache, in an order of its own."""
         packed = [*itertools.chain(*self.layers), self.proj_in, self.proj_out]
-        others = [self.position, self.embedding, self.weights, self.temperature, self.prefix, *(self.rotation or ())]
+        others = [self.position, self.embedding, self.weights, self.temperature, self.prefix, self.norm]
         return [*(t for linear in packed for t in linear.tensors()), *(t for t in others if t is not None)]
 
     def _rows(self, length: int) -> int:
@@ -272,8 +273,7 @@ def _attend(
     rotate: Callable[[Tensor], None] | None,
 ) -> Tensor:
     """qkv (B' n, 3C) and the cache (2, B', H, room, E) of a layer -> (B' n, C)."""
-    _, batch_size, heads, _, width = cache.shape
-    count = len(qkv) // batch_size
+    (_, batch_size, heads, _, width), count = cache.shape, len(qkv) // cache.shape[1]
     on_device = isinstance(window.positions, Tensor) and window.positions.ndim == 1
     if on_device and window.mask is None:
         position = cast(Tensor, window.positions)

@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from tiny_flows import STARFLOW_TEXT
 
 from itarflow.inverse import Guidance, Jacobi, sequential
 from itarflow.runtime import graphed
@@ -280,6 +281,36 @@ def test_threads_take_turns(make_flow, make_inputs):
         thread.join()
     for z, images in zip(given, found, strict=True):
         torch.testing.assert_close(images, expected(z=z))
+
+
+@pytest.mark.usefixtures("_recorded_here")
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("changes", [{}, {"start_token": False, "final_norm": False}, {"rotary_side": 0}], ids=str)
+def test_a_prefix_of_texts_may_change(make_flow, changes, solver, monkeypatch):
+    flow = make_flow(**STARFLOW_TEXT | {"image_size": 8, "patch_size": 1, "num_layers": (2, 1)} | changes).double()
+    for seed in range(2):
+        z = 0.3 * normal(5, *flow.z_shape, seed=seed)
+        options = {"context": normal(5, 3, 5, seed=seed + 2), "null_context": normal(1, 3, 5, seed=seed + 4)}
+        for guidance in (GUIDANCE, None):
+            found = flow.inverse(z, **options, guidance=guidance, solver=SOLVERS[solver])
+            with monkeypatch.context() as patch:
+                patch.setattr(graphed, "DEVICES", set())
+                torch.testing.assert_close(found, flow.inverse(z, **options, guidance=guidance))
+        with torch.no_grad():
+            for parameter in flow.parameters():
+                parameter.mul_(1.01)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("solver", [sequential, Jacobi(window=5, tolerance=0.0)], ids=["sequential", "5"])
+def test_cuda_graphs_of_a_prefix_give_the_result_of_the_cpu(make_flow, solver):
+    flow = make_flow(**STARFLOW_TEXT | {"image_size": 16, "patch_size": 1, "channels": 32, "num_layers": (2, 2)})
+    z, context, null_context = (normal(*shape).float() for shape in ((3, *flow.z_shape), (3, 3, 5), (1, 3, 5)))
+    guidance = Guidance(weight=1.0, rule="gaussian")
+    expected = flow.inverse(0.5 * z, context=context, null_context=null_context, guidance=guidance)
+    given = {"context": context.cuda(), "null_context": null_context.cuda()}
+    found = flow.cuda().inverse(0.5 * z.cuda(), **given, guidance=guidance, solver=solver)
+    torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.cuda

@@ -1,4 +1,4 @@
-"""A layer norm whose result has another type than what it is given, on a GPU, as one kernel."""
+"""A layer norm whose result has another type than what it is given, on a GPU, as one kernel; and an RMS norm."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, dtype: t
         return torch.ops.itarflow.layer_norm(rows, weight, bias, epsilon, dtype).view(x.shape)
     # Without the wrapper of torch.nn.functional, which takes as long as the norm of a token.
     return torch.layer_norm(x, weight.shape, weight, bias, epsilon).to(dtype)
+
+
+def rms_norm(x: Tensor, factor: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """x (..., C) / rms(x) * factor (C,), over C, computed in the finer type of the two; in x's type."""
+    exact = x.to(torch.promote_types(x.dtype, factor.dtype))
+    return F.rms_norm(exact, factor.shape, factor.to(exact.dtype), epsilon).to(x.dtype)
 
 
 def _has_kernel(x: Tensor, dtype: torch.dtype) -> bool:
