@@ -135,7 +135,8 @@ class TextConfig:
 
     encoder: str | None = None
     """What the pipeline is shared with, so that it takes prompts: a folder or Hub name of the text encoder that made
-    the captions' vectors. None = the one that the data names, unless it can't be loaded."""
+    the captions' vectors. None = the one that a resumed run has shared, or that the data names, unless neither can be
+    loaded."""
     revision: str | None = None
     """Branch, tag or commit of an encoder on the Hub."""
 
