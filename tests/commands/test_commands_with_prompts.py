@@ -25,7 +25,9 @@ from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow, text_encoder
 from itarflow.codec import Posterior, to_pixels
 from itarflow.commands.prompts import prompts_in, take_encoder
 from itarflow.data import DataConfig, load_data
+from itarflow.data.dataset import PictureDecoder
 from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
+from itarflow.pipeline import storage
 from itarflow.pipeline.prompts import encoded_on
 from itarflow.text_encoder import TextEncoder
 
@@ -182,7 +184,8 @@ def test_a_checkpoint_without_prompts_refuses_them(refused, save):
     assert "is for prompts" in refused("sample", save(), "--text-encoder", "google/flan-t5-xl")
 
 
-def test_info_shows_what_reads_prompts(run, checkpoint):
+def test_info_shows_what_reads_prompts_and_does_not_load_it(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(storage, "load_encoder", lambda *_: pytest.fail("has loaded the text encoder"))
     printed = run("info", checkpoint)
     assert "read by a T5EncoderModel of 2 layers, as 6 vectors of 8" in printed
     assert "context_tokens" in printed
@@ -201,7 +204,7 @@ def test_bpd_takes_the_captions_of_the_data(run, refused, checkpoint, tmp_path):
     for output, options in (("own", ()), ("none", ("--unlabelled",))):
         run("bpd", checkpoint, "--data", "data", *measure, "--output", output, *options)
     reports = {name: json.loads(Path(name, "bpd.json").read_text()) for name in ("own", "none")}
-    assert [one["settings"]["captions"] for one in reports.values()] == ["of the data", "none"]
+    assert [one["settings"]["captions"] for one in reports.values()] == ["a {}", "none"]
     flow = ITARFlowPipeline.from_pretrained(checkpoint).flow
     data = load_data(DataConfig(path="data", held_out_images=0), image_size=4, in_channels=3, context=(TOKENS, WIDTH))
     images = to_pixels(torch.stack([example.image for example in data.train]))
@@ -214,7 +217,34 @@ def test_bpd_takes_the_captions_of_the_data(run, refused, checkpoint, tmp_path):
         with Path(name, "images.csv").open(newline="") as file:
             found = [float(next(value for key, value in row.items() if "nats" in key)) for row in csv.DictReader(file)]
         assert found == pytest.approx(expected.nll[:, 0].tolist(), abs=1e-5)
-    assert "have no captions" in refused("bpd", checkpoint, "--data", tmp_path / "photos", *measure)
+    printed = refused("bpd", checkpoint, "--data", tmp_path / "photos", *measure)
+    assert "have no captions" in printed
+    assert "by unlabelled" in printed
+    assert "model.context-dim" not in printed
+    # Nothing of captions is needed then: the empty one is that of the checkpoint's own encoder.
+    run("bpd", checkpoint, "--data", tmp_path / "photos", *measure, "--output", "bare", "--unlabelled")
+    assert Path("bare", "images.csv").read_text() == Path("none", "images.csv").read_text()
+
+
+def test_bpd_says_by_which_captions_it_measures_and_refuses_those_of_another_encoder(
+    run, refused, checkpoint, tmp_path, monkeypatch
+):
+    write_photos(tmp_path / "photos", ("cat", "dog"), count=2)
+    words = ("--size", 4, "--captions", "a [red] {}", "--context-tokens", TOKENS)
+    for name, seed in (("same", 0), ("other", 1)):
+        encoder = save_text_encoder(tmp_path / "t5" / name, seed=seed)
+        run("prepare", tmp_path / "photos", name, *words, "--text-encoder", encoder)
+    measure = ("--noise", "gaussian", "--noise-levels", 0.5, "--num-workers", 0, "--split", "train")
+    printed = run("bpd", checkpoint, "--data", "same", *measure, "--output", "out")
+    assert "captions by 'a [red] {}'" in " ".join(printed.split())
+    assert "no captions" in run("bpd", checkpoint, "--data", "same", *measure, "--unlabelled")
+    assert "by another text encoder" in refused("bpd", checkpoint, "--data", "other", *measure)
+    bare = save_pipe(tmp_path / "bare", text=False)
+    assert "captions_encoder: [" in refused("bpd", bare, "--data", "other", *measure, "--output", "out")
+    reads, read = [], PictureDecoder.__call__
+    monkeypatch.setattr(PictureDecoder, "__call__", lambda *args: reads.append(args) or read(*args))
+    run("bpd", bare, "--data", "other", *measure)
+    assert len(reads) == 1 + 4  # one to try, and each image once
 
 
 def test_evaluate_takes_prompts_in_turn(monkeypatch, capsys, tmp_path):
