@@ -27,12 +27,12 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import file_sha256, replace_folder, restore_folder, write_json
 from itarflow.runtime.hub import INDEX
 from itarflow.runtime.json_file import read_json
-from itarflow.runtime.pictures import Grid, save_picture
+from itarflow.runtime.pictures import Grid, balanced_columns, save_picture
 from itarflow.runtime.pipeline_index import CHECKSUMS, MEASURED, SHARED, pipeline_index
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import display_name, flat, printable
 from itarflow.text_encoder import TextEncoder
-from itarflow.training.captions import WITH_ENCODER, prompts_of
+from itarflow.training.captions import WITH_ENCODER, prompts_of, texts_of
 from itarflow.training.held_out import Evaluation
 from itarflow.training.recipe import Recipe
 from itarflow.training.settings import FREE, to_json
@@ -114,8 +114,13 @@ def sample_grid(
         columns = num_classes if 2 <= num_classes <= 12 else 8
         classes = [printable(name) for name in pipeline.class_names]
         names = [classes[index % len(classes)] for index in range(count)] if classes else None
+        facts = {}
+        if recipe.model.takes_captions:
+            columns, names = min(columns, balanced_columns(count)), texts_of(data, range(count))
+            facts = {"captions": "\n".join(names)}
         path.parent.mkdir(exist_ok=True)
-        save_picture(Grid(columns, names).drawn([made[index] for index in range(count)]), path)
+        grid = Grid(min(columns, count), names).drawn([made[index] for index in range(count)])
+        save_picture(grid, path, facts)
 
 
 def is_exported(folder: Path, record: Mapping[str, Any]) -> bool:

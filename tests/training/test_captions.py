@@ -157,6 +157,21 @@ def test_grids_show_held_out_captions_or_those_of_training_images(captioned):
         context = getattr(data, first)[1].context
         assert torch.equal(asked["prompt_embeds"], context.float().expand(2, -1, -1))
         assert torch.equal(asked["negative_prompt_embeds"], data.null_context.float().expand(2, -1, -1))
+        assert texts_of(data, [1, 1 + len(getattr(data, first))]) == [getattr(data, first).caption(1)] * 2
+
+
+def test_a_held_out_caption_is_the_example_where_captions_are_no_template(captioned):
+    data = open_data(text_recipe(captioned, held_out_images=6), None)
+    assert example_prompt(data).startswith("a photo of")
+    card = replace(data.captions.card, captions="text")
+    data = replace(data, captions=data.captions._replace(card=card))
+    assert example_prompt(data) == data.held_out.caption(0)
+
+
+def test_grids_show_captions_above_the_pictures_and_carry_them(finished):
+    summary = finished[0] if isinstance(finished, tuple) else finished
+    with Image.open(summary.grid) as grid:
+        assert all(text.startswith("a photo of") for text in grid.text["captions"].split("\n"))
 
 
 def test_a_text_encoder_that_is_not_at_hand_is_said_and_added_later(captioned, encoder, tmp_path, capsys, finished):

@@ -46,8 +46,10 @@ class Captions:
 
     @property
     def depends(self) -> dict[str, Any]:
-        """What files depend on: not where the encoder is from."""
-        return {"context": self.card.to_json() | {"encoder": asdict(replace(self.card.encoder, name="", revision=""))}}
+        """What files depend on: not where the encoder is from, nor what is known once all are there."""
+        encoder = asdict(replace(self.card.encoder, name="", revision=""))
+        card = {name: value for name, value in self.card.to_json().items() if name not in ("longest", "empty")}
+        return {"context": card | {"encoder": encoder}}
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -66,6 +68,7 @@ class Captions:
             looked_at=len(images),
             tokens=sum(min(lengths[text], limit) for text in images) / max(len(images), 1),
             image_bytes=2 * self.card.encoder.dim * tokens / max(len(images), 1),
+            longest=max(lengths.values(), default=0),
             cut=len(long),
             example=long[0] if long else "",
         )
@@ -77,8 +80,8 @@ class Captions:
         found, (tokens, dim) = self.estimate, self.card.shape
         total = sum(map(len, self.texts.values()))
         lines = [
-            f"captions: {found.tokens:.1f} of at most {tokens} vectors of {dim} for an image on average, about "
-            f"{human_bytes(found.image_bytes * total)} in all"
+            f"captions: {found.tokens:.1f} of at most {tokens} vectors of {dim} for an image on average, "
+            f"{found.longest} for the longest, about {human_bytes(found.image_bytes * total)} in all"
         ]
         if found.cut:
             looked_at = " that were looked at" * (found.looked_at < total)
@@ -89,18 +92,19 @@ class Captions:
         console.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)
 
     def beside(
-        self, rows: Iterable[dict[str, Any] | str], shard: Shard, cut: Callable[[int], object]
+        self, rows: Iterable[dict[str, Any] | str], shard: Shard, note: Callable[[tuple[int, int]], object]
     ) -> Iterator[dict[str, Any] | str]:
         """The rows of a file, each with its caption and vectors; see `_rows`. Texts say why an image is left out."""
-        for row, caption in zip(rows, self._rows(shard, cut), strict=True):
+        for row, caption in zip(rows, self._rows(shard, note), strict=True):
             yield row if isinstance(row, str) else row | caption
 
-    def _rows(self, shard: Shard, cut: Callable[[int], object]) -> Iterator[dict[str, Any]]:
+    def _rows(self, shard: Shard, note: Callable[[tuple[int, int]], object]) -> Iterator[dict[str, Any]]:
         """Caption and vectors of each row of a file; each distinct caption is encoded once.
 
         Args:
             shard: the file.
-            cut: called with the number of rows, among those encoded last, whose caption is cut.
+            note: called with the number of rows, among those encoded last, whose caption is cut, and the tokens of
+                the longest; see `caption_notes`.
         """
         texts = self.texts[shard.split][shard.rows.start : shard.rows.stop]
         last = {text: row for row, text in enumerate(texts)}
@@ -112,7 +116,7 @@ class Captions:
             lengths = self._lengths(new)
             long |= {text for text, length in zip(new, lengths, strict=True) if length > self.encoder.max_tokens}
             held |= self._encoded(new, lengths)
-            cut(sum(text in long for text in part))
+            note((sum(text in long for text in part), max(lengths, default=0)))
             for row, text in enumerate(part, first):
                 yield {CAPTION: text, CONTEXT: held[text]}
                 if last[text] == row:
@@ -149,6 +153,7 @@ class Estimate(NamedTuple):
         looked_at: images of the sample.
         tokens: of a caption, on average.
         image_bytes: of an image, on average, as equal captions near each other are stored once.
+        longest: tokens of the longest caption, cut or not.
         cut: images of the sample whose caption is too long.
         example: the first of these captions, or "".
     """
@@ -156,6 +161,7 @@ class Estimate(NamedTuple):
     looked_at: int
     tokens: float
     image_bytes: float
+    longest: int
     cut: int
     example: str
 
@@ -197,7 +203,7 @@ def begin_captions(captions: Captions | None, out: Path) -> None:
 
 
 def finished_card(captions: Captions | None, out: Path, contents: Mapping[Shard, Content]) -> ContextCard | None:
-    """The card once all files are there: it says how many captions were cut, and which file has the empty one.
+    """The card once all files are there: lengths and numbers of captions, and which file has the empty one.
 
     Raises:
         DataError: the empty caption is missing or damaged.
@@ -205,5 +211,16 @@ def finished_card(captions: Captions | None, out: Path, contents: Mapping[Shard,
     if captions is None:
         return None
     read_null_context(out, captions.card.shape)
-    cut = sum(int(content.notes.get("cut", 0)) for content in contents.values())
-    return replace(captions.card, cut=cut, null_context=file_sha256(out / NULL_CONTEXT))
+    notes = [content.notes for content in contents.values()]
+    return replace(
+        captions.card,
+        cut=sum(int(note.get("cut", 0)) for note in notes),
+        longest=max((int(note.get("longest", 0)) for note in notes), default=0),
+        empty=sum(text == "" for texts in captions.texts.values() for text in texts),
+        null_context=file_sha256(out / NULL_CONTEXT),
+    )
+
+
+def caption_notes(noted: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """What a file stores of its captions, for `finished_card`; {} without."""
+    return {"cut": sum(cut for cut, _ in noted), "longest": max(longest for _, longest in noted)} if noted else {}
