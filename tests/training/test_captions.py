@@ -19,7 +19,7 @@ from itarflow.flow.block import FlowOutput
 from itarflow.runtime.errors import DataError, RunError
 from itarflow.text_encoder import TextEncoder
 from itarflow.training import objective
-from itarflow.training.captions import open_text_encoder, prompts_of
+from itarflow.training.captions import example_prompt, open_text_encoder, prompts_of, texts_of
 from itarflow.training.held_out import evaluate_held_out
 from itarflow.training.recipe import TextConfig, open_data
 from itarflow.training.train import train
@@ -163,14 +163,13 @@ def test_grids_show_held_out_captions_or_those_of_training_images(captioned):
 def test_a_held_out_caption_is_the_example_where_captions_are_no_template(captioned):
     data = open_data(text_recipe(captioned, held_out_images=6), None)
     assert example_prompt(data).startswith("a photo of")
-    card = replace(data.captions.card, captions="text")
-    data = replace(data, captions=data.captions._replace(card=card))
+    card = dataclasses.replace(data.captions.card, captions="text")
+    data = dataclasses.replace(data, captions=data.captions._replace(card=card))
     assert example_prompt(data) == data.held_out.caption(0)
 
 
 def test_grids_show_captions_above_the_pictures_and_carry_them(finished):
-    summary = finished[0] if isinstance(finished, tuple) else finished
-    with Image.open(summary.grid) as grid:
+    with Image.open(finished[1].grid) as grid:
         assert all(text.startswith("a photo of") for text in grid.text["captions"].split("\n"))
 
 
