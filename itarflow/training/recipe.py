@@ -10,13 +10,17 @@ from typing import Literal
 import torch
 
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity, vae_traits
+from itarflow.data.codes import PREPARED, find_card, folder_of_cards
+from itarflow.data.context import check_context, find_context
 from itarflow.data.load import DataConfig, ImageData, load_data
+from itarflow.data.made import Manifest
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
 from itarflow.inverse.guidance import Guidance
 from itarflow.presets import ModelConfig
 from itarflow.runtime.devices import Products
 from itarflow.runtime.errors import DataError
+from itarflow.runtime.json_file import read_json
 from itarflow.training.settings import LARGEST, Optimisation, check_trackers
 
 
@@ -326,6 +330,7 @@ def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
     Raises:
         DataError: as `load_data` and `check_classes`.
     """
+    _check_made(recipe)
     data = load_data(
         recipe.data,
         image_size=recipe.model.image_size,
@@ -336,6 +341,36 @@ def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
     )
     check_classes(recipe, data)
     return data
+
+
+def _check_made(recipe: Recipe) -> None:
+    """Refuse captions of another shape than the model's, and say at once in what the images beside them differ, too.
+
+    Raises:
+        DataError: naming all options that fit.
+    """
+    path, model = recipe.data.path, recipe.model
+    card = None if path is None or not model.takes_captions else find_context(path)
+    if path is None or card is None:
+        return
+    try:
+        check_context(card, path, model.context_shape)
+    except DataError as error:
+        side, channels = _shape_of_made(path)
+        options = {"image-size": (side, model.image_size), "in-channels": (channels, model.in_channels)}
+        differ = [f"--model.{name} {there}" for name, (there, here) in options.items() if there not in (None, here)]
+        more = f". For its images set {' '.join(differ)}, too, and --model.rotary-side to the patches a side"
+        raise DataError(f"{error}{more if differ else ''}") from None
+
+
+def _shape_of_made(path: str) -> tuple[int | None, int | None]:
+    """(side, channels) of codes or prepared images; None where no card tells."""
+    if codes := find_card(path):
+        return codes.shape[1], codes.shape[0]
+    folder = folder_of_cards(path)
+    file = None if folder is None else folder / PREPARED
+    settings = {} if file is None or not file.is_file() else read_json(file, Manifest).settings
+    return settings.get("size"), settings.get("in_channels")
 
 
 def stored_bytes(recipe: Recipe) -> int:

@@ -272,3 +272,13 @@ def test_a_model_of_labels_does_not_read_the_captions_beside_its_images(captione
     assert "captions" not in record
     assert summary.class_names == NAMES
     assert load_data(labelled.data, image_size=8, in_channels=1).null_context is None
+
+
+def test_all_that_differs_of_prepared_images_is_said_at_once(captioned):
+    recipe = text_recipe(captioned, context_tokens=TOKENS + 1, image_size=16, in_channels=3)
+    wanted = f"--model.context-tokens {TOKENS} .*--model.image-size 8 --model.in-channels 1, too"
+    with pytest.raises(DataError, match=wanted):
+        open_data(recipe, None)
+    with pytest.raises(DataError, match="of width") as error:
+        open_data(text_recipe(captioned, context_tokens=TOKENS + 1), None)
+    assert "image-size" not in str(error.value)
