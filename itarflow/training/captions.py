@@ -12,6 +12,7 @@ from torch import Tensor
 
 from itarflow.data.context import check_encoder
 from itarflow.data.dataset import ImageDataset
+from itarflow.data.images import spread_over
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, batches
 from itarflow.runtime.errors import DataError, RunError
@@ -62,6 +63,12 @@ def texts_of(data: ImageData, indices: Sequence[int]) -> list[str]:
     """The texts of these captions, which `prompts_of` has the vectors of, each on one line."""
     images = _shown(data)
     return [printable(" ".join(images.caption(index % len(images)).split())) for index in indices]
+
+
+def spread_captions(data: ImageData, count: int) -> list[int]:
+    """Indices of so many captions for `prompts_of`, spread over all: sets are often sorted by class."""
+    total = len(_shown(data))
+    return spread_over(total, count) if count <= total else [index % total for index in range(count)]
 
 
 def _shown(data: ImageData) -> ImageDataset:

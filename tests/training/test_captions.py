@@ -170,7 +170,8 @@ def test_a_held_out_caption_is_the_example_where_captions_are_no_template(captio
 
 def test_grids_show_captions_above_the_pictures_and_carry_them(finished):
     with Image.open(finished[1].grid) as grid:
-        assert all(text.startswith("a photo of") for text in grid.text["captions"].split("\n"))
+        assert {*grid.text["captions"].split("\n")} == {f"a photo of {name}" for name in NAMES}
+        assert grid.width == 5 * 98 - 2  # one row, as there are five
 
 
 def test_a_text_encoder_that_is_not_at_hand_is_said_and_added_later(captioned, encoder, tmp_path, capsys, finished):
