@@ -10,17 +10,15 @@ from typing import Literal
 import torch
 
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity, vae_traits
-from itarflow.data.codes import PREPARED, find_card, folder_of_cards
-from itarflow.data.context import check_context, find_context
+from itarflow.data.context import CaptionError, find_context
 from itarflow.data.load import DataConfig, ImageData, load_data
-from itarflow.data.made import Manifest
+from itarflow.data.made import shape_of_made
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
 from itarflow.inverse.guidance import Guidance
 from itarflow.presets import ModelConfig
 from itarflow.runtime.devices import Products
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.json_file import read_json
 from itarflow.training.settings import LARGEST, Optimisation, check_trackers
 
 
@@ -138,7 +136,8 @@ class TextConfig:
 
     encoder: str | None = None
     """What the pipeline is shared with, so that it takes prompts: a folder or Hub name of the text encoder that made
-    the captions' vectors. None = the one that the data names, unless it can't be loaded."""
+    the captions' vectors. None = the one that a resumed run has shared, or that the data names, unless neither can be
+    loaded."""
     revision: str | None = None
     """Branch, tag or commit of an encoder on the Hub."""
 
@@ -236,6 +235,12 @@ class Recipe:
             raise ValueError("noise.distribution is 'dequantise', which is for 8-bit pixels; leave codec.vae out.")
         if self.codec.vae is not None and self.sampling.clip:
             raise ValueError("sampling.clip is on, but codes are not limited to [-1, 1]; switch it off.")
+        if self.text.encoder is not None and not self.model.takes_captions:
+            raise ValueError(
+                f"text.encoder is {self.text.encoder!r}, but the model takes no captions; leave it out, or set "
+                "model.context_dim and model.context_tokens to the width and the number of the captions' vectors, and "
+                "model.num_classes to 0."
+            )
         self.train.check_share(num_processes)
         check_trackers(self.train.trackers)
         self._check_ranges()
@@ -330,47 +335,30 @@ def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
     Raises:
         DataError: as `load_data` and `check_classes`.
     """
-    _check_made(recipe)
-    data = load_data(
-        recipe.data,
-        image_size=recipe.model.image_size,
-        in_channels=recipe.model.in_channels,
-        vae=None if vae is None else vae_identity(vae),
-        variance=recipe.codec.sample_posterior,
-        context=recipe.model.context_shape if recipe.model.takes_captions else None,
-    )
+    try:
+        data = load_data(
+            recipe.data,
+            image_size=recipe.model.image_size,
+            in_channels=recipe.model.in_channels,
+            vae=None if vae is None else vae_identity(vae),
+            variance=recipe.codec.sample_posterior,
+            context=recipe.model.context_shape if recipe.model.takes_captions else None,
+        )
+    except CaptionError as error:
+        card = find_context(str(recipe.data.path))
+        tokens, dim = card.shape if card else (0, 0)
+        instead = f"set --model.context-tokens {tokens} --model.context-dim {dim}{'' if card else ' to train without'}"
+        raise DataError(f"{error}; or {instead}.{_other_images(recipe) if card else ''}") from error
     check_classes(recipe, data)
     return data
 
 
-def _check_made(recipe: Recipe) -> None:
-    """Refuse captions of another shape than the model's, and say at once in what the images beside them differ, too.
-
-    Raises:
-        DataError: naming all options that fit.
-    """
-    path, model = recipe.data.path, recipe.model
-    card = None if path is None or not model.takes_captions else find_context(path)
-    if path is None or card is None:
-        return
-    try:
-        check_context(card, path, model.context_shape)
-    except DataError as error:
-        side, channels = _shape_of_made(path)
-        options = {"image-size": (side, model.image_size), "in-channels": (channels, model.in_channels)}
-        differ = [f"--model.{name} {there}" for name, (there, here) in options.items() if there not in (None, here)]
-        more = f". For its images set {' '.join(differ)}, too, and --model.rotary-side to the patches a side"
-        raise DataError(f"{error}{more if differ else ''}") from None
-
-
-def _shape_of_made(path: str) -> tuple[int | None, int | None]:
-    """(side, channels) of codes or prepared images; None where no card tells."""
-    if codes := find_card(path):
-        return codes.shape[1], codes.shape[0]
-    folder = folder_of_cards(path)
-    file = None if folder is None else folder / PREPARED
-    settings = {} if file is None or not file.is_file() else read_json(file, Manifest).settings
-    return settings.get("size"), settings.get("in_channels")
+def _other_images(recipe: Recipe) -> str:
+    """A sentence on the options by which the model fits the images that were made with captions; "" if it does."""
+    (side, channels), model = shape_of_made(str(recipe.data.path)), recipe.model
+    options = {"image-size": (side, model.image_size), "in-channels": (channels, model.in_channels)}
+    differ = [f"--model.{name} {there}" for name, (there, here) in options.items() if there not in (None, here)]
+    return f" The images differ, too: {' '.join(differ)}, and --model.rotary-side." if differ else ""
 
 
 def stored_bytes(recipe: Recipe) -> int:

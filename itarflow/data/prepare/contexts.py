@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import torch
 from rich.console import Console
 
 from itarflow.data.codes import NULL_CONTEXT
@@ -94,31 +94,35 @@ class Captions:
     def beside(
         self, rows: Iterable[dict[str, Any] | str], shard: Shard, note: Callable[[tuple[int, int]], object]
     ) -> Iterator[dict[str, Any] | str]:
-        """The rows of a file, each with its caption and vectors; see `_rows`. Texts say why an image is left out."""
-        for row, caption in zip(rows, self._rows(shard, note), strict=True):
-            yield row if isinstance(row, str) else row | caption
-
-    def _rows(self, shard: Shard, note: Callable[[tuple[int, int]], object]) -> Iterator[dict[str, Any]]:
-        """Caption and vectors of each row of a file; each distinct caption is encoded once.
+        """The rows of a file, each with its caption and vectors. Texts say why an image is left out.
 
         Args:
+            rows: of the file, in order.
             shard: the file.
-            note: called with the number of rows, among those encoded last, whose caption is cut, and the tokens of
-                the longest; see `caption_notes`.
+            note: called for each row that is kept with 1 or 0, whether its caption is cut, and with its tokens; see
+                `caption_notes`.
         """
+        for row, (caption, length) in zip(rows, self._rows(shard), strict=True):
+            if isinstance(row, str):
+                yield row
+            else:
+                note((int(length > self.encoder.max_tokens), length))
+                yield row | caption
+
+    def _rows(self, shard: Shard) -> Iterator[tuple[dict[str, Any], int]]:
+        """Caption and vectors of each row of a file, and its tokens; each distinct caption is encoded once."""
         texts = self.texts[shard.split][shard.rows.start : shard.rows.stop]
         last = {text: row for row, text in enumerate(texts)}
         held = dict[str, bytes]()
-        long = set[str]()
+        tokens = dict[str, int]()
         for first in range(0, len(texts), _AHEAD):
             part = texts[first : first + _AHEAD]
             new = [text for text in dict.fromkeys(part) if text not in held]
             lengths = self._lengths(new)
-            long |= {text for text, length in zip(new, lengths, strict=True) if length > self.encoder.max_tokens}
+            tokens |= dict(zip(new, lengths, strict=True))
             held |= self._encoded(new, lengths)
-            note((sum(text in long for text in part), max(lengths, default=0)))
             for row, text in enumerate(part, first):
-                yield {CAPTION: text, CONTEXT: held[text]}
+                yield {CAPTION: text, CONTEXT: held[text]}, tokens[text]
                 if last[text] == row:
                     del held[text]
 
@@ -167,9 +171,18 @@ class Estimate(NamedTuple):
 
 
 def plan_captions(
-    config: SourceConfig, texts: Mapping[str, Sequence[str]] | None, stored: Manifest | None
+    config: SourceConfig,
+    texts: Mapping[str, Sequence[str]] | None,
+    stored: Manifest | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Captions | None:
     """Load the text encoder, and look whether it is the one that a folder was begun with; None without captions.
+
+    Args:
+        config: names it.
+        texts: of each image, by split; None = no captions.
+        stored: what the folder holds already; None = nothing.
+        dtype: of its weights: float32 or bfloat16, as T5 overflows in float16.
 
     Raises:
         DataError: another encoder.
@@ -178,9 +191,9 @@ def plan_captions(
     """
     if texts is None or config.captions is None:
         return None
-    # Data loaders fork later, and the tokenizer's threads are of no use to them; unset, each fork would warn of them.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    encoder = TextEncoder.from_pretrained(config.text_encoder, config.text_encoder_revision, config.context_tokens)
+    encoder = TextEncoder.from_pretrained(
+        config.text_encoder, config.text_encoder_revision, config.context_tokens, dtype
+    )
     identity = replace(encoder.identity, name=display_name(config.text_encoder))
     card = ContextCard(encoder=identity, captions=config.captions)
     if stored is not None and stored.context is not None:
