@@ -131,10 +131,11 @@ def _data_row(recipe: Recipe) -> tuple[str, int | None]:
         return f"[yellow]none yet: give {what} by --data.path", None
     try:
         vae = open_vae(recipe)
-    except OSError as error:
+    except OSError:
         if not _on_hub(str(recipe.codec.vae)):
             raise
-        return f"[yellow]not checked: {escape(str(error))}", None
+        reason = f"the VAE {recipe.codec.vae} is no folder here, and can't be loaded from the Hub"
+        return f"[yellow]not checked: {escape(reason)}", None
     try:
         data = open_data(recipe, vae)
     except DataError as error:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from itarflow.commands.console import parsed, print_table, resumable, say
 from itarflow.data.context import ContextCard
-from itarflow.data.prepare.codes_card import training_command
+from itarflow.data.prepare.codes_card import is_small, run_name, training_command
 from itarflow.data.prepare.encode import Encoded, begin, encode_share, finish
 from itarflow.data.prepare.encode_plan import EncodeConfig, plan_encoding
 from itarflow.data.prepare.manifest import say_understood
@@ -133,9 +133,10 @@ def _print_encoded(config: EncodeConfig, encoded: Encoded, speed: float | None) 
         "size": human_bytes(encoded.num_bytes),
         "speed": f"{speed:,.1f} images/s" if speed else "nothing was left to do",
     })  # fmt: skip
-    context, recipe = encoded.context, "by a small recipe" if encoded.context is None else "by the recipe for text"
-    command = training_command(card, config.codec, str(config.out), config.split, context, config.text_encoder)
-    say(f"Train on them, {recipe}: {command}")
+    context, name = encoded.context, run_name(config.out)
+    given = card, config.codec, str(config.out), encoded.images, context, config.text_encoder, name
+    size = "small" if is_small(encoded.images, context) else "full"
+    say(f"Train on them, by the {size} model of a recipe: {training_command(*given)}")
 
 
 def keep_tokenizers_quiet() -> None:
@@ -149,4 +150,9 @@ def captions_told(context: ContextCard | None) -> dict[str, str]:
         return {}
     tokens, dim = context.shape
     told = {"captions": context.captions, "context": f"{tokens} vectors of {dim}, by {context.encoder.name}"}
+    if context.empty:
+        told["empty captions"] = f"{context.empty:,} images"
+    if 0 < 2 * context.longest <= tokens:
+        fewer = f"--context-tokens {context.longest} would do, and trains faster"
+        told["longest caption"] = f"{context.longest} tokens: {fewer}"
     return told | ({"captions cut": f"{context.cut:,} of more than {tokens} tokens"} if context.cut else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +12,12 @@ from rich.console import Console
 
 from itarflow.commands.console import print_table, resumable, say
 from itarflow.commands.encode_dataset import captions_told, keep_tokenizers_quiet
-from itarflow.data.prepare.codes_card import context_options, patch_size
+from itarflow.data.prepare.codes_card import as_words, context_options, patch_size, run_name, train_and_held_out
 from itarflow.data.prepare.crop import PrepareConfig, Prepared, prepare
 from itarflow.runtime.files import check_writable
 
 _MUCH_MEMORY = 4 * 2**30  # bytes of decoded images
+_SEEN, _LEAST_EPOCHS = 160_000, 20  # images that the recipe digits_text has seen after its 90 epochs
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,22 @@ class Prepare(PrepareConfig):
 
     def _training(self, prepared: Prepared) -> str:
         """The command that trains on what was prepared, by the recipe of CIFAR-10, or of digits with captions."""
-        train = "train" if "train" in self.split else self.split[0]
-        held_out = next((split for split in self.split if split != train), None)
+        train, held_out = train_and_held_out(self.split)
+        patch, context = patch_size(self.size, least=2), prepared.context
         options = {
+            "name": run_name(self.out),
             "data.path": self.out,
             "data.split": train,
-            "data.held-out-split": held_out,
+            "data.held-out-split": held_out or "None",
             "model.image-size": self.size,
             "model.in-channels": self.in_channels,
-            "model.num-classes": 0 if prepared.context else len(prepared.class_names),
-            "model.patch-size": patch_size(self.size),
-            **context_options(prepared.context, self.text_encoder),
+            "model.num-classes": 0 if context else len(prepared.class_names),
+            "model.patch-size": patch,
+            **context_options(context, self.text_encoder, self.size // patch),
         }
-        words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()
-                 if value is not None or name == "data.held-out-split"]  # fmt: skip
+        if context:
+            options["train.epochs"] = max(_LEAST_EPOCHS, math.ceil(_SEEN / max(prepared.images[train], 1)))
+        words = as_words(options)
         if sum(prepared.images.values()) * self.in_channels * self.size**2 > _MUCH_MEMORY:
             words.append("--data.no-in-memory")
-        recipe = "digits_text" if prepared.context else "cifar10"
-        return " ".join([f"python recipes/{recipe}.py", *words])
+        return " ".join([f"itarflow train {'digits_text' if context else 'cifar10'}", *words])

@@ -47,6 +47,10 @@ class ContextCard:
     """The column that they are from, or the template with {} for the name of the class."""
     cut: Annotated[int, Meta(ge=0)] = 0
     """Images whose caption has more than T tokens, of which only the first T count."""
+    longest: Annotated[int, Meta(ge=0)] = 0
+    """Tokens of the longest caption, cut or not; 0 = not known."""
+    empty: Annotated[int, Meta(ge=0)] = 0
+    """Images that have the empty caption."""
     null_context: str = ""
     """SHA-256 of the file of the empty caption; "" until finished."""
 

@@ -174,6 +174,10 @@ class ImageDataset(Dataset[Example]):
         """What makes vectors of the captions; None if they are not read."""
         return self._context
 
+    def caption(self, index: int) -> str:
+        """The text of the caption at `index`; "" if captions are not read, and of the empty one."""
+        return "" if self._context is None else str(self._rows[int(self._indices[index])][self._context.columns[1]])
+
     @property
     def broken(self) -> tuple[str, ...]:
         """Of each image that was replaced when the set was decoded into memory, its "name: reason"; else ()."""

@@ -8,6 +8,8 @@ from typing import Any
 
 from itarflow.runtime.text import listed, printable
 
+_CODES = "mean"  # the column by which a set of codes is known
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataIdentity:
@@ -71,8 +73,9 @@ def described(identity: DataIdentity) -> list[str]:
         counts = [f"{images['train']:,} to train on", f"{images['held out']:,} held out"]
     else:
         counts = [f"{count:,} in {name}" for name, count in images.items()]
-    source = f", of column {columns['image']}" if "image" in columns else ""
-    lines = [f"images: {', '.join(counts)}{source}"]
+    column = columns.get("image")
+    source = f", of column {column}" if column is not None and column != _CODES else ""
+    lines = [f"{'codes' if column == _CODES else 'images'}: {', '.join(counts)}{source}"]
     names = identity.class_names
     classes = f"{len(names):,} class" + ("es" if len(names) != 1 else "")
     if not names:

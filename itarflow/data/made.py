@@ -18,7 +18,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from msgspec import Meta
 
-from itarflow.data.codes import CARD, PREPARED, CodesCard
+from itarflow.data.codes import CARD, PREPARED, CodesCard, find_card, folder_of_cards
 from itarflow.data.context import ContextCard
 from itarflow.data.identity import DataIdentity
 from itarflow.runtime.errors import DataError
@@ -200,3 +200,13 @@ def _not_as(wanted: StoredFile, path: Path) -> str | None:
     if (footer.split, footer.first, footer.stop, rows) == (wanted.split, wanted.first, wanted.stop, wanted.rows):
         return None
     return f"holds rows {footer.first:,} to {footer.stop:,} of {printable(footer.split)}: it is another one's copy"
+
+
+def shape_of_made(path: str) -> tuple[int | None, int | None]:
+    """(side, channels) of codes or prepared images; None where no card tells."""
+    if codes := find_card(path):
+        return codes.shape[1], codes.shape[0]
+    folder = folder_of_cards(path)
+    file = None if folder is None else folder / PREPARED
+    settings = {} if file is None or not file.is_file() else read_json(file, Manifest).settings
+    return settings.get("size"), settings.get("in_channels")

@@ -128,7 +128,7 @@ def model_card(
             made="converted by" if training.get("converted") else "trained with",
             license=_license_section(training),
             picture=f"\n\n![Samples]({PICTURE})" if picture else "",
-            example=_PROMPT if prompted else _example(class_names, architecture.get("num_classes", 0)),
+            example=_prompt(training) if prompted else _example(class_names, architecture.get("num_classes", 0)),
             starflow=_STARFLOW if family == "STARFlow" else "",
             architecture=_table(architecture),
             sampling=_table(sampling),
@@ -202,7 +202,10 @@ def _is_hub_name(data: str | None) -> bool:
     return data is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) is not None and not Path(data).exists()
 
 
-_PROMPT = "prompt='a corgi on the beach'"
+def _prompt(training: Mapping[str, Any]) -> str:
+    """A caption of the training, if one is recorded."""
+    found = training.get("example_prompt")
+    return f"prompt={_line(found) if isinstance(found, str) else 'a corgi on the beach'!r}"
 
 
 def _example(class_names: list[str] | None, num_classes: int) -> str:
@@ -212,7 +215,7 @@ def _example(class_names: list[str] | None, num_classes: int) -> str:
 
 
 def _training_table(training: Mapping[str, Any]) -> str:
-    known = ("name", "data", "metrics", "recipe")
+    known = ("name", "data", "metrics", "recipe", "example_prompt")
     facts = {
         key: value for key, value in training.items() if key not in known and isinstance(value, str | int | float)
     }

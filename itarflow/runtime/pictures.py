@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -159,6 +160,20 @@ def _fitting(
     if draw.textlength(text, font) <= width:
         return text
     return next(cut for end in range(len(text), -1, -1) if draw.textlength(cut := text[:end] + "...", font) <= width)
+
+
+def wrapped(texts: Sequence[str], width: int, most_lines: int = 3) -> list[str]:
+    """Texts as captions for `captioned_grid`, all of as many lines; what does not fit is left out behind dots.
+
+    Args:
+        texts: of one line each.
+        width: of an image in pixels.
+        most_lines: of a caption.
+    """
+    letters = max(width, 96) // 7  # of the grids' font, on average
+    parts = [textwrap.wrap(text, letters, max_lines=most_lines, placeholder=" ...") for text in texts]
+    height = max(map(len, parts), default=1)
+    return ["\n".join([*lines, *[""] * (height - len(lines))]) for lines in parts]
 
 
 def captioned_grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:

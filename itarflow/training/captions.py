@@ -11,17 +11,24 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from itarflow.data.context import check_encoder
+from itarflow.data.dataset import ImageDataset
+from itarflow.data.images import spread_over
 from itarflow.data.load import ImageData
 from itarflow.data.loader import Batch, batches
 from itarflow.runtime.errors import DataError, RunError
 from itarflow.runtime.pipeline_index import ENCODER
 from itarflow.runtime.processes import on_main
-from itarflow.runtime.text import display_name
+from itarflow.runtime.text import display_name, printable
 from itarflow.text_encoder import TextEncoder, TextIdentity
 from itarflow.training.recipe import Recipe
 
 WITH_ENCODER = "with_text_encoder"
 """In a pipeline's record of its training: whether the encoder is in the pipeline."""
+
+
+EXAMPLE = "example_prompt"
+"""In the same record: a prompt for the model card."""
+_LOOKED_AT, _LONGEST = 50, 120  # captions that may be an example, and characters of one
 
 
 def vectors(recipe: Recipe, batch: Batch, device: torch.device) -> Tensor | None:
@@ -41,7 +48,7 @@ def prompts_of(data: ImageData, indices: Sequence[int]) -> dict[str, Tensor]:
 
     Indices beyond the last image begin again with the first.
     """
-    images = data.held_out if len(data.held_out) else data.train
+    images = _shown(data)
     batch = next(batches(images, [[index % len(images) for index in indices]]))
     null_context = empty(data, torch.device("cpu"))
     if batch.context is None or null_context is None:
@@ -50,6 +57,23 @@ def prompts_of(data: ImageData, indices: Sequence[int]) -> dict[str, Tensor]:
         "prompt_embeds": batch.context.float(),
         "negative_prompt_embeds": null_context.expand(len(indices), -1, -1),
     }
+
+
+def texts_of(data: ImageData, indices: Sequence[int]) -> list[str]:
+    """The texts of these captions, which `prompts_of` has the vectors of, each on one line."""
+    images = _shown(data)
+    return [printable(" ".join(images.caption(index % len(images)).split())) for index in indices]
+
+
+def spread_captions(data: ImageData, count: int) -> list[int]:
+    """Indices of so many captions for `prompts_of`, spread over all: sets are often sorted by class."""
+    total = len(_shown(data))
+    return spread_over(total, count) if count <= total else [index % total for index in range(count)]
+
+
+def _shown(data: ImageData) -> ImageDataset:
+    """The images whose captions are sampled from."""
+    return data.held_out if len(data.held_out) else data.train
 
 
 def open_text_encoder(
@@ -106,10 +130,13 @@ def _places(recipe: Recipe, card: TextIdentity, pipeline: Path) -> list[tuple[st
 
 
 def example_prompt(data: ImageData) -> str:
-    """A prompt to begin with: the caption of a class, if captions are made of these."""
+    """A prompt to begin with: the caption of a class, if captions are made of these, or else of a held-out image."""
     template = "" if data.captions is None else data.captions.card.captions
     names = data.class_names
-    return template.replace("{}", names[0]) if "{}" in template and names else "a photo"
+    if "{}" in template and names:
+        return template.replace("{}", names[0])
+    texts = texts_of(data, range(min(len(_shown(data)), _LOOKED_AT)))
+    return next((text for text in texts if 0 < len(text) <= _LONGEST), "a photo")
 
 
 def facts(data: ImageData, has_encoder: bool) -> dict[str, Any]:
@@ -118,4 +145,9 @@ def facts(data: ImageData, has_encoder: bool) -> dict[str, Any]:
         return {}
     card = data.captions.card
     name = None if card.encoder.name is None else display_name(card.encoder.name)
-    return {"captions": card.captions, "captions_encoder": name, WITH_ENCODER: has_encoder}
+    return {
+        "captions": card.captions,
+        "captions_encoder": name,
+        WITH_ENCODER: has_encoder,
+        EXAMPLE: example_prompt(data),
+    }

@@ -27,12 +27,12 @@ from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import file_sha256, replace_folder, restore_folder, write_json
 from itarflow.runtime.hub import INDEX
 from itarflow.runtime.json_file import read_json
-from itarflow.runtime.pictures import Grid, save_picture
+from itarflow.runtime.pictures import Grid, balanced_columns, save_picture, wrapped
 from itarflow.runtime.pipeline_index import CHECKSUMS, MEASURED, SHARED, pipeline_index
 from itarflow.runtime.seeds import image_generators
 from itarflow.runtime.text import display_name, flat, printable
 from itarflow.text_encoder import TextEncoder
-from itarflow.training.captions import WITH_ENCODER, prompts_of
+from itarflow.training.captions import WITH_ENCODER, prompts_of, spread_captions, texts_of
 from itarflow.training.held_out import Evaluation
 from itarflow.training.recipe import Recipe
 from itarflow.training.settings import FREE, to_json
@@ -96,7 +96,8 @@ def sample_grid(
     if mine:
         asked: dict[str, Any] = {"class_labels": [index % num_classes if num_classes else None for index in mine]}
         if recipe.model.takes_captions:
-            asked = {**prompts_of(data, mine)}
+            shown = spread_captions(data, count)
+            asked = {**prompts_of(data, [shown[index] for index in mine])}
         images = pipeline(
             **asked,
             generator=[generators[index] for index in mine],
@@ -114,8 +115,14 @@ def sample_grid(
         columns = num_classes if 2 <= num_classes <= 12 else 8
         classes = [printable(name) for name in pipeline.class_names]
         names = [classes[index % len(classes)] for index in range(count)] if classes else None
+        facts = {}
+        if recipe.model.takes_captions:
+            texts = texts_of(data, spread_captions(data, count))
+            columns, names = min(columns, balanced_columns(count)), wrapped(texts, made[0].width)
+            facts = {"captions": "\n".join(texts)}
         path.parent.mkdir(exist_ok=True)
-        save_picture(Grid(columns, names).drawn([made[index] for index in range(count)]), path)
+        grid = Grid(min(columns, count), names).drawn([made[index] for index in range(count)])
+        save_picture(grid, path, facts)
 
 
 def is_exported(folder: Path, record: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity, vae_traits
 from itarflow.data.context import CaptionError, find_context
 from itarflow.data.load import DataConfig, ImageData, load_data
+from itarflow.data.made import shape_of_made
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
 from itarflow.inverse.guidance import Guidance
@@ -347,9 +348,17 @@ def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
         card = find_context(str(recipe.data.path))
         tokens, dim = card.shape if card else (0, 0)
         instead = f"set --model.context-tokens {tokens} --model.context-dim {dim}{'' if card else ' to train without'}"
-        raise DataError(f"{error}; or {instead}.") from error
+        raise DataError(f"{error}; or {instead}.{_other_images(recipe) if card else ''}") from error
     check_classes(recipe, data)
     return data
+
+
+def _other_images(recipe: Recipe) -> str:
+    """A sentence on the options by which the model fits the images that were made with captions; "" if it does."""
+    (side, channels), model = shape_of_made(str(recipe.data.path)), recipe.model
+    options = {"image-size": (side, model.image_size), "in-channels": (channels, model.in_channels)}
+    differ = [f"--model.{name} {there}" for name, (there, here) in options.items() if there not in (None, here)]
+    return f" The images differ, too: {' '.join(differ)}, and --model.rotary-side." if differ else ""
 
 
 def stored_bytes(recipe: Recipe) -> int:

@@ -171,7 +171,12 @@ def test_a_template_makes_captions_of_classes(kind: str, tmp_path: Path, models:
     if kind == "codes":
         told = (out / "README.md").read_text()
         assert f"--model.context-tokens {TOKENS} --model.context-dim {WIDTH}" in told
-        for words in ("`a photo of a {}`", "text-to-image", "null_context.safetensors", "recipes/starflow_text.py"):
+        for words in (
+            "`a photo of a {}`",
+            "text-to-image",
+            "null_context.safetensors",
+            "itarflow train starflow_text",
+        ):
             assert words in told
 
 
@@ -529,16 +534,21 @@ def test_commands(
     command(args=[*lead, *words, *vae])
     told = capsys.readouterr()
     assert "captions: of column text" in told.err
-    assert "captions: 4.0 of at most 6 vectors of 8 for an image on average, about 192 B in all" in told.err
+    assert (
+        "captions: 4.0 of at most 6 vectors of 8 for an image on average, 12 for the longest, about 192 B in all"
+        in told.err
+    )
     assert told.err.count("WARNING: 1 of 3 captions have more than 6 tokens and are cut, such as 'a small dog") == 1
     assert "1 of more than 6 tokens" in told.out
+    assert "--name out " in told.out
+    assert "--model.rotary-side" in told.out
     assert "6 vectors of 8, by t5" in told.out
     options = f"--model.context-tokens {TOKENS} --model.context-dim {WIDTH} --text.encoder {models / 't5'}"
     assert options in told.out.replace("\n", "")
     assert not [one for one in recwarn if "is cut" in str(one.message)]
     card = find_context(str(tmp_path / "out"))
     assert card is not None
-    assert card.cut == 1
+    assert (card.cut, card.longest, card.empty) == (1, 12, 0)
     long = vectors(models, ["a small dog with a large red corgi on the beach"])[0]
     assert near(read(kind, tmp_path / "out", models).train[1].context, long)
 

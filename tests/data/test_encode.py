@@ -192,7 +192,7 @@ def test_the_card_says_what_was_done(tmp_path: Path, vaes: dict[str, Path]) -> N
     assert readme.data.configs == [{"config_name": "default", "data_files": files}]
     assert "Codes of pictures" in readme.text
     assert str(tmp_path) not in readme.text
-    (words,) = re.findall("python recipes/photos_latent.py.*", readme.text)
+    (words,) = re.findall("itarflow train photos_latent.*", readme.text)
     assert words.endswith(
         f"--data.path PATH --data.split train --data.held-out-split test --codec.vae {commit} "
         "--model.image-size 3 --model.in-channels 4 --model.num-classes 2 --model.patch-size 1"

@@ -209,6 +209,11 @@ def test_labels_are_said_to_be_of_the_folders_or_of_a_column(tmp_path: Path) -> 
     assert identity(tmp_path / "f").columns == {"label": "label"}
 
 
+def test_codes_are_called_codes() -> None:
+    found = DataIdentity(content="rows:0", images={"train": 3, "held out": 1}, columns={"image": "mean"})
+    assert described(found)[0] == "codes: 3 to train on, 1 held out"
+
+
 def test_classes_without_training_images_are_said(tmp_path: Path) -> None:
     write_classes(tmp_path, {"a": 12, "b": 12, "c": 12})
     assert any("2 of 3 classes have no training images: b, c" in line

@@ -111,6 +111,13 @@ def test_the_example_suits_the_flow(num_classes, class_names, example):
     assert "pip install itarflow" in made.text
 
 
+def test_the_example_prompt_is_a_caption_of_the_training_if_one_is_known():
+    for training, prompt in (({"example_prompt": "a red\ncircle"}, "a red circle"), ({}, "a corgi on the beach")):
+        made = card(architecture={"prompts": "of T5"}, training=training)
+        assert f"image = pipe(prompt='{prompt}').images[0]" in made.text
+        assert "example_prompt" not in made.text
+
+
 def test_evaluations_are_a_table_with_a_column_a_figure():
     many, one = "iterative, 10 steps: 50,000 samples", "raw"
     of = card(training=None, evaluations={many: "FID 2.5, precision 0.7 ± 0.01", one: "FID 9"})

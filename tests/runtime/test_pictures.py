@@ -14,6 +14,7 @@ from itarflow.runtime.pictures import (
     image_grid,
     save_picture,
     titled_grid,
+    wrapped,
 )
 
 
@@ -79,3 +80,11 @@ def test_a_format_that_can_not_hold_an_image_is_refused(name, size, message):
     with pytest.raises(ValueError, match=message):
         check_picture(Path(name), size, "RGB")
     check_picture(Path("a.png"), size, "RGB")
+
+
+def test_captions_are_wrapped_into_as_many_lines_and_what_does_not_fit_is_left_out():
+    found = wrapped(["a photo of a seven", "", "x " * 60], 8)
+    assert found[0] == "a photo of a\nseven\n"
+    assert found[1] == "\n\n"
+    assert found[2].endswith(" ...")
+    assert len(max(found[2].split("\n"), key=len)) <= 13

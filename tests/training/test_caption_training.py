@@ -19,7 +19,7 @@ from itarflow.flow.block import FlowOutput
 from itarflow.runtime.errors import DataError, RunError
 from itarflow.text_encoder import TextEncoder
 from itarflow.training import objective
-from itarflow.training.captions import open_text_encoder, prompts_of
+from itarflow.training.captions import example_prompt, open_text_encoder, prompts_of, texts_of
 from itarflow.training.held_out import evaluate_held_out
 from itarflow.training.recipe import TextConfig, open_data
 from itarflow.training.train import train
@@ -157,6 +157,21 @@ def test_grids_show_held_out_captions_or_those_of_training_images(captioned):
         context = getattr(data, first)[1].context
         assert torch.equal(asked["prompt_embeds"], context.float().expand(2, -1, -1))
         assert torch.equal(asked["negative_prompt_embeds"], data.null_context.float().expand(2, -1, -1))
+        assert texts_of(data, [1, 1 + len(getattr(data, first))]) == [getattr(data, first).caption(1)] * 2
+
+
+def test_a_held_out_caption_is_the_example_where_captions_are_no_template(captioned):
+    data = open_data(text_recipe(captioned, held_out_images=6), None)
+    assert example_prompt(data).startswith("a photo of")
+    card = dataclasses.replace(data.captions.card, captions="text")
+    data = dataclasses.replace(data, captions=data.captions._replace(card=card))
+    assert example_prompt(data) == data.held_out.caption(0)
+
+
+def test_grids_show_captions_above_the_pictures_and_carry_them(finished):
+    with Image.open(finished[1].grid) as grid:
+        assert {*grid.text["captions"].split("\n")} == {f"a photo of {name}" for name in NAMES}
+        assert grid.width == 5 * 98 - 2  # one row, as there are five
 
 
 def test_a_text_encoder_that_is_not_at_hand_is_said_and_added_later(captioned, encoder, tmp_path, capsys, finished):
@@ -262,3 +277,13 @@ def test_a_model_of_labels_does_not_read_the_captions_beside_its_images(captione
     assert "captions" not in record
     assert summary.class_names == NAMES
     assert load_data(labelled.data, image_size=8, in_channels=1).null_context is None
+
+
+def test_all_that_differs_of_prepared_images_is_said_at_once(captioned):
+    recipe = text_recipe(captioned, context_tokens=TOKENS + 1, image_size=16, in_channels=3)
+    wanted = f"--model.context-tokens {TOKENS} .*--model.image-size 8 --model.in-channels 1, and"
+    with pytest.raises(DataError, match=wanted):
+        open_data(recipe, None)
+    with pytest.raises(DataError, match="of width") as error:
+        open_data(text_recipe(captioned, context_tokens=TOKENS + 1), None)
+    assert "image-size" not in str(error.value)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -12,7 +15,7 @@ from itarflow.codec import CodecConfig
 from itarflow.data.codes import CodesCard
 from itarflow.data.context import CAPTION, CONTEXT, ContextCard
 
-_MOST_TOKENS = 16  # a side, of a flow to begin with
+_MOST_TOKENS, _MOST_TOKENS_LARGE = 16, 32  # a side, of a flow to begin with, and of a large one
 
 # Of Jinja, which torch brings along.
 _TEMPLATE = """---
@@ -98,8 +101,8 @@ holds those of the empty caption, for guidance.
 {{ command }}
 ```
 
-PATH is the folder of these files, or their name on the Hub.{{ " The recipe is a small one to begin with." if not \
-context else "" }} The VAE must
+PATH is the folder of these files, or their name on the Hub.{{ " The model is a small one to begin with." if small \
+else "" }} The VAE must
 be the one that made the codes: another one is refused.
 
 """
@@ -155,6 +158,7 @@ def codes_card(
         context=context,
         file=file,
         command=command,
+        small=is_small(images, context),
     )
 
 
@@ -162,9 +166,10 @@ def training_command(
     card: CodesCard,
     codec: CodecConfig,
     path: str,
-    splits: Sequence[str],
+    images: Mapping[str, int],
     context: ContextCard | None = None,
     text_encoder: str | None = None,
+    name: str | None = None,
 ) -> str:
     """The command that trains on codes: by the small recipe for codes, or, with captions, by the one for text.
 
@@ -172,43 +177,108 @@ def training_command(
         card: of the codes.
         codec: the VAE.
         path: where the codes are.
-        splits: names; it trains on train, or else the first, and measures on the next.
-        context: of captions, if there are any.
+        images: how many, by split; it trains on train, or else the first, and measures on the next.
+        context: of captions, if there are any. Up to 100,000 images get a small model.
         text_encoder: what made them, as it was named.
+        name: of the run; None = the recipe's.
     """
-    train = "train" if "train" in splits else splits[0]
+    train, held_out = train_and_held_out(list(images))
+    count, side = images[train], card.shape[1]
+    small = context is not None and is_small(images, context)
+    patch = patch_size(side) if context is None or small else patch_size(side, least=1, most_tokens=_MOST_TOKENS_LARGE)
     options = {
+        "name": name,
         "data.path": path,
         "data.split": train,
-        "data.held-out-split": next((split for split in splits if split != train), None),
+        "data.held-out-split": held_out,
         "codec.vae": codec.vae,
         "codec.revision": codec.revision,
         "codec.scaling-factor": codec.scaling_factor,
         "codec.shift-factor": codec.shift_factor,
-        "model.image-size": card.shape[1],
+        "model.image-size": side,
         "model.in-channels": card.shape[0],
         "model.num-classes": 0 if context else len(card.class_names),
-        "model.patch-size": patch_size(card.shape[1]),
-        **context_options(context, text_encoder),
+        "model.patch-size": patch,
+        **context_options(context, text_encoder, side // patch),
+        **({"train.epochs": _epochs(count, _SMALL_TEXT["train.batch-size"])} | _SMALL_TEXT if small else {}),
     }
-    given = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items() if value is not None]
     flips = [] if card.flips else ["--data.no-horizontal-flip"]
+    recomputed = ["--train.no-gradient-checkpointing"] if small else []
     recipe = "starflow_text" if context else "photos_latent"
-    return " ".join([f"python recipes/{recipe}.py", *given, *flips])
+    return " ".join([f"itarflow train {recipe}", *as_words(options), *flips, *recomputed])
 
 
-def context_options(context: ContextCard | None, text_encoder: str | None) -> dict[str, int | str | None]:
-    """The options of a recipe for a flow that takes these captions; of a Hub name of the encoder, the card tells."""
+_MOST_IMAGES = 100_000  # that a small model is proposed for
+_STEPS = 2000
+_SMALL_TEXT: dict[str, Any] = {
+    "train.batch-size": 32,
+    "train.learning-rate": 1e-3,
+    "train.max-grad-norm": 1.0,
+    "train.ema-decay": 0.99,
+    "train.mixed-precision": "no",
+    "model.channels": 256,
+    "model.num-layers": (1, 1, 1, 5),
+    "sampling.num-images": 16,
+}
+"""What makes starflow_text, of 3.86B parameters, one of some 7M for a first training, also on a CPU."""
+
+
+def is_small(images: Mapping[str, int], context: ContextCard | None) -> bool:
+    """Whether a small model is proposed: for codes without captions, and for few with them."""
+    return context is None or images[train_and_held_out(list(images))[0]] <= _MOST_IMAGES
+
+
+def _epochs(images: int, batch_size: int) -> int:
+    """As many as have `_STEPS` steps, but at least ten."""
+    return max(10, math.ceil(_STEPS * batch_size / max(images, 1)))
+
+
+def train_and_held_out(splits: Sequence[str]) -> tuple[str, str | None]:
+    """The split to train on, train or else the first, and the next one, to measure on, if there is one."""
+    train = "train" if "train" in splits else splits[0]
+    return train, next((split for split in splits if split != train), None)
+
+
+def as_words(options: Mapping[str, Any]) -> list[str]:
+    """Options as words of a command line; those of None are left out."""
+    words = {name: " ".join(map(str, value)) if isinstance(value, tuple) else shlex.quote(str(value))
+             for name, value in options.items() if value is not None}  # fmt: skip
+    return [f"--{name} {value}" for name, value in words.items()]
+
+
+def context_options(context: ContextCard | None, text_encoder: str | None, side: int) -> dict[str, int | str | None]:
+    """The options of a recipe for a flow that takes these captions, and has side x side tokens.
+
+    Of a Hub name of the encoder, the card tells.
+    """
     if context is None:
         return {}
     tokens, dim = context.shape
     local = text_encoder if text_encoder is not None and Path(text_encoder).expanduser().is_dir() else None
-    return {"model.context-tokens": tokens, "model.context-dim": dim, "text.encoder": local}
+    return {
+        "model.rotary-side": side,
+        "model.context-tokens": tokens,
+        "model.context-dim": dim,
+        "text.encoder": local,
+    }
 
 
-def patch_size(image_size: int) -> int:
-    """The smallest patches by which images or codes of this side are at most 16 x 16 tokens; 1 if none divide it."""
-    fitting = (size for size in range(1, image_size) if image_size % size == 0 and image_size // size <= _MOST_TOKENS)
+def run_name(folder: Path) -> str | None:
+    """The name of a run on the data in a folder: the folder's, if a run may be called so."""
+    name = folder.resolve().name
+    return name if re.fullmatch(r"\w[\w .+=-]*", name) else None
+
+
+def patch_size(side: int, least: int | None = None, most_tokens: int = _MOST_TOKENS) -> int:
+    """The smallest patches by which images or codes are at most so many tokens a side; 1 if none divide them.
+
+    Args:
+        side: of images or codes.
+        least: no smaller ones; None = 2 where they leave at least eight tokens a side, else 1.
+        most_tokens: a side.
+    """
+    least = (2 if side >= 16 else 1) if least is None else least
+    fitting = (size for size in range(least, side) if side % size == 0 and side // size <= most_tokens)
     return next(fitting, 1)
 
 

@@ -46,8 +46,10 @@ class Captions:
 
     @property
     def depends(self) -> dict[str, Any]:
-        """What files depend on: not where the encoder is from."""
-        return {"context": self.card.to_json() | {"encoder": asdict(replace(self.card.encoder, name="", revision=""))}}
+        """What files depend on: not where the encoder is from, nor what is known once all are there."""
+        encoder = asdict(replace(self.card.encoder, name="", revision=""))
+        card = {name: value for name, value in self.card.to_json().items() if name not in ("longest", "empty")}
+        return {"context": card | {"encoder": encoder}}
 
     @cached_property
     def estimate(self) -> Estimate:
@@ -66,6 +68,7 @@ class Captions:
             looked_at=len(images),
             tokens=sum(min(lengths[text], limit) for text in images) / max(len(images), 1),
             image_bytes=2 * self.card.encoder.dim * tokens / max(len(images), 1),
+            longest=max(lengths.values(), default=0),
             cut=len(long),
             example=long[0] if long else "",
         )
@@ -77,8 +80,8 @@ class Captions:
         found, (tokens, dim) = self.estimate, self.card.shape
         total = sum(map(len, self.texts.values()))
         lines = [
-            f"captions: {found.tokens:.1f} of at most {tokens} vectors of {dim} for an image on average, about "
-            f"{human_bytes(found.image_bytes * total)} in all"
+            f"captions: {found.tokens:.1f} of at most {tokens} vectors of {dim} for an image on average, "
+            f"{found.longest} for the longest, about {human_bytes(found.image_bytes * total)} in all"
         ]
         if found.cut:
             looked_at = " that were looked at" * (found.looked_at < total)
@@ -89,36 +92,37 @@ class Captions:
         console.print("\n".join(map(printable, lines)), markup=False, highlight=False, soft_wrap=True)
 
     def beside(
-        self, rows: Iterable[dict[str, Any] | str], shard: Shard, cut: Callable[[int], object]
+        self, rows: Iterable[dict[str, Any] | str], shard: Shard, note: Callable[[tuple[int, int]], object]
     ) -> Iterator[dict[str, Any] | str]:
         """The rows of a file, each with its caption and vectors. Texts say why an image is left out.
 
         Args:
             rows: of the file, in order.
             shard: the file.
-            cut: called with 1 for each row whose caption is cut, and with 0 for the others.
+            note: called for each row that is kept with 1 or 0, whether its caption is cut, and with its tokens; see
+                `caption_notes`.
         """
-        for row, (caption, is_cut) in zip(rows, self._rows(shard), strict=True):
+        for row, (caption, length) in zip(rows, self._rows(shard), strict=True):
             if isinstance(row, str):
                 yield row
             else:
-                cut(int(is_cut))
+                note((int(length > self.encoder.max_tokens), length))
                 yield row | caption
 
-    def _rows(self, shard: Shard) -> Iterator[tuple[dict[str, Any], bool]]:
-        """Caption and vectors of each row of a file, and whether it is cut; each distinct caption is encoded once."""
+    def _rows(self, shard: Shard) -> Iterator[tuple[dict[str, Any], int]]:
+        """Caption and vectors of each row of a file, and its tokens; each distinct caption is encoded once."""
         texts = self.texts[shard.split][shard.rows.start : shard.rows.stop]
         last = {text: row for row, text in enumerate(texts)}
         held = dict[str, bytes]()
-        long = set[str]()
+        tokens = dict[str, int]()
         for first in range(0, len(texts), _AHEAD):
             part = texts[first : first + _AHEAD]
             new = [text for text in dict.fromkeys(part) if text not in held]
             lengths = self._lengths(new)
-            long |= {text for text, length in zip(new, lengths, strict=True) if length > self.encoder.max_tokens}
+            tokens |= dict(zip(new, lengths, strict=True))
             held |= self._encoded(new, lengths)
             for row, text in enumerate(part, first):
-                yield {CAPTION: text, CONTEXT: held[text]}, text in long
+                yield {CAPTION: text, CONTEXT: held[text]}, tokens[text]
                 if last[text] == row:
                     del held[text]
 
@@ -153,6 +157,7 @@ class Estimate(NamedTuple):
         looked_at: images of the sample.
         tokens: of a caption, on average.
         image_bytes: of an image, on average, as equal captions near each other are stored once.
+        longest: tokens of the longest caption, cut or not.
         cut: images of the sample whose caption is too long.
         example: the first of these captions, or "".
     """
@@ -160,6 +165,7 @@ class Estimate(NamedTuple):
     looked_at: int
     tokens: float
     image_bytes: float
+    longest: int
     cut: int
     example: str
 
@@ -210,7 +216,7 @@ def begin_captions(captions: Captions | None, out: Path) -> None:
 
 
 def finished_card(captions: Captions | None, out: Path, contents: Mapping[Shard, Content]) -> ContextCard | None:
-    """The card once all files are there: it says how many captions were cut, and which file has the empty one.
+    """The card once all files are there: lengths and numbers of captions, and which file has the empty one.
 
     Raises:
         DataError: the empty caption is missing or damaged.
@@ -218,5 +224,16 @@ def finished_card(captions: Captions | None, out: Path, contents: Mapping[Shard,
     if captions is None:
         return None
     read_null_context(out, captions.card.shape)
-    cut = sum(int(content.notes.get("cut", 0)) for content in contents.values())
-    return replace(captions.card, cut=cut, null_context=file_sha256(out / NULL_CONTEXT))
+    notes = [content.notes for content in contents.values()]
+    return replace(
+        captions.card,
+        cut=sum(int(note.get("cut", 0)) for note in notes),
+        longest=max((int(note.get("longest", 0)) for note in notes), default=0),
+        empty=sum(text == "" for texts in captions.texts.values() for text in texts),
+        null_context=file_sha256(out / NULL_CONTEXT),
+    )
+
+
+def caption_notes(noted: Sequence[tuple[int, int]]) -> dict[str, int]:
+    """What a file stores of its captions, for `finished_card`; {} without."""
+    return {"cut": sum(cut for cut, _ in noted), "longest": max(longest for _, longest in noted)} if noted else {}

@@ -23,7 +23,14 @@ from itarflow.data.codes import PREPARED
 from itarflow.data.context import ContextCard
 from itarflow.data.dataset import ImageDataset
 from itarflow.data.made import Manifest
-from itarflow.data.prepare.contexts import FEATURES, Captions, begin_captions, finished_card, plan_captions
+from itarflow.data.prepare.contexts import (
+    FEATURES,
+    Captions,
+    begin_captions,
+    caption_notes,
+    finished_card,
+    plan_captions,
+)
 from itarflow.data.prepare.manifest import (
     SourceConfig,
     check_room,
@@ -216,10 +223,10 @@ def _write_shards(
         captions.encoder.to(usable_device(None))
     with image_progress(console, "preparing", total, done) as show:
         for shard in missing:
-            rows, cut = _rows(config, shard, sets[shard.split], pictures, show), list[int]()
+            rows, noted = _rows(config, shard, sets[shard.split], pictures, show), list[tuple[int, int]]()
             if captions:
-                rows = captions.beside(rows, shard, cut.append)
-            contents[shard] = write_shard(shard, features, rows, partial(_notes, cut))
+                rows = captions.beside(rows, shard, noted.append)
+            contents[shard] = write_shard(shard, features, rows, partial(caption_notes, noted))
             check_broken(config.out, shards, contents, config.max_broken)
     return contents, (total - done) / (time.monotonic() - start) if missing else None
 
@@ -242,10 +249,6 @@ def _rows(
             }
         )
         show(1)
-
-
-def _notes(cut: list[int]) -> dict[str, Any]:
-    return {"cut": sum(cut)} if cut else {}
 
 
 class _Encoder(Dataset[bytes | str]):

@@ -26,7 +26,7 @@ from itarflow.data.codes import CARD, CodesCard, to_bytes
 from itarflow.data.context import ContextCard
 from itarflow.data.made import Manifest, StoredFile
 from itarflow.data.prepare.codes_card import codes_card, training_command
-from itarflow.data.prepare.contexts import FEATURES, begin_captions, finished_card
+from itarflow.data.prepare.contexts import FEATURES, begin_captions, caption_notes, finished_card
 from itarflow.data.prepare.encode_plan import Plan
 from itarflow.data.prepare.manifest import check_room, clear_leftovers, stored_manifest
 from itarflow.data.prepare.shards import (
@@ -161,11 +161,11 @@ def encode_share(
     of_captions = FEATURES if plan.captions else {}
     features = datasets.Features(codes | label_features(plan.card.class_names) | of_captions)
     for shard in missing:
-        sums, cut = [np.zeros((2, plan.card.shape[0]))], list[int]()
+        sums, noted = [np.zeros((2, plan.card.shape[0]))], list[tuple[int, int]]()
         rows = _rows(plan, shard, codec, batches, sums.append, count)
         if plan.captions:
-            rows = plan.captions.beside(rows, shard, cut.append)
-        contents[shard] = write_shard(shard, features, rows, partial(_notes, sums, cut))
+            rows = plan.captions.beside(rows, shard, noted.append)
+        contents[shard] = write_shard(shard, features, rows, partial(_notes, sums, noted))
         contents = read_contents(plan.shards, contents, recorded)
         check_broken(config.out, plan.shards, contents, config.max_broken)
 
@@ -197,7 +197,7 @@ def finish(plan: Plan) -> Encoded:
         source=display_name(config.source),
         images=images,
         file=plan.shards[0].path.name,
-        command=training_command(card, replace(config.codec, vae=card.vae), "PATH", config.split, context),
+        command=training_command(card, replace(config.codec, vae=card.vae), "PATH", images, context),
         context=context,
     )
     write_text(config.out / "README.md", str(readme))
@@ -283,8 +283,8 @@ def _check_scale(codes: Tensor, factor: float) -> None:
         )
 
 
-def _notes(sums: list[np.ndarray], cut: list[int]) -> dict[str, Any]:
-    return {"sums": np.sum(sums, 0).tolist()} | ({"cut": sum(cut)} if cut else {})
+def _notes(sums: list[np.ndarray], noted: list[tuple[int, int]]) -> dict[str, Any]:
+    return {"sums": np.sum(sums, 0).tolist()} | caption_notes(noted)
 
 
 @torch.inference_mode()
