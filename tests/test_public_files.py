@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -159,6 +160,37 @@ def test_a_starflow_becomes_a_pipeline_and_goes_back(run):
     before, after = torch.load(source), torch.load("back.pth")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_starflow_without_a_vae_is_sampled_by_one_that_is_named(run, refused, tmp_path):
+    run("convert", GOLDEN / "starflow_labels" / "weights.pth", "ours")
+    words = ("sample", "ours", "--class-labels", 1, 2)
+    assert "this checkpoint has no VAE: give --decoder, or convert it again with --vae" in refused(*words)
+    tiny_vae(latent_channels=3).save_pretrained(tmp_path / "other")
+    message = refused(*words, "--decoder", tmp_path / "other")
+    assert "codes have shape (4, 6, 6); this VAE expects (3, H, W). Name that of its training." in message
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    run(*words, "--decoder", tmp_path / "vae", "--output", "out")
+    pipe = ITARFlowPipeline.from_pretrained("ours", vae=tiny_vae())
+    expected = pipe(class_labels=[1, 2], generator=torch.Generator().manual_seed(0)).images
+    for file, image in zip(sorted(Path("out").iterdir()), expected, strict=True):
+        assert Image.open(file).tobytes() == image.tobytes()
+
+
+def test_the_example_on_a_card_runs_without_a_vae(run):
+    run("convert", GOLDEN / "starflow_labels" / "weights.pth", "ours")
+    code = str(card()).split("```python\n")[1].split("```")[0].replace("path/to/this/folder", "ours")
+    assert "It holds no VAE" in str(card())
+    named: dict[str, Any] = {}
+    exec(code, named)
+    assert named["codes"].shape == (4, 6, 6)
+    run("convert", GOLDEN / "starflow_text" / "weights.pth", "text")
+    assert "It holds no text encoder" in str(card("text"))
+
+
+def test_a_folder_with_a_file_is_told_of_it(refused):
+    message = refused("convert", GOLDEN / "starflow_labels", "ours")
+    assert "Name a file in it: weights.pth, case.safetensors." in message
 
 
 def test_settings_of_ml_starflow_are_options(run):

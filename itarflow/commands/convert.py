@@ -22,10 +22,10 @@ from itarflow.pipeline.folder import foreign_entries
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.runtime.files import check_writable, replace_folder
-from itarflow.runtime.hub import folder_of
+from itarflow.runtime.hub import INDEX, folder_of
 from itarflow.runtime.model_folder import read_heads, weight_files
 from itarflow.runtime.pipeline_index import pipeline_index
-from itarflow.runtime.text import listed, printable
+from itarflow.runtime.text import counted, listed, printable
 from itarflow.runtime.torch_file import shards_advice
 from itarflow.text_encoder import TextEncoder
 
@@ -94,7 +94,7 @@ class Convert:
         defaults, weight = pipeline.scheduler.config, pipeline.default_guidance.weight
         say(
             f"pipeline with {parameters:,} parameters in {self.target}/; it samples at t_max {defaults.t_max:g}, "
-            f"guidance {weight:g}, and denoises in {defaults.num_denoise_steps} steps down to t_min "
+            f"guidance {weight:g}, and denoises in {counted(defaults.num_denoise_steps, 'step')} down to t_min "
             f"{defaults.t_min:g} unless a call overrides them. See `itarflow info {self.target}`."
         )
 
@@ -103,8 +103,7 @@ class Convert:
         if not self.to_official and Path(self.source).is_dir():
             raise ValueError(
                 shards_advice(Path(self.source))
-                or f"{self.source} is a folder; expected an official .pth file. To write one from the pipeline in it, "
-                "add --to-official."
+                or f"{self.source} is a folder; expected an official .pth file. {_advice(Path(self.source))}"
             )
         own = ("source", "target", "to_official", "overwrite")
         given = [one.name for one in fields(self) if one.name not in own and getattr(self, one.name) != one.default]
@@ -211,7 +210,8 @@ class Convert:
             text = TextEncoder.from_pretrained(text_encoder, max_tokens=flow.config.context_tokens)
             parts |= {"text_encoder": text.encoder, "tokenizer": text.tokenizer}
         if flow.config.rotary_side and vae == "none":
-            _note("It has no VAE, and makes codes alone; give the one that it was trained with by --vae.")
+            _note("It has no VAE, and makes codes alone; give the one that it was trained with by --vae, or to `itarflow "
+                  "sample` by --decoder.")  # fmt: skip
         if of_prompts and text_encoder == "none":
             _note("It has no text encoder, and needs prompt_embeds; give the one that it was trained with by "
                   "--text-encoder.")  # fmt: skip
@@ -236,7 +236,15 @@ class Convert:
 
 
 def _note(text: str) -> None:
-    Console().print(f"[yellow]{text}")
+    Console().print(f"[yellow]{text}", soft_wrap=True)
+
+
+def _advice(folder: Path) -> str:
+    """What to give in the place of a folder."""
+    if (folder / INDEX).is_file():
+        return "To write one from the pipeline in it, add --to-official."
+    files = [path.name for kind in ("pth", "pt", "safetensors") for path in sorted(folder.glob(f"*.{kind}"))]
+    return f"Name a file in it: {printable(listed(files, 3))}." if files else "There is none in it."
 
 
 def _stored(source: str) -> TARFlow:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from torch import Tensor
 
 from itarflow.commands.class_labels import MOST_IMAGES, chosen_labels, class_name
@@ -22,6 +24,8 @@ from itarflow.runtime.json_file import read_bytes
 from itarflow.runtime.text import file_name, printable
 from itarflow.text_encoder import TextEncoder
 
+Prompts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
+"""The option --prompt: one text or several after it, and more than once; see `listed_prompts`."""
 _LARGEST_FILE = 64 * 2**20
 _LONGEST_NAME = 60
 """Characters of a prompt in the name of a file."""
@@ -76,12 +80,14 @@ def subjects_of(
     """
     if not pipe.takes_prompts:
         if prompts is not None:
-            instead = "give --class-labels" if pipe.flow.config.num_classes else "leave it out"
+            labelled = pipe.flow.config.num_classes and class_labels is None
+            instead = "give --class-labels" if labelled else "leave it out"
             raise ValueError(f"--prompt was given, but this checkpoint makes no images from prompts; {instead}.")
         labels = chosen_labels(pipe, class_labels, num_images)
         return Subjects(labels, None, [class_name(pipe, label) for label in labels])
     if class_labels is not None:
-        raise ValueError("--class-labels were given, but this checkpoint takes prompts; give --prompt.")
+        instead = "leave them out" if prompts else "give --prompt"
+        raise ValueError(f"--class-labels were given, but this checkpoint takes prompts; {instead}.")
     if not prompts:
         raise ValueError(
             "this checkpoint makes images from prompts; give one, such as --prompt 'a corgi on the beach', or "
@@ -94,13 +100,21 @@ def subjects_of(
     return Subjects([None] * count, chosen, [printable(prompt).replace("\n", " ") for prompt in chosen])
 
 
+def listed_prompts(given: Sequence[Sequence[str]]) -> list[str]:
+    """The texts of the option --prompt in order."""
+    return list(chain.from_iterable(given))
+
+
 def prompts_in(path: Path) -> list[str]:
     """The prompts in a file, one a line.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is no text in UTF-8, too large, or empty.
+        ValueError: there is no such file, or it is no text in UTF-8, too large, or empty.
     """
+    if not path.exists() or path.is_dir():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise ValueError(f"--prompts {path} {what}; expected a text file with one prompt a line.")
     try:
         lines = read_bytes(path, _LARGEST_FILE).decode("utf-8").splitlines()
     except UnicodeDecodeError as error:
