@@ -210,8 +210,8 @@ class Convert:
             text = TextEncoder.from_pretrained(text_encoder, max_tokens=flow.config.context_tokens)
             parts |= {"text_encoder": text.encoder, "tokenizer": text.tokenizer}
         if flow.config.rotary_side and vae == "none":
-            _note("It has no VAE, and makes codes alone; give the one that it was trained with by --vae, or to `itarflow "
-                  "sample` by --decoder.")  # fmt: skip
+            _note("It has no VAE, and makes codes alone; give the one that it was trained with by --vae, or later to "
+                  "`itarflow sample` by --decoder.")  # fmt: skip
         if of_prompts and text_encoder == "none":
             _note("It has no text encoder, and needs prompt_embeds; give the one that it was trained with by "
                   "--text-encoder.")  # fmt: skip
