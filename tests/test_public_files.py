@@ -131,9 +131,10 @@ def test_a_preset_of_another_file_is_refused_with_both_values(refused):
 def test_a_preset_of_another_family_is_refused(refused):
     message = refused("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", "--preset", "starflow_3b")
     assert "the preset starflow_3b is for starflow_3B_t2i_256x256.pth" in message
-    message = refused("convert", GOLDEN / "starflow_text" / "weights.pth", "ours", "--preset", "starflow_3b")
-    assert "has context_tokens 5, as the shape of" in message
-    assert "context_tokens=128 was asked for" in message
+    for name in ("starflow_text", "starflow_labels"):
+        message = refused("convert", GOLDEN / name / "weights.pth", "ours", "--preset", "starflow_3b")
+        assert "the file has image_size 6, but the preset starflow_3b is for starflow_3B_t2i_256x256.pth" in message
+        assert "Choose the file's own preset, or leave --preset out" in message
 
 
 @pytest.mark.usefixtures("presets")

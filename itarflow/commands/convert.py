@@ -21,6 +21,7 @@ from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.folder import foreign_entries
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
+from itarflow.runtime.errors import CheckpointError
 from itarflow.runtime.files import check_writable, replace_folder
 from itarflow.runtime.hub import INDEX, folder_of
 from itarflow.runtime.model_folder import read_heads, weight_files
@@ -141,7 +142,13 @@ class Convert:
         }
         options = {name: value for name, value in asked.items() if value is not None}
         told: dict[str, Any] = {**(public.load if public else {}), **options}
-        flow = load_official(Path(self.source), input_scale=self.input_scale, **told)
+        try:
+            flow = load_official(Path(self.source), input_scale=self.input_scale, **told)
+        except CheckpointError:
+            if public is not None and self.preset is not None:  # is it the file of another one?
+                found = load_official(Path(self.source), input_scale=self.input_scale, **options)
+                public.check(self.preset, found, asked=options)
+            raise
         if public is not None and self.preset is not None:
             public.check(self.preset, flow, asked=options)
         elif likely := likely_presets(flow):
