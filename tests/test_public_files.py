@@ -145,6 +145,14 @@ def test_a_file_that_looks_public_is_told_of_its_presets(run):
     assert "--preset" not in run("convert", GOLDEN / "tarflow_uncond" / "weights.pth", "others", *words)
 
 
+def test_presets_are_listed_in_order(run, capsys):
+    with pytest.raises(SystemExit):
+        run("convert", "some.pth", "ours", "--preset", "x")
+    said = "".join(capsys.readouterr())
+    places = [said.index(f"'{name}'") for name in [*get_args(Preset), "None"]]
+    assert places == sorted(places)
+
+
 # STARFlow without a preset
 
 

@@ -48,7 +48,7 @@ class Convert:
     """Write the official format from ours."""
     overwrite: bool = False
     """Replace the target if it exists."""
-    preset: Preset | None = None
+    preset: Literal[Preset, None] = None  # tyro lists these in order
     """Which public file it is: what it does not record, and how it samples, is then as its owners publish it, but for
     what other options say. The card names source and licence."""
     in_channels: int | None = None
@@ -61,7 +61,7 @@ class Convert:
     """The soft_clip of ml-starflow, which the file does not record; 0 = off. None = 4."""
     softplus: bool | None = None
     """The use_softplus of ml-starflow, which the file does not record. None = True."""
-    seq_order: Literal["L2R", "R2L"] | None = None
+    seq_order: Literal["L2R", "R2L", None] = None
     """The seq_order of ml-starflow, which the file does not record. None = L2R."""
     t_max: float | None = None
     """Noise level at which to sample: the official t1, or TARFlow's noise_std. None = the paper's for the image
@@ -140,7 +140,7 @@ class Convert:
             "softplus": self.softplus,
             "seq_order": self.seq_order,
         }
-        options = {name: value for name, value in asked.items() if value is not None}
+        options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
         told: dict[str, Any] = {**(public.load if public else {}), **options}
         try:
             flow = load_official(Path(self.source), input_scale=self.input_scale, **told)
