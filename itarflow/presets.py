@@ -80,7 +80,7 @@ class ModelConfig:
     @property
     def takes_captions(self) -> bool:
         """Whether the images come with captions, and not with labels, which are a context of their own kind."""
-        return self.context_tokens > 0 and self.num_classes == 0
+        return self.context_dim > 0 and self.num_classes == 0  # the rule of `pipeline.prompts.takes_prompts`
 
 
 @dataclass(frozen=True, kw_only=True)

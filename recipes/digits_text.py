@@ -1,7 +1,7 @@
 r"""A tiny text-to-image model: digits of 8x8 pixels by captions such as "a photo of a seven", with STARFlow's blocks.
 
 It takes a few minutes on two CPU cores. First the captions go through a text encoder, here google/flan-t5-small
-(`pip install itarflow[text]`), from a folder with the digits in folders zero ... nine:
+(`pip install -e ".[text]"`), from a folder with the digits in folders zero ... nine:
 
     python benchmarks/digits_text.py digits_by_name
     itarflow prepare digits_by_name/images prepared/digits_text --size 8 --in-channels 1 \

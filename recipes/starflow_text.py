@@ -1,7 +1,7 @@
 r"""STARFlow's text-to-image model of 256 pixels (arXiv 2506.06276): 3.86B parameters, captions by flan-T5-XL.
 
 Encode images and captions once, then train; steps touch neither the VAE nor the text encoder. `--captions` names the
-column with the captions; its text encoder needs `pip install itarflow[text]`:
+column with the captions; its text encoder needs `pip install -e ".[text]"`:
 
     python vae/encode_dataset.py /data/captioned codes/captioned \
         --vae stabilityai/sd-vae-ft-ema --size 256 --no-flips --captions caption --text-encoder google/flan-t5-xl
@@ -10,8 +10,8 @@ column with the captions; its text encoder needs `pip install itarflow[text]`:
 On eight GPUs each, sharded, with the same options: accelerate launch --config_file recipes/launch/fsdp2.yaml FILE.
 The published weights, ready to sample from, are in docs/pretrained.md; the paper's data is not public.
 
-The same on a CPU in minutes, on the digits of scikit-learn with captions such as "a photo of a seven", with a tiny
-random text encoder: `python benchmarks/digits_text.py`.
+The same on a CPU in minutes, on the digits of scikit-learn with captions such as "a photo of a seven": the recipe
+digits_text.
 """
 
 from itarflow.commands.train import main

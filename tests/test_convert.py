@@ -273,6 +273,9 @@ def test_a_full_disk_is_told_in_torchs_words_too(monkeypatch, tmp_path):
         ({"noise_conditioned": False, "patch_size": (2, 4)}, "patch_size=.2, 4.* 2 in"),
         ({"noise_conditioned": False, "channels": (64, 128)}, "channels=.64, 128.* 64 in"),
         ({"noise_conditioned": False, "num_layers": (1, 2)}, "num_layers=.1, 2.*save_pretrained"),
+        ({"image_size": (4, 16)}, r"image_size=\(4, 16\) .*square.*save_pretrained"),
+        ({"image_size": (8, 4), "noise_conditioned": False}, r"image_size=\(8, 4\) .*square"),
+        ({"start_token": True}, "start_token=True .*would need False"),
     ],
 )
 def test_export_refuses_what_the_official_code_has_not(arguments, message, tmp_path):

@@ -210,6 +210,23 @@ def test_the_type_of_the_file_is_kept_there_and_back(official, tmp_path, dtype):
     assert all(after[name].dtype == dtype and torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize(
+    ("own", "of_one", "expected"),
+    [
+        (torch.float64, torch.float64, torch.float32),
+        (torch.float32, torch.float64, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+    ],
+)
+def test_what_is_written_can_be_read_again(tmp_path, own, of_one, expected):
+    flow = tiny().to(own)
+    flow.blocks[1].proj_out.to(of_one)
+    path = export_official(flow, tmp_path / "model.pth")
+    assert {tensor.dtype for tensor in torch.load(path).values()} == {expected}
+    assert_same(load_official(path), flow.to(expected))
+
+
 def test_of_two_types_the_wider_one_is_taken(official):
     flow = load_official(official(lambda state: {n: t.bfloat16() if "mlp" in n else t for n, t in state.items()}))
     assert {tensor.dtype for tensor in flow.state_dict().values()} == {torch.float32}
@@ -379,6 +396,77 @@ def test_arguments_that_contradict_an_itarflow(arguments, message):
 def test_a_seq_order_that_there_is_not(official):
     with pytest.raises(ValueError, match="seq_order is 'RTL'; expected 'L2R' or 'R2L'"):
         load_official(official(), seq_order="RTL")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0; expected a whole number from 1"),
+        ({"image_size": (4, -4)}, "image_size is -4"),
+        ({"image_size": (4, 4, 4)}, r"image_size is \(4, 4, 4\); expected a side, or height and width"),
+        ({"image_size": 2.5}, "image_size is 2.5"),
+        ({"context_tokens": -1}, "context_tokens is -1; expected a whole number from 0"),
+        ({"context_tokens": True}, "context_tokens is True"),
+        ({"soft_clip": -1.0}, "soft_clip is -1"),
+    ],
+    ids=str,
+)
+def test_arguments_out_of_range_are_refused_by_their_names(official, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_official(official(), **arguments)
+    bare, told = official(without("^var$|feat_rope|attn_mask")), {"image_size": 4, "context_tokens": 3}
+    with pytest.raises(ValueError, match=message):
+        load_official(bare, **told | arguments)
+
+
+@pytest.mark.parametrize("name", ["itarflow_cond", "tarflow_cond"])
+@pytest.mark.parametrize(
+    "option",
+    [{"soft_clip": 7.0}, {"softplus": False}, {"seq_order": "R2L"}, {"context_tokens": 128}],
+    ids=str,
+)
+def test_what_only_a_starflow_has_is_refused_of_others(name, option):
+    ((key, value),) = option.items()
+    with pytest.raises(
+        ValueError, match=f"{key} is {value!r}, but .*weights.pth is a TARFlow or iTARFlow, .* no {key};"
+    ):
+        load_official(GOLDEN / name / "weights.pth", **option)
+
+
+def test_what_a_starflow_has_not_is_refused(official):
+    with pytest.raises(ValueError, match=r"input_scale is 2.0, but .* is a STARFlow, which has no input_scale"):
+        load_official(official(), input_scale=2.0)
+    with pytest.raises(ValueError, match="seq_order is 'nonsense'; expected 'L2R' or 'R2L'"):
+        load_official(GOLDEN / "itarflow_cond" / "weights.pth", seq_order="nonsense")
+
+
+def test_buffers_of_different_lengths_are_told_once_each(official):
+    message = refusal(official(with_("blocks.1.attn_mask", torch.ones(20, 20))))
+    assert re.search(r"\(19 by [\w.]+, 20 by blocks.1.attn_mask\)", message)
+
+
+def test_text_without_values_is_refused(official):
+    assert "proj_txt for text of 0 values" in refusal(official(with_("blocks.2.proj_txt.weight", torch.ones(64, 0))))
+
+
+@pytest.mark.parametrize("kind", ["equal", "overlapping"])
+def test_tensors_that_share_memory_are_set_apart(official, tmp_path, kind):
+    first, second = ("blocks.0.attn_blocks.0.mlp.norm.bias", "blocks.1.attn_blocks.0.mlp.norm.bias")
+
+    def tie(state: State) -> State:
+        memory = torch.rand(100)
+        return state | {first: memory[:64], second: memory[:64] if kind == "equal" else memory[36:]}
+
+    path = official(tie)
+    flow, stored = load_official(path), torch.load(path)
+    names = name_map(flow, "attn_blocks")
+    ours = flow.state_dict()
+    assert torch.equal(ours[names[first]], stored[first])
+    assert torch.equal(ours[names[second]], stored[second])
+    flow.save_pretrained(tmp_path / "ours")
+    assert_same(TARFlow.from_pretrained(tmp_path / "ours"), flow)
+    ours[names[first]].zero_()
+    assert torch.equal(ours[names[second]], stored[second])
 
 
 def test_our_own_state_dict_is_no_official_file(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -11,12 +13,14 @@ import torch
 from conftest import tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image
+from torch.distributed.checkpoint import save as save_shards
 
 from itarflow import Guidance, ITARFlowPipeline
 from itarflow.convert import PUBLIC_FILES, load_official, name_map
 from itarflow.convert.public_files import Preset
 from itarflow.flow import TARFlow
 from itarflow.pipeline import storage
+from itarflow.runtime.torch_file import shards_advice
 
 GOLDEN = Path(__file__).parent / "golden"
 SENTENCE = (
@@ -44,7 +48,7 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     names = tuple("abcdef")
     changed = {
-        name: replace(PUBLIC_FILES[name], architecture=architecture, load={}, vae=None, text_encoder=None,
+        name: replace(PUBLIC_FILES[name], architecture=architecture, vae=None, text_encoder=None,
                       class_names=None if name == "starflow_3b" else names)
         for name, architecture in tiny.items()
     }  # fmt: skip
@@ -210,6 +214,44 @@ def test_settings_of_ml_starflow_are_options(run):
     assert tuple(config.image_size) == (4, 8)
 
 
+def test_a_file_without_buffers_is_told_its_text_tokens(run, refused, tmp_path):
+    state = torch.load(GOLDEN / "starflow_text" / "weights.pth")
+    state = {name: tensor for name, tensor in state.items() if "attn_mask" not in name and "feat_rope" not in name}
+    torch.save(state, tmp_path / "bare.pth")
+    assert "--context-tokens" in refused("convert", tmp_path / "bare.pth", "ours")
+    run("convert", tmp_path / "bare.pth", "ours", "--context-tokens", 5)
+    assert ITARFlowPipeline.from_pretrained("ours").flow.config.context_tokens == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("tarflow_cond", ("--soft-clip", 7), "soft_clip is 7.0, but .*TARFlow or iTARFlow, .*--soft-clip"),
+        ("itarflow_cond", ("--seq-order", "R2L"), "seq_order is 'R2L', but .*TARFlow or iTARFlow"),
+        ("starflow_labels", ("--input-scale", 2), "input_scale is 2.0, but .*is a STARFlow, .*--input-scale"),
+    ],
+)
+def test_options_of_the_other_family_are_refused(refused, name, words, message):
+    assert re.search(message, " ".join(refused("convert", GOLDEN / name / "weights.pth", "ours", *words).split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--t-max", 0), "t_max is 0"),
+        (("--t-max", "nan"), "t_max is nan"),
+        (("--t-min", -1), "t_min is -1"),
+        (("--guidance-weight", "nan"), "weight is nan"),
+        (("--num-denoise-steps", 0), "num_denoise_steps is 0"),
+        (("--input-scale", 0), "input_scale is 0"),
+        (("--soft-clip", -1), "soft_clip is -1"),
+    ],
+)
+def test_numbers_are_refused_before_the_file_is_read(refused, monkeypatch, words, message):
+    monkeypatch.setattr("itarflow.commands.convert.load_official", lambda *args, **_: pytest.fail("it was read"))
+    assert message in refused("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", *words)
+
+
 def test_bfloat16_stays_bfloat16_in_the_folder(run, tmp_path):
     state = torch.load(GOLDEN / "starflow_labels" / "weights.pth")
     torch.save({name: tensor.bfloat16() for name, tensor in state.items()}, tmp_path / "half.pth")
@@ -224,7 +266,19 @@ def test_bfloat16_stays_bfloat16_in_the_folder(run, tmp_path):
 def test_a_folder_of_shards_is_explained(refused):
     Path("run.pth").mkdir()
     Path("run.pth/__0_0.distcp").touch()
-    assert "dcp_to_torch_save('run.pth', 'run.pth.pth')" in refused("convert", "run.pth", "ours")
+    message = refused("convert", "run.pth", "ours")
+    assert """dcp_to_torch_save as save; save(sys.argv[1], sys.argv[1] + ".pth")' run.pth""" in message
+
+
+@pytest.mark.parametrize("name", ["run.pth", "it's", "$(touch pwned)", 'a "b" c', "`touch pwned`;touch pwned"])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_command_for_shards_makes_one_file_whatever_the_folder_is_called(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_shards({"weight": torch.arange(3.0)}, checkpoint_id=name, no_dist=True)
+    command = shards_advice(Path(name)).split("Make it by: ")[1]
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    assert torch.load(f"{name}.pth")["weight"].tolist() == [0, 1, 2]
+    assert {entry.name for entry in tmp_path.iterdir()} == {name, f"{name}.pth"}
 
 
 # The licence
@@ -302,10 +356,10 @@ def test_a_text_encoder_of_another_width_is_refused(refused, tmp_path):
     from tiny_text import WIDTH, save_text_encoder
 
     save_text_encoder(tmp_path / "t5")
+    next((tmp_path / "t5").glob("*.safetensors")).unlink()  # its config.json tells enough
     words = ("--text-encoder", tmp_path / "t5")
     message = refused("convert", GOLDEN / "starflow_text" / "weights.pth", "ours", *words)
-    assert str(WIDTH) in message
-    assert "24" in message
+    assert f"gives vectors of {WIDTH}, but the flow takes vectors of 24" in message
     assert not Path("ours").exists()
 
 

@@ -83,6 +83,8 @@ class VaeCodec:
         Raises:
             ValueError: the images have not the VAE's channels or size, or its stride does not divide the size.
         """
+        if images.ndim != 4:
+            raise ValueError(f"images have shape {tuple(images.shape)}; expected (B, C, H, W).")
         code_shape(self.vae, tuple(images.shape[1:]))
         parts = [self._encode(part) for part in self._slices(images)]
         means, log_variances = zip(*parts, strict=True)

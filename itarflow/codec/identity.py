@@ -96,10 +96,10 @@ def check_own_scaling(vae: Vae, whose: str) -> None:
 
 def affine(vae: Vae, device: torch.device) -> tuple[Tensor, Tensor]:
     """Shift and factor (C or 1, 1, 1) of codes = (latents - shift) * factor."""
-    (factor, offset), (means, stds) = own_scaling(vae), kind_of(vae).statistics(vae)
-    shift = torch.tensor(means or [offset], device=device)
-    spread = torch.tensor(stds or [1.0], device=device)
-    return shift.float()[:, None, None], (factor / spread.float())[:, None, None]
+    (factor, offset), (means, stds) = own_scaling(vae), kind_of(vae).moments(vae, device)
+    shift = torch.tensor([float(offset)], device=device) if means is None else means
+    spread = torch.ones(1, device=device) if stds is None else stds
+    return shift[:, None, None], (factor / spread)[:, None, None]
 
 
 def _check_scaling(factor: Any, shift: Any, means: Any, stds: Any, channels: int, whose: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
@@ -58,6 +59,11 @@ class Kind:
     def statistics(self, vae: Vae) -> tuple[Any, Any]:
         """Mean and standard deviation of each channel of the latents; empty or None where the VAE has none."""
         return vae.config.get("latents_mean"), vae.config.get("latents_std")
+
+    def moments(self, vae: Vae, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """`statistics` as float32 tensors (C,) on a device; None where the VAE has none."""
+        means, stds = (torch.tensor(one, device=device).float() if one else None for one in self.statistics(vae))
+        return means, stds
 
     def tiles(self, vae: Vae) -> str:  # noqa: ARG002
         """Why diffusers can't encode and decode it in tiles; "" if it can."""
@@ -114,8 +120,13 @@ class _Flux2(Kind):
         return super().decode(vae, pixel_shuffle(latents, vae.config.patch_size[0]))
 
     def statistics(self, vae: Vae) -> tuple[Any, Any]:
-        spread = (vae.bn.running_var.double() + vae.config.batch_norm_eps).sqrt()
-        return tuple(vae.bn.running_mean.double().tolist()), tuple(spread.tolist())
+        mean, variance = vae.bn.running_mean.cpu().double(), vae.bn.running_var.cpu().double()
+        return tuple(mean.tolist()), tuple((variance + vae.config.batch_norm_eps).sqrt().tolist())
+
+    def moments(self, vae: Vae, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        # Without a detour to the CPU, for which every slice of images would wait.
+        mean, variance = (one.to(device, torch.float32) for one in (vae.bn.running_mean, vae.bn.running_var))
+        return mean, (variance + vae.config.batch_norm_eps).sqrt()
 
     def unfit(self, vae: Vae) -> str:
         patch = vae.config.patch_size

@@ -121,9 +121,8 @@ class _VaeConfig(TypedDict, total=False):
     encoder_layers_per_block: list[Annotated[int, Meta(ge=0)]]
     decoder_layers_per_block: list[Annotated[int, Meta(ge=0)]]
     # of an AutoencoderKLFlux2
-    patch_size: _Count | list[_Count]
     batch_norm_eps: Annotated[float, Meta(gt=0)]
-    # of an AutoencoderRAE, with patch_size
+    # of an AutoencoderRAE
     encoder_hidden_size: _Count
     encoder_patch_size: _Count
     encoder_num_hidden_layers: _Count
@@ -138,12 +137,24 @@ class _VaeConfig(TypedDict, total=False):
     reshape_to_2d: bool
 
 
+class _Flux2Config(_VaeConfig, total=False):
+    patch_size: Annotated[list[_Count], Meta(min_length=2, max_length=2)]
+
+
+class _RepresentationConfig(_VaeConfig, total=False):
+    patch_size: _Count
+
+
+_CONFIGS: dict[str, Any] = {"AutoencoderKLFlux2": _Flux2Config, "AutoencoderRAE": _RepresentationConfig}
+"""Of the kinds that have a patch size, each in a form of its own."""
+
+
 def _checked_vae(folder: Path, variant: str | None) -> Vae:
     """The VAE in a folder, which may be anybody's: nothing is filled in before config and heads of weights fit."""
     path = folder / CONFIG
     values = read_json(path, dict[str, Any])
     kind = _class_of(str(values.get("_class_name", "a model of unknown kind")))
-    as_type(values, _VaeConfig, str(path))
+    as_type(values, _CONFIGS.get(kind.__name__, _VaeConfig), str(path))
     heads = read_heads(files := weight_files(folder, variant))
     check_bounded({name: value for name, value in values.items() if name not in _SCALING}, heads, path)
     arguments = {name: values[name] for name in inspect.signature(kind).parameters if name in values}

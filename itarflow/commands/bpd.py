@@ -14,7 +14,7 @@ from itarflow.commands.console import reporting, resumable, say
 from itarflow.evaluation.likelihood.bounds import Mean
 from itarflow.evaluation.likelihood.bpd import BpdConfig, Report, measure_bpd
 from itarflow.runtime.devices import usable_device
-from itarflow.runtime.text import counted
+from itarflow.runtime.text import counted, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,8 @@ class Bpd(BpdConfig):
 def _bpd_table(report: Report) -> Table:
     settings, draws = report.settings, report.settings["draws"]
     labels = f"labels {settings['labels']}" if settings["labels"] != "none" else "no labels"
+    if (captions := settings.get("captions")) is not None:  # of a flow that takes them, and no labels
+        labels = "no captions" if captions == "none" else f"captions by {escape(repr(printable(captions)))}"
     where = f"{settings['data']}, {settings['split']}" + (", held out" if settings["held_out_images"] else "")
     table = Table(
         title=f"Likelihood of {counted(report.images, 'image')} ({where}), {labels}, {counted(draws, 'draw')} each, "

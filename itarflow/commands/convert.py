@@ -21,11 +21,12 @@ from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.folder import foreign_entries
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
-from itarflow.runtime.errors import CheckpointError
 from itarflow.runtime.files import check_writable, replace_folder
 from itarflow.runtime.hub import INDEX, folder_of
-from itarflow.runtime.model_folder import read_heads, weight_files
-from itarflow.runtime.pipeline_index import pipeline_index
+from itarflow.runtime.json_file import read_json
+from itarflow.runtime.model_folder import CONFIG, read_heads, weight_files
+from itarflow.runtime.pipeline_index import ENCODER, pipeline_index
+from itarflow.runtime.ranges import LARGEST, check_number
 from itarflow.runtime.text import counted, listed, printable
 from itarflow.runtime.torch_file import shards_advice
 from itarflow.text_encoder import TextEncoder
@@ -56,13 +57,15 @@ class Convert:
     image_size: tuple[int, ...] | None = None
     """Of a STARFlow: side, or height and width, of the codes to generate, if not those that it was trained on."""
     input_scale: float = 1.0
-    """The official input_scale, which the file does not record."""
+    """The official input_scale of a TARFlow or iTARFlow, which the file does not record."""
     soft_clip: float | None = None
     """The soft_clip of ml-starflow, which the file does not record; 0 = off. None = 4."""
     softplus: bool | None = None
     """The use_softplus of ml-starflow, which the file does not record. None = True."""
     seq_order: Literal["L2R", "R2L", None] = None
     """The seq_order of ml-starflow, which the file does not record. None = L2R."""
+    context_tokens: int | None = None
+    """Of a STARFlow: its number of text tokens. None = as its buffers tell; a file without them needs it."""
     t_max: float | None = None
     """Noise level at which to sample: the official t1, or TARFlow's noise_std. None = the paper's for the image
     size, else 0.3."""
@@ -113,8 +116,7 @@ class Convert:
                 f"--{given[0].replace('_', '-')} was given with --to-official, whose file has no place for it: leave "
                 "it out."
             )
-        if self.image_size is not None and len(self.image_size) not in (1, 2):
-            raise ValueError(f"image_size has {len(self.image_size)} numbers; expected a side, or height and width.")
+        self._check_numbers()
         holds = any(self.target.iterdir()) if self.target.is_dir() else self.target.exists()
         if self.target.is_dir() and self.to_official:
             raise ValueError(f"{self.target} is a folder; expected a file name ending in .pth.")
@@ -130,6 +132,16 @@ class Convert:
             raise ValueError(f"{self.target} exists; add --overwrite to replace it, or choose another name.")
         check_writable(self.target.parent)
 
+    def _check_numbers(self) -> None:
+        """Refuse numbers that nothing can be made with, whatever the file holds."""
+        if self.image_size is not None and len(self.image_size) not in (1, 2):
+            raise ValueError(f"image_size has {len(self.image_size)} numbers; expected a side, or height and width.")
+        check_number("input_scale", self.input_scale)
+        if self.soft_clip is not None:
+            check_number("soft_clip", self.soft_clip, 0)
+        Guidance(weight=self.guidance_weight or 0.0)
+        self._scheduler(LARGEST if self.t_max is None else self.t_max, 1)
+
     def _flow(self, public: PublicFile | None) -> TARFlow:
         """The flow in the source, by the preset and the options."""
         size = self.image_size
@@ -139,16 +151,10 @@ class Convert:
             "soft_clip": self.soft_clip,
             "softplus": self.softplus,
             "seq_order": self.seq_order,
+            "context_tokens": self.context_tokens,
         }
         options: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-        told: dict[str, Any] = {**(public.load if public else {}), **options}
-        try:
-            flow = load_official(Path(self.source), input_scale=self.input_scale, **told)
-        except CheckpointError:
-            if public is not None and self.preset is not None:  # is it the file of another one?
-                found = load_official(Path(self.source), input_scale=self.input_scale, **options)
-                public.check(self.preset, found, asked=options)
-            raise
+        flow = load_official(Path(self.source), input_scale=self.input_scale, **options)
         if public is not None and self.preset is not None:
             public.check(self.preset, flow, asked=options)
         elif likely := likely_presets(flow):
@@ -168,11 +174,7 @@ class Convert:
             guidance = public.guidance
         if self.guidance_weight is not None:
             guidance = replace(guidance, weight=self.guidance_weight)
-        scheduler = DenoiseScheduler(
-            t_max=t_max,
-            t_min=self.t_min if self.t_min is not None else min(T_MIN, t_max / 2),
-            num_denoise_steps=(10 if iterative else 1) if self.num_denoise_steps is None else self.num_denoise_steps,
-        )
+        scheduler = self._scheduler(t_max, 10 if iterative else 1)
         return ITARFlowPipeline(
             flow,
             scheduler,
@@ -180,6 +182,14 @@ class Convert:
             class_names=list(public.class_names) if public and public.class_names else None,
             training=self._record(flow, public),
             **self._parts(flow, public),
+        )
+
+    def _scheduler(self, t_max: float, num_denoise_steps: int) -> DenoiseScheduler:
+        """By the options; the number of steps is the family's default."""
+        return DenoiseScheduler(
+            t_max=t_max,
+            t_min=self.t_min if self.t_min is not None else min(T_MIN, t_max / 2),
+            num_denoise_steps=num_denoise_steps if self.num_denoise_steps is None else self.num_denoise_steps,
         )
 
     def _record_levels(self, pipeline: ITARFlowPipeline, public: PublicFile | None) -> None:
@@ -210,9 +220,11 @@ class Convert:
     def _parts(self, flow: TARFlow, public: PublicFile | None) -> dict[str, Any]:
         """VAE, text encoder and tokenizer, those that there are."""
         vae = self.vae or (public and public.vae) or "none"
-        parts: dict[str, Any] = {} if vae == "none" else {"vae": load_vae(CodecConfig(vae=vae))}
         of_prompts = flow.config.context_tokens and not flow.config.num_classes
         text_encoder = self.text_encoder or (public and public.text_encoder) or "none"
+        if text_encoder != "none":
+            _check_width(text_encoder, flow.config.context_dim if of_prompts else 0)
+        parts: dict[str, Any] = {} if vae == "none" else {"vae": load_vae(CodecConfig(vae=vae))}
         if text_encoder != "none":
             text = TextEncoder.from_pretrained(text_encoder, max_tokens=flow.config.context_tokens)
             parts |= {"text_encoder": text.encoder, "tokenizer": text.tokenizer}
@@ -252,6 +264,22 @@ def _advice(folder: Path) -> str:
         return "To write one from the pipeline in it, add --to-official."
     files = [path.name for kind in ("pth", "pt", "safetensors") for path in sorted(folder.glob(f"*.{kind}"))]
     return f"Name a file in it: {printable(listed(files, 3))}." if files else "There is none in it."
+
+
+def _check_width(text_encoder: str, width: int) -> None:
+    """Refuse an encoder of another width, by its config.json: its weights may be gigabytes to download."""
+    if not width:
+        raise ValueError(
+            f"text_encoder is {text_encoder!r}, but this flow takes no prompts; leave --text-encoder out."
+        )
+    folder = folder_of(text_encoder, (CONFIG, f"{ENCODER}/{CONFIG}"), expected="a T5 text encoder")
+    path = next((path for path in (folder / ENCODER / CONFIG, folder / CONFIG) if path.is_file()), None)
+    found = None if path is None else read_json(path, dict[str, Any]).get("d_model")
+    if isinstance(found, int) and found != width:  # else it is no T5, as loading it will say
+        raise ValueError(
+            f"the text encoder {text_encoder!r} gives vectors of {found}, but the flow takes vectors of {width}; "
+            "expected the encoder that the flow was trained with."
+        )
 
 
 def _stored(source: str) -> TARFlow:

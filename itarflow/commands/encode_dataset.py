@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ def main(description: str | None = None, args: list[str] | None = None) -> None:
         args: the command line; None = the process's.
     """
     disable_progress_bar()  # diffusers' own, for the loading of files
+    keep_tokenizers_quiet()
     try:
         joined()
         config = parsed(Command, description=description, args=args)
@@ -134,6 +136,11 @@ def _print_encoded(config: EncodeConfig, encoded: Encoded, speed: float | None) 
     context, recipe = encoded.context, "by a small recipe" if encoded.context is None else "by the recipe for text"
     command = training_command(card, config.codec, str(config.out), config.split, context, config.text_encoder)
     say(f"Train on them, {recipe}: {command}")
+
+
+def keep_tokenizers_quiet() -> None:
+    """Data loaders fork after a tokenizer has had threads, which are of no use to them; each fork would warn of it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def captions_told(context: ContextCard | None) -> dict[str, str]:

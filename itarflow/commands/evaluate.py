@@ -20,6 +20,7 @@ from itarflow.evaluation.samples.denoising import VARIANTS, VariantName, variant
 from itarflow.evaluation.samples.files import open_samples, write_npz, write_png
 from itarflow.evaluation.samples.generate import Generation
 from itarflow.evaluation.samples.manifest import read_manifest
+from itarflow.evaluation.samples.prompts import SamplePrompts
 from itarflow.inverse.guidance import Guidance
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.runtime.files import check_no_link, check_writable, write_json
@@ -61,7 +62,9 @@ class Evaluate(Scoring, OneGuidance):
         if self.record and Path(self.checkpoint).is_dir():
             check_writable(Path(self.checkpoint))
 
-    def generations(self, pipe: ITARFlowPipeline, denoiser: Denoiser | None) -> dict[str, Generation]:
+    def generations(
+        self, pipe: ITARFlowPipeline, denoiser: Denoiser | None, prompts: SamplePrompts
+    ) -> dict[str, Generation]:
         """See `Scoring`."""
         schedule = pipe.schedule(
             self.t_max, None, self.num_denoise_steps, self.method, self.spacing, denoiser=denoiser
@@ -75,7 +78,7 @@ class Evaluate(Scoring, OneGuidance):
             # Without labels the checkpoint's own weight plays no part, and one given here is refused.
             guidance=guidance or (pipe.default_guidance if self.guided_by(pipe) else None),
             t_max=schedule.config.t_max,
-            prompts=self.sample_prompts(pipe),
+            prompts=prompts,
             **self.inverting(),
         )
         return {"": generation}

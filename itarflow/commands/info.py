@@ -11,6 +11,10 @@ import tyro
 from itarflow.commands.console import print_table
 from itarflow.pipeline.model_card import family_of
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.runtime.hub import folder_of
+from itarflow.runtime.json_file import read_json
+from itarflow.runtime.model_folder import CONFIG
+from itarflow.runtime.pipeline_index import ENCODER
 from itarflow.runtime.text import printable
 
 
@@ -23,7 +27,8 @@ class Info:
 
     def run(self) -> None:
         """Carry the command out."""
-        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
+        # Without its text encoder, which is large, and needs transformers.
+        pipe = ITARFlowPipeline.from_pretrained(self.checkpoint, text_encoder=None, tokenizer=None)
         config, parameters = pipe.flow.config, sum(p.numel() for p in pipe.flow.parameters())
         levels = "conditioned on the noise level" if config.noise_conditioned else "one noise level"
         num_tokens, token_dim = pipe.flow.z_shape
@@ -35,7 +40,7 @@ class Info:
             **_public(config, without=("noise_conditioned", "noise_range")),
         })  # fmt: skip
         _table("Codes", pipe.vae_facts())
-        _table("Prompts", pipe.prompt_facts())
+        _table("Prompts", _prompts(self.checkpoint, pipe))
         _table("Sampling defaults", {
             **_public(pipe.scheduler.config),
             **{f"guidance {key}": value for key, value in vars(pipe.default_guidance).items()},
@@ -53,6 +58,17 @@ class Info:
             _table("Training", facts if facts.keys() != {"name"} else {})
             _table("Results", training.get("metrics", {}))
             _table("Recipe", {section: values for section, values in recipe.items() if isinstance(values, dict)})
+
+
+def _prompts(checkpoint: str, pipe: ITARFlowPipeline) -> dict[str, Any]:
+    """As `ITARFlowPipeline.prompt_facts`, but the text encoder's by its config alone."""
+    file = f"{ENCODER}/{CONFIG}"
+    path = folder_of(checkpoint, [file], expected="a pipeline") / file
+    if not pipe.takes_prompts or not path.is_file():
+        return pipe.prompt_facts()
+    config = read_json(path, dict[str, Any])
+    size = f"{pipe.flow.config.context_tokens} vectors of {pipe.flow.config.context_dim}"
+    return {"prompts": f"read by a T5EncoderModel of {config.get('num_layers')} layers, as {size}"}
 
 
 def _shown(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +21,7 @@ from itarflow import __version__
 from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import resumable, say
 from itarflow.commands.guidance import GuidanceOptions
-from itarflow.commands.prompts import PromptOptions, put_encoder
+from itarflow.commands.prompts import PromptOptions, put_encoder, take_encoder
 from itarflow.data.images import Crop, square_side
 from itarflow.data.load import DataConfig
 from itarflow.denoisers.load import load_denoiser
@@ -120,7 +120,9 @@ class Scoring(GuidanceOptions, PromptOptions):
         """Where the results go."""
         return default_folder(self.checkpoint, self.kind) if self.output is None else self.output
 
-    def generations(self, pipe: ITARFlowPipeline, denoiser: Denoiser | None) -> dict[str, Generation]:
+    def generations(
+        self, pipe: ITARFlowPipeline, denoiser: Denoiser | None, prompts: SamplePrompts
+    ) -> dict[str, Generation]:
         """What is made, by the names of folders in `output`; "" is the folder itself.
 
         Raises:
@@ -165,9 +167,9 @@ class Scoring(GuidanceOptions, PromptOptions):
 
     def _run(self, state: PartialState) -> None:
         self.check()
-        pipe, device = self._open_pipe(state)
+        pipe, device, prompts = self._open_pipe(state)
         denoiser = self._open_denoiser(pipe, device)
-        generations = self.generations(pipe, denoiser)
+        generations = self.generations(pipe, denoiser, prompts)
         for generation in generations.values():
             generation.check()
         folders = {self.folder / name: generation for name, generation in generations.items()}
@@ -184,6 +186,8 @@ class Scoring(GuidanceOptions, PromptOptions):
         samples = [folder / name for folder, generation in folders.items() for name in generation.variants]
         found, scored = scores_of(samples, reference, extractor, state, device=device, console=console)
         if state.is_main_process:
+            if prompts.encoder is not None and self.text_encoder is None:  # for the card, of which it is a part
+                pipe.register_modules(text_encoder=prompts.encoder.encoder, tokenizer=prompts.encoder.tokenizer)
             report = {
                 "checkpoint": display_name(self.checkpoint),
                 "denoiser": None if self.denoiser is None else display_name(self.denoiser),
@@ -214,7 +218,7 @@ class Scoring(GuidanceOptions, PromptOptions):
         """Whether there are labels or prompts to guide by."""
         return pipe.takes_prompts or (self.labels != "none" and pipe.flow.config.num_classes > 0)
 
-    def sample_prompts(self, pipe: ITARFlowPipeline) -> SamplePrompts:
+    def _sample_prompts(self, pipe: ITARFlowPipeline) -> SamplePrompts:
         """The prompts of the samples; none for a checkpoint that takes none.
 
         Raises:
@@ -251,11 +255,11 @@ class Scoring(GuidanceOptions, PromptOptions):
                 check_no_link(folder)
             manifest_of(generation, folder)
 
-    def _open_pipe(self, state: PartialState) -> tuple[ITARFlowPipeline, str]:
-        """The checkpoint on this process's device, and that device.
+    def _open_pipe(self, state: PartialState) -> tuple[ITARFlowPipeline, str, SamplePrompts]:
+        """The checkpoint without its text encoder on this process's device, that device, and what is sampled from.
 
         Raises:
-            ValueError: a device is named for several processes.
+            ValueError: a device is named for several processes, or labels for a checkpoint that takes prompts.
             OSError: there is no such checkpoint.
         """
         if self.device is not None and state.num_processes > 1:
@@ -264,11 +268,18 @@ class Scoring(GuidanceOptions, PromptOptions):
             )
         device = str(state.device) if state.num_processes > 1 else usable_device(self.device)
         pipe = main_first(state, self._load_pipe)
-        main_first(state, lambda: self.sample_prompts(pipe)).check(pipe)
+        if pipe.takes_prompts and self.labels != "balanced":
+            raise ValueError(
+                f"--labels is {self.labels}, but this checkpoint takes prompts, and no labels; leave it out."
+            )
+        prompts = main_first(state, lambda: self._sample_prompts(pipe))
+        prompts.check(pipe)
+        if pipe.takes_prompts:  # the memory of the device is the flow's
+            prompts = replace(prompts, encoder=take_encoder(pipe))
         pipe.to(device)
         pipe.set_progress_bar_config(disable=True)
         crop_for(pipe, self.crop), noted_evaluations(pipe.config.evaluations)  # refused now
-        return pipe, device
+        return pipe, device, prompts
 
     def _load_pipe(self) -> ITARFlowPipeline:
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)

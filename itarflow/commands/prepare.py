@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from itarflow.commands.console import print_table, resumable, say
-from itarflow.commands.encode_dataset import captions_told
+from itarflow.commands.encode_dataset import captions_told, keep_tokenizers_quiet
 from itarflow.data.prepare.codes_card import context_options, patch_size
 from itarflow.data.prepare.crop import PrepareConfig, Prepared, prepare
 from itarflow.runtime.files import check_writable
@@ -36,6 +36,7 @@ class Prepare(PrepareConfig):
 
     def run(self) -> None:
         """Carry the command out."""
+        keep_tokenizers_quiet()
         check_writable(self.out)
         with resumable(self.out):
             prepared = prepare(self, console=Console(stderr=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,9 +19,8 @@ from itarflow.data.images import spread_over, square_side
 from itarflow.data.load import DataConfig, load_splits
 from itarflow.evaluation.samples.prompts import SamplePrompts
 from itarflow.pipeline.pipeline import ITARFlowPipeline
-from itarflow.pipeline.prompts import encoded, text_encoder_of
-from itarflow.runtime.json_file import read_bytes
-from itarflow.runtime.text import file_name, printable
+from itarflow.pipeline.prompts import encoded_on, text_encoder_of
+from itarflow.runtime.text import file_name, human_bytes, printable
 from itarflow.text_encoder import TextEncoder
 
 Prompts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
@@ -29,6 +28,8 @@ Prompts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
 _LARGEST_FILE = 64 * 2**20
 _LONGEST_NAME = 60
 """Characters of a prompt in the name of a file."""
+_MOST_BYTES = 180
+"""Of these; file systems take names of 255 bytes, of which a file has some more until it is whole."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Subjects:
 
     def file(self, index: int) -> str:
         """The name of that file."""
-        name = "" if self.prompts is None else file_name(self.prompts[index])[:_LONGEST_NAME].strip("-")
+        name = "" if self.prompts is None else file_name(self.prompts[index])[:_LONGEST_NAME]
+        name = name.encode()[:_MOST_BYTES].decode(errors="ignore").strip("-")
         return f"{index:06d}{'-' if name else ''}{name}.png"
 
 
@@ -106,7 +108,7 @@ def listed_prompts(given: Sequence[Sequence[str]]) -> list[str]:
 
 
 def prompts_in(path: Path) -> list[str]:
-    """The prompts in a file, one a line.
+    """The prompts in a file, one a line, where a blank line is the empty prompt, but at the end.
 
     Raises:
         OSError: it can't be read.
@@ -116,12 +118,18 @@ def prompts_in(path: Path) -> list[str]:
         what = "is a folder" if path.is_dir() else "is not there"
         raise ValueError(f"--prompts {path} {what}; expected a text file with one prompt a line.")
     try:
-        lines = read_bytes(path, _LARGEST_FILE).decode("utf-8").splitlines()
+        with path.open("rb") as file:  # of any kind, such as /dev/stdin
+            content = file.read(_LARGEST_FILE + 1)
+        if len(content) > _LARGEST_FILE:
+            raise ValueError(f"--prompts {path} is too large; expected at most {human_bytes(_LARGEST_FILE)}.")
+        lines = [line.strip() for line in content.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompts {path} is no text in UTF-8 ({error}); expected one prompt a line.") from error
+    while lines and not lines[-1]:
+        lines.pop()
     if not lines:
         raise ValueError(f"--prompts {path} is empty; expected one prompt a line.")
-    return [line.strip() for line in lines]
+    return lines
 
 
 def put_encoder(pipe: ITARFlowPipeline, name: str) -> None:
@@ -174,8 +182,7 @@ def encode_once(encoder: TextEncoder, prompts: Sequence[str], device: str | torc
     """Encode the prompts of images, and the empty one, on a device, of which the encoder is gone at the end."""
     texts = list(dict.fromkeys(prompts))
     place = {text: row for row, text in enumerate(texts)}
-    vectors = encoded(encoder.to(device), [*texts, ""]).cpu()
-    encoder.to("cpu")
+    vectors = encoded_on(encoder, [*texts, ""], device)
     return Encoded(vectors, [place[text] for text in prompts])
 
 
@@ -188,7 +195,8 @@ class PromptOptions:
     template for the name of the class, such as "a photo of a {}"; of as many images as there are samples, evenly
     spaced."""
     prompts: Path | None = None
-    """In place of --captions: a file with one prompt a line, which the samples take in turn."""
+    """In place of --captions: a file with one prompt a line, which the samples take in turn; a blank line is the empty
+    prompt."""
     text_encoder: str | None = None
     """The text encoder of such a checkpoint, if it holds none: a folder or a Hub id of a T5."""
 
@@ -199,7 +207,11 @@ class PromptOptions:
         if self.captions is not None and data is None:
             raise ValueError("--captions are those of the images of --data, which was not given; give --prompts FILE.")
         if self.prompts is not None:
-            prompts_in(self.prompts)
+            _ = self._prompts
+
+    @cached_property
+    def _prompts(self) -> Sequence[str]:
+        return [] if self.prompts is None else prompts_in(self.prompts)  # read once: it may be a pipe
 
     def prompts_of(self, data: DataConfig, shape: tuple[int, int, int], count: int) -> SamplePrompts:
         """The prompts of so many samples.
@@ -213,7 +225,7 @@ class PromptOptions:
             DataError: the images have no such captions, or some lack one.
         """
         if self.prompts is not None:
-            return SamplePrompts(prompts_in(self.prompts))
+            return SamplePrompts(self._prompts)
         if self.captions is None:
             return SamplePrompts()
         texts = _captions(data, self.captions, square_side(shape), shape[0])

@@ -62,7 +62,7 @@ class Sample(OneGuidance):
     """Texts to make images from, of a checkpoint that takes prompts, each in quotes, such as 'a corgi on the beach';
     '' is none in particular. Those that begin with a dash are given as --prompt='-one'."""
     prompts: Path | None = None
-    """A file with one prompt a line."""
+    """A file with one prompt a line; a blank line is the empty prompt."""
     text_encoder: str | None = None
     """The text encoder that the checkpoint was trained with, if it holds none: a folder or a Hub id of a T5, such as
     google/flan-t5-xl."""

@@ -17,6 +17,7 @@ from itarflow.denoisers.score import Denoiser
 from itarflow.evaluation.metrics.scores import Scores
 from itarflow.evaluation.samples.generate import Generation
 from itarflow.evaluation.samples.manifest import read_manifest
+from itarflow.evaluation.samples.prompts import SamplePrompts
 from itarflow.evaluation.sweep import Setting, best_settings, generations_of, grid_of, text, write_csv
 from itarflow.evaluation.sweep_plots import draw_curves, draw_images
 from itarflow.pipeline.pipeline import ITARFlowPipeline
@@ -70,7 +71,9 @@ class Sweep(Scoring):
             raise ValueError(f"--picture-rows is {self.picture_rows}; expected 1 or more.")
         blank_figure(1, 1)  # refuses where matplotlib is missing
 
-    def generations(self, pipe: ITARFlowPipeline, denoiser: Denoiser | None) -> dict[str, Generation]:
+    def generations(
+        self, pipe: ITARFlowPipeline, denoiser: Denoiser | None, prompts: SamplePrompts
+    ) -> dict[str, Generation]:
         """See `Scoring`."""
         return generations_of(
             pipe,
@@ -82,7 +85,7 @@ class Sweep(Scoring):
             spacing=self.spacing,
             denoiser=denoiser,
             **self.denoising(),
-            prompts=self.sample_prompts(pipe),
+            prompts=prompts,
             **self.inverting(),
         )
 

@@ -30,6 +30,7 @@ from itarflow.convert.tarflow import tarflow_architecture
 from itarflow.flow.tarflow import TARFlow
 from itarflow.runtime.errors import CheckpointError
 from itarflow.runtime.files import atomically
+from itarflow.runtime.ranges import check_integer, shown
 from itarflow.runtime.text import listed
 from itarflow.runtime.torch_file import read_state
 
@@ -45,9 +46,9 @@ def load_official(
     patch_size: int | None = None,
     input_scale: float = 1.0,
     noise_range: tuple[float, float] | None = None,
-    soft_clip: float = 4.0,
-    softplus: bool = True,
-    seq_order: SeqOrder = "L2R",
+    soft_clip: float | None = None,
+    softplus: bool | None = None,
+    seq_order: SeqOrder | None = None,
     context_tokens: int | None = None,
 ) -> TARFlow:
     """Read a checkpoint of ml-tarflow, ml-itarflow or ml-starflow; which of them, its tensors tell.
@@ -64,10 +65,12 @@ def load_official(
         patch_size: a patch's side, one number for all blocks; None = as in_channels and the file tell.
         input_scale: the factor on the images that a TARFlow or iTARFlow was trained with; the file doesn't say.
         noise_range: (t_min, t_max) of the training, which the flow will then insist on; None = unknown.
-        soft_clip: of a STARFlow: bound of the outputs of its blocks, 0 = none; the file doesn't say.
-        softplus: of a STARFlow: whether its scale is a softplus, not an exponential; the file doesn't say.
-        seq_order: of a STARFlow: "L2R" if its first block walks backwards, else "R2L"; the file doesn't say.
-        context_tokens: of a STARFlow: T, its number of text tokens; needed only for a file without its buffers.
+        soft_clip: of a STARFlow alone: bound of the outputs of its blocks, 0 = none; the file doesn't say. None = 4.
+        softplus: of a STARFlow alone: whether its scale is a softplus, not an exponential; the file doesn't say.
+            None = True.
+        seq_order: of a STARFlow alone: "L2R" if its first block walks backwards, else "R2L"; the file doesn't say.
+            None = "L2R".
+        context_tokens: of a STARFlow alone: T, its number of text tokens; needed only for a file without its buffers.
 
     Returns:
         The flow on the CPU, in evaluation mode. A TARFlow or iTARFlow is in float32 and noise conditioned if the
@@ -77,20 +80,21 @@ def load_official(
     Raises:
         CheckpointError: the file is missing, damaged, of another kind or architecture, holds code, or contradicts an
             argument.
-        ValueError: input_scale, noise_range or another argument out of range.
+        ValueError: input_scale, noise_range or another argument out of range, or one that the file's family has not.
         OSError: the file exists, but may not or can't be read.
     """
     path = Path(path)
-    told: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size}
-    if in_channels is not None:
-        told["in_channels"] = in_channels
+    _check_arguments(image_size, context_tokens, seq_order)
+    told = _given(in_channels=in_channels, image_size=image_size, patch_size=patch_size)
+    of_starflow = _given(soft_clip=soft_clip, softplus=softplus, seq_order=seq_order, context_tokens=context_tokens)
     try:
         state = read_state(path)
         if is_starflow(state):
-            told |= {"soft_clip": soft_clip, "softplus": softplus, "seq_order": seq_order}
-            config = starflow_architecture(state, context_tokens=context_tokens, **told)
+            config = starflow_architecture(state, **told, **of_starflow)
+            _check_family(path, "STARFlow", {} if input_scale == 1 else {"input_scale": input_scale})
         else:
             config = tarflow_architecture(state, **told)
+            _check_family(path, "TARFlow or iTARFlow", of_starflow)
         # Without storage: the weights of a large model are neither drawn nor held twice.
         with torch.device("meta"):
             flow = TARFlow(**config, input_scale=input_scale, noise_range=noise_range)
@@ -109,7 +113,8 @@ def export_official(flow: TARFlow, path: str | os.PathLike[str]) -> Path:
     loaded.
 
     Args:
-        flow: on any device; stored in float32, or a STARFlow in its own type.
+        flow: on any device. It is stored in float32, a STARFlow in its own type: in the widest of them if there are
+            several, and in float32 instead of float64, which isn't read back.
         path: the file to write, replaced if it exists; missing folders are made. It is never half written.
 
     Returns:
@@ -130,7 +135,7 @@ def export_official(flow: TARFlow, path: str | os.PathLike[str]) -> Path:
 def official_state(flow: TARFlow) -> dict[str, Tensor]:
     """The official names and tensors of a flow, masks, buffers and aliases included, on the CPU.
 
-    They are float32 copies; of a STARFlow they are the flow's own, where the layouts agree.
+    They are float32 copies; of a STARFlow they are the flow's own, where layout and type agree.
     """
     if flow.config.rotary_side:
         return _starflow_state(flow)
@@ -144,12 +149,14 @@ def official_state(flow: TARFlow) -> dict[str, Tensor]:
 
 
 def _starflow_state(flow: TARFlow) -> dict[str, Tensor]:
-    patch = flow.patch_sizes[0]
+    patch, ours = flow.patch_sizes[0], flow.state_dict()
+    widest = reduce(torch.promote_types, (parameter.dtype for parameter in flow.parameters()))
+    dtype = widest if widest in _WEIGHTS else torch.float32
     state = {
-        official: channel_first(name, flow.state_dict()[name].detach().to("cpu"), patch, back=True).contiguous()
+        official: channel_first(name, ours[name].detach().to("cpu", dtype), patch, back=True).contiguous()
         for official, name in name_map(flow, TARFLOW_LAYERS).items()
     }
-    return state | starflow.redundant_tensors(flow, flow.dtype)
+    return state | starflow.redundant_tensors(flow, dtype)
 
 
 def our_weights(state: Mapping[str, Tensor], flow: TARFlow) -> dict[str, Tensor]:
@@ -161,7 +168,7 @@ def our_weights(state: Mapping[str, Tensor], flow: TARFlow) -> dict[str, Tensor]
 
     Returns:
         float32 copies that share no memory with `state`; for a STARFlow tensors of the type of `state`, the widest if
-        there are several, that are copies only where type or layout differ.
+        there are several, that are copies only where type or layout differ, or where two share memory.
 
     Raises:
         CheckpointError: a tensor is missing, too many, of a wrong shape or type, or not finite.
@@ -191,7 +198,17 @@ def _starflow_weights(state: Mapping[str, Tensor], names: Mapping[str, str], flo
         name: channel_first(name, state[official].to(dtype), flow.patch_sizes[0]).contiguous()
         for official, name in names.items()
     }
-    return weights | {"prior_variance": torch.ones(flow.z_shape, dtype=dtype)}
+    return _apart(weights) | {"prior_variance": torch.ones(flow.z_shape, dtype=dtype)}
+
+
+def _apart(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same contiguous tensors, those that share memory with another copied: training would change both."""
+    apart, end = dict(weights), 0
+    for name, tensor in sorted(weights.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end:
+            apart[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return apart
 
 
 def _official_shape(name: str, tensor: Tensor) -> tuple[int, ...]:
@@ -226,9 +243,43 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _check_arguments(image_size: Any, context_tokens: Any, seq_order: Any) -> None:
+    """Refuse, before a file is read, what fits none; raises ValueError."""
+    sides = image_size if isinstance(image_size, Sequence) else () if image_size is None else (image_size,)
+    if isinstance(image_size, Sequence) and len(sides) != 2:
+        raise ValueError(f"image_size is {shown(image_size)}; expected a side, or height and width.")
+    for side in sides:
+        check_integer("image_size", side, 1, 2**16)
+    if context_tokens is not None:
+        check_integer("context_tokens", context_tokens, 0, 2**16)
+    if seq_order not in (None, "L2R", "R2L"):
+        raise ValueError(f"seq_order is {shown(seq_order)}; expected 'L2R' or 'R2L'.")
+
+
+def _check_family(path: Path, family: str, others: Mapping[str, Any]) -> None:
+    """Refuse options that only models of the other family have; raises ValueError."""
+    if not others:
+        return
+    name, value = next(iter(others.items()))
+    raise ValueError(
+        f"{name} is {shown(value)}, but {path} is a {family}, which has no {name}; leave it out "
+        f"(--{name.replace('_', '-')})."
+    )
+
+
 def _check_exportable(flow: TARFlow) -> None:
     """Refuse what the official model classes can't express."""
     config = flow.config
+    _, height, width = flow.image_shape
+    if height != width and not config.rotary_side:
+        raise ValueError(
+            f"image_size={(height, width)} can't be exported; ml-tarflow and ml-itarflow would need a square. "
+            "Save this flow with save_pretrained instead."
+        )
     allowed: dict[str, Any] = {"learned_first_token": False, "head_dim": HEAD_DIM, "mlp_ratio": MLP_RATIO}
     code = "ml-starflow" if config.rotary_side else "ml-itarflow" if config.noise_conditioned else "ml-tarflow"
     if code == "ml-starflow":
@@ -248,6 +299,7 @@ def _check_exportable(flow: TARFlow) -> None:
         values = value if isinstance(value, Sequence) else (value,)
         if any(entry != expected for entry in values):
             where = " in all blocks" if len(values) > 1 else ""
+            expected = bool(expected) if isinstance(value, bool) else expected
             raise ValueError(
                 f"{name}={value} can't be exported; {code} would need {expected}{where}. "
                 "Save this flow with save_pretrained instead."

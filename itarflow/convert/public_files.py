@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from itarflow.flow.tarflow import TARFlow
@@ -42,7 +42,7 @@ class PublicFile:
     source: str
     """The address of the file, or its repository on the Hub."""
     architecture: Mapping[str, Any]
-    """Arguments of `TARFlow` that its tensors must have."""
+    """Arguments of `TARFlow` that its tensors must have. What tensors don't say is the default of `load_official`."""
     noise_std: float
     """Standard deviation of the noise that it was trained with."""
     guidance: Guidance
@@ -53,8 +53,6 @@ class PublicFile:
     """Of 50,000 samples, as the owners report it for their sequential sampling; None = they report none."""
     class_names: tuple[str, ...] | None = None
     """Of the labels, in order; None = no labels, or ImageNet's thousand in the order of their WordNet ids."""
-    load: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of `load_official`."""
     vae: str | None = None
     """Of the codes that it models; None = it models pixels."""
     text_encoder: str | None = None
@@ -208,7 +206,6 @@ PUBLIC_FILES: dict[Preset, PublicFile] = {
             "start_token": True,
             "final_norm": True,
         },
-        load={"soft_clip": 4.0, "softplus": True, "seq_order": "L2R", "context_tokens": 128},
         noise_std=0.3,
         # scripts/test_sample_image.sh. Its FID is published for MS-COCO captions, not with a command for this file.
         guidance=Guidance(weight=3.6, rule="gaussian", schedule="constant", blocks=1),

@@ -82,10 +82,7 @@ def starflow_architecture(
 
     Raises:
         CheckpointError: these are not the weights of a STARFlow that itarflow has, or not for these arguments.
-        ValueError: an argument out of range.
     """
-    if seq_order not in ("L2R", "R2L"):
-        raise ValueError(f"seq_order is {seq_order!r}; expected 'L2R' or 'R2L'.")
     _check_kind(state)
     num_blocks = num_children(state, "blocks")
     inputs = [tensor_of(state, f"blocks.{index}.proj_in.weight", "(channels, values)") for index in range(num_blocks)]
@@ -174,6 +171,11 @@ def _grid(
             )
         side = math.isqrt(tokens)
     elif isinstance(image_size, int):
+        if image_size % patch:
+            raise CheckpointError(
+                f"has tokens of patches of {patch} x {patch}, which don't divide image_size={image_size}; pass the "
+                "side of the images that it was trained on."
+            )
         side = image_size // patch
     else:
         raise CheckpointError(
@@ -182,13 +184,14 @@ def _grid(
         )
     lengths = _lengths(state)
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{count} by {name}" for name, count in list(lengths.items())[:3])
+        by_length = {count: name for name, count in lengths.items()}
+        told = listed(f"{count} by {name}" for count, name in by_length.items())
         raise CheckpointError(f"has buffers for different numbers of tokens ({told}); expected the same in all.")
     if not lengths:
         if context_tokens is None and any(".proj_txt." in name for name in state):
             raise CheckpointError(
                 "has neither attn_mask nor feat_rope, which would tell the number of text tokens; pass it as "
-                "context_tokens (128 in the 3B), or take the file with all its buffers."
+                "context_tokens (--context-tokens; 128 in the 3B), or take the file with all its buffers."
             )
         return side, context_tokens or 0
     name, length = next(iter(lengths.items()))
@@ -237,4 +240,7 @@ def _context(state: Mapping[str, Tensor], num_blocks: int, num_text: int) -> tup
         raise CheckpointError(
             f"has proj_txt for text of {listed(map(str, sorted(widths)))} values; expected one width."
         )
-    return widths.pop(), None if len(with_text) == num_blocks > 1 else len(with_text)
+    width = widths.pop()
+    if not width:
+        raise CheckpointError("has proj_txt for text of 0 values; expected at least one. It is of another model.")
+    return width, None if len(with_text) == num_blocks > 1 else len(with_text)

@@ -33,6 +33,10 @@ _TENSOR = "null_context"
 _EXPONENT = np.int16(0x7F80)  # of a bfloat16: all of its bits are set in what is not finite
 
 
+class CaptionError(DataError):
+    """Captions are missing, or not of the vectors that a model takes; the caller adds how to do without."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContextCard:
     """What the condition vectors of a data set are."""
@@ -144,15 +148,15 @@ def open_context(path: str, shape: tuple[int, int]) -> StoredContext:
         shape: (T, E) that the model takes: its context_tokens and context_dim.
 
     Raises:
-        DataError: it has no captions, those of another shape, or no whole file of the empty caption.
+        CaptionError: it has no captions, or those of another shape.
+        DataError: it has no whole file of the empty caption.
     """
     card, folder = find_context(path), folder_of_cards(path)
     if card is None or folder is None:
-        raise DataError(
+        raise CaptionError(
             f"the images in {path} have no captions (codes.json or prepare.json beside them tells of none), but the "
-            f"model takes them: model.context_dim is {shape[1]}. Make them by --captions of vae/encode_dataset.py, or "
-            "of `itarflow prepare`, for models of pixels; or train without, by --model.context-dim 0 "
-            "--model.context-tokens 0"
+            f"model takes them, as {shape[0]} vectors of {shape[1]}. Make them by --captions of "
+            "vae/encode_dataset.py, or of `itarflow prepare`, for models of pixels"
         )
     check_context(card, path, shape)
     null_context = read_null_context(folder, card.shape)
@@ -173,15 +177,15 @@ def check_context(card: ContextCard, path: str, shape: tuple[int, int]) -> None:
         shape: (T, E) that the model takes.
 
     Raises:
-        DataError: saying which options fit.
+        CaptionError: they are not.
     """
     if card.shape != shape:
         tokens, dim = card.shape
         name = printable(str(card.encoder.name))
-        raise DataError(
+        raise CaptionError(
             f"the captions in {path} are {tokens} vectors of {dim}, by the text encoder {name}, but the model takes "
-            f"{shape[0]} of {shape[1]}; set --model.context-tokens {tokens} --model.context-dim {dim}, or encode the "
-            f"captions again, by --context-tokens {shape[0]} and a --text-encoder of width {shape[1]}"
+            f"{shape[0]} of {shape[1]}; encode the captions again, by --context-tokens {shape[0]} and a "
+            f"--text-encoder of width {shape[1]}"
         )
 
 

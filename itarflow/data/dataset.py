@@ -293,6 +293,16 @@ class ImageDataset(Dataset[Example]):
         result._held, result._labels, result._broken = _Held(images, tuple(contexts), places), labels, tuple(broken)
         return result
 
+    def contexts(self, indices: Sequence[int]) -> Tensor | None:
+        """The bfloat16 (B, T, E) of the captions of some images, which are not decoded; None if they are not read."""
+        if self._context is None:
+            return None
+        found = [self.context(index) for index in indices]
+        if self._held is None:
+            rows = self._rows.select_columns(list(self._context.columns))
+            found = [self._context(rows[int(self._indices[index])]) for index in indices]
+        return padded(self._context, found)
+
     def read(self, index: int) -> Tensor | str:
         """Decode the image at `index` itself, or say "name: reason" why there is none."""
         found = self._read(index)

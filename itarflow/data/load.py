@@ -17,7 +17,7 @@ from torch import Tensor
 
 from itarflow.codec import VaeIdentity
 from itarflow.data.captions import read_captions
-from itarflow.data.codes import CodeDecoder, check_card, find_card
+from itarflow.data.codes import CodeDecoder, check_card, find_card, folder_of_cards
 from itarflow.data.columns import find_image_column, find_label_column
 from itarflow.data.context import CAPTION, StoredContext, open_context
 from itarflow.data.dataset import Decoder, ImageDataset, PictureDecoder
@@ -137,6 +137,7 @@ def load_data(
         Training images, held-out images, and what was understood of the set.
 
     Raises:
+        CaptionError: captions are missing, or of other vectors.
         DataError: the configuration or the data cannot be used; the message says what to change.
     """
     _check(config)
@@ -167,7 +168,9 @@ def load_data(
             flips=config.horizontal_flip,
             crop=config.crop,
         )
-    captions = None if context is None else open_context(config.path, context)
+    captions = None
+    if context is not None and folder_of_cards(config.path) is not None:  # if not, first see whether there is a set
+        captions = open_context(config.path, context)  # before a large one is downloaded
     train, held_out, left_out = open_splits(
         config.path,
         name=config.name,
@@ -175,6 +178,8 @@ def load_data(
         held_out_split=config.held_out_split,
         streaming=config.streaming,
     )
+    if context is not None and captions is None:
+        captions = open_context(config.path, context)
     tables: dict[str, Rows] = {f"split {config.split!r}": train}
     if held_out is not None:
         tables[f"held_out_split {config.held_out_split!r}"] = held_out

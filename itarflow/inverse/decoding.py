@@ -273,8 +273,7 @@ def _attend(
     rotate: Callable[[Tensor], None] | None,
 ) -> Tensor:
     """qkv (B' n, 3C) and the cache (2, B', H, room, E) of a layer -> (B' n, C)."""
-    _, batch_size, heads, _, width = cache.shape
-    count = len(qkv) // batch_size
+    (_, batch_size, heads, _, width), count = cache.shape, len(qkv) // cache.shape[1]
     on_device = isinstance(window.positions, Tensor) and window.positions.ndim == 1
     if on_device and window.mask is None:
         position = cast(Tensor, window.positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import logging
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from itarflow.codec import Codec, to_pil
 from itarflow.denoisers.ode import DenoiseScheduler, denoise, noise_levels
@@ -114,10 +115,27 @@ def check_denoiser(denoiser: Denoiser, scheduler: DenoiseScheduler, flow: TARFlo
     config = scheduler.config
     if isinstance(denoiser, FlowDenoiser) and config.method != "skip":
         _check_context(denoiser.flow, flow)
+    elif takes_prompts(flow) and config.method != "skip" and not _takes_context(denoiser):
+        raise ValueError(
+            f"the denoiser ({type(denoiser).__name__}) has no argument context, but this flow makes images from "
+            "prompts; expected denoiser(noisy, labels, noise_level, context=...), where context is their vectors "
+            "(B, T, E)."
+        )
     if isinstance(denoiser, CheckedDenoiser) and config.method != "skip":
         levels = noise_levels(config.t_max, config.t_min, config.num_denoise_steps, config.spacing)[:-1]
         num_classes, unlabelled = (0, True) if labels is None else (flow.config.num_classes, bool((labels < 0).any()))
         denoiser.check(flow.image_shape, num_classes, levels, unlabelled=unlabelled)
+
+
+def _takes_context(denoiser: Denoiser) -> bool:
+    called: Any = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
+    try:
+        inspect.signature(called).bind(None, None, None, context=None)
+    except TypeError:
+        return False
+    except ValueError:  # of what is built in, which tells no signature
+        pass
+    return True
 
 
 def _check_context(denoising: TARFlow, flow: TARFlow) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -198,14 +199,38 @@ def encoded(encoder: TextEncoder, texts: Sequence[str]) -> Tensor:
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        size = human_bytes(sum(p.numel() * p.element_size() for p in encoder.encoder.parameters()))
         raise torch.OutOfMemoryError(
-            f"the text encoder ({size}) does not fit the memory beside the flow. Call pipe.enable_model_cpu_offload() "
-            "in the place of pipe.to(device), which brings it there for the prompts alone, load it in bfloat16, or "
-            "encode the prompts beforehand, on the CPU, by pipe.encode_prompt, and give them as prompt_embeds."
+            f"the text encoder ({_size(encoder)}) does not fit the memory beside the flow. Call "
+            "pipe.enable_model_cpu_offload() in the place of pipe.to(device), which brings it there for the prompts "
+            "alone, load it in bfloat16, or encode the prompts beforehand, on the CPU, by pipe.encode_prompt, and "
+            "give them as prompt_embeds."
         ) from error
     finally:
         _take_away(encoder.encoder)
+
+
+def encoded_on(encoder: TextEncoder, texts: Sequence[str], device: str | torch.device) -> Tensor:
+    """The vectors (B, T, E) of texts, on the CPU; the encoder is on the device meanwhile, and on the CPU at the end.
+
+    If it does not fit there, the texts are read on the CPU, with a warning.
+    """
+    try:
+        return encoder.to(device).encode(texts).cpu()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or torch.device(device).type == "cpu":
+            raise
+    finally:
+        encoder.to("cpu")
+        clear_device_cache()
+    warnings.warn(
+        f"the text encoder ({_size(encoder)}) does not fit the memory of {device}; the prompts are read on the CPU.",
+        stacklevel=2,
+    )
+    return encoder.encode(texts)
+
+
+def _size(encoder: TextEncoder) -> str:
+    return human_bytes(sum(p.numel() * p.element_size() for p in encoder.encoder.parameters()))
 
 
 def _take_away(module: nn.Module) -> None:

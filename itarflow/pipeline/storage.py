@@ -153,8 +153,8 @@ class StoredPipeline(DiffusionPipeline):
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a Hub id ("name/model").
             kwargs: `torch_dtype` (or `dtype`): of the weights, one or {"vae": ..., "default": ...}; `variant`, such
                 as "fp16"; `device_map`: a device; arguments of the pipeline, such as another `scheduler`, which
-                replace those of the folder; `revision`, `token`, `cache_dir`, `local_files_only`,
-                `force_download` and `proxies` guide the download.
+                replace those of the folder (`text_encoder=None` leaves out its tokenizer, too); `revision`, `token`,
+                `cache_dir`, `local_files_only`, `force_download` and `proxies` guide the download.
 
         Raises:
             OSError: there is no such folder or repository, or it holds no pipeline, or one that is damaged.
@@ -245,12 +245,17 @@ def _text_parts(
 ) -> dict[str, Any]:
     """Text encoder and tokenizer, as `_parts`; None if the index names none."""
     parts = {name: given[name] for name in TEXT_PARTS if name in given}
-    for name in text_parts(index):
-        if name not in parts and name == ENCODER:
-            checked_files(folder, name, index, variant)
-            parts[name] = load_encoder(folder / name, variant, dtype)
-        elif name not in parts:
-            parts[name] = load_tokenizer(folder / name)
+    if parts and all(part is None for part in parts.values()):  # one as None is enough
+        return dict.fromkeys(TEXT_PARTS)
+    try:
+        for name in text_parts(index):
+            if name not in parts and name == ENCODER:
+                checked_files(folder, name, index, variant)
+                parts[name] = load_encoder(folder / name, variant, dtype)
+            elif name not in parts:
+                parts[name] = load_tokenizer(folder / name)
+    except ImportError as error:
+        raise ImportError(f"{error}, or load the pipeline without: from_pretrained(..., text_encoder=None)") from error
     return parts
 
 

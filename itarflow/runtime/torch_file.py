@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shlex
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -116,11 +117,14 @@ def shards_advice(folder: Path) -> str | None:
     """How to make one file of a folder that torch.distributed.checkpoint saved; None if it is no such folder."""
     if not any(folder.glob("*.distcp")):
         return None
-    function, name = "dcp_to_torch_save", printable(str(folder))
+    program = (
+        "import sys; from torch.distributed.checkpoint.format_utils import dcp_to_torch_save as save; "
+        'save(sys.argv[1], sys.argv[1] + ".pth")'
+    )
+    name = str(folder)  # anybody's: it is quoted for the shell, and never a part of the program
     return (
-        f"{name} is a folder of .distcp shards, which ml-starflow's training saves with fsdp 1; expected one file. "
-        f'Make it by: python -c "from torch.distributed.checkpoint.format_utils import {function}; '
-        f"{function}('{name}', '{name}.pth')\""
+        f"{printable(name)} is a folder of .distcp shards, which ml-starflow's training saves with fsdp 1; expected "
+        f"one file. Make it by: python -c '{program}' {printable(shlex.quote(name))}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from itarflow.codec import CodecConfig, Vae, load_vae, vae_identity, vae_traits
+from itarflow.data.context import CaptionError, find_context
 from itarflow.data.load import DataConfig, ImageData, load_data
 from itarflow.denoisers.ode import DenoiseScheduler, Method, Spacing
 from itarflow.flow.noise import NoiseConfig
@@ -134,7 +135,8 @@ class TextConfig:
 
     encoder: str | None = None
     """What the pipeline is shared with, so that it takes prompts: a folder or Hub name of the text encoder that made
-    the captions' vectors. None = the one that the data names, unless it can't be loaded."""
+    the captions' vectors. None = the one that a resumed run has shared, or that the data names, unless neither can be
+    loaded."""
     revision: str | None = None
     """Branch, tag or commit of an encoder on the Hub."""
 
@@ -232,6 +234,12 @@ class Recipe:
             raise ValueError("noise.distribution is 'dequantise', which is for 8-bit pixels; leave codec.vae out.")
         if self.codec.vae is not None and self.sampling.clip:
             raise ValueError("sampling.clip is on, but codes are not limited to [-1, 1]; switch it off.")
+        if self.text.encoder is not None and not self.model.takes_captions:
+            raise ValueError(
+                f"text.encoder is {self.text.encoder!r}, but the model takes no captions; leave it out, or set "
+                "model.context_dim and model.context_tokens to the width and the number of the captions' vectors, and "
+                "model.num_classes to 0."
+            )
         self.train.check_share(num_processes)
         check_trackers(self.train.trackers)
         self._check_ranges()
@@ -326,14 +334,20 @@ def open_data(recipe: Recipe, vae: Vae | None) -> ImageData:
     Raises:
         DataError: as `load_data` and `check_classes`.
     """
-    data = load_data(
-        recipe.data,
-        image_size=recipe.model.image_size,
-        in_channels=recipe.model.in_channels,
-        vae=None if vae is None else vae_identity(vae),
-        variance=recipe.codec.sample_posterior,
-        context=recipe.model.context_shape if recipe.model.takes_captions else None,
-    )
+    try:
+        data = load_data(
+            recipe.data,
+            image_size=recipe.model.image_size,
+            in_channels=recipe.model.in_channels,
+            vae=None if vae is None else vae_identity(vae),
+            variance=recipe.codec.sample_posterior,
+            context=recipe.model.context_shape if recipe.model.takes_captions else None,
+        )
+    except CaptionError as error:
+        card = find_context(str(recipe.data.path))
+        tokens, dim = card.shape if card else (0, 0)
+        instead = f"set --model.context-tokens {tokens} --model.context-dim {dim}{'' if card else ' to train without'}"
+        raise DataError(f"{error}; or {instead}.") from error
     check_classes(recipe, data)
     return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,15 @@ from tiny_extractor import TinyExtractor
 from tiny_flows import randomise
 from tiny_text import TOKENS, WIDTH, save_text_encoder, tiny_t5, tiny_tokenizer
 
-from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow
+from itarflow import DenoiseScheduler, ITARFlowPipeline, TARFlow, text_encoder
 from itarflow.codec import Posterior, to_pixels
+from itarflow.commands.prompts import prompts_in, take_encoder
 from itarflow.data import DataConfig, load_data
+from itarflow.data.dataset import PictureDecoder
 from itarflow.evaluation.likelihood.bounds import Noise, likelihoods
+from itarflow.pipeline import storage
+from itarflow.pipeline.prompts import encoded_on
+from itarflow.text_encoder import TextEncoder
 
 PROMPTS = ["a corgi on the beach", "a red cat"]
 
@@ -100,6 +106,51 @@ def test_names_of_any_letters_and_length(run, checkpoint):
     assert Image.open(f"out/{names[0]}").text["prompt"] == "ein Hündchen / 犬\n"
 
 
+def test_names_of_letters_of_many_bytes_are_short_enough(run, checkpoint):
+    run("sample", checkpoint, *named("\U00020000" * 80), "--output", "out")
+    (path,) = Path("out").iterdir()
+    assert len(path.name.encode()) < 200
+    assert Image.open(path).text["prompt"] == "\U00020000" * 80
+
+
+def test_lines_of_a_file_are_prompts(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\r\n\r\n a\x0bb\x85c\u2028d \n\n\n".encode())
+    assert prompts_in(file) == ["a cat", "", "a\x0bb\x85c\u2028d"]
+    file.write_text("\n\n")
+    with pytest.raises(ValueError, match="is empty"):
+        prompts_in(file)
+
+
+def test_prompts_may_come_through_a_pipe(monkeypatch, capsys, tmp_path):
+    """Which can be read once."""
+    run = terminal(TinyExtractor(), monkeypatch, capsys, tmp_path)
+    save_pipe(tmp_path / "paint", in_channels=1)
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as file:
+        file.write("a dog\na cat\n")
+    run("evaluate", "--prompts", f"/dev/fd/{reader}", checkpoint="paint")
+    os.close(reader)
+    assert Path("evaluation/evaluation.json").is_file()
+
+
+def test_an_encoder_that_does_not_fit_a_device_reads_on_the_cpu(checkpoint, monkeypatch):
+    encoder = take_encoder(ITARFlowPipeline.from_pretrained(checkpoint))
+    expected, move, places = encoder.encode(PROMPTS), encoder.to, []
+
+    def to(device):
+        places.append(device)
+        if device != "cpu":
+            raise torch.OutOfMemoryError("out of memory")
+        return move(device)
+
+    monkeypatch.setattr(encoder, "to", to)
+    with pytest.warns(UserWarning, match=r"does not fit the memory of cuda; the prompts are read on the CPU"):
+        found = encoded_on(encoder, PROMPTS, "cuda")
+    assert torch.equal(found, expected)
+    assert places == ["cuda", "cpu"]
+
+
 def test_a_text_encoder_may_be_named(run, refused, checkpoint, tmp_path):
     bare, encoder = save_pipe(tmp_path / "bare", text=False), save_text_encoder(tmp_path / "t5")
     run("sample", checkpoint, *named(*PROMPTS))
@@ -123,6 +174,7 @@ def test_a_text_encoder_may_be_named(run, refused, checkpoint, tmp_path):
         (("--prompts", "."), "is a folder; expected a text file"),
         (("--prompts", "empty.txt"), "is empty"),
         (("--prompts", "binary.txt"), "no text in UTF-8"),
+        (("--prompt", "a \udcff cat"), "can't be written in UTF-8"),
         (("--prompt", "a", "--text-encoder", "./nowhere"), "can't be loaded"),
     ],
 )
@@ -141,7 +193,8 @@ def test_a_checkpoint_without_prompts_refuses_them(refused, save):
     assert "is for prompts" in refused("sample", save(), "--text-encoder", "google/flan-t5-xl")
 
 
-def test_info_shows_what_reads_prompts(run, checkpoint):
+def test_info_shows_what_reads_prompts_and_does_not_load_it(run, checkpoint, monkeypatch):
+    monkeypatch.setattr(storage, "load_encoder", lambda *_: pytest.fail("has loaded the text encoder"))
     printed = run("info", checkpoint)
     assert "read by a T5EncoderModel of 2 layers, as 6 vectors of 8" in printed
     assert "context_tokens" in printed
@@ -160,7 +213,7 @@ def test_bpd_takes_the_captions_of_the_data(run, refused, checkpoint, tmp_path):
     for output, options in (("own", ()), ("none", ("--unlabelled",))):
         run("bpd", checkpoint, "--data", "data", *measure, "--output", output, *options)
     reports = {name: json.loads(Path(name, "bpd.json").read_text()) for name in ("own", "none")}
-    assert [one["settings"]["captions"] for one in reports.values()] == ["of the data", "none"]
+    assert [one["settings"]["captions"] for one in reports.values()] == ["a {}", "none"]
     flow = ITARFlowPipeline.from_pretrained(checkpoint).flow
     data = load_data(DataConfig(path="data", held_out_images=0), image_size=4, in_channels=3, context=(TOKENS, WIDTH))
     images = to_pixels(torch.stack([example.image for example in data.train]))
@@ -173,7 +226,34 @@ def test_bpd_takes_the_captions_of_the_data(run, refused, checkpoint, tmp_path):
         with Path(name, "images.csv").open(newline="") as file:
             found = [float(next(value for key, value in row.items() if "nats" in key)) for row in csv.DictReader(file)]
         assert found == pytest.approx(expected.nll[:, 0].tolist(), abs=1e-5)
-    assert "have no captions" in refused("bpd", checkpoint, "--data", tmp_path / "photos", *measure)
+    printed = refused("bpd", checkpoint, "--data", tmp_path / "photos", *measure)
+    assert "have no captions" in printed
+    assert "by unlabelled" in printed
+    assert "model.context-dim" not in printed
+    # Nothing of captions is needed then: the empty one is that of the checkpoint's own encoder.
+    run("bpd", checkpoint, "--data", tmp_path / "photos", *measure, "--output", "bare", "--unlabelled")
+    assert Path("bare", "images.csv").read_text() == Path("none", "images.csv").read_text()
+
+
+def test_bpd_says_by_which_captions_it_measures_and_refuses_those_of_another_encoder(
+    run, refused, checkpoint, tmp_path, monkeypatch
+):
+    write_photos(tmp_path / "photos", ("cat", "dog"), count=2)
+    words = ("--size", 4, "--captions", "a [red] {}", "--context-tokens", TOKENS)
+    for name, seed in (("same", 0), ("other", 1)):
+        encoder = save_text_encoder(tmp_path / "t5" / name, seed=seed)
+        run("prepare", tmp_path / "photos", name, *words, "--text-encoder", encoder)
+    measure = ("--noise", "gaussian", "--noise-levels", 0.5, "--num-workers", 0, "--split", "train")
+    printed = run("bpd", checkpoint, "--data", "same", *measure, "--output", "out")
+    assert "captions by 'a [red] {}'" in " ".join(printed.split())
+    assert "no captions" in run("bpd", checkpoint, "--data", "same", *measure, "--unlabelled")
+    assert "by another text encoder" in refused("bpd", checkpoint, "--data", "other", *measure)
+    bare = save_pipe(tmp_path / "bare", text=False)
+    assert "captions_encoder: [" in refused("bpd", bare, "--data", "other", *measure, "--output", "out")
+    reads, read = [], PictureDecoder.__call__
+    monkeypatch.setattr(PictureDecoder, "__call__", lambda *args: reads.append(args) or read(*args))
+    run("bpd", bare, "--data", "other", *measure)
+    assert len(reads) == 1 + 4  # one to try, and each image once
 
 
 def test_evaluate_takes_prompts_in_turn(monkeypatch, capsys, tmp_path):
@@ -182,6 +262,7 @@ def test_evaluate_takes_prompts_in_turn(monkeypatch, capsys, tmp_path):
     Path("captions.txt").write_text("\n".join([*PROMPTS, "", "a dog"]))
     run("evaluate", "--prompts", "captions.txt", checkpoint="paint")
     assert "prompts captions.txt, seed 0" in Path("paint/README.md").read_text()
+    assert "read by a T5EncoderModel" in Path("paint/README.md").read_text()
     report = json.loads(Path("evaluation/evaluation.json").read_text())
     assert report["prompts"] == "captions.txt"
     assert set(report["ways"]) == {"raw", "self", "iterative"}
@@ -209,6 +290,29 @@ def test_evaluations_without_prompts_are_refused(monkeypatch, capsys, tmp_path, 
     with pytest.raises(SystemExit):
         run(command, "--prompts", "captions.txt", checkpoint="bare")
     assert "no text encoder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(command, "--prompts", "captions.txt", "--labels", "none", checkpoint="paint")
+    assert "--labels is none, but this checkpoint takes prompts" in capsys.readouterr().err
+
+
+def test_the_encoder_is_beside_no_flow_in_evaluations(monkeypatch, capsys, tmp_path):
+    """It is moved away after each batch, and told from others once."""
+    run = terminal(TinyExtractor(), monkeypatch, capsys, tmp_path)
+    save_pipe(tmp_path / "paint", in_channels=1)
+    Path("captions.txt").write_text("\n".join(PROMPTS))
+    order, inverse, to = [], TARFlow.inverse, TextEncoder.to
+    digest = text_encoder.weights_digest
+
+    def note(what, function, *args, **kwargs):
+        order.append(what)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(TARFlow, "inverse", lambda *args, **kwargs: note("flow", inverse, *args, **kwargs))
+    monkeypatch.setattr(TextEncoder, "to", lambda self, device: note(f"to {device}", to, self, device))
+    monkeypatch.setattr(text_encoder, "weights_digest", lambda values: note("digest", digest, values))
+    run("sweep", "--prompts", "captions.txt", "--guidance-weights", 0, 1, checkpoint="paint")
+    assert order.count("digest") == 1
+    assert [what for what in order if what != "digest"] == ["to cpu", "to cpu", "flow"] * 4  # 2 batches of 2 settings
 
 
 def test_evaluate_takes_the_captions_of_the_real_images(monkeypatch, capsys, tmp_path):

@@ -219,6 +219,16 @@ def test_equal_captions_of_a_row_group_take_room_once(tmp_path: Path, models: Pa
     assert group.nbytes < 60 * 2 * 6 * WIDTH / 4
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bf16"])
+def test_the_empty_caption_is_of_the_precision_of_the_others(dtype: str, tmp_path: Path, models: Path) -> None:
+    source = write_images(tmp_path / "source", ["", "a dog"])
+    data = read("codes", make("codes", source, tmp_path / "out", models, dtype=dtype, empty_captions=True), models)
+    context = data.train[0].context
+    assert context is not None
+    assert data.null_context is not None
+    assert torch.equal(context, data.null_context)
+
+
 def test_half_precision_is_close(source: Path, tmp_path: Path, models: Path) -> None:
     full, half = (
         read("codes", make("codes", source, tmp_path / dtype, models, dtype=dtype), models)
@@ -238,6 +248,21 @@ def test_a_broken_image_moves_no_caption(kind: str, source: Path, tmp_path: Path
     data = read(kind, make(kind, source, tmp_path / "out", models), models)
     wanted = vectors(models, [*TEXTS[:2], *TEXTS[3:]])
     assert all(near(data.train[index].context, wanted[index]) for index in range(6))
+
+
+@KINDS
+def test_a_broken_image_is_none_of_those_whose_caption_is_cut(
+    kind: str, source: Path, tmp_path: Path, models: Path
+) -> None:
+    def cut(out: str) -> int:
+        card = find_context(str(make(kind, source, tmp_path / out, models, context_tokens=2)))
+        assert card is not None
+        return card.cut
+
+    whole = cut("whole")
+    assert len(TEXTS[2].split()) + 1 > 2
+    (source / "cat" / "2.png").write_bytes(b"x")
+    assert cut("out") == whole - 1
 
 
 def test_nobody_depends_on_the_number_of_processes(source: Path, tmp_path: Path, models: Path) -> None:
@@ -377,7 +402,7 @@ def test_columns_that_hold_no_captions(tmp_path: Path, models: Path) -> None:
     ("shape", "words"),
     [
         ((TOKENS, 16), r"are 6 vectors of 8, by the text encoder t5, but the model takes 6 of 16; "
-         "set --model.context-tokens 6 --model.context-dim 8"),
+         "encode the captions again, by --context-tokens 6 and a --text-encoder of width 16"),
         ((5, WIDTH), "the model takes 5 of 8"),
     ],
 )  # fmt: skip

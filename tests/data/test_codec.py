@@ -31,6 +31,9 @@ from itarflow.codec import (
     vae_identity,
     vae_traits,
 )
+from itarflow.codec.identity import affine
+from itarflow.codec.kinds import KINDS as KINDS_OF_CODECS
+from itarflow.runtime.pipeline_index import VAE_KINDS
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderRAE")
 
@@ -261,6 +264,27 @@ def test_codes_of_a_flux2_autoencoder_are_those_of_the_pipeline_of_diffusers():
     )
 
 
+def test_statistics_of_a_flux2_autoencoder_stay_on_the_device(monkeypatch):
+    """Numbers would be waited for at each slice, and a Mac's GPU has no float64."""
+    vae = tiny_vae("AutoencoderKLFlux2")
+    means, stds = KINDS_OF_CODECS["AutoencoderKLFlux2"].statistics(vae)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda _: pytest.fail("read back"))
+    monkeypatch.setattr(torch.Tensor, "double", lambda _: pytest.fail("in float64"))
+    shift, factor = affine(vae, torch.device("cpu"))
+    torch.testing.assert_close(shift.flatten(), torch.tensor(means))
+    torch.testing.assert_close(factor.flatten(), 1 / torch.tensor(stds))
+    assert shift.dtype == factor.dtype == torch.float32
+
+
+def test_a_pipelines_index_knows_the_same_classes():
+    assert tuple(KINDS_OF_CODECS) == VAE_KINDS
+
+
+def test_a_single_image_is_no_batch():
+    with pytest.raises(ValueError, match=r"images have shape \(1, 8, 8\); expected \(B, C, H, W\)"):
+        VaeCodec(tiny_vae("AutoencoderKL")).encode(images()[0])
+
+
 @pytest.mark.parametrize("encoder_type", ["dinov2", "mae"])
 def test_a_representation_autoencoder_sees_images_in_0_to_1_and_scales_by_itself(encoder_type):
     vae = vae_of("AutoencoderRAE", encoder_type=encoder_type)
@@ -442,6 +466,9 @@ def test_configs_that_do_not_go_with_the_weights_are_refused_before_anything_is_
         ("AutoencoderDC", {"encoder_layers_per_block": [1, 5]}, "numbers; its weights hold"),
         ("AutoencoderDC", {"decoder_block_out_channels": [8, "x"]}, "decoder_block_out_channels"),
         ("AutoencoderKLFlux2", {"patch_size": [1, 2]}, r"patch_size is \[1, 2\]|numbers; its weights hold"),
+        ("AutoencoderKLFlux2", {"patch_size": 3}, r"patch_size.*array|array.*patch_size"),
+        ("AutoencoderKLFlux2", {"patch_size": [2]}, "patch_size"),
+        ("AutoencoderRAE", {"patch_size": [4, 4]}, r"patch_size.*int|int.*patch_size"),
         ("AutoencoderKLFlux2", {"batch_norm_eps": -5.0}, "batch_norm_eps"),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import tiny_vae
 from safetensors.torch import load_file
 from tiny_text import TOKENS, WIDTH, save_text_encoder, tiny_t5, tiny_text_encoder, tiny_tokenizer
@@ -260,6 +261,31 @@ def test_another_denoiser_has_to_take_the_same_prompts(pipe, make_flow, never_en
             pipe(prompt="a cat", denoiser=FlowDenoiser(make_flow(**changes)))
 
 
+class Nearest(torch.nn.Module):
+    """Denoises nothing, and knows of no prompts."""
+
+    def forward(self, noisy: Tensor, labels: Tensor | None, noise_level: Tensor) -> Tensor:
+        return noisy
+
+
+@pytest.mark.parametrize("denoiser", [Nearest(), Nearest().forward, lambda noisy, *_: noisy])
+def test_a_denoiser_without_prompts_is_refused(pipe, never_encodes, denoiser):
+    with pytest.raises(ValueError, match=r"has no argument context.*expected denoiser\("):
+        pipe(prompt="a cat", denoiser=denoiser)
+
+
+def test_a_denoiser_may_take_prompts_by_any_signature(pipe):
+    seen = []
+
+    def mine(noisy: Tensor, labels: Tensor | None, noise_level: Tensor, **kwargs: Tensor) -> Tensor:
+        seen.append(kwargs["context"].shape)
+        return noisy
+
+    images_of(pipe, denoiser=mine)
+    assert set(seen) == {(3, TOKENS, WIDTH)}
+    images_of(pipe, denoiser=Nearest(), method="skip")  # which is not asked
+
+
 def test_another_denoiser_is_given_the_prompts(pipe, make_flow):
     other = make_flow(seed=5, **TEXT_FLOW)
     found = images_of(pipe, denoiser=FlowDenoiser(other))
@@ -302,7 +328,7 @@ def test_the_encoder_leaves_the_device_before_the_flow_comes(pipe, monkeypatch):
     """By the hooks of accelerate, on the CPU in the place of a GPU."""
     expected, order = images_of(pipe), []
 
-    class Hook:
+    class Hook(ModelHook):
         def __init__(self, name: str) -> None:
             self.name = name
 
@@ -310,12 +336,16 @@ def test_the_encoder_leaves_the_device_before_the_flow_comes(pipe, monkeypatch):
             order.append(f"{self.name} leaves")
             return module
 
-        def pre_forward(self, module: torch.nn.Module, *_: object) -> None:
+        def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
             order.append(f"{self.name} comes")
+            return args, kwargs
 
-    pipe.text_encoder._hf_hook, pipe.flow._hf_hook = Hook("encoder"), Hook("flow")
+    add_hook_to_module(pipe.text_encoder, Hook("encoder"))
+    add_hook_to_module(pipe.flow, Hook("flow"))
+    order.clear()
     assert_same(images_of(pipe), expected)
-    assert order[:2] == ["encoder leaves", "flow comes"]
+    assert order[:3] == ["encoder comes", "encoder leaves", "flow comes"]
+    assert "encoder comes" not in order[1:]
     assert ITARFlowPipeline.model_cpu_offload_seq == "text_encoder->flow->vae"
 
 
@@ -345,8 +375,9 @@ def test_a_stored_pipeline_makes_the_same_images(pipe, tmp_path, shard):
 
 def test_the_text_encoder_may_be_left_out(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    bare = ITARFlowPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
-    assert bare.text_encoder is None
+    for part in ("tokenizer", "text_encoder"):  # one is enough
+        bare = ITARFlowPipeline.from_pretrained(tmp_path, **{part: None})
+        assert (bare.text_encoder, bare.tokenizer) == (None, None)
     bare.save_pretrained(tmp_path)  # in its place: nothing is left of the encoder
     assert not (tmp_path / "text_encoder").exists()
     assert not (tmp_path / "tokenizer").exists()
@@ -432,7 +463,7 @@ def test_exchanged_weights_and_foreign_tokenizers_are_refused(pipe, tmp_path):
 def test_without_transformers_the_extra_is_named(pipe, tmp_path, monkeypatch):
     pipe.save_pretrained(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(OSError, match=r"pip install \"itarflow\[text\]\"$"):
+    with pytest.raises(OSError, match=r"pip install \"itarflow\[text\]\", or .*text_encoder=None"):
         ITARFlowPipeline.from_pretrained(tmp_path)
-    bare = ITARFlowPipeline.from_pretrained(tmp_path, text_encoder=None, tokenizer=None)
+    bare = ITARFlowPipeline.from_pretrained(tmp_path, text_encoder=None)
     assert bare.takes_prompts

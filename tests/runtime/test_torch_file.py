@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shlex
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -179,6 +180,7 @@ def test_a_folder_of_shards_is_told_how_to_become_a_file(tmp_path, monkeypatch):
         message = refusal(Path("run/model.pth"))
         assert "is a folder of .distcp shards" in message
         command = shlex.split(message[message.index("python -c") :])
+        monkeypatch.setattr(sys, "argv", ["-c", *command[3:]])
         exec(command[2])
     state = read_state(Path("run/model.pth.pth"))
     assert all(torch.equal(state[name], tensor) for name, tensor in weights.items())

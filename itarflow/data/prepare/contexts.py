@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import torch
 from rich.console import Console
 
 from itarflow.data.codes import NULL_CONTEXT
@@ -91,17 +91,22 @@ class Captions:
     def beside(
         self, rows: Iterable[dict[str, Any] | str], shard: Shard, cut: Callable[[int], object]
     ) -> Iterator[dict[str, Any] | str]:
-        """The rows of a file, each with its caption and vectors; see `_rows`. Texts say why an image is left out."""
-        for row, caption in zip(rows, self._rows(shard, cut), strict=True):
-            yield row if isinstance(row, str) else row | caption
-
-    def _rows(self, shard: Shard, cut: Callable[[int], object]) -> Iterator[dict[str, Any]]:
-        """Caption and vectors of each row of a file; each distinct caption is encoded once.
+        """The rows of a file, each with its caption and vectors. Texts say why an image is left out.
 
         Args:
+            rows: of the file, in order.
             shard: the file.
-            cut: called with the number of rows, among those encoded last, whose caption is cut.
+            cut: called with 1 for each row whose caption is cut, and with 0 for the others.
         """
+        for row, (caption, is_cut) in zip(rows, self._rows(shard), strict=True):
+            if isinstance(row, str):
+                yield row
+            else:
+                cut(int(is_cut))
+                yield row | caption
+
+    def _rows(self, shard: Shard) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Caption and vectors of each row of a file, and whether it is cut; each distinct caption is encoded once."""
         texts = self.texts[shard.split][shard.rows.start : shard.rows.stop]
         last = {text: row for row, text in enumerate(texts)}
         held = dict[str, bytes]()
@@ -112,9 +117,8 @@ class Captions:
             lengths = self._lengths(new)
             long |= {text for text, length in zip(new, lengths, strict=True) if length > self.encoder.max_tokens}
             held |= self._encoded(new, lengths)
-            cut(sum(text in long for text in part))
             for row, text in enumerate(part, first):
-                yield {CAPTION: text, CONTEXT: held[text]}
+                yield {CAPTION: text, CONTEXT: held[text]}, text in long
                 if last[text] == row:
                     del held[text]
 
@@ -161,9 +165,18 @@ class Estimate(NamedTuple):
 
 
 def plan_captions(
-    config: SourceConfig, texts: Mapping[str, Sequence[str]] | None, stored: Manifest | None
+    config: SourceConfig,
+    texts: Mapping[str, Sequence[str]] | None,
+    stored: Manifest | None,
+    dtype: torch.dtype = torch.float32,
 ) -> Captions | None:
     """Load the text encoder, and look whether it is the one that a folder was begun with; None without captions.
+
+    Args:
+        config: names it.
+        texts: of each image, by split; None = no captions.
+        stored: what the folder holds already; None = nothing.
+        dtype: of its weights: float32 or bfloat16, as T5 overflows in float16.
 
     Raises:
         DataError: another encoder.
@@ -172,9 +185,9 @@ def plan_captions(
     """
     if texts is None or config.captions is None:
         return None
-    # Data loaders fork later, and the tokenizer's threads are of no use to them; unset, each fork would warn of them.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    encoder = TextEncoder.from_pretrained(config.text_encoder, config.text_encoder_revision, config.context_tokens)
+    encoder = TextEncoder.from_pretrained(
+        config.text_encoder, config.text_encoder_revision, config.context_tokens, dtype
+    )
     identity = replace(encoder.identity, name=display_name(config.text_encoder))
     card = ContextCard(encoder=identity, captions=config.captions)
     if stored is not None and stored.context is not None:

@@ -147,8 +147,8 @@ def encode_share(
     vae.to(memory_format=torch.channels_last)  # less time and memory traffic, above all on CPUs
     slice_size = max(_CPU_PIXELS // config.size**2, 1) if device.type == "cpu" else None
     codec = VaeCodec(vae, slice_size=slice_size, tiled=config.tiled)
-    if plan.captions:  # T5 overflows in float16
-        plan.captions.encoder.to(device, torch.bfloat16 if config.dtype == "bf16" else torch.float32)
+    if plan.captions:
+        plan.captions.encoder.to(device)
     cores = min(max(usable_cores() // processes_here(), 1), _MOST_WORKERS)
     batches = read_ahead(
         Reader(plan.sets, config.source),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 
 from itarflow import __version__
 from itarflow.codec import CodecConfig, Vae, VaeCodec, code_shape, differing, load_vae, vae_identity, vae_traits
@@ -136,7 +137,7 @@ def plan_encoding(config: EncodeConfig) -> Plan:
     code_shape(vae, (in_channels, config.size, config.size))
     VaeCodec(vae, tiled=config.tiled)
     sets, source, texts = config.open(in_channels)
-    captions = plan_captions(config, texts, stored)
+    captions = plan_captions(config, texts, stored, torch.bfloat16 if config.dtype == "bf16" else torch.float32)
     card = CodesCard(
         vae=display_name(config.vae),
         revision=_commit(vae) or config.revision,

@@ -18,16 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from itarflow.codec import Codec, VaeCodec, codec_of, to_pixels, vae_identity, vae_traits
+from itarflow.data.context import CaptionError, ContextCard
 from itarflow.data.dataset import ImageDataset, too_many_broken
 from itarflow.data.images import Crop, spread_over, square_side
-from itarflow.data.load import DataConfig, load_data
+from itarflow.data.load import DataConfig, ImageData, load_data
 from itarflow.data.loader import ignore_interrupts, watched, without_alarm
 from itarflow.data.prepare.shards import Reader
 from itarflow.evaluation.likelihood.bounds import Kind, Noise, likelihoods, mean_of, noises_of
+from itarflow.evaluation.likelihood.captions import captions_facts, checked_captions, context_shape
 from itarflow.evaluation.likelihood.report import Figures, Report, Rows, append, open_report, write_report
 from itarflow.flow.embedding import NULL_LABEL
 from itarflow.flow.tarflow import TARFlow
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.prompts import takes_prompts
 from itarflow.runtime.devices import tf32_products
 from itarflow.runtime.errors import DataError
 from itarflow.runtime.files import check_writable, folder_lock, weights_digest
@@ -111,6 +114,7 @@ def measure_bpd(config: BpdConfig, *, console: Console | None = None) -> Report 
         )
     with ExitStack() as locks:
         work = main_first(state, lambda: _open(config))
+        work = _with_null_context(work, config, state)
         folder = config.output
         known = [Rows()]  # the main process's, for all
 
@@ -162,17 +166,17 @@ class _Work:
     noises: tuple[Noise, ...]
     settings: Mapping[str, Any]
     """All that decides the figures."""
-    null_context: Tensor | None
+    captions: ContextCard | None
+    """Of the images' captions; None if they are not read."""
+    null_context: Tensor | None = None
     """(T, E) of the empty caption, if it is to stand in for those of the images."""
 
     def context(self, numbers: Sequence[int]) -> Tensor | None:
         """(B, T, E) of the captions of these images; None if the flow takes none."""
-        if self.dataset.captions is None:
-            return None
         if self.null_context is not None:
             return self.null_context.float().expand(len(numbers), -1, -1)
-        found = [self.dataset[number].context for number in numbers]
-        return torch.stack([one for one in found if one is not None]).float()
+        found = self.dataset.contexts(numbers)
+        return None if found is None else found.float()
 
 
 def _check_counts(config: BpdConfig) -> None:
@@ -184,9 +188,10 @@ def _check_counts(config: BpdConfig) -> None:
 
 
 def _open(config: BpdConfig) -> _Work:
-    pipe = ITARFlowPipeline.from_pretrained(config.checkpoint)
+    # Without its text encoder, which is large.
+    pipe = ITARFlowPipeline.from_pretrained(config.checkpoint, text_encoder=None, tokenizer=None)
     flow: TARFlow = pipe.flow.float().eval().requires_grad_(False)
-    context = (flow.config.context_tokens, flow.config.context_dim) if pipe.takes_prompts else None
+    context = context_shape(flow) if pipe.takes_prompts and not config.unlabelled else None
     schedule = pipe.scheduler.config
     noises = noises_of(
         flow,
@@ -200,7 +205,7 @@ def _open(config: BpdConfig) -> _Work:
     if pipe.vae is not None:
         traits = vae_traits(pipe.vae)
         channels, size = traits.in_channels, size * traits.stride
-    opened = load_data(
+    opened = _data(
         DataConfig(
             path=config.data,
             name=config.name,
@@ -222,6 +227,7 @@ def _open(config: BpdConfig) -> _Work:
             f"num_images is {count}, but {config.data} has {len(dataset)} images; expected at most that many, or None "
             "for all."
         )
+    card = opened.captions.card if opened.captions else None
     labels = None if config.unlabelled else _labels(pipe, dataset, opened.class_names, config.data)
     settings = {
         "checkpoint": short_names([config.checkpoint])[0],
@@ -243,15 +249,37 @@ def _open(config: BpdConfig) -> _Work:
         "trained_on": "gaussian" if flow.config.noise_range or flow.config.noise_conditioned else "not recorded",
         "labels": "none" if labels is None else _LABELS[_same_names(pipe, opened.class_names)],
         "labels_digest": None if labels is None else hashlib.sha256(labels.numpy().tobytes()).hexdigest(),
-        **({} if context is None else {"captions": "none" if config.unlabelled else "of the data"}),
+        **captions_facts(card, pipe.takes_prompts),
         "noises": [{"noise": noise.kind, "noise_level": noise.level} for noise in noises],
         "draws": config.draws,
         "seed": config.seed,
         "dtype": "float32",
     }
     numbers = tuple(spread_over(len(dataset), count))
-    null_context = opened.null_context if config.unlabelled else None
-    return _Work(flow, codec_of(pipe.vae), dataset, labels, numbers, noises, settings, null_context)
+    return _Work(flow, codec_of(pipe.vae), dataset, labels, numbers, noises, settings, card)
+
+
+def _data(config: DataConfig, **options: Any) -> ImageData:
+    try:
+        return load_data(config, **options)
+    except CaptionError as error:
+        raise DataError(f"{error}; or ask for the likelihood without them, by unlabelled.") from error
+
+
+def _with_null_context(work: _Work, config: BpdConfig, state: PartialState) -> _Work:
+    """The same with the empty caption, where that is to be taken; captions of another text encoder are refused."""
+    found: list[Tensor | None] = [None]  # the main process's, for all
+
+    def look() -> None:
+        if takes_prompts(work.flow):
+            found[0] = checked_captions(config.checkpoint, work.flow, config.data, work.captions)
+
+    on_main(state, look)
+    broadcast_object_list(found)
+    if found[0] is None:
+        return work
+    digest = hashlib.sha256(found[0].view(torch.int16).numpy().tobytes()).hexdigest()
+    return replace(work, null_context=found[0], settings={**work.settings, "null_context": digest})
 
 
 def _labels(pipe: ITARFlowPipeline, dataset: ImageDataset, names: Sequence[str], path: str) -> Tensor | None:

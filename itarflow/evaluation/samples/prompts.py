@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.prompts import encoded_on
 from itarflow.text_encoder import TextEncoder
 
 
@@ -18,9 +19,11 @@ class SamplePrompts:
 
     Attributes:
         texts: of which there is at least one, for a checkpoint that takes prompts; none for another one.
+        encoder: reads them; it is on the device of the flow only while it does. None = that of the pipeline.
     """
 
     texts: Sequence[str] = ()
+    encoder: TextEncoder | None = None
 
     def check(self, pipe: ITARFlowPipeline) -> None:
         """Refuse what does not suit a checkpoint.
@@ -32,23 +35,25 @@ class SamplePrompts:
             raise ValueError("prompts were given, but this checkpoint makes no images from prompts; leave them out.")
         if pipe.takes_prompts and not self.texts:
             raise ValueError("this checkpoint makes images from prompts; give some by prompts=[...].")
-        if self.texts and pipe.text_encoder is None:
+        if self.texts and self.encoder is None and pipe.text_encoder is None:
             raise ValueError("this checkpoint has no text encoder; name it by --text-encoder, or load it with one.")
 
     def described(self, pipe: ITARFlowPipeline) -> dict[str, Any]:
         """What samples depend on; {} without prompts, as it was before there were any."""
         if not self.texts:
             return {}
-        encoder = TextEncoder(pipe.tokenizer, pipe.text_encoder, pipe.flow.config.context_tokens).identity
+        encoder = self.encoder or TextEncoder(pipe.tokenizer, pipe.text_encoder, pipe.flow.config.context_tokens)
+        identity = encoder.identity  # which an encoder remembers
         texts = hashlib.sha256(json.dumps(list(self.texts)).encode()).hexdigest()
-        return {"prompts": texts, "text encoder": encoder.encoder, "tokenizer": encoder.tokenizer}
+        return {"prompts": texts, "text encoder": identity.encoder, "tokenizer": identity.tokenizer}
 
     def embeds(self, pipe: ITARFlowPipeline, start: int, stop: int) -> dict[str, Any]:
         """The arguments of a call of the pipeline for samples start .. stop - 1; {} without prompts."""
         if not self.texts:
             return {}
-        chosen = [self.texts[index % len(self.texts)] for index in range(start, stop)]
-        vectors = pipe.encode_prompt([*chosen, ""])
+        chosen = [*(self.texts[index % len(self.texts)] for index in range(start, stop)), ""]
+        encoder, device = self.encoder, pipe.flow.device
+        vectors = pipe.encode_prompt(chosen) if encoder is None else encoded_on(encoder, chosen, device).to(device)
         return {"prompt_embeds": vectors[:-1], "negative_prompt_embeds": vectors[-1:]}
 
 

@@ -228,6 +228,8 @@ def test_what_does_not_fit_together_is_refused_before_any_work(captioned, tmp_pa
     run = tmp_path / "run"
     plain = pictures(tmp_path / "plain")
     refused(text_recipe(plain), run, DataError, "have no captions .*but the model takes them")
+    refused(text_recipe(tmp_path / "nowhere"), run, DataError, "nowhere' does not exist")
+    refused(text_recipe(plain), run, DataError, "set --model.context-tokens 0 --model.context-dim 0 to train without")
     refused(text_recipe(captioned, context_tokens=4), run, DataError, rf"{TOKENS} vectors.*takes 4 of")
     refused(text_recipe(captioned, context_dim=16), run, DataError, rf"set .*--model.context-dim {WIDTH}")
     refused(text_recipe(captioned, num_classes=3), run, ValueError, "context_dim")
@@ -235,6 +237,8 @@ def test_what_does_not_fit_together_is_refused_before_any_work(captioned, tmp_pa
     fits = "--model.num-classes 3 --model.context-dim 4, or --model.num-classes 0 --model.context-tokens 0 --model.c"
     refused(text_recipe(captioned, **as_vector), run, DataError, fits)
     refused(text_recipe(captioned, tmp_path / "nowhere"), run, RunError, "nowhere")
+    labelled = text_recipe(captioned, tmp_path / "nowhere", num_classes=3, context_dim=4, context_tokens=1)
+    refused(labelled, run, ValueError, "text.encoder is .*nowhere.*takes no captions")
     other = save_text_encoder(tmp_path / "other", seed=1)
     refused(text_recipe(captioned, other), run, RunError, "encoded by another text encoder")
 
