@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from conftest import tiny_vae
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch.distributed.checkpoint import save as save_shards
@@ -134,8 +135,10 @@ def test_a_preset_of_another_file_is_refused_with_both_values(refused):
 def test_a_preset_of_another_family_is_refused(refused):
     message = refused("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", "--preset", "starflow_3b")
     assert "the preset starflow_3b is for starflow_3B_t2i_256x256.pth" in message
-    message = refused("convert", GOLDEN / "starflow_text" / "weights.pth", "ours", "--preset", "starflow_3b")
-    assert "the file has image_size 6, but the preset starflow_3b is for starflow_3B" in message
+    for name in ("starflow_text", "starflow_labels"):
+        message = refused("convert", GOLDEN / name / "weights.pth", "ours", "--preset", "starflow_3b")
+        assert "the file has image_size 6, but the preset starflow_3b is for starflow_3B_t2i_256x256.pth" in message
+        assert "Choose the file's own preset, or leave --preset out" in message
 
 
 @pytest.mark.usefixtures("presets")
@@ -144,6 +147,14 @@ def test_a_file_that_looks_public_is_told_of_its_presets(run):
     told = run("convert", GOLDEN / "tarflow_cond" / "weights.pth", "ours", *words)
     assert "--preset afhq256 or gsj_afhq256" in told
     assert "--preset" not in run("convert", GOLDEN / "tarflow_uncond" / "weights.pth", "others", *words)
+
+
+def test_presets_are_listed_in_order(run, capsys):
+    with pytest.raises(SystemExit):
+        run("convert", "some.pth", "ours", "--preset", "x")
+    said = "".join(capsys.readouterr())
+    places = [said.index(f"'{name}'") for name in [*get_args(Preset), "None"]]
+    assert places == sorted(places)
 
 
 # STARFlow without a preset
@@ -162,6 +173,37 @@ def test_a_starflow_becomes_a_pipeline_and_goes_back(run):
     before, after = torch.load(source), torch.load("back.pth")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_starflow_without_a_vae_is_sampled_by_one_that_is_named(run, refused, tmp_path):
+    run("convert", GOLDEN / "starflow_labels" / "weights.pth", "ours")
+    words = ("sample", "ours", "--class-labels", 1, 2)
+    assert "this checkpoint has no VAE: give --decoder, or convert it again with --vae" in refused(*words)
+    tiny_vae(latent_channels=3).save_pretrained(tmp_path / "other")
+    message = refused(*words, "--decoder", tmp_path / "other")
+    assert "codes have shape (4, 6, 6); this VAE expects (3, H, W). Name that of its training." in message
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    run(*words, "--decoder", tmp_path / "vae", "--output", "out")
+    pipe = ITARFlowPipeline.from_pretrained("ours", vae=tiny_vae())
+    expected = pipe(class_labels=[1, 2], generator=torch.Generator().manual_seed(0)).images
+    for file, image in zip(sorted(Path("out").iterdir()), expected, strict=True):
+        assert Image.open(file).tobytes() == image.tobytes()
+
+
+def test_the_example_on_a_card_runs_without_a_vae(run):
+    run("convert", GOLDEN / "starflow_labels" / "weights.pth", "ours")
+    code = str(card()).split("```python\n")[1].split("```")[0].replace("path/to/this/folder", "ours")
+    assert "It holds no VAE" in str(card())
+    named: dict[str, Any] = {}
+    exec(code, named)
+    assert named["codes"].shape == (4, 6, 6)
+    run("convert", GOLDEN / "starflow_text" / "weights.pth", "text")
+    assert "It holds no text encoder" in str(card("text"))
+
+
+def test_a_folder_with_a_file_is_told_of_it(refused):
+    message = refused("convert", GOLDEN / "starflow_labels", "ours")
+    assert "Name a file in it: weights.pth, case.safetensors." in message
 
 
 def test_settings_of_ml_starflow_are_options(run):

@@ -14,7 +14,7 @@ from itarflow.commands.console import reporting, resumable, say
 from itarflow.evaluation.likelihood.bounds import Mean
 from itarflow.evaluation.likelihood.bpd import BpdConfig, Report, measure_bpd
 from itarflow.runtime.devices import usable_device
-from itarflow.runtime.text import printable
+from itarflow.runtime.text import counted, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ class Bpd(BpdConfig):
         for line in _meanings(report):
             say(line)
         if report.broken:
-            count = _count(len(report.broken), "unreadable image")
-            say(f"{count} left out: {'; '.join(report.broken[:3])}")
+            left_out = counted(len(report.broken), "unreadable image")
+            say(f"{left_out} left out: {'; '.join(report.broken[:3])}")
         speed = report.images_per_second
         say("nothing was left to do" if speed is None else f"{speed:.3g} images/s")
         if self.output is not None:
@@ -73,7 +73,7 @@ def _bpd_table(report: Report) -> Table:
         labels = "no captions" if captions == "none" else f"captions by {escape(repr(printable(captions)))}"
     where = f"{settings['data']}, {settings['split']}" + (", held out" if settings["held_out_images"] else "")
     table = Table(
-        title=f"Likelihood of {_count(report.images, 'image')} ({where}), {labels}, {_count(draws, 'draw')} each, "
+        title=f"Likelihood of {counted(report.images, 'image')} ({where}), {labels}, {counted(draws, 'draw')} each, "
         f"under {settings['checkpoint']}",
         title_justify="left",
     )
@@ -89,10 +89,6 @@ def _bpd_table(report: Report) -> Table:
             bits.append(_cell(figures.bits_one_draw))
         table.add_row(escape(figures.noise.title), _cell(figures.nll), *bits)
     return table
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _cell(mean: Mean) -> str:

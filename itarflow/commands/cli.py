@@ -91,15 +91,16 @@ def _run(name: str, words: list[str]) -> None:
         return
 
     import tyro
-    from diffusers.utils.logging import disable_progress_bar
 
+    from itarflow.commands.console import plain_output
     from itarflow.plugins import HELP
     from itarflow.runtime.devices import is_out_of_memory
 
-    disable_progress_bar()  # diffusers' own, for the loading of files; that of sampling stays
     description = f"{inspect.getdoc(command)}\n\n{HELP}"
     try:
-        tyro.cli(command, prog=f"itarflow {name}", description=description, args=words).run()
+        form: Any = tyro.cli(command, prog=f"itarflow {name}", description=description, args=words)
+        with plain_output():
+            form.run()
     except (CheckpointError, ImportError, OSError, RunError, ValueError) as error:
         _refuse(str(error))
     except RecursionError as error:

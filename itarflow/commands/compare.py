@@ -20,6 +20,7 @@ from itarflow.denoisers.load import load_denoiser
 from itarflow.evaluation.compare import Comparison, compare
 from itarflow.pipeline.call import positive
 from itarflow.pipeline.pipeline import ITARFlowPipeline
+from itarflow.pipeline.prompts import refuse_flow_of_prompts
 from itarflow.runtime.devices import usable_device
 from itarflow.runtime.files import check_writable
 from itarflow.runtime.text import short_names
@@ -75,6 +76,7 @@ class Compare(OneGuidance):
         if not pipelines:
             raise ValueError("no checkpoint is named; expected folders such as runs/NAME/pipeline.")
         for pipe in pipelines.values():
+            refuse_flow_of_prompts(pipe.flow, "compare")
             pipe.set_progress_bar_config(disable=True)
         diffusion = {}
         for name, path in zip(short_names(self.diffusion), self.diffusion, strict=True):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import datasets
 import tyro
 from accelerate import PartialState
+from diffusers.utils.logging import disable_progress_bar as disable_diffusers_bar
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -37,6 +40,25 @@ def parsed(form: type[Form], **options: Any) -> Form:
     except SystemExit:
         after_main("options")
         raise
+
+
+@contextmanager
+def plain_output() -> Iterator[None]:
+    """Context of a command: warnings in its own words alone, and no bars of libraries beside its own."""
+    disable_diffusers_bar()
+    datasets.disable_progress_bars()
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+    usual = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        return f"Warning: {message}\n" if category is UserWarning else usual(message, category, *place)
+
+    warnings.formatwarning = plain  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def say(text: str) -> None:
@@ -94,7 +116,8 @@ def reporting(console: Console, advice: str, *, device: str | None = None) -> It
         state = joined(timedelta(hours=2))  # in which the slowest process samples its share of a grid
         if device is None and state.num_processes == 1:  # of several each has been tried
             check_own_gpu(state)
-        yield
+        with plain_output():
+            yield
     except (DataError, ImportError, OSError, RunError, TrainingError, ValueError) as error:
         refuse(error)
     except KeyboardInterrupt:

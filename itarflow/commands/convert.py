@@ -22,12 +22,12 @@ from itarflow.pipeline.folder import foreign_entries
 from itarflow.pipeline.pipeline import ITARFlowPipeline
 from itarflow.presets import T_MAX, T_MIN, TARFLOW
 from itarflow.runtime.files import check_writable, replace_folder
-from itarflow.runtime.hub import folder_of
+from itarflow.runtime.hub import INDEX, folder_of
 from itarflow.runtime.json_file import read_json
 from itarflow.runtime.model_folder import CONFIG, read_heads, weight_files
 from itarflow.runtime.pipeline_index import ENCODER, pipeline_index
 from itarflow.runtime.ranges import LARGEST, check_number
-from itarflow.runtime.text import listed, printable
+from itarflow.runtime.text import counted, listed, printable
 from itarflow.runtime.torch_file import shards_advice
 from itarflow.text_encoder import TextEncoder
 
@@ -49,7 +49,7 @@ class Convert:
     """Write the official format from ours."""
     overwrite: bool = False
     """Replace the target if it exists."""
-    preset: Preset | None = None
+    preset: Literal[Preset, None] = None  # tyro lists these in order
     """Which public file it is: what it does not record, and how it samples, is then as its owners publish it, but for
     what other options say. The card names source and licence."""
     in_channels: int | None = None
@@ -62,7 +62,7 @@ class Convert:
     """The soft_clip of ml-starflow, which the file does not record; 0 = off. None = 4."""
     softplus: bool | None = None
     """The use_softplus of ml-starflow, which the file does not record. None = True."""
-    seq_order: Literal["L2R", "R2L"] | None = None
+    seq_order: Literal["L2R", "R2L", None] = None
     """The seq_order of ml-starflow, which the file does not record. None = L2R."""
     context_tokens: int | None = None
     """Of a STARFlow: its number of text tokens. None = as its buffers tell; a file without them needs it."""
@@ -98,7 +98,7 @@ class Convert:
         defaults, weight = pipeline.scheduler.config, pipeline.default_guidance.weight
         say(
             f"pipeline with {parameters:,} parameters in {self.target}/; it samples at t_max {defaults.t_max:g}, "
-            f"guidance {weight:g}, and denoises in {defaults.num_denoise_steps} steps down to t_min "
+            f"guidance {weight:g}, and denoises in {counted(defaults.num_denoise_steps, 'step')} down to t_min "
             f"{defaults.t_min:g} unless a call overrides them. See `itarflow info {self.target}`."
         )
 
@@ -107,8 +107,7 @@ class Convert:
         if not self.to_official and Path(self.source).is_dir():
             raise ValueError(
                 shards_advice(Path(self.source))
-                or f"{self.source} is a folder; expected an official .pth file. To write one from the pipeline in it, "
-                "add --to-official."
+                or f"{self.source} is a folder; expected an official .pth file. {_advice(Path(self.source))}"
             )
         own = ("source", "target", "to_official", "overwrite")
         given = [one.name for one in fields(self) if one.name not in own and getattr(self, one.name) != one.default]
@@ -230,7 +229,8 @@ class Convert:
             text = TextEncoder.from_pretrained(text_encoder, max_tokens=flow.config.context_tokens)
             parts |= {"text_encoder": text.encoder, "tokenizer": text.tokenizer}
         if flow.config.rotary_side and vae == "none":
-            _note("It has no VAE, and makes codes alone; give the one that it was trained with by --vae.")
+            _note("It has no VAE, and makes codes alone; give the one that it was trained with by --vae, or later to "
+                  "`itarflow sample` by --decoder.")  # fmt: skip
         if of_prompts and text_encoder == "none":
             _note("It has no text encoder, and needs prompt_embeds; give the one that it was trained with by "
                   "--text-encoder.")  # fmt: skip
@@ -255,7 +255,15 @@ class Convert:
 
 
 def _note(text: str) -> None:
-    Console().print(f"[yellow]{text}")
+    Console().print(f"[yellow]{text}", soft_wrap=True)
+
+
+def _advice(folder: Path) -> str:
+    """What to give in the place of a folder."""
+    if (folder / INDEX).is_file():
+        return "To write one from the pipeline in it, add --to-official."
+    files = [path.name for kind in ("pth", "pt", "safetensors") for path in sorted(folder.glob(f"*.{kind}"))]
+    return f"Name a file in it: {printable(listed(files, 3))}." if files else "There is none in it."
 
 
 def _check_width(text_encoder: str, width: int) -> None:

@@ -13,7 +13,7 @@ from itarflow.data.identity import described
 from itarflow.presets import SIZES
 from itarflow.runtime.devices import PEAK_TFLOPS
 from itarflow.runtime.errors import DataError
-from itarflow.runtime.text import human_bytes, human_number
+from itarflow.runtime.text import counted, human_bytes, human_number
 from itarflow.training.estimate import (
     USABLE,
     Activations,
@@ -44,7 +44,7 @@ def dry_run(recipe: Recipe, console: Console, devices: int, memory: float | None
     table.add_row("forward pass", f"{human_number(costs.forward_flops)}FLOP an image")
     table.add_row("training step", f"{human_number(costs.training_flops)}FLOP an image")
     scores = 0 if recipe.sampling.method == "skip" else recipe.sampling.num_denoise_steps
-    table.add_row("sampling", f"{costs.sampling_tokens} sequential token steps, {scores} scores")
+    table.add_row("sampling", f"{costs.sampling_tokens} sequential token steps, {counted(scores, 'score')}")
     table.add_row("sampling cache", f"{human_bytes(costs.cache_bytes)} an image in float32")
     data, num_images = _data_row(recipe)
     table.add_row("data", data)

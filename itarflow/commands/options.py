@@ -219,7 +219,16 @@ class Scoring(GuidanceOptions, PromptOptions):
         return pipe.takes_prompts or (self.labels != "none" and pipe.flow.config.num_classes > 0)
 
     def _sample_prompts(self, pipe: ITARFlowPipeline) -> SamplePrompts:
-        """The prompts of the samples; none for a checkpoint that takes none."""
+        """The prompts of the samples; none for a checkpoint that takes none.
+
+        Raises:
+            ValueError: a checkpoint that takes prompts, and no option that gives some.
+        """
+        if pipe.takes_prompts and not self.told():
+            raise ValueError(
+                "this checkpoint makes images from prompts; give some: --captions of the real images, or --prompts "
+                "FILE."
+            )
         return self.prompts_of(self._real_images(pipe), pipe.picture_shape, self.num_samples)
 
     def denoising(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from itarflow.codec import codec_of, to_pixels
 from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import say
-from itarflow.commands.prompts import encode_once, subjects_of, take_encoder
+from itarflow.commands.prompts import Prompts, encode_once, listed_prompts, subjects_of, take_encoder
 from itarflow.data.images import spread_over, square_side
 from itarflow.data.load import DataConfig, load_data
 from itarflow.denoisers.ode import denoise
@@ -85,7 +85,7 @@ class Profile:
     """Timed runs of each solver, of which the median counts."""
     class_labels: tuple[str, ...] | None = None
     """Labels of the generated images, by name or number. None = every class in turn, or none."""
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    prompt: Prompts = ()
     """Of a checkpoint that takes prompts: texts that the generated images are made from, in turn; see `itarflow
     sample`."""
     guidance_weight: float | None = None
@@ -153,7 +153,7 @@ class Profile:
             ValueError: labels or prompts that there are not, or --data, which has no prompts.
         """
         count = max(self.num_images, *self.batch_sizes)
-        subjects = subjects_of(pipe, self.class_labels, self.prompt or None, count)
+        subjects = subjects_of(pipe, self.class_labels, listed_prompts(self.prompt) or None, count)
         if subjects.prompts is None:
             return _Given(label_tensor(subjects.labels, pipe.to(device).flow.device))
         if self.data is not None:

@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from torch import Tensor
 
 from itarflow.commands.class_labels import MOST_IMAGES, chosen_labels, class_name
@@ -21,6 +23,8 @@ from itarflow.pipeline.prompts import encoded_on, text_encoder_of
 from itarflow.runtime.text import file_name, human_bytes, printable
 from itarflow.text_encoder import TextEncoder
 
+Prompts = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
+"""The option --prompt: one text or several after it, and more than once; see `listed_prompts`."""
 _LARGEST_FILE = 64 * 2**20
 _LONGEST_NAME = 60
 """Characters of a prompt in the name of a file."""
@@ -78,12 +82,14 @@ def subjects_of(
     """
     if not pipe.takes_prompts:
         if prompts is not None:
-            instead = "give --class-labels" if pipe.flow.config.num_classes else "leave it out"
+            labelled = pipe.flow.config.num_classes and class_labels is None
+            instead = "give --class-labels" if labelled else "leave it out"
             raise ValueError(f"--prompt was given, but this checkpoint makes no images from prompts; {instead}.")
         labels = chosen_labels(pipe, class_labels, num_images)
         return Subjects(labels, None, [class_name(pipe, label) for label in labels])
     if class_labels is not None:
-        raise ValueError("--class-labels were given, but this checkpoint takes prompts; give --prompt.")
+        instead = "leave them out" if prompts else "give --prompt"
+        raise ValueError(f"--class-labels were given, but this checkpoint takes prompts; {instead}.")
     if not prompts:
         raise ValueError(
             "this checkpoint makes images from prompts; give one, such as --prompt 'a corgi on the beach', or "
@@ -96,13 +102,21 @@ def subjects_of(
     return Subjects([None] * count, chosen, [printable(prompt).replace("\n", " ") for prompt in chosen])
 
 
+def listed_prompts(given: Sequence[Sequence[str]]) -> list[str]:
+    """The texts of the option --prompt in order."""
+    return list(chain.from_iterable(given))
+
+
 def prompts_in(path: Path) -> list[str]:
     """The prompts in a file, one a line, where a blank line is the empty prompt, but at the end.
 
     Raises:
         OSError: it can't be read.
-        ValueError: it is no text in UTF-8, too large, or empty.
+        ValueError: there is no such file, or it is no text in UTF-8, too large, or empty.
     """
+    if not path.exists() or path.is_dir():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise ValueError(f"--prompts {path} {what}; expected a text file with one prompt a line.")
     try:
         with path.open("rb") as file:  # of any kind, such as /dev/stdin
             content = file.read(_LARGEST_FILE + 1)

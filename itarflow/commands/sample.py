@@ -11,14 +11,16 @@ import torch
 import tyro
 from PIL import Image
 
-from itarflow.codec import CodecConfig, Vae, check_same_codes, load_vae
+from itarflow.codec import CodecConfig, Vae, check_same_codes, image_shape, load_vae
 from itarflow.commands.class_labels import check_seed
 from itarflow.commands.console import say
 from itarflow.commands.guidance import OneGuidance
 from itarflow.commands.prompts import (
     Encoded,
+    Prompts,
     Subjects,
     encode_once,
+    listed_prompts,
     prompts_in,
     put_encoder,
     subjects_of,
@@ -56,9 +58,9 @@ class Sample(OneGuidance):
     class_labels: tuple[str, ...] | None = None
     """Labels, by number as in Python, or by name; -1 = no label. None = every class in turn, or no labels if the model
     has none. A name that begins with a dash is given as --class-labels=-name."""
-    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A text to make an image from, of a checkpoint that takes prompts, such as 'a corgi on the beach'; '' is none in
-    particular. Several: --prompt 'one' --prompt 'another'."""
+    prompt: Prompts = ()
+    """Texts to make images from, of a checkpoint that takes prompts, each in quotes, such as 'a corgi on the beach';
+    '' is none in particular. Those that begin with a dash are given as --prompt='-one'."""
     prompts: Path | None = None
     """A file with one prompt a line; a blank line is the empty prompt."""
     text_encoder: str | None = None
@@ -83,8 +85,9 @@ class Sample(OneGuidance):
     of the same size. One trained on a single noise level, a TARFlow, needs --num-denoise-steps 1; the others know a
     range of levels, and do best with 10 steps or so."""
     decoder: str | None = None
-    """Of a checkpoint that models codes: another VAE with the same encoder, such as one whose decoder was fine-tuned
-    on noisy codes, which goes with --method skip. A folder or Hub id. None = the checkpoint's."""
+    """Of a checkpoint that models codes: the VAE that decodes them, if the checkpoint holds none, or another one with
+    the same encoder, such as one whose decoder was fine-tuned on noisy codes, which goes with --method skip. A folder
+    or Hub id. None = the checkpoint's."""
     exact: bool = False
     """Invert the flow token by token, even if the checkpoint has a plan of `itarflow profile`, and in float32."""
     inverse_dtype: Precision | None = None
@@ -112,6 +115,11 @@ class Sample(OneGuidance):
         prompts = self._prompts()
         pipe = ITARFlowPipeline.from_pretrained(self.checkpoint)
         subjects = subjects_of(pipe, self.class_labels, prompts, self.num_images)
+        if self.decoder is None and pipe.picture_shape[0] not in (1, 3):
+            raise ValueError(
+                f"this checkpoint has no VAE: give --decoder, or convert it again with --vae. Without one it makes "
+                f"codes of {pipe.picture_shape[0]} channels, which are no picture."
+            )
         if self.text_encoder is not None:
             put_encoder(pipe, self.text_encoder)
         if self.decoder is not None:
@@ -144,7 +152,7 @@ class Sample(OneGuidance):
     def _prompts(self) -> Sequence[str] | None:
         """The prompts that were given; None = none were."""
         if self.prompts is None:
-            return self.prompt or None
+            return listed_prompts(self.prompt) or None
         if self.prompt:
             raise ValueError("--prompt and --prompts were given; expected one of them.")
         return prompts_in(self.prompts)
@@ -196,10 +204,16 @@ class Sample(OneGuidance):
 
 def _matching_vae(pipe: ITARFlowPipeline, name: str) -> Vae:
     """A VAE by name that decodes the codes of the pipeline."""
-    if pipe.vae is None:
-        raise ValueError(f"--decoder {name} is for codes, but this checkpoint models pixels; leave it out.")
     vae = load_vae(CodecConfig(vae=name))
-    check_same_codes(name, vae, pipe.vae)
+    if pipe.vae is not None:
+        check_same_codes(name, vae, pipe.vae)
+        return vae
+    try:
+        image_shape(vae, pipe.flow.image_shape)
+    except ValueError as error:
+        pixels = pipe.picture_shape[0] in (1, 3)
+        advice = "A checkpoint of pixels needs none; leave it out." if pixels else "Name that of its training."
+        raise ValueError(f"--decoder {name} does not fit: {error} {advice}") from error
     return vae
 
 

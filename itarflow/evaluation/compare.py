@@ -192,12 +192,12 @@ def compare(
             model or decoder for other images. Nothing has been generated then.
         DataError: the real images can't be used.
     """
+    for pipe in pipelines.values():
+        refuse_flow_of_prompts(pipe.flow, "compare")
     blank_figure(1, 1)  # raises now, not after the images are made, if matplotlib is missing
     check_writable(output)
     _check_names(pipelines, diffusion or {}, decoders or {})
     _check_alike(pipelines)
-    for pipe in pipelines.values():
-        refuse_flow_of_prompts(pipe.flow, "compare")
     positive("denoise_batch_size", denoise_batch_size)
     positive("num_denoise_steps", num_denoise_steps)
     if picture_rows < 1:

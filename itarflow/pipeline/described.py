@@ -13,7 +13,7 @@ from itarflow.pipeline.model_card import model_card
 from itarflow.pipeline.plan import InversePlan
 from itarflow.pipeline.prompts import takes_prompts
 from itarflow.pipeline.storage import StoredPipeline
-from itarflow.runtime.text import listed, printable
+from itarflow.runtime.text import counted, listed, printable
 
 _SIZES = ("image_size", "in_channels", "patch_size", "channels", "num_layers", "num_classes")
 _OTHERS = ("noise_conditioned", "noise_range", "volume_preserving", "shared_layers", "learned_first_token",
@@ -33,12 +33,13 @@ class DescribedPipeline(StoredPipeline):
         flow, scheduler, flow_dtype = self.flow.config, self.scheduler.config, self.flow.dtype
         channels, height, width = self.picture_shape
         names = f" ({printable(listed(self.class_names))})" if self.class_names else ""
+        steps = counted(scheduler.num_denoise_steps, "step")
         lines = {
             "images": f"{channels} x {height} x {width}" + ("" if self.vae is None else ", decoded by a VAE"),
             **(self.prompt_facts() or {"classes": f"{flow.num_classes}{names}"}),
             "flow": f"{sum(p.numel() for p in self.flow.parameters()):,} parameters, {flow_dtype}, "
             f"on {self.flow.device}",
-            "sampling": f"t_max {scheduler.t_max:g}, {scheduler.num_denoise_steps} steps of {scheduler.method}, "
+            "sampling": f"t_max {scheduler.t_max:g}, {steps} of {scheduler.method}, "
             f"guidance {self.default_guidance.weight:g}, in {self.sampling_dtype() or flow_dtype}",
         }
         return "\n".join([type(self).__name__, *(f"  {name}: {text}" for name, text in lines.items())])
@@ -98,7 +99,17 @@ class DescribedPipeline(StoredPipeline):
             repo_id=repo_id,
             license=license,
             picture=picture,
+            missing=self.missing_parts,
         )  # fmt: skip
+
+    @property
+    def missing_parts(self) -> list[str]:
+        """The names of components without which no image can be made from a label or prompt."""
+        missing = {
+            "vae": self.picture_shape[0] not in (1, 3),
+            "text_encoder": self.takes_prompts and self.text_encoder is None,
+        }
+        return [name for name, is_missing in missing.items() if is_missing]
 
     def vae_facts(self) -> dict[str, Any]:
         """The VAE's rows of the model card; {} in pixel space."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ pip install {install}
 from itarflow import ITARFlowPipeline
 
 pipe = ITARFlowPipeline.from_pretrained("{place}")
-image = pipe({example}).images[0]
-```
+{example}.images[0]
+```{missing}
 
 ## What it is
 
@@ -84,6 +84,7 @@ def model_card(
     repo_id: str | None = None,
     license: str | None = None,  # noqa: A002
     picture: bool = False,
+    missing: Collection[str] = (),
 ) -> ModelCard:
     """A card with metadata for the Hub and tables for readers.
 
@@ -96,6 +97,7 @@ def model_card(
         repo_id: where it is shared; None = not yet.
         license: of the weights, an identifier of the Hub; None = that of the training record, if it has one.
         picture: whether there is a picture beside the card.
+        missing: parts that images need, but that are not in it: "vae", "text_encoder".
 
     Raises:
         ValueError: another license than the one that converted weights keep.
@@ -128,7 +130,8 @@ def model_card(
             made="converted by" if training.get("converted") else "trained with",
             license=_license_section(training),
             picture=f"\n\n![Samples]({PICTURE})" if picture else "",
-            example=_prompt(training) if prompted else _example(class_names, architecture.get("num_classes", 0)),
+            example=_example(_subject(class_names, architecture.get("num_classes", 0), training, prompted), missing),
+            missing="".join(f"\n\n{text}" for part, text in _MISSING.items() if part in missing),
             starflow=_STARFLOW if family == "STARFlow" else "",
             architecture=_table(architecture),
             sampling=_table(sampling),
@@ -202,16 +205,28 @@ def _is_hub_name(data: str | None) -> bool:
     return data is not None and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", data) is not None and not Path(data).exists()
 
 
-def _prompt(training: Mapping[str, Any]) -> str:
-    """A caption of the training, if one is recorded."""
-    found = training.get("example_prompt")
-    return f"prompt={_line(found) if isinstance(found, str) else 'a corgi on the beach'!r}"
+_MISSING = {
+    "vae": "It holds no VAE, so that codes come out. For images give `from_pretrained` the VAE of its training, "
+    "`vae=AutoencoderKL.from_pretrained(...)`, and leave `output_type` out.",
+    "text_encoder": "It holds no text encoder. Load that of its training, `text = TextEncoder.from_pretrained(...)` "
+    "of `itarflow.text_encoder`, and give `from_pretrained` `text_encoder=text.encoder, tokenizer=text.tokenizer`; or "
+    "give `prompt_embeds` in the place of `prompt`.",
+}
+"""What a card says of a part that is not in it, and that its example needs."""
 
 
-def _example(class_names: list[str] | None, num_classes: int) -> str:
-    if num_classes == 0:
-        return "num_images=1"
-    return f"class_labels=[{_line(class_names[0])!r}]" if class_names else "class_labels=[0]"
+def _subject(class_names: list[str] | None, num_classes: int, training: Mapping[str, Any], prompted: bool) -> str:
+    """What the example's call asks for: a caption of the training, if one is recorded, or a class."""
+    if prompted:
+        found = training.get("example_prompt")
+        return f"prompt={_line(found) if isinstance(found, str) else 'a corgi on the beach'!r}"
+    if num_classes:
+        return f"class_labels=[{_line(class_names[0])!r}]" if class_names else "class_labels=[0]"
+    return "num_images=1"
+
+
+def _example(subject: str, missing: Collection[str]) -> str:
+    return f"codes = pipe({subject}, output_type='codes')" if "vae" in missing else f"image = pipe({subject})"
 
 
 def _training_table(training: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from PIL import Image
 from itarflow import DenoiseScheduler, Guidance, ITARFlowPipeline, TARFlow
 from itarflow.commands import cli
 from itarflow.commands import profile as command
+from itarflow.commands.console import plain_output
 from itarflow.commands.convert import Convert
 from itarflow.inverse import sequential
 
@@ -671,3 +673,11 @@ def test_plot_draws_runs_and_refuses_what_is_none(run, refused, tmp_path):
     assert pixels(Path("new/curves.png")).std() > 1
     assert "holds no run" in refused("plot", tmp_path / "nothing")
     assert "unknown image format" in refused("plot", folder, "--output", "curves.doc")
+
+
+def test_warnings_are_told_without_their_place_in_the_code():
+    usual = warnings.formatwarning
+    with plain_output():
+        assert warnings.formatwarning("a prompt is cut", UserWarning, "some.py", 3) == "Warning: a prompt is cut\n"
+        assert "some.py:3" in warnings.formatwarning("old", DeprecationWarning, "some.py", 3)
+    assert warnings.formatwarning is usual

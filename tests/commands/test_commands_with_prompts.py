@@ -88,6 +88,11 @@ def test_a_grid_has_the_prompts(run, checkpoint):
     np.testing.assert_array_equal(pixels("samples.png"), pixels("again.png"))
 
 
+def test_prompts_may_follow_one_another(run, checkpoint):
+    run("sample", checkpoint, "--prompt", *PROMPTS, "--prompt", "")
+    assert json.loads(Image.open("samples.png").text["prompts"]) == [*PROMPTS, ""]
+
+
 def test_a_grid_of_rectangles(run, tmp_path):
     run("sample", save_pipe(tmp_path / "wide", image_size=(4, 8)), *named(*PROMPTS), "--no-captions")
     assert Image.open("samples.png").size == (2 * 48 + 2, 24)
@@ -161,10 +166,12 @@ def test_a_text_encoder_may_be_named(run, refused, checkpoint, tmp_path):
     ("words", "message"),
     [
         ((), "give one, such as --prompt 'a corgi on the beach'"),
-        (("--class-labels", 1), "--class-labels were given, but this checkpoint takes prompts"),
+        (("--class-labels", 1), "--class-labels were given, but this checkpoint takes prompts; give --prompt"),
+        (("--class-labels", 1, "--prompt", "a"), "this checkpoint takes prompts; leave them out"),
         (("--prompt", "a", "--num-images", 0), "--num-images is 0"),
         (("--prompt", "a", "--prompts", "some.txt"), "--prompt and --prompts were given"),
-        (("--prompts", "missing.txt"), "missing.txt"),
+        (("--prompts", "missing.txt"), "--prompts missing.txt is not there; expected a text file"),
+        (("--prompts", "."), "is a folder; expected a text file"),
         (("--prompts", "empty.txt"), "is empty"),
         (("--prompts", "binary.txt"), "no text in UTF-8"),
         (("--prompt", "a \udcff cat"), "can't be written in UTF-8"),
@@ -181,6 +188,8 @@ def test_what_can_not_be_sampled_is_refused(refused, checkpoint, words, message)
 @pytest.mark.usefixtures("never_samples")
 def test_a_checkpoint_without_prompts_refuses_them(refused, save):
     assert "makes no images from prompts; give --class-labels" in refused("sample", save(), "--prompt", "a cat")
+    message = refused("sample", save(), "--prompt", "a cat", "--class-labels", 1)
+    assert "makes no images from prompts; leave it out" in message
     assert "is for prompts" in refused("sample", save(), "--text-encoder", "google/flan-t5-xl")
 
 

@@ -34,10 +34,7 @@ class SamplePrompts:
         if self.texts and not pipe.takes_prompts:
             raise ValueError("prompts were given, but this checkpoint makes no images from prompts; leave them out.")
         if pipe.takes_prompts and not self.texts:
-            raise ValueError(
-                "this checkpoint makes images from prompts; give some: --captions of the real images, --prompts FILE, "
-                "or prompts=[...] in Python."
-            )
+            raise ValueError("this checkpoint makes images from prompts; give some by prompts=[...].")
         if self.texts and self.encoder is None and pipe.text_encoder is None:
             raise ValueError("this checkpoint has no text encoder; name it by --text-encoder, or load it with one.")
 
