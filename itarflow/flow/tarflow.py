@@ -27,6 +27,7 @@ from itarflow.inverse import solvers
 from itarflow.inverse.guidance import Guidance
 from itarflow.runtime.graphed import CALLS, Decoders, decoders
 from itarflow.runtime.model_folder import load_model
+from itarflow.runtime.ranges import check_number
 from itarflow.runtime.recording import Recordings, is_plain
 
 
@@ -290,12 +291,13 @@ class TARFlow(ModelMixin, ConfigMixin):
             the result of each inverted block, the last of which is the images. All are divided by input_scale.
 
         Raises:
-            ValueError: wrong shapes, labels, context, or a noise level outside the trained range; guidance by a
-                context without null_context; not a solver a block.
+            ValueError: wrong shapes, labels, context, or a noise level outside the trained range; temperature <= 0;
+                guidance by a context without null_context; not a solver a block.
         """
         if z.ndim != 3 or tuple(z.shape[1:]) != self.z_shape:
             raise ValueError(f"z has shape {tuple(z.shape)}; expected (B, {self.z_shape[0]}, {self.z_shape[1]}).")
         self.check_noise_range(noise_level)
+        check_number("temperature", temperature, 1e-6, 1e6, " (1 = untouched)")
         given = self._given(len(z), labels, noise_level, context)
         guidance = guidance or Guidance()
         if not isinstance(guidance.blocks, int | None) and max(guidance.blocks, default=0) >= len(self.blocks):
