@@ -200,7 +200,7 @@ def test_contexts_that_do_not_fit_are_refused(make_flow):
 def test_a_temperature_is_above_zero(make_flow):
     flow = make_flow(num_classes=0)
     for wrong in (0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="temperature is .*; expected a finite number >= 1e-06"):
+        with pytest.raises(ValueError, match=r"temperature is .*; expected a finite number >= 1e-06"):
             flow.inverse(flow.sample_prior(1, None), None, 0.2, temperature=wrong)
 
 
