@@ -214,7 +214,7 @@ def test_the_flows_are_compared_without_pytest_whose_part_is_left_out(tmp_path):
         "print(tests(setting, Figure(what='tests')).left_out)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == [str([None] * 6), "the package pytest is not installed"], done.stderr
+    assert done.stdout.splitlines() == [str([None] * 8), "the package pytest is not installed"], done.stderr
 
 
 @pytest.mark.parametrize("step", ["peer", "cifar10"])

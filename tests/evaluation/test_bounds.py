@@ -66,7 +66,7 @@ def test_a_density_that_is_constant_in_each_cell_gives_exact_bits_with_one_draw(
     mass = torch.rand(256, generator=generator).double()
     mass /= mass.sum()
 
-    def steps(self: TARFlow, images: Tensor, labels: Tensor | None, level: float | None) -> Tensor:
+    def steps(self: TARFlow, images: Tensor, *condition: Tensor | float | None) -> Tensor:
         return (mass[((images + 1) * 128).long()] * 128).log().sum(dim=(1, 2, 3))
 
     monkeypatch.setattr(TARFlow, "log_prob", steps)

@@ -355,9 +355,9 @@ def test_a_step_whose_loss_is_nan_is_skipped_and_counted(tmp_path, monkeypatch):
 
 
 def test_a_bad_step_is_reported_with_the_noise_level_it_came_from(tmp_path, monkeypatch, capsys):
-    def one_image_is_infinite(flow, recipe, images, labels, draws):
+    def one_image_is_infinite(flow, recipe, images, labels, draws, *context):
         levels.append(draws.noise_level[7].item())
-        losses = objective.training_losses(flow, recipe, images, labels, draws)
+        losses = objective.training_losses(flow, recipe, images, labels, draws, *context)
         infinite = torch.where(torch.arange(len(images)) == 7, torch.inf, 0.0)
         return losses._replace(loss=losses.loss + infinite.sum(), nll=losses.nll + infinite)
 
@@ -853,7 +853,7 @@ def test_steps_draw_different_numbers_and_a_step_always_the_same():
 
 def test_dropped_labels_are_the_null_label():
     class Recorder(torch.nn.Module):
-        def forward(self, images, labels, noise_level):
+        def forward(self, images, labels, noise_level, context):
             self.labels = labels
             return training_output
 
