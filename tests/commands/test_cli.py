@@ -469,7 +469,7 @@ def test_profile_denoises_as_the_checkpoint_does(run, save_long, monkeypatch):
     scheduler = DenoiseScheduler(t_max=0.5, t_min=0.05, num_denoise_steps=2, spacing="quadratic", clip=True)
     scheduler.save_pretrained(folder / "scheduler")
     denoise = command.denoise
-    monkeypatch.setattr(command, "denoise", lambda *a: asked.append(a[3].config) or denoise(*a))
+    monkeypatch.setattr(command, "denoise", lambda *a, **k: asked.append(a[3].config) or denoise(*a, **k))
     run("profile", folder, *PROFILE, "--no-write")
     assert {(c.spacing, c.clip, c.num_denoise_steps) for c in asked} == {("quadratic", True, 2)}
 
@@ -623,7 +623,7 @@ def test_prepare_writes_a_folder_and_says_how_to_train(run: Run) -> None:
         assert part in printed
     assert (
         "--data.path 'small digits' --data.split train --data.held-out-split None "
-        "--model.image-size 8 --model.in-channels 1 --model.num-classes 10 --model.patch-size 1"
+        "--model.image-size 8 --model.in-channels 1 --model.num-classes 10 --model.patch-size 2"
     ) in printed
     assert "nothing was left to do" in run(*words)
 
@@ -638,10 +638,11 @@ def test_the_command_that_prepare_ends_with_runs_as_it_stands(
     for index in range(20):
         Image.new("RGB", (size, size), (index, 0, 0)).save(folder / f"{index}.png")
     printed = run("prepare", folder.parent, tmp_path / "out", "--size", size, "--num-workers", 0)
-    (words,) = re.findall(r"python (recipes/.*)", printed)
-    file, *options = shlex.split(words)
+    (words,) = re.findall(r"itarflow train (.*)", printed)
+    recipe, *options = shlex.split(words)
+    file = str(Path(__file__).parents[2] / "recipes" / f"{recipe}.py")
     monkeypatch.setattr("sys.argv", [file, *options, "--dry-run"])
-    runpy.run_path(str(Path(__file__).parents[2] / file), run_name="__main__")
+    runpy.run_path(file, run_name="__main__")
 
 
 def test_prepare_refuses(refused: Run) -> None:
