@@ -342,8 +342,8 @@ def test_bfloat16_trains_close_to_float32(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_step_whose_loss_is_nan_is_skipped_and_counted(tmp_path, monkeypatch):
-    def nan_at_the_third(flow, recipe, images, labels, draws):
-        losses = objective.training_losses(flow, recipe, images, labels, draws)
+    def nan_at_the_third(flow, recipe, images, labels, draws, *context):
+        losses = objective.training_losses(flow, recipe, images, labels, draws, *context)
         calls.append(1)
         return losses._replace(loss=losses.loss * float("nan")) if len(calls) == 3 else losses
 
@@ -577,7 +577,7 @@ def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypa
         num_workers=1, held_out_images=0, batch_size=4, epochs=2,
     )  # fmt: skip
     reads, main_process = [], os.getpid()
-    original = data.ImageDataset.read
+    original = data.ImageDataset.unpadded
 
     def die_after_a_while(self, index):
         reads.append(index)
@@ -585,7 +585,7 @@ def test_a_dead_loader_process_is_refused_and_the_state_saved(tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, index)
 
-    monkeypatch.setattr(data.ImageDataset, "read", die_after_a_while)
+    monkeypatch.setattr(data.ImageDataset, "unpadded", die_after_a_while)
     with pytest.raises(DataError, match=r"died.*data.num_workers.*--resume"):
         train(recipe, tmp_path / "run")
     assert len(list((tmp_path / "run" / "state").glob("step-*"))) == 1
